@@ -1,0 +1,69 @@
+# `make demo` and `make test` work from a fresh clone: each makes .venv, installs what pyproject.toml pins,
+# builds, and does its job. A second call rebuilds only what changed.
+
+PYTHON ?= python3
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Prints one dependency group, for a pip that is too old to read groups by itself.
+READ_GROUP := import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]])
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench build wheel clean
+
+help:
+	@echo "make demo     answer questions about images, and compare with stock torch"
+	@echo "make test     run the tests"
+	@echo "make lint     ruff, mypy, clang-format      make format   apply them"
+	@echo "make bench    the microbenchmarks           make wheel    build a wheel into dist/"
+	@echo "make clean    remove what was built (.venv stays)"
+
+# One stamp for the environment, one for the editable install; both last until the files that define them change.
+$(VENV)/dependencies.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing the pinned dependencies (the first time takes minutes: torch is large)"
+	@$(BIN)/python -m pip install --quiet $$($(BIN)/python -c '$(READ_GROUP)' bootstrap)
+	@$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
+
+$(VENV)/install.stamp: $(VENV)/dependencies.stamp setup.py
+	@echo "installing fastfusion into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+build: $(VENV)/install.stamp
+	@echo "building the native part (only what changed)"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: build
+	@$(BIN)/python -m fastfusion demo
+
+# One thread per process: the processes share the cores already.
+test: build
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -p no:benchmark
+
+lint: $(VENV)/dependencies.stamp
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --quiet --check || { echo "not formatted; run make format"; exit 1; }
+	@$(BIN)/mypy
+	@$(if $(CPP),$(BIN)/clang-format --dry-run -Werror $(CPP))
+
+format: $(VENV)/dependencies.stamp
+	@$(BIN)/ruff check --quiet --fix
+	@$(BIN)/ruff format --quiet
+	@$(if $(CPP),$(BIN)/clang-format -i $(CPP))
+
+bench: build
+	@OMP_NUM_THREADS=1 $(BIN)/python -m fastfusion bench --quick
+
+wheel: $(VENV)/dependencies.stamp
+	@rm -rf build/lib* dist
+	@$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist
+
+clean:
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	@rm -f fastfusion/*.so $(VENV)/install.stamp

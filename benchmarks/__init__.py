@@ -1,0 +1,1 @@
+"""Microbenchmarks, ``python -m fastfusion bench``; installs as ``fastfusion.benchmarks``."""

@@ -1,0 +1,43 @@
+"""What a measurement was taken on: a time without its machine says nothing."""
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastfusion as ff
+
+
+def commit() -> str | None:
+    """The commit that is measured, with "+" where files differ from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(ff.__file__).parent.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An installed copy below somebody else's checkout must not report that checkout's commit.
+        git("ls-files", "--error-unmatch", ff.__file__)
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe() -> dict[str, Any]:
+    """What `ff.info()` says, threads and commit, ready for JSON."""
+    return {
+        **ff.info().facts,
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "torch isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "threads pinned": os.environ.get("OMP_PROC_BIND") == "true",
+        "commit": commit(),
+        "taken": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,115 @@
+"""What a user would call instead of an op of ours, each as an adapter of a few lines.
+
+An adapter takes the keyword arguments of our public op and returns a call without arguments.
+What a user would prepare once per model, such as the mask in the peer's form, is prepared outside
+that call. Tensors: query (B, H, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk, Dv).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Arguments = dict[str, Any]
+Adapter = Callable[[Arguments], Callable[[], Any]]
+
+
+def attend_mask(call: Arguments) -> Tensor | None:
+    """attn_mask with the key padding worked in, as SDPA takes it: bool True = attend, or float."""
+    mask, padding = call.get("attn_mask"), call.get("key_padding_mask")
+    if padding is None:
+        return mask
+    visible = ~padding[:, None, None, :]
+    if mask is None:
+        return visible
+    if mask.dtype == torch.bool:
+        return mask & visible
+    return mask.masked_fill(~visible, float("-inf"))
+
+
+def sdpa(call: Arguments) -> Callable[[], Tensor]:
+    """torch's scaled_dot_product_attention, on the backend that torch picks."""
+    options = {k: call[k] for k in ("is_causal", "scale", "enable_gqa") if k in call}
+    return partial(
+        F.scaled_dot_product_attention,
+        call["query"],
+        call["key"],
+        call["value"],
+        attn_mask=attend_mask(call),
+        **options,
+    )
+
+
+def unfused_formula(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
+    """softmax(scale * query @ key^T + bias) @ value, every step in the dtype of the inputs."""
+    if query.shape[1] != key.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
+    scores = query @ key.transpose(-2, -1) * scale
+    if bias is not None:
+        scores = scores + bias
+    return torch.softmax(scores, -1) @ value
+
+
+def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask in the form that is added to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def unfused(call: Arguments) -> Callable[[], Tensor]:
+    """The formula as textbooks write it."""
+    query, key = call["query"], call["key"]
+    bias = additive(attend_mask(call), query.dtype)
+    if call.get("is_causal"):
+        lower = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+        hidden = torch.zeros(lower.shape, dtype=query.dtype).masked_fill_(~lower, float("-inf"))
+        bias = hidden if bias is None else bias + hidden
+    scale = call.get("scale", query.shape[-1] ** -0.5)
+    return partial(unfused_formula, query, key, call["value"], bias, scale)
+
+
+def _padding_pair(call: Arguments) -> tuple[Tensor | None, Tensor | None]:
+    """The masks of the row softmax (over keys) and of the column softmax (over queries)."""
+    rows, columns = call.get("key_padding_mask"), call.get("query_padding_mask")
+    return (
+        None if rows is None else ~rows[:, None, None, :],
+        None if columns is None else ~columns[:, None, None, :],
+    )
+
+
+def two_sdpa(call: Arguments) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Both directions by two calls of torch's scaled_dot_product_attention."""
+    query, key = call["query"], call["key"]
+    value, query_value = call["value"], call["query_value"]
+    rows, columns = _padding_pair(call)
+
+    def run() -> tuple[Tensor, Tensor]:
+        out_q = F.scaled_dot_product_attention(query, key, value, attn_mask=rows)
+        out_k = F.scaled_dot_product_attention(key, query, query_value, attn_mask=columns)
+        return out_q, out_k
+
+    return run
+
+
+def two_unfused(call: Arguments) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Both directions by the formula: one score matrix, two softmaxes, two products."""
+    query, key = call["query"], call["key"]
+    value, query_value = call["value"], call["query_value"]
+    scale = query.shape[-1] ** -0.5
+    rows, columns = (additive(mask, query.dtype) for mask in _padding_pair(call))
+
+    def run() -> tuple[Tensor, Tensor]:
+        scores = query @ key.transpose(-2, -1) * scale
+        by_rows = scores if rows is None else scores + rows
+        by_columns = scores.transpose(-2, -1)
+        by_columns = by_columns if columns is None else by_columns + columns
+        return torch.softmax(by_rows, -1) @ value, torch.softmax(by_columns, -1) @ query_value
+
+    return run

@@ -1,0 +1,136 @@
+"""The results of a run: rows, their tables in the terminal, and their JSON."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .timing import Measurement, Spread, geometric_mean
+
+OURS = "fastfusion"
+REFERENCE = "reference"
+
+
+@dataclass
+class Row:
+    """One shape: our time, and how many times as long each other implementation takes.
+
+    Attributes:
+        suite: "attention", "bidirectional" or "layers".
+        shape: its entry in shapes.json.
+        path: the backend that ran, where the op can tell.
+        times: seconds per call, by implementation.
+        ratios: its time over ours, by implementation; above 1 we are faster.
+        samples: every single time behind them.
+        loops: how many calls one time was averaged over.
+        problems: why an implementation has no time: wrong, or crashed.
+        flops: floating-point operations of one call, None where nobody has counted them.
+    """
+
+    suite: str
+    shape: dict[str, Any]
+    dtype: str
+    backward: bool
+    path: str | None = None
+    times: dict[str, Spread] = field(default_factory=dict)
+    ratios: dict[str, Spread] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    loops: dict[str, int] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    flops: int | None = None
+
+    def add(self, measurement: Measurement) -> None:
+        """Takes over the times of this shape."""
+        self.samples, self.loops = measurement.samples, measurement.loops
+        for name in measurement.samples:
+            self.times[name] = measurement.time(name)
+            if name != OURS and OURS in measurement.samples:
+                self.ratios[name] = measurement.ratio(name, OURS)
+
+    def hardest(self) -> Spread:
+        """The smallest ratio against an implementation that is not ours; infinite without any."""
+        others = [ratio for name, ratio in self.ratios.items() if name != REFERENCE]
+        none = Spread(math.inf, math.inf, math.inf)
+        return min(others, key=lambda ratio: ratio.median, default=none)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows of one suite and dtype as text, lost cells first."""
+    rows = sorted(rows, key=lambda row: (not row.problems, row.hardest().median))
+    peers = list(dict.fromkeys(name for row in rows for name in row.ratios))
+    width = max(len(row.shape["name"]) for row in rows)
+    head = f"{'':5}{'shape':<{width}}  {'fastfusion us':>26}  {'path':<10}"
+    lines = [head + "".join(f"  {name:>18}" for name in peers)]
+    for row in rows:
+        label = "LOST " if slower(row.hardest()) else ""
+        cells = [_ratio_cell(row.ratios.get(name)) for name in peers]
+        lines.append(
+            f"{label:5}{row.shape['name']:<{width}}  {_time_cell(row.times.get(OURS)):>26}"
+            f"  {row.path or '':<10}" + "".join(f"  {cell:>18}" for cell in cells)
+        )
+        lines += [f"{'':5}  {name}: {why}" for name, why in row.problems.items()]
+    for name in peers:
+        ratios = [row.ratios[name] for row in rows if name in row.ratios]
+        mean = geometric_mean(ratio.median for ratio in ratios)
+        lines.append(
+            f"{'':5}{name}: geometric mean {mean:.2f} over {len(ratios)} shape(s), "
+            f"lost {sum(map(slower, ratios))}"
+        )
+    return "\n".join(lines)
+
+
+def slower(ratio: Spread) -> bool:
+    """Whether we lose: three quarters of the rounds say so. In between it is a draw."""
+    return ratio.upper < 1
+
+
+def _time_cell(time: Spread | None) -> str:
+    if time is None:
+        return "no time"
+    digits = 1 if time.median < 1e-3 else 0
+    median, lower, upper = (f"{1e6 * t:.{digits}f}" for t in (time.median, time.lower, time.upper))
+    return f"{median} ({lower}-{upper})"
+
+
+def _ratio_cell(ratio: Spread | None) -> str:
+    return "-" if ratio is None else f"{ratio.median:.2f} ({ratio.lower:.2f}-{ratio.upper:.2f})"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line of the overhead suite: a number and what it has to stay below."""
+
+    name: str
+    value: float
+    limit: float
+    unit: str
+    detail: str = ""
+
+    @property
+    def reached(self) -> bool:
+        """Whether the number is within its limit."""
+        return self.value <= self.limit
+
+    def __str__(self) -> str:
+        verdict = "reached" if self.reached else "MISSED "
+        number = f"{self.value:.4g} {self.unit}".strip()
+        limit = f"limit {self.limit:.4g} {self.unit}".strip()
+        return f"{verdict}  {self.name}: {number} ({limit}){'; ' * bool(self.detail)}{self.detail}"
+
+
+def write_json(
+    path: Path,
+    machine: dict[str, Any],
+    settings: dict[str, Any],
+    rows: list[Row],
+    targets: list[Target],
+) -> None:
+    """Writes everything that was measured; plots and comparisons start from this file."""
+    document = {
+        "machine": machine,
+        "settings": settings,
+        "rows": [asdict(row) for row in rows],
+        "targets": [{**asdict(target), "reached": target.reached} for target in targets],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n")

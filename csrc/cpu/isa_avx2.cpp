@@ -1,0 +1,11 @@
+#include "simd/avx2.h"
+
+#include "attention.h"
+#include "attention_backward.h"
+
+namespace ff {
+
+extern const KernelTable avx2_kernels;
+const KernelTable avx2_kernels{"avx2", Vec::kLanes, attention_forward, attention_backward, convert};
+
+}  // namespace ff

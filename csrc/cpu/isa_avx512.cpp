@@ -1,0 +1,11 @@
+#include "simd/avx512.h"
+
+#include "attention.h"
+#include "attention_backward.h"
+
+namespace ff {
+
+extern const KernelTable avx512_kernels;
+const KernelTable avx512_kernels{"avx512", Vec::kLanes, attention_forward, attention_backward, convert};
+
+}  // namespace ff

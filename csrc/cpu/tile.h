@@ -1,0 +1,313 @@
+// What the attention kernels are made of: one matrix product, exp, loads that convert, dropout.
+//
+// Everything here is written once over Vec and compiled once per instruction set; the anonymous
+// namespace keeps the linker from replacing baseline code by code for a newer machine.
+//
+// A row's result must not depend on its neighbours, on threads or on where a tile ends: each
+// element has one chain of fused multiply-adds in ascending order, whatever tile computes it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+#include "kernels.h"
+
+namespace ff {
+namespace {
+
+constexpr int64_t kPanel = 48;   // queries of a task
+constexpr int64_t kBlock = 256;  // keys in one accumulation chain: longer ones lose accuracy
+constexpr float kInfinity = __builtin_inff();
+
+inline int64_t padded(int64_t n) { return (n + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes; }
+
+// exp(x) for x <= 0 (a little above is fine), 0 below -87.3 where float32 ends; NaN stays.
+// 2^f by the degree-5 minimax polynomial on [-1/2, 1/2], relative error 1.1e-7.
+inline Vec exp(Vec x) {
+  const Vec n = Vec::round(Vec::max(Vec::set(-126.0f), x * Vec::set(1.44269504f)));
+  // log2(e) in two parts: a single constant costs 2e-7 at x = -5.
+  const Vec f = Vec::fma(x, Vec::set(1.925962989e-8f),
+                         Vec::fma(x, Vec::set(1.44269502162933349609375f), Vec::zero() - n));
+  Vec p = Vec::set(1.326472731e-3f);
+  p = Vec::fma(p, f, Vec::set(9.671512991e-3f));
+  p = Vec::fma(p, f, Vec::set(5.550733581e-2f));
+  p = Vec::fma(p, f, Vec::set(2.402224243e-1f));
+  p = Vec::fma(p, f, Vec::set(6.931470037e-1f));
+  p = Vec::fma(p, f, Vec::set(1.0f));
+  return Vec::zero_below(x, Vec::set(-87.3f), Vec::scale(p, n));
+}
+
+// C[r][c] (+)= sum_k A[r * a_row + k * a_k] * B[k][c] for R rows and N vectors of columns.
+template <int R, int N>
+void multiply_tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb,
+                   int64_t depth, float* c, int64_t ldc, bool accumulate) {
+  Vec sum[R][N];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[r][n] = Vec::zero();
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) row[n] = Vec::load(b + k * ldb + n * Vec::kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec x = Vec::set(a[r * a_row + k * a_k]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sum[r][n] = Vec::fma(x, row[n], sum[r][n]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      float* to = c + r * ldc + n * Vec::kLanes;
+      (accumulate ? Vec::load(to) + sum[r][n] : sum[r][n]).store(to);
+    }
+}
+
+template <int R, int N>
+void multiply_rest(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const float* b,
+                   int64_t ldb, int64_t depth, float* c, int64_t ldc, bool accumulate) {
+  if constexpr (R > 0) {
+    if (rows == R) {
+      multiply_tile<R, N>(a, a_row, a_k, b, ldb, depth, c, ldc, accumulate);
+    } else {
+      multiply_rest<R - 1, N>(rows, a, a_row, a_k, b, ldb, depth, c, ldc, accumulate);
+    }
+  }
+}
+
+template <int N>
+void multiply_columns(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb,
+                      int64_t rows, int64_t depth, float* c, int64_t ldc, bool accumulate) {
+  // As many accumulators as leave registers for N columns and one broadcast.
+  constexpr int kRows = (Vec::kRegisters - N - 1) / N < 12 ? (Vec::kRegisters - N - 1) / N : 12;
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) {
+    multiply_tile<kRows, N>(a + r * a_row, a_row, a_k, b, ldb, depth, c + r * ldc, ldc,
+                            accumulate);
+  }
+  multiply_rest<kRows - 1, N>(rows - r, a + r * a_row, a_row, a_k, b, ldb, depth, c + r * ldc,
+                              ldc, accumulate);
+}
+
+// C (+)= A B, columns a multiple of the lanes. A is read one element at a time by its strides.
+inline void multiply(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb,
+                     int64_t rows, int64_t columns, int64_t depth, float* c, int64_t ldc,
+                     bool accumulate) {
+  constexpr int64_t kWidest = Vec::kRegisters == 32 ? 4 : 3;
+  int64_t left = columns / Vec::kLanes;
+  for (int64_t groups = (left + kWidest - 1) / kWidest; groups > 0; --groups) {
+    const int64_t n = (left + groups - 1) / groups;
+    if (n == 1) multiply_columns<1>(a, a_row, a_k, b, ldb, rows, depth, c, ldc, accumulate);
+    if (n == 2) multiply_columns<2>(a, a_row, a_k, b, ldb, rows, depth, c, ldc, accumulate);
+    if (n == 3) multiply_columns<3>(a, a_row, a_k, b, ldb, rows, depth, c, ldc, accumulate);
+    if constexpr (kWidest == 4) {
+      if (n == 4) multiply_columns<4>(a, a_row, a_k, b, ldb, rows, depth, c, ldc, accumulate);
+    }
+    left -= n;
+    b += n * Vec::kLanes;
+    c += n * Vec::kLanes;
+  }
+}
+
+inline float bfloat16_to_float(uint16_t value) {
+  const uint32_t bits = uint32_t(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+// To nearest, ties to even; a NaN stays one (adding to its mantissa could overflow).
+inline uint16_t float_to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40u);
+  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// out[i * out_stride] = element offset + i * stride of an array of `type`.
+inline void load(const void* data, Type type, int64_t offset, int64_t stride, int64_t count,
+                 float* out, int64_t out_stride = 1) {
+  if (type == Type::kFloat32) {
+    const float* from = static_cast<const float*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) out[i * out_stride] = from[i * stride];
+  } else if (type == Type::kBFloat16) {
+    const uint16_t* from = static_cast<const uint16_t*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) out[i * out_stride] = bfloat16_to_float(from[i * stride]);
+  } else {
+    const uint16_t* from = static_cast<const uint16_t*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) out[i * out_stride] = half_to_float(from[i * stride]);
+  }
+}
+
+// Element offset + i * stride of an array of `type` = in[i] * factor.
+inline void store(void* data, Type type, int64_t offset, int64_t stride, int64_t count,
+                  const float* in, float factor) {
+  if (type == Type::kFloat32) {
+    float* to = static_cast<float*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) to[i * stride] = in[i] * factor;
+  } else if (type == Type::kBFloat16) {
+    uint16_t* to = static_cast<uint16_t*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) to[i * stride] = float_to_bfloat16(in[i] * factor);
+  } else {
+    uint16_t* to = static_cast<uint16_t*>(data) + offset;
+    for (int64_t i = 0; i < count; ++i) to[i * stride] = float_to_half(in[i] * factor);
+  }
+}
+
+inline void convert(const float* from, void* to, Type type, int64_t count) {
+  store(to, type, 0, 1, count, from, 1.0f);
+}
+
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+// The keys that a batch entry attends to: all of the first `count`, or those of a list.
+struct Keys {
+  int64_t count;
+  const int32_t* list;
+
+  int64_t operator[](int64_t i) const { return list ? list[i] : i; }
+};
+
+// Rows keys[first .. first + count) as float32, in place where they already are that; otherwise
+// copied to `buffer` with zeros up to `columns`.
+inline Rows rows(const View& view, Type type, int64_t offset, const Keys& keys, int64_t first,
+                 int64_t count, int64_t dim, int64_t columns, float* buffer) {
+  if (type == Type::kFloat32 && view.column == 1 && !keys.list && columns == dim) {
+    return {static_cast<const float*>(view.data) + offset + first * view.row, view.row};
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    float* row = buffer + i * columns;
+    load(view.data, type, offset + keys[first + i] * view.row, view.column, dim, row);
+    for (int64_t d = dim; d < columns; ++d) row[d] = 0.0f;
+  }
+  return {buffer, columns};
+}
+
+// buffer[d][i] = row first + i of the operand, 0 for lanes past count.
+inline void transpose(const View& view, Type type, int64_t offset, int64_t first, int64_t count,
+                      int64_t dim, int64_t columns, float* buffer) {
+  for (int64_t i = 0; i < count; ++i) {
+    load(view.data, type, offset + (first + i) * view.row, view.column, dim, buffer + i, columns);
+  }
+  for (int64_t i = count; i < columns; ++i)
+    for (int64_t d = 0; d < dim; ++d) buffer[d * columns + i] = 0.0f;
+}
+
+// The keys of batch entry b below `limit`, into `list` if some are hidden.
+inline Keys visible_keys(const Attention& p, int64_t b, int64_t limit, int32_t* list) {
+  if (!p.padding) return {limit, nullptr};
+  int64_t count = 0;
+  for (int64_t j = 0; j < limit; ++j) {
+    list[count] = int32_t(j);
+    count += !p.padding[b * p.padding_batch + j * p.padding_column];
+  }
+  return {count, count == limit ? nullptr : list};
+}
+
+// Scores of one block, keys down and queries across: raw products become scale * product + bias,
+// -inf where a mask or the diagonal hides them.
+inline void mask_scores(const Attention& p, int64_t b, int64_t h, int64_t query, int64_t queries,
+                        const Keys& keys, int64_t first, int64_t count, int64_t columns,
+                        float* scores) {
+  const Vec scale = Vec::set(p.scale);
+  for (int64_t j = 0; j < count * columns; j += Vec::kLanes)
+    (Vec::load(scores + j) * scale).store(scores + j);
+  if (p.mask.data) {
+    float bias[kPanel];
+    for (int64_t j = 0; j < count; ++j) {
+      float* row = scores + j * columns;
+      const int64_t offset = b * p.mask.batch + h * p.mask.head + query * p.mask.row +
+                             keys[first + j] * p.mask.column;
+      if (p.mask_type == Type::kBool) {
+        const bool* attend = static_cast<const bool*>(p.mask.data) + offset;
+        for (int64_t i = 0; i < queries; ++i)
+          if (!attend[i * p.mask.row]) row[i] = -kInfinity;
+      } else {
+        load(p.mask.data, p.mask_type, offset, p.mask.row, queries, bias);
+        for (int64_t i = 0; i < queries; ++i) row[i] += bias[i];
+      }
+    }
+  }
+  if (p.causal && keys[first + count - 1] > query) {
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t hidden = keys[first + j] - query;  // queries before this key
+      for (int64_t i = 0; i < (hidden < queries ? hidden : queries); ++i)
+        scores[j * columns + i] = -kInfinity;
+    }
+  }
+}
+
+// Philox4x32-10 (Salmon et al., SC 2011): four words per counter.
+inline void philox(uint32_t (&c)[4], uint64_t seed) {
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t x = uint64_t(0xD2511F53u) * c[0], y = uint64_t(0xCD9E8D57u) * c[2];
+    const uint32_t c0 = uint32_t(y >> 32) ^ c[1] ^ k0, c2 = uint32_t(x >> 32) ^ c[3] ^ k1;
+    c[0] = c0, c[1] = uint32_t(y), c[2] = c2, c[3] = uint32_t(x);
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+}
+
+// factor[j][i] = keep_scale where dropout keeps the score of query + i and the block's key j.
+inline void dropout_factors(const Attention& p, int64_t b, int64_t h, int64_t query,
+                            const Keys& keys, int64_t first, int64_t count, int64_t columns,
+                            float* factor) {
+  for (int64_t j = 0; j < count;) {
+    const int64_t group = keys[first + j] / 4;
+    int64_t end = j;
+    while (end < count && keys[first + end] / 4 == group) ++end;
+    for (int64_t i = 0; i < columns; ++i) {
+      uint32_t words[4] = {uint32_t(group), uint32_t(query + i), uint32_t(b * p.heads + h), 0};
+      philox(words, p.seed);
+      for (int64_t k = j; k < end; ++k) {
+        const bool kept = words[keys[first + k] % 4] >= p.threshold;
+        factor[k * columns + i] = kept ? p.keep_scale : 0.0f;
+      }
+    }
+    j = end;
+  }
+}
+
+struct Part {
+  float** pointer;
+  int64_t floats;
+};
+
+// Divides the thread's scratch memory into 64-byte aligned parts and a list of keys.
+inline bool carve(const Attention& p, std::initializer_list<Part> parts, int32_t** list) {
+  int64_t total = p.padding ? p.kv_len + 1 : 0;
+  for (const Part& part : parts) total += (part.floats + 15) / 16 * 16;
+  float* next = scratch(size_t(total));
+  if (!next) {
+    __atomic_store_n(p.out_of_memory, true, __ATOMIC_RELAXED);
+    return false;
+  }
+  for (const Part& part : parts) {
+    *part.pointer = next;
+    next += (part.floats + 15) / 16 * 16;
+  }
+  *list = reinterpret_cast<int32_t*>(next);
+  return true;
+}
+
+// Runs `body` over the tasks: on this thread where the work is below about 20 us.
+template <class Context>
+void run(ParallelFor parallel, int64_t tasks, double flops,
+         void (*body)(int64_t, int64_t, const void*), const Context& context) {
+  if (tasks < 2 || flops < 1e6) {
+    body(0, tasks, &context);
+  } else {
+    parallel(tasks, body, &context);
+  }
+}
+
+}  // namespace
+}  // namespace ff

@@ -1,0 +1,32 @@
+"""fastfusion: fused attention for multimodal transformers, as drop-in torch.nn modules.
+
+    out = fastfusion.scaled_dot_product_attention(query, key, value)
+    import fastfusion.nn as nn          # MultiheadAttention, Transformer* and all of torch.nn
+
+`info()` says what this machine can run, `explain(op, ...)` what a call would run and why.
+"""
+
+from fastfusion._info import Info, explain, info
+from fastfusion._op import BackendUnavailableError, Explanation, use_backend
+from fastfusion.ops.bidirectional_attention import bidirectional_attention
+from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
+from fastfusion.ops.varlen_attention import varlen_attention
+
+from fastfusion import models, nn, ops  # isort: skip
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "Explanation",
+    "Info",
+    "bidirectional_attention",
+    "explain",
+    "info",
+    "models",
+    "nn",
+    "ops",
+    "scaled_dot_product_attention",
+    "use_backend",
+    "varlen_attention",
+]

@@ -1,0 +1,142 @@
+"""The command line: ``python -m fastfusion info | demo | train | bench | explain``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+OPS = ("scaled_dot_product_attention", "bidirectional_attention", "varlen_attention")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastfusion", description="Fused attention for multimodal transformers."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    commands.add_parser("info", help="versions, devices and backends, and why one is missing")
+
+    demo = commands.add_parser("demo", help="answer questions about images, beside stock torch")
+    demo.add_argument("--output", type=Path, default=Path("vqa_attention.png"), help="the picture")
+    demo.add_argument("--checkpoint", type=Path, help="default: the one that ships with the package")
+    demo.add_argument("--threads", type=_positive, help="default: what torch chooses")
+
+    train = commands.add_parser("train", help="make the checkpoint of the demo")
+    train.add_argument("--output", type=Path, default=Path("easy_vqa.safetensors"))
+    train.add_argument("--epochs", type=_positive)
+    train.add_argument("--batch-size", type=_positive, help="images; each comes with all its questions")
+    train.add_argument("--lr", type=float)
+    train.add_argument("--seed", type=int)
+    train.add_argument("--threads", type=_positive, help="default: what torch chooses")
+    train.add_argument("--images", type=_positive, help="use so many images of each split only")
+    train.add_argument("--question-only", action="store_true", help="only the baseline that sees no image")
+    train.add_argument("--resume", action="store_true", help="go on from OUTPUT.state")
+
+    # Its options are those of fastfusion.benchmarks, which main() hands over to.
+    commands.add_parser("bench", help="time the ops beside their peers", add_help=False)
+
+    explain = commands.add_parser("explain", help="which implementation a call would take, and why")
+    explain.add_argument("--op", choices=OPS, default=OPS[0])
+    explain.add_argument("--batch", type=_positive, default=1)
+    explain.add_argument("--heads", type=_positive, default=12)
+    explain.add_argument("--q", type=_positive, default=20, help="length of the queries")
+    explain.add_argument("--k", type=_positive, default=36, help="length of the keys")
+    explain.add_argument("--dim", type=_positive, default=64, help="width of a head")
+    explain.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
+    explain.add_argument("--device", default="cpu")
+    explain.add_argument("--gradient", action="store_true", help="inputs that require a gradient")
+    return parser
+
+
+def _explain(arguments: argparse.Namespace) -> object:
+    import torch
+
+    import fastfusion as ff
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.zeros(
+            shape,
+            dtype=getattr(torch, arguments.dtype),
+            device=arguments.device,
+            requires_grad=arguments.gradient,
+        )
+
+    batch, heads, dim, q, k = (getattr(arguments, n) for n in ("batch", "heads", "dim", "q", "k"))
+    if arguments.op == "varlen_attention":
+        ends = torch.arange(batch + 1, dtype=torch.int32, device=arguments.device)
+        packed_q, packed_k = tensor(batch * q, heads, dim), tensor(batch * k, heads, dim)
+        return ff.explain(ff.varlen_attention, packed_q, packed_k, packed_k, ends * q, ends * k, q, k)
+    query, key = tensor(batch, heads, q, dim), tensor(batch, heads, k, dim)
+    if arguments.op == "bidirectional_attention":
+        return ff.explain(ff.bidirectional_attention, query, key, key, query)
+    return ff.explain(ff.scaled_dot_product_attention, query, key, key)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from fastfusion.demo.train import Settings, train
+
+    given = {
+        name: getattr(arguments, name)
+        for name in ("epochs", "batch_size", "lr", "seed")
+        if getattr(arguments, name) is not None
+    }
+    train(
+        arguments.output,
+        Settings(**given),
+        question_only=arguments.question_only,
+        resume=arguments.resume,
+        images=arguments.images,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["bench"]:
+        from fastfusion.benchmarks.__main__ import main as bench
+
+        return bench(argv[1:]) or 0
+
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "info":
+        import fastfusion as ff
+
+        print(ff.info())
+        return 0
+    if arguments.command == "explain":
+        print(_explain(arguments))
+        return 0
+
+    from fastfusion.demo.extras import MissingExtra
+
+    try:
+        if arguments.threads:
+            import torch
+
+            torch.set_num_threads(arguments.threads)
+        if arguments.command == "train":
+            _train(arguments)
+        else:
+            from fastfusion.demo.show import show
+
+            show(arguments.output, arguments.checkpoint)
+    except (MissingExtra, ValueError, OSError) as error:
+        print(f"python -m fastfusion {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        hint = "; --resume goes on from the last epoch" if arguments.command == "train" else ""
+        print(f"\ninterrupted{hint}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""Loading of the compiled parts: the op library and the pybind11 module with build facts.
+
+`cpu_unavailable` is None when the C++ kernels are usable, and otherwise the reason as a sentence.
+A library that is there but does not load disables itself with one warning.
+"""
+
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_OPS = Path(__file__).with_name("_torch_ops.so")
+
+native: ModuleType | None = None
+cpu_unavailable: str | None = None
+
+
+def _load() -> None:
+    global native, cpu_unavailable
+    if not _OPS.exists():
+        cpu_unavailable = "the package was installed without its compiled part (no C++ compiler)"
+        return
+    try:
+        from fastfusion import _native
+
+        _native.select_isa()
+        torch.ops.load_library(_OPS)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        cpu_unavailable = f"its library does not load: {error}"
+        warnings.warn(f"fastfusion: CPU kernels disabled, {cpu_unavailable}", stacklevel=2)
+        return
+    native = _native
+
+
+_load()

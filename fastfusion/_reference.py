@@ -1,0 +1,153 @@
+"""Attention in plain torch: the definition, the oracle of the tests and the fallback.
+
+Sums are taken in promote_types(dtype, float32), so that float64 stays float64. Nothing here reads
+a tensor's data, so it traces, exports, vmaps and differentiates to any order.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastfusion import _philox
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def hide(tensor: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Rows that `padding_mask` hides become 0: masked scores alone would leave 0 * NaN = NaN."""
+    if padding_mask is None:
+        return tensor
+    return tensor.masked_fill(padding_mask[:, None, :, None], 0.0)
+
+
+def masked_scores(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """S in the accumulation dtype, -inf where a score is hidden; key has the query's heads."""
+    acc = accumulation_dtype(query.dtype)
+    scores = (query.to(acc) @ key.to(acc).transpose(-1, -2)) * scale
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(scores.shape)
+        if attn_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attn_mask, -math.inf)
+        else:
+            scores = scores + attn_mask.to(acc)
+    if is_causal:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~visible, -math.inf)
+    if key_padding_mask is not None:
+        scores = scores.masked_fill(key_padding_mask[:, None, None, :], -math.inf)
+    return scores
+
+
+def safe_softmax(scores: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Softmax and log-sum-exp along `dim`; a slice of -inf alone gives 0 and -inf."""
+    dead = (scores == -math.inf).all(dim, keepdim=True)
+    scores = scores.masked_fill(dead, 0.0)
+    lse = torch.logsumexp(scores, dim).masked_fill(dead.squeeze(dim), -math.inf)
+    return torch.softmax(scores, dim).masked_fill(dead, 0.0), lse
+
+
+def dropout_factor(
+    probabilities: Tensor, seed: Tensor | None, dropout_p: float, stream: int
+) -> Tensor | None:
+    """c of the formulas: 1 / (1 - p) where a score is kept and 0 elsewhere; None without."""
+    if seed is None:
+        return None
+    keep = _philox.keep_mask(seed, dropout_p, *probabilities.shape, stream=stream)
+    return keep.to(probabilities.dtype) * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
+
+
+def _grouped(tensor: Tensor, heads: int) -> Tensor:
+    kv_heads = tensor.shape[1]
+    return tensor if kv_heads == heads else tensor.repeat_interleave(heads // kv_heads, dim=1)
+
+
+def _ungrouped(gradient: Tensor, kv_heads: int) -> Tensor:
+    heads = gradient.shape[1]
+    return gradient if kv_heads == heads else gradient.unflatten(1, (kv_heads, -1)).sum(2)
+
+
+def rows_outside(tensor: Tensor) -> Tensor:
+    """The same values in memory (batch, length, heads, dim)."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of normalised arguments; see `scaled_dot_product_attention`."""
+    heads, acc = query.shape[1], accumulation_dtype(query.dtype)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    key = _grouped(hide(key, key_padding_mask), heads)
+    value = _grouped(hide(value, key_padding_mask), heads)
+    scores = masked_scores(query, key, attn_mask, key_padding_mask, is_causal, scale)
+    probabilities, lse = safe_softmax(scores, -1)
+    factor = dropout_factor(probabilities, seed, dropout_p, _philox.ROW_STREAM)
+    if factor is not None:
+        probabilities = probabilities * factor
+    return rows_outside((probabilities @ value.to(acc)).to(query.dtype)), lse
+
+
+def attention_backward_reference(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv, d attn_mask) by the formulas that the kernels compute.
+
+    Differentiable in every tensor, with the softmax recomputed from the scores: the derivative
+    of this function is the second derivative of attention.
+    """
+    heads, kv_heads, acc = query.shape[1], key.shape[1], accumulation_dtype(query.dtype)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    key = _grouped(hide(key, key_padding_mask), heads)
+    value = _grouped(hide(value, key_padding_mask), heads)
+    scores = masked_scores(query, key, attn_mask, key_padding_mask, is_causal, scale)
+    probabilities, _ = safe_softmax(scores, -1)
+    factor = dropout_factor(probabilities, seed, dropout_p, _philox.ROW_STREAM)
+    gradient = grad_out.to(acc)
+    grad_p = gradient @ value.to(acc).transpose(-1, -2)
+    dropped = probabilities
+    if factor is not None:
+        grad_p, dropped = grad_p * factor, probabilities * factor
+    delta = (probabilities * grad_p).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta - grad_lse.to(acc).unsqueeze(-1)
+    grad_scores = probabilities * (grad_p - delta)
+    grad_query = (grad_scores @ key.to(acc)) * scale
+    grad_key = (grad_scores.transpose(-1, -2) @ query.to(acc)) * scale
+    grad_value = dropped.transpose(-1, -2) @ gradient
+    grad_mask = None
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        grad_mask = grad_scores.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
+    return (
+        grad_query.to(query.dtype),
+        _ungrouped(hide(grad_key, key_padding_mask), kv_heads).to(key.dtype),
+        _ungrouped(hide(grad_value, key_padding_mask), kv_heads).to(value.dtype),
+        grad_mask,
+    )

@@ -1,0 +1,392 @@
+"""How torch sees the compiled attention op: shapes for tracing, gradients, vmap, FLOPs.
+
+The C++ library defines one kernel under two schemas and its backward:
+
+    attention           differentiable, for compiled code with gradients and for export
+    attention_forward   raw, for eager calls and gradient-free compiled code
+    attention_out       raw, without lse: the eager inference call
+    attention_backward
+
+A Python autograd kernel costs 5 us a call even without gradients, hence the raw schemas; an
+autograd.Function with setup_context costs 22 us more than one of the old style, hence two
+Function classes: `_AttentionEager` for plain eager calls, `_Attention` for torch.func and graphs.
+Order of choice and reasons: see `attention`.
+"""
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.autograd import Function
+
+from fastfusion import _library
+from fastfusion._reference import attention_backward_reference, attention_reference
+
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+_is_compiling = torch.compiler.is_compiling
+_is_exporting = torch.compiler.is_exporting
+_is_grad_enabled = torch.is_grad_enabled
+_transforms_active = torch._C._are_functorch_transforms_active
+_out: Any = None
+_forward: Any = None
+_backward: Any = None
+_graph: Any = None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    return_lse: bool,
+) -> Any:
+    """The compiled op on normalised arguments, by the schema that fits the moment."""
+    needs_gradient = _is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (attn_mask is not None and attn_mask.requires_grad)
+    )
+    given = (
+        query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal, scale,
+        enable_gqa,
+    )  # fmt: skip
+    if _is_compiling():
+        if _transforms_active():
+            result = _by_reference(*given)
+        elif needs_gradient or _is_exporting():
+            result = _graph(*given)
+        else:
+            result = _forward(*given)
+    elif forward_ad._current_level >= 0:
+        result = _by_reference(*given)
+    elif _transforms_active():
+        result = _Attention.apply(*given)
+    elif needs_gradient:
+        result = _AttentionEager.apply(*given)
+    elif return_lse:
+        return _forward(*given)
+    else:
+        return _out(*given)
+    return result if return_lse else result[0]
+
+
+def _by_reference(*given: Any) -> tuple[Tensor, Tensor]:
+    return attention_reference(*given[:-1])
+
+
+def _fold(tensors: tuple[Any, ...], in_dims: tuple[Any, ...], size: int) -> list[Any]:
+    """Move the vmapped dimension into the batch; contiguous, as kernels expect of lse and out."""
+
+    def fold(tensor: Tensor, dim: int | None) -> Tensor:
+        tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        return tensor.flatten(0, 1).contiguous()
+
+    return [
+        None if tensor is None else fold(tensor, dim)
+        for tensor, dim in zip(tensors, in_dims, strict=True)
+    ]
+
+
+def _full_rank(mask: Tensor | None, dim: int | None, batch: int) -> tuple[Tensor | None, int]:
+    """A mask with its vmapped dimension first and then (batch, heads, q_len, kv_len)."""
+    if mask is None or dim is None:
+        return mask, 0
+    mask = mask.movedim(dim, 0)
+    while mask.dim() < 5:
+        mask = mask.unsqueeze(1)
+    return mask.expand(-1, batch, -1, -1, -1), 0
+
+
+def _unfold(tensor: Tensor, size: int) -> Tensor:
+    return tensor.unflatten(0, (size, tensor.shape[0] // size))
+
+
+def _select(tensors: tuple[Any, ...], in_dims: tuple[Any, ...], index: int) -> list[Any]:
+    return [
+        t if t is None or d is None else t.select(d, index)
+        for t, d in zip(tensors, in_dims, strict=True)
+    ]
+
+
+def _stacked(results: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.stack(column) for column in zip(*results, strict=True))
+
+
+class _Backward(Function):
+    """The backward op, itself differentiable: its derivative is that of the formula in torch.
+
+    torch.func always asks for a graph, so a double backward through the reference that is chosen
+    by is_grad_enabled() alone would make every torch.func.grad quadratic in memory.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        seed: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        mask_gradient: bool,
+    ) -> Any:
+        return _backward(
+            grad_out, grad_lse, query, key, value, attn_mask, key_padding_mask, seed, out, lse,
+            dropout_p, is_causal, scale, mask_gradient,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:8])
+        ctx.dropout_p, ctx.is_causal, ctx.scale, ctx.mask_gradient = inputs[10:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        grad_out, grad_lse, query, key, value, attn_mask, padding, seed = ctx.saved_tensors
+        primals = {"grad_out": grad_out, "query": query, "key": key, "value": value}
+        if grad_lse is not None:
+            primals["grad_lse"] = grad_lse
+        if ctx.mask_gradient:
+            primals["attn_mask"] = attn_mask
+        constants = {} if ctx.mask_gradient else {"attn_mask": attn_mask}
+        if grad_lse is None:
+            constants["grad_lse"] = None
+
+        def formula(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            results = attention_backward_reference(
+                **tensors,
+                **constants,
+                key_padding_mask=padding,
+                seed=seed,
+                dropout_p=ctx.dropout_p,
+                is_causal=ctx.is_causal,
+                scale=ctx.scale,
+            )
+            return tuple(r for r in results if r is not None)[: 4 if ctx.mask_gradient else 3]
+
+        values, pullback = torch.func.vjp(formula, primals)
+        filled = tuple(
+            torch.zeros_like(v) if g is None else g.to(v.dtype)
+            for v, g in zip(values, gradients, strict=False)
+        )
+        (pulled,) = pullback(filled)
+        order = ("grad_out", "grad_lse", "query", "key", "value", "attn_mask")
+        return (*(pulled.get(name) for name in order), *[None] * 8)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
+        tensors, dims, size = given[:10], list(in_dims[:10]), info.batch_size
+        mask_gradient = given[13]
+        if given[7] is not None or mask_gradient:
+            # A dropout mask is a function of the batch index, and a mask's gradient is reduced
+            # over the batch: neither survives folding.
+            results = [
+                _Backward.apply(*_select(tensors, tuple(dims), i), *given[10:])
+                for i in range(size)
+            ]
+            return _stacked(results), (0, 0, 0, 0)
+        batch = given[2].shape[0 if dims[2] is None or dims[2] > 0 else 1]
+        folded = _folded(tensors, dims, size, batch, mask_at=5)
+        grad_query, grad_key, grad_value, empty = _Backward.apply(*folded, *given[10:])
+        results = tuple(_unfold(t, size) for t in (grad_query, grad_key, grad_value))
+        return (*results, empty), (0, 0, 0, None)
+
+
+def _folded(
+    tensors: tuple[Any, ...], dims: list[Any], size: int, batch: int, mask_at: int
+) -> list[Any]:
+    """All tensors folded; a mask that is not vmapped and has no batch stays as it is."""
+    mask, mask_dim = tensors[mask_at], dims[mask_at]
+    others = _fold(
+        tensors[:mask_at] + tensors[mask_at + 1 :],
+        tuple(dims[:mask_at] + dims[mask_at + 1 :]),
+        size,
+    )
+    if mask is not None:
+        if mask_dim is not None:
+            mask, _ = _full_rank(mask, mask_dim, batch)
+            mask = mask.flatten(0, 1)  # type: ignore[union-attr]
+        elif mask.dim() == 4 and mask.shape[0] != 1:
+            mask = mask.repeat(size, 1, 1, 1)
+    return [*others[:mask_at], mask, *others[mask_at:]]
+
+
+class _Attention(Function):
+    """Attention under torch.func transforms and as the autograd kernel of the graph op."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        seed: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+    ) -> Any:
+        return _forward(
+            query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal, scale,
+            enable_gqa,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:6], *output)
+        ctx.dropout_p, ctx.is_causal, ctx.scale = inputs[6:9]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        query, key, value, attn_mask, padding, seed, out, lse = ctx.saved_tensors
+        if grad_out is None:
+            if grad_lse is None:
+                return (None,) * 10
+            grad_out = torch.zeros_like(out)
+        mask_gradient = attn_mask is not None and ctx.needs_input_grad[3]
+        differentiable = torch.is_grad_enabled() or _transforms_active()
+        run = _Backward.apply if differentiable else _backward
+        gradients = run(
+            grad_out, grad_lse, query, key, value, attn_mask, padding, seed, out, lse,
+            ctx.dropout_p, ctx.is_causal, ctx.scale, mask_gradient,
+        )  # fmt: skip
+        return (*gradients[:3], gradients[3] if mask_gradient else None, *[None] * 6)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
+        tensors, dims, size = given[:6], list(in_dims[:6]), info.batch_size
+        if given[5] is not None:
+            results = [
+                _Attention.apply(*_select(tensors, tuple(dims), i), *given[6:])
+                for i in range(size)
+            ]
+            return _stacked(results), (0, 0)
+        batch = given[0].shape[0 if dims[0] is None or dims[0] > 0 else 1]
+        out, lse = _Attention.apply(*_folded(tensors, dims, size, batch, mask_at=3), *given[6:])
+        return (_unfold(out, size), _unfold(lse, size)), (0, 0)
+
+
+class _AttentionEager(_Attention):
+    """The same by the old protocol: Function.apply with setup_context inspects signatures."""
+
+    setup_context = Function.setup_context
+    vmap = Function.vmap
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Any:  # type: ignore[override]
+        output = _forward(*given)
+        _Attention.setup_context(ctx, given, output)
+        return output
+
+
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, q_len, head_dim = query.shape
+    torch._check(key.shape[0] == batch)
+    torch._check(key.shape[3] == head_dim)
+    torch._check(value.shape[0] == batch)
+    torch._check(value.shape[1] == key.shape[1])
+    torch._check(value.shape[2] == key.shape[2])
+    if attn_mask is not None:
+        attn_mask.expand(batch, heads, q_len, key.shape[2])
+    if key_padding_mask is not None:
+        torch._check(key_padding_mask.shape[0] == batch)
+        torch._check(key_padding_mask.shape[1] == key.shape[2])
+    out = query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, q_len, dtype=torch.float32)
+
+
+def _fake_out(*given: Any) -> Tensor:
+    return _fake(*given)[0]
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def rows_outside(tensor: Tensor) -> Tensor:
+        batch, heads, length, dim = tensor.shape
+        return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+    wanted = others[-1] and attn_mask is not None
+    grad_mask = attn_mask.new_empty(attn_mask.shape) if wanted else query.new_empty(0)  # type: ignore[union-attr]
+    return rows_outside(query), rows_outside(key), rows_outside(value), grad_mask
+
+
+def _autograd_kernel(*given: Any) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given[:4]):
+        return _Attention.apply(*given)
+    return _forward(*given)
+
+
+def _graph_vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
+    return _Attention.vmap(info, in_dims, *given)
+
+
+def _flops(query: Any, key: Any, value: Any, *given: Any, **kwargs: Any) -> int:
+    batch, heads, q_len, dim = query
+    return 2 * batch * heads * q_len * key[2] * (dim + value[3])
+
+
+def _backward_flops(
+    grad_out: Any, grad_lse: Any, query: Any, key: Any, value: Any, *given: Any, **kwargs: Any
+) -> int:
+    # Scores again, dP, dV, dQ and dK: five products against the forward's two.
+    batch, heads, q_len, dim = query
+    return 2 * batch * heads * q_len * key[2] * (3 * dim + 2 * value[3])
+
+
+def _register() -> None:
+    global _out, _forward, _backward, _graph
+    ops = torch.ops.fastfusion
+    _graph = ops.attention.default
+    _forward = ops.attention_forward.default
+    _out = ops.attention_out.default
+    _backward = ops.attention_backward.default
+    for name, fake in (
+        ("attention", _fake),
+        ("attention_forward", _fake),
+        ("attention_out", _fake_out),
+        ("attention_backward", _fake_backward),
+    ):
+        torch.library.register_fake(f"fastfusion::{name}", fake)
+    _IMPLEMENTATIONS.impl("attention", _autograd_kernel, "Autograd")
+    torch.library.register_vmap("fastfusion::attention", _graph_vmap)
+
+
+_IMPLEMENTATIONS = torch.library.Library("fastfusion", "IMPL")
+if _library.cpu_unavailable is None:
+    _register()

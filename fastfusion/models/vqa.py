@@ -1,0 +1,192 @@
+"""Visual question answering with a Transformer encoder per modality and attention both ways between them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastfusion.nn as ffnn
+
+
+class VQATransformer(nn.Module):
+    """Answer a question about an image, both given as features.
+
+    A Transformer encoder per modality, one :class:`fastfusion.nn.CrossModalAttention` layer (text attends to
+    the image and the image to the text, from one score matrix), the mean of each modality over the tokens that
+    are not padding, and a linear layer on their concatenation (``visual_dim + text_dim``).
+
+    The encoders do not see each other, so several questions about one image can share its encoding:
+    ``model.fuse(model.encode_visual(image)[image_index], model.encode_text(text)[text_index])``.
+
+    Args:
+        visual_dim, text_dim: feature width of each modality, each a multiple of ``num_heads``.
+        num_heads: attention heads of every layer.
+        dim_feedforward: hidden width of every feed-forward part.
+        num_layers: encoder layers per modality.
+        num_classes: number of answers.
+        dropout: probability of dropout, everywhere and in training only.
+        activation, layer_norm_eps, norm_first, bias: as in ``torch.nn.TransformerEncoderLayer``.
+
+    Raises:
+        ValueError: a width or count below 1, a width that ``num_heads`` does not divide, ``dropout`` outside [0, 1].
+        TypeError: a width or count that is not an int.
+
+    The two-stream layout follows LXMERT (Tan and Bansal, 2019, https://arxiv.org/abs/1908.07490); attention in
+    both directions from one score matrix is that of GLIP (Li et al., 2022, https://arxiv.org/abs/2112.03857).
+    """
+
+    def __init__(
+        self,
+        visual_dim: int,
+        text_dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        num_layers: int,
+        num_classes: int,
+        *,
+        dropout: float = 0.1,
+        activation: str = "relu",
+        layer_norm_eps: float = 1e-5,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "visual_dim": visual_dim,
+            "text_dim": text_dim,
+            "num_heads": num_heads,
+            "dim_feedforward": dim_feedforward,
+            "num_layers": num_layers,
+            "num_classes": num_classes,
+        }
+        for name, value in sizes.items():
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("visual_dim", "text_dim"):
+            if sizes[name] % num_heads:
+                raise ValueError(f"{name} must be a multiple of num_heads={num_heads}, got {sizes[name]}")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
+
+        self.visual_dim, self.text_dim = visual_dim, text_dim
+        shared: dict[str, Any] = {
+            "dropout": dropout,
+            "activation": activation,
+            "layer_norm_eps": layer_norm_eps,
+            "norm_first": norm_first,
+            "bias": bias,
+            "device": device,
+            "dtype": dtype,
+        }
+
+        def encoder(width: int) -> nn.Module:
+            layer = ffnn.TransformerEncoderLayer(
+                width, num_heads, dim_feedforward, batch_first=True, **shared
+            )
+            # The residual stream of a norm_first encoder ends without a norm of its own.
+            norm = (
+                nn.LayerNorm(width, layer_norm_eps, bias=bias, device=device, dtype=dtype)
+                if norm_first
+                else None
+            )
+            return ffnn.TransformerEncoder(layer, num_layers, norm, enable_nested_tensor=False)
+
+        self.visual_encoder = encoder(visual_dim)
+        self.text_encoder = encoder(text_dim)
+        self.fusion = ffnn.CrossModalAttention(
+            visual_dim, text_dim, num_heads, dim_feedforward=dim_feedforward, **shared
+        )
+        self.output = nn.Linear(visual_dim + text_dim, num_classes, device=device, dtype=dtype)
+
+    def encode_visual(self, visual: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Encode an image's features: (images, Lv, visual_dim) in and out; mask as in :meth:`forward`."""
+        _check("visual", visual, self.visual_dim, padding_mask)
+        return self.visual_encoder(visual, src_key_padding_mask=padding_mask)
+
+    def encode_text(self, text: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Encode a question's features: (texts, Lt, text_dim) in and out; mask as in :meth:`forward`."""
+        _check("text", text, self.text_dim, padding_mask)
+        return self.text_encoder(text, src_key_padding_mask=padding_mask)
+
+    def fuse(
+        self,
+        visual: Tensor,
+        text: Tensor,
+        visual_padding_mask: Tensor | None = None,
+        text_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The part of :meth:`forward` after the encoders; same arguments, encoded."""
+        _check("visual", visual, self.visual_dim, visual_padding_mask)
+        _check("text", text, self.text_dim, text_padding_mask)
+        if not torch.compiler.is_compiling() and visual.shape[0] != text.shape[0]:
+            raise ValueError(
+                "visual and text must have one batch size, "
+                f"got visual {tuple(visual.shape)} and text {tuple(text.shape)}"
+            )
+        fused = self.fusion(visual, text, visual_padding_mask, text_padding_mask, need_weights)
+        pooled = (_mean(fused[0], visual_padding_mask), _mean(fused[1], text_padding_mask))
+        logits = self.output(torch.cat(pooled, dim=-1))
+        return (logits, fused[3]) if need_weights else logits
+
+    def forward(
+        self,
+        visual: Tensor,
+        text: Tensor,
+        visual_padding_mask: Tensor | None = None,
+        text_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Score every answer.
+
+        Args:
+            visual: floating (B, Lv, visual_dim).
+            text: the same dtype, (B, Lt, text_dim).
+            visual_padding_mask, text_padding_mask: bool (B, Lv) and (B, Lt), True = ignore the token.
+            need_weights: also return the attention of the text over the image.
+
+        Returns:
+            Logits (B, num_classes); with ``need_weights`` the pair of them and the weights (B, Lt, Lv),
+            averaged over heads.
+
+        Raises:
+            ValueError: a wrong rank, width or batch size, or a mask that does not fit.
+            TypeError: a mask that is not bool.
+        """
+        return self.fuse(
+            self.encode_visual(visual, visual_padding_mask),
+            self.encode_text(text, text_padding_mask),
+            visual_padding_mask,
+            text_padding_mask,
+            need_weights,
+        )
+
+
+def _check(name: str, features: Tensor, width: int, padding_mask: Tensor | None) -> None:
+    if features.dim() != 3 or features.shape[2] != width:
+        raise ValueError(f"{name} must be (batch, length, {width}), got {tuple(features.shape)}")
+    if padding_mask is None:
+        return
+    if padding_mask.dtype != torch.bool:
+        raise TypeError(f"{name}_padding_mask must be bool (True = ignore), got {padding_mask.dtype}")
+    if padding_mask.dim() != 2 or (
+        # Under tracing the layers below compare the lengths, without pinning them to numbers.
+        not torch.compiler.is_compiling() and padding_mask.shape != features.shape[:2]
+    ):
+        raise ValueError(
+            f"{name}_padding_mask must be (batch, length) = {tuple(features.shape[:2])}, "
+            f"got {tuple(padding_mask.shape)}"
+        )
+
+
+def _mean(tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """The mean over the tokens that are not padding; 0 where all are."""
+    if padding_mask is None:
+        return tokens.mean(dim=1)
+    total = tokens.masked_fill(padding_mask.unsqueeze(-1), 0.0).sum(dim=1)
+    count = (~padding_mask).sum(dim=1, keepdim=True).clamp(min=1)
+    return total / count

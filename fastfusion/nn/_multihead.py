@@ -1,0 +1,489 @@
+"""Multi-head attention as a drop-in for torch.nn.MultiheadAttention."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import has_torch_function
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fastfusion._arguments import autocast_dtype
+from fastfusion.nn import _nested
+from fastfusion.nn._weights import attention_with_weights
+from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
+from fastfusion.ops.varlen_attention import varlen_attention
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def stay_visible(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook that does nothing.
+
+    In eval mode torch's TransformerEncoderLayer runs a C++ function on the weights of its parts
+    instead of calling them, unless one of them carries a hook.
+    """
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """Multi-head attention (Vaswani et al., "Attention Is All You Need", 2017), fused.
+
+    A drop-in for `torch.nn.MultiheadAttention`: arguments, shapes, state_dict and initial weights
+    are torch's. Inputs that the fused path does not take run through torch's own slow path, so
+    that errors are torch's as well. It differs in that
+
+    - a query with no key left gives `out_proj.bias` and weights of 0, where torch may give NaN;
+    - self-attention on nested tensors (strided and jagged) works in training too, and attention
+      to another nested tensor does; the result is nested in the layout of the query;
+    - `need_weights=True` costs about as much as `need_weights=False`;
+    - the result is contiguous in both settings of `batch_first`.
+
+    Raises:
+        RuntimeError, AssertionError: arguments that do not fit, as torch.nn.MultiheadAttention
+            raises them in training mode.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
+            batch_first, device, dtype,
+        )  # fmt: skip
+        self.register_forward_pre_hook(stay_visible)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from `query` to `key` and `value`.
+
+        Args:
+            query: (q_len, batch, embed_dim), (batch, q_len, embed_dim) if `batch_first`, or
+                (q_len, embed_dim); or nested (batch, ragged, embed_dim) if `batch_first`.
+            key: the same with kv_len and `kdim`.
+            value: the same with kv_len and `vdim`.
+            key_padding_mask: (batch, kv_len) or (kv_len,): bool, True = ignore the key, or float,
+                added to its scores.
+            need_weights: also return the attention weights.
+            attn_mask: (q_len, kv_len) or (batch * num_heads, q_len, kv_len): bool, True = must not
+                attend (the opposite of the op's), or float, added to the scores.
+            average_attn_weights: average the weights over the heads.
+            is_causal: promises that `attn_mask` is the causal mask. With `need_weights=False` and
+                no `key_padding_mask` the mask itself is then not looked at.
+
+        Returns:
+            The output in the shape of `query`, and the weights (batch, q_len, kv_len), per head
+            (batch, num_heads, q_len, kv_len), or None. The weights are those after dropout, with
+            the columns of `add_bias_kv` and `add_zero_attn`, and differentiable.
+        """
+        batched = query.dim() == 3
+        if query.is_nested or key.is_nested or value.is_nested:
+            return self._forward_nested(
+                query, key, value, key_padding_mask, need_weights, attn_mask,
+                average_attn_weights, is_causal,
+            )  # fmt: skip
+        if not self._is_legal(
+            query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
+        ):
+            return self._forward_in_torch(
+                query, key, value, key_padding_mask, need_weights, attn_mask,
+                average_attn_weights, is_causal,
+            )  # fmt: skip
+        if (
+            key_padding_mask is not None
+            and attn_mask is not None
+            and key_padding_mask.dtype != attn_mask.dtype
+        ):
+            warnings.warn(
+                "Support for mismatched key_padding_mask and attn_mask is deprecated. "
+                "Use same type for both instead.",
+                stacklevel=2,
+            )
+        batch_first = self.batch_first or not batched
+        # Which tensors are one and the same, before unsqueeze makes three of them.
+        shared = (query is key, key is value)
+        if not batched:
+            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+            if key_padding_mask is not None:
+                key_padding_mask = key_padding_mask.unsqueeze(0)
+        projected = self._project(query, key, value, shared)
+        q, k, v = (_heads(t, self.num_heads, batch_first) for t in projected)
+        if self.bias_k is not None or self.add_zero_attn:
+            k, v, key_padding_mask, attn_mask = self._append_columns(
+                k, v, key_padding_mask, attn_mask
+            )
+        dropout_p = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            bias, padding = _merge_masks(attn_mask, key_padding_mask, q, additive=True)
+            out, weights = attention_with_weights(q, k, v, bias, padding, dropout_p)
+            if average_attn_weights:
+                weights = weights.mean(1)
+            if not batched:
+                weights = weights.squeeze(0)
+        else:
+            # As in torch: alone, the hint replaces the mask; beside padding the mask counts.
+            is_causal = is_causal and key_padding_mask is None
+            bias, padding = _merge_masks(
+                None if is_causal else attn_mask, key_padding_mask, q, additive=False
+            )
+            out = scaled_dot_product_attention(
+                q, k, v, bias, dropout_p, is_causal, key_padding_mask=padding
+            )
+        out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)
+        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
+        return (out if batched else out.squeeze(0)), weights
+
+    def _is_legal(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> bool:
+        """Whether the fused path takes these arguments: by type, dtype, device and shape only."""
+        shape = query.shape
+        rank = len(shape)
+        same = query is key and key is value
+        if rank not in (2, 3) or shape[-1] != self.embed_dim or not _is_plain(query):
+            return False
+        dtype = query.dtype
+        weight = self.in_proj_weight if self._qkv_same_embed_dim else self.q_proj_weight
+        mixed = dtype != weight.dtype or not (dtype == key.dtype == value.dtype)
+        if mixed and not _is_autocast(query):
+            return False
+        if not same:
+            if not (_is_plain(key) and _is_plain(value)) or len(key.shape) != rank:
+                return False
+            if key.shape[:-1] != value.shape[:-1]:
+                return False
+            batch = 0 if self.batch_first else 1
+            if rank == 3 and key.shape[batch] != shape[batch]:
+                return False
+        if key.shape[-1] != self.kdim or value.shape[-1] != self.vdim:
+            return False
+        if attn_mask is None and key_padding_mask is None:
+            return not is_causal
+        if attn_mask is None and is_causal:
+            return False
+        if not all(m is None or isinstance(m, Tensor) for m in (attn_mask, key_padding_mask)):
+            return False
+        if rank == 2:
+            batch_size, q_len, kv_len = 1, shape[0], key.shape[0]
+        elif self.batch_first:
+            batch_size, q_len, kv_len = shape[0], shape[1], key.shape[1]
+        else:
+            batch_size, q_len, kv_len = shape[1], shape[0], key.shape[0]
+
+        def is_legal_dtype(mask: Tensor) -> bool:
+            if not (_is_plain(mask) and mask.device == query.device):
+                return False
+            if mask.dtype in (torch.bool, dtype):
+                return True
+            # As torch's: its SDPA adds a float32 mask to half-precision scores, its product
+            # with weights does not.
+            return mask.is_floating_point() and (
+                _is_autocast(query)
+                or (mask.dtype == torch.float32 and dtype in _HALVES and not need_weights)
+            )
+
+        if attn_mask is not None:
+            scores = (q_len, kv_len)
+            if attn_mask.dim() == 3:
+                scores = (batch_size * self.num_heads, q_len, kv_len)  # type: ignore[assignment]
+            if attn_mask.shape != scores or not is_legal_dtype(attn_mask):
+                return False
+        if key_padding_mask is not None:
+            keys = (kv_len,) if rank == 2 else (batch_size, kv_len)
+            if key_padding_mask.shape != keys or not is_legal_dtype(key_padding_mask):
+                return False
+        return True
+
+    def _project(
+        self, query: Tensor, key: Tensor, value: Tensor, shared: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The three input projections (..., embed_dim), in as few products as inputs differ."""
+        width = self.embed_dim
+        bias = self.in_proj_bias
+        query_is_key, key_is_value = shared
+        if not self._qkv_same_embed_dim:
+            q_bias, k_bias, v_bias = (None,) * 3 if bias is None else bias.chunk(3)
+            return (
+                F.linear(query, self.q_proj_weight, q_bias),
+                F.linear(key, self.k_proj_weight, k_bias),
+                F.linear(value, self.v_proj_weight, v_bias),
+            )
+        weight = self.in_proj_weight
+        if query_is_key and key_is_value:
+            q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, width)).unbind(-2)
+            return q, k, v
+        if key_is_value:
+            both = F.linear(key, weight[width:], None if bias is None else bias[width:])
+            k, v = both.unflatten(-1, (2, width)).unbind(-2)
+            q = F.linear(query, weight[:width], None if bias is None else bias[:width])
+            return q, k, v
+        q_weight, k_weight, v_weight = weight.chunk(3)
+        q_bias, k_bias, v_bias = (None,) * 3 if bias is None else bias.chunk(3)
+        return (
+            F.linear(query, q_weight, q_bias),
+            F.linear(key, k_weight, k_bias),
+            F.linear(value, v_weight, v_bias),
+        )
+
+    def _append_columns(
+        self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """One more key for `add_bias_kv`, one of zeros for `add_zero_attn`; no mask hides them."""
+        batch, heads, _, head_dim = k.shape
+        keys, values = [k], [v]
+        if self.bias_k is not None and self.bias_v is not None:
+            shape = (batch, heads, 1, head_dim)
+            keys.append(self.bias_k.view(1, heads, 1, head_dim).to(k.dtype).expand(shape))
+            values.append(self.bias_v.view(1, heads, 1, head_dim).to(v.dtype).expand(shape))
+        if self.add_zero_attn:
+            zeros = k.new_zeros(1, 1, 1, 1).expand(batch, heads, 1, head_dim)
+            keys.append(zeros)
+            values.append(zeros)
+        added = (0, len(keys) - 1)
+        if attn_mask is not None:
+            attn_mask = F.pad(attn_mask, added)
+        if key_padding_mask is not None:
+            key_padding_mask = F.pad(key_padding_mask, added)
+        return torch.cat(keys, 2), torch.cat(values, 2), key_padding_mask, attn_mask
+
+    def _forward_in_torch(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What torch.nn.MultiheadAttention.forward does outside its C++ path."""
+        batch_first = self.batch_first and query.dim() == 3
+        key_padding_mask = F._canonical_mask(
+            mask=key_padding_mask,
+            mask_name="key_padding_mask",
+            other_type=F._none_or_dtype(attn_mask),
+            other_name="attn_mask",
+            target_type=query.dtype,
+        )
+        attn_mask = F._canonical_mask(
+            mask=attn_mask,
+            mask_name="attn_mask",
+            other_type=None,
+            other_name="",
+            target_type=query.dtype,
+            check_other=False,
+        )
+        if batch_first:
+            # The function below looks at which of the three are one tensor.
+            if key is value:
+                if query is key:
+                    query = key = value = query.transpose(1, 0)
+                else:
+                    query, key = query.transpose(1, 0), key.transpose(1, 0)
+                    value = key
+            else:
+                query, key, value = (t.transpose(1, 0) for t in (query, key, value))
+        out, weights = F.multi_head_attention_forward(
+            query,
+            key,
+            value,
+            self.embed_dim,
+            self.num_heads,
+            self.in_proj_weight,
+            self.in_proj_bias,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            self.dropout,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            training=self.training,
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            use_separate_proj_weight=not self._qkv_same_embed_dim,
+            q_proj_weight=self.q_proj_weight,
+            k_proj_weight=self.k_proj_weight,
+            v_proj_weight=self.v_proj_weight,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
+        return (out.transpose(1, 0) if batch_first else out), weights
+
+    def _forward_nested(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over the packed values of nested tensors, without padding."""
+        if is_causal and attn_mask is None:
+            raise RuntimeError(
+                "Need attn_mask if specifying the is_causal hint. "
+                "You may use the Transformer module method "
+                "`generate_square_subsequent_mask` to create this mask."
+            )
+        packed = self._pack(query, key, value)
+        reason = None
+        if key_padding_mask is not None or attn_mask is not None:
+            reason = "masks are not supported with NestedTensor input"
+        elif self.bias_k is not None or self.add_zero_attn:
+            reason = "add_bias_kv and add_zero_attn are not supported with NestedTensor input"
+        elif not self.batch_first:
+            reason = "batch_first was not True"
+        elif isinstance(packed, str):
+            reason = packed
+        if reason is not None or isinstance(packed, str):
+            raise AssertionError(
+                "MultiheadAttention does not support NestedTensor outside of its fast path. "
+                f"The fast path was not hit because {reason}"
+            )
+        queries, keys, values = packed
+        dropout_p = self.dropout if self.training else 0.0
+        shared = (query is key, key is value)
+        projected = self._project(queries.values, keys.values, values.values, shared)
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in projected)
+        weights = None
+        if need_weights:
+            out, weights = self._attend_padded(q, k, v, queries, keys, dropout_p)
+            if average_attn_weights:
+                weights = weights.mean(1)
+        else:
+            out = varlen_attention(
+                q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest,
+                dropout_p=dropout_p,
+            )  # fmt: skip
+        out = F.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)
+        return _nested.unpack(out, query), weights
+
+    def _pack(
+        self, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[_nested.Packed, _nested.Packed, _nested.Packed] | str:
+        """The packed query, key and value, or the reason why they do not fit together."""
+        if not (query.is_nested and key.is_nested and value.is_nested):
+            return "query, key and value were not all NestedTensors"
+        if not query.layout == key.layout == value.layout:
+            return "query, key and value were not of the same layout"
+        queries = _nested.pack(query)
+        keys = queries if key is query else _nested.pack(key)
+        values = keys if value is key else _nested.pack(value)
+        if queries is None or keys is None or values is None:
+            return "the shape was not (batch, ragged length, width)"
+        if values is not keys and not _nested.same_lengths(keys, values, key, value):
+            return "key and value did not have the same lengths"
+        if queries.offsets.shape != keys.offsets.shape:
+            return "query and key did not have the same batch size"
+        return queries, keys, values
+
+    def _attend_padded(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: _nested.Packed,
+        keys: _nested.Packed,
+        dropout_p: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Packed q, k, v (total, heads, head_dim) to packed output and padded weights."""
+        absent_queries, absent_keys = _absent(queries), _absent(keys)
+        query, key, value = (
+            t.new_zeros(*absent.shape, *t.shape[1:]).index_put((~absent,), t).transpose(1, 2)
+            for t, absent in ((q, absent_queries), (k, absent_keys), (v, absent_keys))
+        )
+        out, weights = attention_with_weights(query, key, value, None, absent_keys, dropout_p)
+        weights = weights.masked_fill(absent_queries[:, None, :, None], 0.0)
+        return out.transpose(1, 2)[~absent_queries], weights
+
+
+def _absent(packed: _nested.Packed) -> Tensor:
+    """(batch, longest), True behind the end of a sequence."""
+    lengths = packed.offsets.diff()
+    return torch.arange(packed.longest, device=lengths.device) >= lengths[:, None]
+
+
+def _is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast will make the dtypes agree."""
+    return autocast_dtype(tensor.device.type) is not None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Not a subclass with a life of its own (DTensor, quantized, masked ...)."""
+    return type(tensor) is Tensor or not (
+        has_torch_function((tensor,)) or is_traceable_wrapper_subclass(tensor)
+    )
+
+
+def _heads(tensor: Tensor, num_heads: int, batch_first: bool) -> Tensor:
+    """(batch, length, width) or (length, batch, width) seen as (batch, heads, length, dim)."""
+    tensor = tensor.unflatten(-1, (num_heads, tensor.shape[-1] // num_heads))
+    return tensor.transpose(1, 2) if batch_first else tensor.permute(1, 2, 0, 3)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask, True = hidden, as a float one."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+
+
+def _merge_masks(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor, *, additive: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """torch.nn's masks (True = hidden) as the attention's.
+
+    Args:
+        query: (batch, heads, q_len, head_dim).
+        additive: give `attn_mask` as a float to be added, not as bool.
+
+    Returns:
+        A mask that broadcasts to (batch, heads, q_len, kv_len), as a bool True = attend, and the
+        bool key padding mask (batch, kv_len); a float one has gone into the former.
+    """
+    bias, padding = attn_mask, key_padding_mask
+    if bias is not None:
+        if bias.dim() == 3:
+            bias = bias.unflatten(0, query.shape[:2])
+        elif additive:
+            bias = bias[None, None]
+    if padding is not None and padding.dtype != torch.bool:
+        keys = padding[:, None, None, :]
+        padding = None
+        if bias is None:
+            return keys, None
+        bias = (_additive(bias, keys.dtype) if bias.dtype == torch.bool else bias) + keys
+    if bias is not None and bias.dtype == torch.bool:
+        bias = _additive(bias, query.dtype) if additive else ~bias
+    return bias, padding

@@ -1,0 +1,18 @@
+"""The specifications of the ops: one file each with its maths, checks, reference and costs."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fastfusion._op import Op
+from fastfusion.ops import bidirectional_attention as _bidirectional
+from fastfusion.ops import scaled_dot_product_attention as _attention
+from fastfusion.ops import varlen_attention as _varlen
+
+ALL: tuple[Op, ...] = (_attention.OP, _bidirectional.OP, _varlen.OP)
+
+# The public functions, by which `explain` is asked.
+FUNCTIONS: dict[Callable[..., Any], Op] = {
+    _attention.scaled_dot_product_attention: _attention.OP,
+    _bidirectional.bidirectional_attention: _bidirectional.OP,
+    _varlen.varlen_attention: _varlen.OP,
+}

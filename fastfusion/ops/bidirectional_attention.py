@@ -1,0 +1,285 @@
+"""Bidirectional cross-modal attention: two softmax directions from one score matrix.
+
+The fusion of GLIP (Li et al., 2022, section 3.2), Grounding DINO (Liu et al., 2023, section 3.1)
+and BiXT (Hiller et al., 2024, section 3.2). For every batch entry and head, with
+S = scale * Q K^T + bias computed once:
+
+    out_q[i] = sum_j softmax_j(S[i, :])[j] * value[j]          over keys that no mask hides
+    out_k[j] = sum_i softmax_i(S[:, j])[i] * query_value[i]    over queries that no mask hides
+
+Masks: `key_padding_mask` removes keys from the first sum, `query_padding_mask` queries from the
+second; `attn_mask` is a bias on S and so acts in both. A padded position still gets an output of
+its own, from the other side. With P and R the two softmaxes (dropout factors c and d):
+
+    d value = (P c)^T dO_q     d query_value = (R d) dO_k
+    dS = P * (c * (dO_q value^T) - rowsum(dO_q * out_q) + d lse_q)
+       + R * (d * (query_value dO_k^T) - rowsum(dO_k * out_k) + d lse_k)       d bias = dS
+    d query = scale * dS key   d key = scale * dS^T query
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfusion import _arguments as arguments
+from fastfusion import _philox
+from fastfusion._op import Implementation, Op
+from fastfusion._reference import (
+    accumulation_dtype,
+    dropout_factor,
+    hide,
+    masked_scores,
+    rows_outside,
+    safe_softmax,
+)
+
+
+def bidirectional_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention from queries to keys and from keys to queries, sharing their scores.
+
+    Args:
+        query: (batch, heads, q_len, head_dim), float32, bfloat16, float16 or float64; 3-D inputs
+            (heads, length, dim) are accepted.
+        key: (batch, heads, kv_len, head_dim).
+        value: (batch, heads, kv_len, value_dim), what queries gather from keys.
+        query_value: (batch, heads, q_len, query_value_dim), what keys gather from queries.
+        attn_mask: broadcastable to (batch, heads, q_len, kv_len): bool, True = attend, or a
+            float bias that is added to the scores and may require a gradient.
+        query_padding_mask: bool (batch, q_len), True = keys ignore this query.
+        key_padding_mask: bool (batch, kv_len), True = queries ignore this key.
+        scale: factor of the scores, any finite number; 1 / sqrt(head_dim) by default.
+        dropout_p: probability of dropping a weight, drawn anew for each direction.
+        return_lse: also return the log-sum-exp of each row and of each column of the scores.
+        backend: as in `scaled_dot_product_attention`.
+
+    Returns:
+        out_q (batch, heads, q_len, value_dim) and out_k (batch, heads, kv_len, query_value_dim);
+        with `return_lse` also lse_q (batch, heads, q_len) and lse_k (batch, heads, kv_len).
+
+    Raises:
+        TypeError: an argument is not of the type or dtype named above.
+        ValueError: shapes, devices or numbers that do not fit; the message prints them.
+        BackendUnavailableError: `backend` cannot run this call; the message says why.
+    """
+    if not torch.compiler.is_compiling():
+        check(
+            query, key, value, query_value, attn_mask=attn_mask,
+            query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
+            scale=scale, dropout_p=dropout_p, return_lse=return_lse,
+        )  # fmt: skip
+    device_type = query.device.type
+    dtype = arguments.autocast_dtype(device_type)
+    if dtype is not None:
+        query, key, value, query_value, attn_mask = (
+            arguments.autocast_cast(t, dtype) for t in (query, key, value, query_value, attn_mask)
+        )  # type: ignore[assignment]
+    unbatched = query.dim() == 3
+    given = normalize(
+        query, key, value, query_value, attn_mask=attn_mask,
+        query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
+        scale=scale, dropout_p=dropout_p, return_lse=return_lse,
+    )  # fmt: skip
+    implementation = OP.select(backend, *given)
+    if dtype is None:
+        results = implementation.run(*given)
+    else:
+        with torch.autocast(device_type, enabled=False):
+            results = implementation.run(*given)
+    return tuple(r.squeeze(0) for r in results) if unbatched else results
+
+
+def check(
+    query: Any,
+    key: Any,
+    value: Any,
+    query_value: Any,
+    *,
+    attn_mask: Any = None,
+    query_padding_mask: Any = None,
+    key_padding_mask: Any = None,
+    scale: Any = None,
+    dropout_p: Any = 0.0,
+    return_lse: Any = False,
+    backend: Any = None,
+) -> None:
+    """Raise TypeError or ValueError for arguments that are not legal."""
+    tensors = {"query": query, "key": key, "value": value, "query_value": query_value}
+    arguments.check_tensors(**tensors)
+    given = arguments.shapes(**tensors)
+    ranks = {t.dim() for t in tensors.values()}
+    if ranks not in ({3}, {4}):
+        raise ValueError(f"query, key, value and query_value must be 4-D or 3-D, got {given}")
+    leading = tuple(query.shape[:-2])
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape[:-2]) != leading:
+            raise ValueError(f"{name} must have the batch and heads of query, got {given}")
+    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
+        raise ValueError(f"key must have the head_dim of query, at least 1, got {given}")
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(f"value must have the kv_len of key, got {given}")
+    if query_value.shape[-2] != query.shape[-2]:
+        raise ValueError(f"query_value must have the q_len of query, got {given}")
+    q_len, kv_len, batch = query.shape[-2], key.shape[-2], leading[:-1]
+    arguments.check_attn_mask(attn_mask, query, (*leading, q_len, kv_len), given)
+    arguments.check_padding_mask(
+        "query_padding_mask", query_padding_mask, query, (*batch, q_len), given
+    )
+    arguments.check_padding_mask(
+        "key_padding_mask", key_padding_mask, query, (*batch, kv_len), given
+    )
+    arguments.check_scale(scale)
+    arguments.check_dropout(dropout_p)
+    arguments.check_flag("return_lse", return_lse)
+
+
+def normalize(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> tuple[Any, ...]:
+    """Legal public arguments as every implementation takes them: 4-D, with a seed."""
+    if query.dim() == 3:
+        query, key, value, query_value = (t[None] for t in (query, key, value, query_value))
+        query_padding_mask, key_padding_mask = (
+            None if t is None else t[None] for t in (query_padding_mask, key_padding_mask)
+        )
+    seed = _philox.draw_seed(query.device) if dropout_p > 0.0 else None
+    return (
+        query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask, seed,
+        dropout_p, scale, return_lse,
+    )  # fmt: skip
+
+
+def _definition(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_value: Tensor,
+    attn_mask: Tensor | None,
+    query_padding_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = accumulation_dtype(query.dtype)
+    scale = arguments.softmax_scale(scale, query.shape[-1])
+    scores = masked_scores(query, key, attn_mask, None, False, scale)
+    rows = columns = scores
+    if key_padding_mask is not None:
+        rows = scores.masked_fill(key_padding_mask[:, None, None, :], -torch.inf)
+    if query_padding_mask is not None:
+        columns = scores.masked_fill(query_padding_mask[:, None, :, None], -torch.inf)
+    to_keys, lse_q = safe_softmax(rows, -1)
+    to_queries, lse_k = safe_softmax(columns, -2)
+    row_factor = dropout_factor(to_keys, seed, dropout_p, _philox.ROW_STREAM)
+    column_factor = dropout_factor(to_queries, seed, dropout_p, _philox.COLUMN_STREAM)
+    if row_factor is not None and column_factor is not None:
+        to_keys, to_queries = to_keys * row_factor, to_queries * column_factor
+    value = hide(value, key_padding_mask).to(acc)
+    query_value = hide(query_value, query_padding_mask).to(acc)
+    out_q = rows_outside((to_keys @ value).to(query.dtype))
+    out_k = rows_outside((to_queries.transpose(-1, -2) @ query_value).to(query.dtype))
+    return out_q, out_k, lse_q, lse_k
+
+
+def _run_reference(*given: Any) -> tuple[Tensor, ...]:
+    *tensors_and_numbers, return_lse = given
+    results = _definition(*tensors_and_numbers)
+    return results if return_lse else results[:2]
+
+
+def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out_q, out_k, lse_q, lse_k) of a call with public arguments, in plain torch."""
+    return _definition(*normalize(*args, **kwargs)[:-1])
+
+
+def inputs(
+    shape: Mapping[str, Any], dtype: torch.dtype, device: Any = "cpu", seed: int = 0
+) -> dict[str, Any]:
+    """Keyword arguments of a legal call, normally distributed.
+
+    Args:
+        shape: q_len, kv_len, head_dim; optionally batch, heads, value_dim, query_value_dim, and
+            mask: "both_padding" (the last quarter of each side of every second entry hidden),
+            "bool", "bias" or None.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    batch, heads, head_dim = shape.get("batch", 1), shape.get("heads", 1), shape["head_dim"]
+    q_len, kv_len = shape["q_len"], shape["kv_len"]
+    value_dim = shape.get("value_dim", head_dim)
+
+    def normal(length: int, dim: int) -> Tensor:
+        size = (batch, heads, length, dim)
+        return torch.randn(size, generator=generator).to(device=device, dtype=dtype)
+
+    call: dict[str, Any] = {
+        "query": normal(q_len, head_dim),
+        "key": normal(kv_len, head_dim),
+        "value": normal(kv_len, value_dim),
+        "query_value": normal(q_len, shape.get("query_value_dim", value_dim)),
+    }
+    mask = shape.get("mask")
+    if mask == "both_padding":
+        for name, length in (("query_padding_mask", q_len), ("key_padding_mask", kv_len)):
+            hidden = torch.zeros(batch, length, dtype=torch.bool)
+            hidden[::2, length - length // 4 :] = True
+            call[name] = hidden.to(device)
+    elif mask == "bool":
+        call["attn_mask"] = (torch.rand(q_len, kv_len, generator=generator) > 0.2).to(device)
+    elif mask == "bias":
+        size = (1, heads, q_len, kv_len)
+        call["attn_mask"] = torch.randn(size, generator=generator).to(device=device, dtype=dtype)
+    elif mask is not None:
+        raise ValueError(f"mask must be both_padding, bool, bias or None, got {mask!r}")
+    return call
+
+
+def cost(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
+    """Floating-point operations of the three products, and bytes read and written once."""
+    batch, heads, dim = shape.get("batch", 1), shape.get("heads", 1), shape["head_dim"]
+    q_len, kv_len = shape["q_len"], shape["kv_len"]
+    value_dim = shape.get("value_dim", dim)
+    query_value_dim = shape.get("query_value_dim", value_dim)
+    flops = 2 * batch * heads * q_len * kv_len * (dim + value_dim + query_value_dim)
+    per_position = dim + value_dim + query_value_dim
+    return flops, batch * heads * (q_len + kv_len) * per_position * dtype.itemsize
+
+
+def _never(*given: Any) -> Sequence[str]:
+    return ()
+
+
+OP = Op(
+    name="bidirectional_attention",
+    check=check,
+    normalize=normalize,
+    reference=reference,
+    inputs=inputs,
+    cost=cost,
+    implementations=(Implementation("reference", _run_reference, _never),),
+)

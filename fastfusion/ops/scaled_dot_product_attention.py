@@ -1,0 +1,364 @@
+"""Scaled dot-product attention (Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1).
+
+For every batch entry and head, with S = scale * Q K^T + bias over the keys that no mask hides:
+
+    out[i] = sum_j softmax_j(S[i, :])[j] * v[j]          lse[i] = log sum_j exp S[i, j]
+
+and with P the softmax, c the dropout factor of a score (0, or 1 / (1 - p) where it is kept):
+
+    dV = (P c)^T dO      dS = P * (c * (dO V^T) - rowsum(dO * out) + d lse)      d bias = dS
+    dQ = scale * dS K    dK = scale * dS^T Q
+
+A row with no key left gives out = 0, lse = -inf and no gradient.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfusion import _arguments as arguments
+from fastfusion import _library, _philox, _registration
+from fastfusion._op import Implementation, Op
+from fastfusion._reference import attention_reference
+
+_is_compiling = torch.compiler.is_compiling
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """softmax(scale * query @ key^T + bias) @ value, fused: the scores are never stored.
+
+    A drop-in replacement of `torch.nn.functional.scaled_dot_product_attention`. Rows with no key
+    left are 0 and never NaN.
+
+    Args:
+        query: (batch, heads, q_len, head_dim), float32, bfloat16, float16 or float64. 2-D, 3-D
+            and 5-D inputs and size-1 batch and head dimensions are accepted as in torch.
+        key: (batch, kv_heads, kv_len, head_dim).
+        value: (batch, kv_heads, kv_len, value_dim).
+        attn_mask: broadcastable to (batch, heads, q_len, kv_len): bool, True = attend, or a
+            float bias that is added to the scores and may require a gradient.
+        dropout_p: probability of dropping a score; applied whenever it is above 0.
+        is_causal: query i sees keys 0..i (aligned top left); combines with the masks.
+        scale: factor of the scores, any finite number; 1 / sqrt(head_dim) by default.
+        enable_gqa: heads may be a multiple of kv_heads; query head h reads
+            key head h // (heads // kv_heads).
+        key_padding_mask: bool (batch, kv_len), True = ignore this key; what it hides is never
+            read into a result and gets gradient 0.
+        return_lse: also return the log-sum-exp of each row of scores.
+        backend: "cpu", "triton", "cuda" or "reference" to insist on one; None chooses.
+
+    Returns:
+        out (batch, heads, q_len, value_dim) in the query's dtype, in memory
+        (batch, q_len, heads, value_dim); with `return_lse`, the pair (out, lse), lse
+        (batch, heads, q_len) in float32 (float64 for float64 inputs), natural logarithm.
+
+    Raises:
+        TypeError: an argument is not of the type or dtype named above.
+        ValueError: shapes, devices or numbers that do not fit; the message prints them.
+        BackendUnavailableError: `backend` cannot run this call; the message says why.
+    """
+    if _is_compiling():
+        return _call(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            key_padding_mask, return_lse, backend,
+        )  # fmt: skip
+    try:
+        if not (dropout_p or _any_autocast() or query.dim() != 4):
+            given = (
+                query, key, value, attn_mask, key_padding_mask, None, 0.0, is_causal, scale,
+                enable_gqa, return_lse,
+            )  # fmt: skip
+            return OP.select(backend, *given).run(*given)
+    except Exception:
+        # The compiled op checks everything and says little; check() finds the words. What it
+        # accepts was refused for a size-1 batch or head dimension, which _call expands.
+        check(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            key_padding_mask=key_padding_mask, return_lse=return_lse,
+        )  # fmt: skip
+        if query.shape[:2] == key.shape[:2] == value.shape[:2]:
+            raise
+    return _call(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+        key_padding_mask, return_lse, backend,
+    )  # fmt: skip
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    key_padding_mask: Tensor | None,
+    return_lse: bool,
+    backend: str | None,
+) -> Any:
+    """The general road: any rank, broadcast dimensions, autocast, dropout, tracing."""
+    if not _is_compiling():
+        check(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            key_padding_mask=key_padding_mask, return_lse=return_lse,
+        )  # fmt: skip
+    device_type = query.device.type
+    dtype = arguments.autocast_dtype(device_type)
+    if dtype is not None:
+        query, key, value, attn_mask = (
+            arguments.autocast_cast(t, dtype) for t in (query, key, value, attn_mask)
+        )  # type: ignore[assignment]
+    leading = query.shape[:-3] if query.dim() != 4 else None
+    given = normalize(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+        key_padding_mask=key_padding_mask, return_lse=return_lse,
+    )  # fmt: skip
+    implementation = OP.select(backend, *given)
+    if dtype is None:
+        result = implementation.run(*given)
+    else:
+        with torch.autocast(device_type, enabled=False):
+            result = implementation.run(*given)
+    if leading is None:
+        return result
+    leading = torch.broadcast_shapes(leading, key.shape[:-3], value.shape[:-3])
+    heads = given[0].shape[1:2] if query.dim() > 2 else ()
+    if return_lse:
+        return tuple(t.reshape(leading + heads + t.shape[2:]) for t in result)
+    return result.reshape(leading + heads + result.shape[2:])
+
+
+def check(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: Any = 0.0,
+    is_causal: Any = False,
+    scale: Any = None,
+    enable_gqa: Any = False,
+    *,
+    key_padding_mask: Any = None,
+    return_lse: Any = False,
+    backend: Any = None,
+) -> None:
+    """Raise TypeError or ValueError for arguments that are not legal."""
+    arguments.check_tensors(query=query, key=key, value=value)
+    given = arguments.shapes(query=query, key=key, value=value)
+    if not query.dim() == key.dim() == value.dim() or not 2 <= query.dim() <= 5:
+        raise ValueError(f"query, key and value must have the same rank, 2 to 5, got {given}")
+    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
+        raise ValueError(f"key must have the head_dim of query, at least 1, got {given}")
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"value must have the kv_len of key, got {given}")
+    try:
+        leading = tuple(torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value))))
+    except RuntimeError:
+        raise ValueError(f"query, key and value must have one batch size, got {given}") from None
+    arguments.check_flag("enable_gqa", enable_gqa)
+    heads = ()
+    if query.dim() > 2:
+        q_heads, k_heads, v_heads = (t.shape[-3] for t in (query, key, value))
+        kv_heads = v_heads if k_heads == 1 else k_heads
+        if v_heads not in (1, kv_heads):
+            raise ValueError(f"value must have the heads of key, got {given}")
+        if not enable_gqa and 1 not in (q_heads, kv_heads) and q_heads != kv_heads:
+            raise ValueError(
+                "key must have the heads of query (enable_gqa=True lets several query heads "
+                f"share one key head), got {given}"
+            )
+        if enable_gqa and (q_heads % kv_heads if kv_heads else q_heads):
+            raise ValueError(
+                f"the heads of query must be a multiple of the heads of key, got {given}"
+            )
+        heads = (q_heads if enable_gqa or kv_heads == 1 else kv_heads,)
+    q_len, kv_len = query.shape[-2], key.shape[-2]
+    target = (*leading, *heads, q_len, kv_len)
+    arguments.check_attn_mask(attn_mask, query, target, given)
+    arguments.check_padding_mask(
+        "key_padding_mask", key_padding_mask, query, (*leading, kv_len), given
+    )
+    arguments.check_dropout(dropout_p)
+    arguments.check_scale(scale)
+    arguments.check_flag("is_causal", is_causal)
+    arguments.check_flag("return_lse", return_lse)
+
+
+def normalize(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> tuple[Any, ...]:
+    """Legal public arguments as every implementation takes them.
+
+    query (B, H, Lq, D), key (B, Hkv, Lk, D) and value (B, Hkv, Lk, Dv) with Hkv dividing H,
+    attn_mask of rank 4 or less, key_padding_mask (B, Lk), seed, dropout_p, is_causal, scale,
+    enable_gqa, return_lse.
+    """
+    rank = query.dim()
+    if rank == 2:
+        query, key, value = (t[None, None] for t in (query, key, value))
+    elif rank == 3:
+        query, key, value = (t[None] for t in (query, key, value))
+    if rank < 4 and key_padding_mask is not None:
+        key_padding_mask = key_padding_mask[None]
+    leading = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value)))
+    kv_heads = value.shape[-3] if key.shape[-3] == 1 else key.shape[-3]
+    heads = query.shape[-3] if enable_gqa or kv_heads == 1 else kv_heads
+    query = query.expand(*leading, heads, -1, -1)
+    key, value = (t.expand(*leading, kv_heads, -1, -1) for t in (key, value))
+    if rank == 5:
+        query, key, value = (t.flatten(0, 1) for t in (query, key, value))
+        if attn_mask is not None and attn_mask.dim() > 3:
+            attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, 1)
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.flatten(0, 1)
+    seed = _philox.draw_seed(query.device) if dropout_p > 0.0 else None
+    return (
+        query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal, scale,
+        enable_gqa or kv_heads != heads, return_lse,
+    )  # fmt: skip
+
+
+def _run_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    return_lse: bool,
+) -> Any:
+    if not _is_compiling():
+        check(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            key_padding_mask=key_padding_mask, return_lse=return_lse,
+        )  # fmt: skip
+    out, lse = attention_reference(
+        query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal, scale
+    )
+    return (out, lse) if return_lse else out
+
+
+def _cpu_refuses(query: Tensor, *others: Any) -> Sequence[str]:
+    if query.is_cpu and query.dtype in _registration.DTYPES and _library.cpu_unavailable is None:
+        return ()
+    reasons = []
+    if _library.cpu_unavailable is not None:
+        reasons.append(_library.cpu_unavailable)
+    if query.device.type not in ("cpu", "meta"):
+        reasons.append(f"the inputs are on {query.device}")
+    if query.device.type == "meta":
+        reasons.append("meta tensors have no data")
+    if query.dtype not in _registration.DTYPES:
+        reasons.append(f"{str(query.dtype).removeprefix('torch.')} is left to the reference")
+    return reasons
+
+
+def inputs(
+    shape: Mapping[str, Any], dtype: torch.dtype, device: Any = "cpu", seed: int = 0
+) -> dict[str, Any]:
+    """Keyword arguments of a legal call, normally distributed.
+
+    Args:
+        shape: q_len, kv_len and head_dim; optionally batch, heads, kv_heads, value_dim, causal,
+            and mask: "key_padding" (the last quarter of the keys of every second entry hidden),
+            "bool", "bias" (a float per head and score) or None.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    batch, heads = shape.get("batch", 1), shape.get("heads", 1)
+    kv_heads, head_dim = shape.get("kv_heads", heads), shape["head_dim"]
+    q_len, kv_len = shape["q_len"], shape["kv_len"]
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device=device, dtype=dtype)
+
+    call: dict[str, Any] = {
+        "query": normal(batch, heads, q_len, head_dim),
+        "key": normal(batch, kv_heads, kv_len, head_dim),
+        "value": normal(batch, kv_heads, kv_len, shape.get("value_dim", head_dim)),
+    }
+    if shape.get("causal"):
+        call["is_causal"] = True
+    if kv_heads != heads:
+        call["enable_gqa"] = True
+    mask = shape.get("mask")
+    if mask == "key_padding":
+        hidden = torch.zeros(batch, kv_len, dtype=torch.bool)
+        hidden[::2, kv_len - kv_len // 4 :] = True
+        call["key_padding_mask"] = hidden.to(device)
+    elif mask == "bool":
+        call["attn_mask"] = (torch.rand(q_len, kv_len, generator=generator) > 0.2).to(device)
+    elif mask == "bias":
+        call["attn_mask"] = normal(1, heads, q_len, kv_len)
+    elif mask is not None:
+        raise ValueError(f"mask must be key_padding, bool, bias or None, got {mask!r}")
+    return call
+
+
+def cost(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
+    """Floating-point operations of the two products, and bytes read and written once."""
+    batch, heads = shape.get("batch", 1), shape.get("heads", 1)
+    kv_heads, dim = shape.get("kv_heads", heads), shape["head_dim"]
+    value_dim, q_len, kv_len = shape.get("value_dim", dim), shape["q_len"], shape["kv_len"]
+    scores = q_len * kv_len
+    if shape.get("causal"):
+        scores = sum(min(i + 1, kv_len) for i in range(q_len))
+    flops = 2 * batch * heads * scores * (dim + value_dim)
+    elements = heads * q_len * (dim + value_dim) + kv_heads * kv_len * (dim + value_dim)
+    return flops, batch * elements * dtype.itemsize
+
+
+def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call with public arguments, by the definition in plain torch."""
+    query, key, value, mask, padding, seed, p, causal, scale, _, _ = normalize(*args, **kwargs)
+    return attention_reference(query, key, value, mask, padding, seed, p, causal, scale)
+
+
+def _never(*given: Any) -> Sequence[str]:
+    return ()
+
+
+OP = Op(
+    name="scaled_dot_product_attention",
+    check=check,
+    normalize=normalize,
+    reference=reference,
+    inputs=inputs,
+    cost=cost,
+    implementations=(
+        Implementation("cpu", _registration.attention, _cpu_refuses),
+        Implementation("reference", _run_reference, _never),
+    ),
+)
+

@@ -1,0 +1,306 @@
+"""Attention over packed sequences of different lengths, without padding.
+
+Sequence b holds rows cu_seqlens_q[b] : cu_seqlens_q[b + 1] of the queries and
+cu_seqlens_k[b] : cu_seqlens_k[b + 1] of the keys, and attends to itself alone, by the formulas of
+`scaled_dot_product_attention`. Positions in causal masks and dropout count inside the sequence, so
+packed and padded calls agree. The layout is FlashAttention's (Dao et al., 2022, unpadded calls).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfusion import _arguments as arguments
+from fastfusion import _philox
+from fastfusion._op import Implementation, Op
+from fastfusion._reference import attention_reference
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attention of each packed sequence to its own keys.
+
+    Args:
+        query: (total_q, heads, head_dim), float32, bfloat16, float16 or float64.
+        key: (total_k, kv_heads, head_dim); heads may be a multiple of kv_heads.
+        value: (total_k, kv_heads, value_dim).
+        cu_seqlens_q: int32 or int64 (sequences + 1,), where each sequence's queries begin:
+            starts at 0, never falls, ends at total_q.
+        cu_seqlens_k: the same for keys and values.
+        max_seqlen_q: at least the longest sequence of queries.
+        max_seqlen_k: at least the longest sequence of keys.
+        is_causal: query i of a sequence sees its keys 0..i.
+        scale: factor of the scores, any finite number; 1 / sqrt(head_dim) by default.
+        dropout_p: probability of dropping a score; applied whenever it is above 0.
+        return_lse: also return the log-sum-exp of each row of scores.
+        backend: as in `scaled_dot_product_attention`.
+
+    Returns:
+        out (total_q, heads, value_dim); with `return_lse`, the pair (out, lse), lse
+        (total_q, heads) in float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument is not of the type or dtype named above.
+        ValueError: shapes, devices or numbers that do not fit; the message prints them. The
+            values of `cu_seqlens` are checked on the CPU only: elsewhere that would wait for
+            the device.
+        BackendUnavailableError: `backend` cannot run this call; the message says why.
+    """
+    if not torch.compiler.is_compiling():
+        check(
+            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            is_causal=is_causal, scale=scale, dropout_p=dropout_p, return_lse=return_lse,
+        )  # fmt: skip
+    device_type = query.device.type
+    dtype = arguments.autocast_dtype(device_type)
+    if dtype is not None:
+        query, key, value = (
+            arguments.autocast_cast(t, dtype) for t in (query, key, value)
+        )  # type: ignore[assignment]
+    given = normalize(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        is_causal=is_causal, scale=scale, dropout_p=dropout_p, return_lse=return_lse,
+    )  # fmt: skip
+    implementation = OP.select(backend, *given)
+    if dtype is None:
+        return implementation.run(*given)
+    with torch.autocast(device_type, enabled=False):
+        return implementation.run(*given)
+
+
+def check(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    *,
+    is_causal: Any = False,
+    scale: Any = None,
+    dropout_p: Any = 0.0,
+    return_lse: Any = False,
+    backend: Any = None,
+) -> None:
+    """Raise TypeError or ValueError for arguments that are not legal."""
+    arguments.check_tensors(query=query, key=key, value=value)
+    given = arguments.shapes(query=query, key=key, value=value)
+    if not query.dim() == key.dim() == value.dim() == 3:
+        raise ValueError(f"query, key and value must be (total, heads, dim), got {given}")
+    if query.shape[2] != key.shape[2] or query.shape[2] == 0:
+        raise ValueError(f"key must have the head_dim of query, at least 1, got {given}")
+    if key.shape[:2] != value.shape[:2]:
+        raise ValueError(f"value must have the total and the heads of key, got {given}")
+    if query.shape[1] % key.shape[1] if key.shape[1] else query.shape[1]:
+        raise ValueError(f"the heads of query must be a multiple of the heads of key, got {given}")
+    for side, offsets, longest, tensor in (
+        ("q", cu_seqlens_q, max_seqlen_q, query),
+        ("k", cu_seqlens_k, max_seqlen_k, key),
+    ):
+        _check_offsets(side, offsets, longest, tensor, query)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            "cu_seqlens_k must have the length of cu_seqlens_q, got "
+            + arguments.shapes(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        )
+    arguments.check_flag("is_causal", is_causal)
+    arguments.check_scale(scale)
+    arguments.check_dropout(dropout_p)
+    arguments.check_flag("return_lse", return_lse)
+
+
+def _check_offsets(side: str, offsets: Any, longest: Any, tensor: Tensor, query: Tensor) -> None:
+    name, total = f"cu_seqlens_{side}", tensor.shape[0]
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(offsets).__name__}")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {offsets.dtype}")
+    if offsets.dim() != 1 or offsets.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (sequences + 1,), got {tuple(offsets.shape)}")
+    arguments.check_device(name, offsets, "query", query)
+    if isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt):
+        raise TypeError(f"max_seqlen_{side} must be an int, got {type(longest).__name__}")
+    if longest < 0:
+        raise ValueError(f"max_seqlen_{side} must not be negative, got {longest}")
+    if offsets.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+        return
+    values = offsets.tolist()
+    lengths = [b - a for a, b in zip(values, values[1:], strict=False)]
+    if values[0] != 0 or values[-1] != total or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"{name} must start at 0, never fall and end at {total}, the rows of "
+            f"{'query' if side == 'q' else 'key'}; got {values if len(values) < 9 else '...'}"
+        )
+    if max(lengths, default=0) > longest:
+        raise ValueError(
+            f"max_seqlen_{side} must be at least the longest sequence, {max(lengths)}, "
+            f"got {longest}"
+        )
+
+
+def normalize(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> tuple[Any, ...]:
+    """Legal public arguments as every implementation takes them: with a seed."""
+    seed = _philox.draw_seed(query.device) if dropout_p > 0.0 else None
+    return (
+        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seed,
+        dropout_p, is_causal, scale, return_lse,
+    )  # fmt: skip
+
+
+def _places(offsets: Tensor, total: int, longest: int) -> tuple[Tensor, Tensor]:
+    """For each row of the packed tensor its place in the padded one, and the padding mask."""
+    offsets = offsets.long()
+    rows = torch.arange(total, device=offsets.device)
+    sequence = torch.searchsorted(offsets[1:].contiguous(), rows, right=True)
+    places = sequence * longest + rows - offsets[sequence]
+    lengths = offsets[1:] - offsets[:-1]
+    hidden = torch.arange(longest, device=offsets.device) >= lengths[:, None]
+    return places, hidden
+
+
+def _definition(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    sequences = cu_seqlens_q.shape[0] - 1
+    rows, _ = _places(cu_seqlens_q, query.shape[0], max_seqlen_q)
+    columns, hidden = _places(cu_seqlens_k, key.shape[0], max_seqlen_k)
+
+    def padded(packed: Tensor, places: Tensor, longest: int) -> Tensor:
+        empty = packed.new_zeros(sequences * longest, *packed.shape[1:])
+        filled = empty.index_copy(0, places, packed)
+        return filled.unflatten(0, (sequences, longest)).transpose(1, 2)
+
+    out, lse = attention_reference(
+        padded(query, rows, max_seqlen_q),
+        padded(key, columns, max_seqlen_k),
+        padded(value, columns, max_seqlen_k),
+        None,
+        hidden,
+        seed,
+        dropout_p,
+        is_causal,
+        scale,
+    )
+    return (
+        out.transpose(1, 2).flatten(0, 1).index_select(0, rows),
+        lse.transpose(1, 2).flatten(0, 1).index_select(0, rows),
+    )
+
+
+def _run_reference(*given: Any) -> Any:
+    *tensors_and_numbers, return_lse = given
+    out, lse = _definition(*tensors_and_numbers)
+    return (out, lse) if return_lse else out
+
+
+def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a call with public arguments, by the definition in plain torch."""
+    return _definition(*normalize(*args, **kwargs)[:-1])
+
+
+def _lengths(shape: Mapping[str, Any], side: str) -> list[int]:
+    if f"{side}_lens" in shape:
+        return list(shape[f"{side}_lens"])
+    longest, sequences = shape[f"{side}_len"], shape.get("batch", 1)
+    return [longest - b * (longest // 2) // max(sequences - 1, 1) for b in range(sequences)]
+
+
+def inputs(
+    shape: Mapping[str, Any], dtype: torch.dtype, device: Any = "cpu", seed: int = 0
+) -> dict[str, Any]:
+    """Keyword arguments of a legal call: lengths spread over half to all of q_len and kv_len.
+
+    Args:
+        shape: q_len, kv_len (the longest sequences) and head_dim; optionally batch (the number of
+            sequences), heads, kv_heads, value_dim, causal, or q_lens and kv_lens (the lengths).
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    heads, head_dim = shape.get("heads", 1), shape["head_dim"]
+    kv_heads = shape.get("kv_heads", heads)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device=device, dtype=dtype)
+
+    q_lens, kv_lens = _lengths(shape, "q"), _lengths(shape, "kv")
+    call: dict[str, Any] = {
+        "query": normal(sum(q_lens), heads, head_dim),
+        "key": normal(sum(kv_lens), kv_heads, head_dim),
+        "value": normal(sum(kv_lens), kv_heads, shape.get("value_dim", head_dim)),
+        "max_seqlen_q": max(q_lens, default=0),
+        "max_seqlen_k": max(kv_lens, default=0),
+    }
+    for name, sizes in (("cu_seqlens_q", q_lens), ("cu_seqlens_k", kv_lens)):
+        offsets = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        call[name] = offsets.to(device)
+    if shape.get("causal"):
+        call["is_causal"] = True
+    return call
+
+
+def cost(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
+    """Floating-point operations of the two products, and bytes read and written once."""
+    heads, dim = shape.get("heads", 1), shape["head_dim"]
+    kv_heads, value_dim = shape.get("kv_heads", heads), shape.get("value_dim", dim)
+    q_lens, kv_lens = _lengths(shape, "q"), _lengths(shape, "kv")
+    pairs = list(zip(q_lens, kv_lens, strict=True))
+    if shape.get("causal"):
+        scores = sum(min(i + 1, k) for q, k in pairs for i in range(q))
+    else:
+        scores = sum(q * k for q, k in pairs)
+    moved = (heads * sum(q_lens) + kv_heads * sum(kv_lens)) * (dim + value_dim)
+    return 2 * heads * scores * (dim + value_dim), moved * dtype.itemsize
+
+
+def _never(*given: Any) -> Sequence[str]:
+    return ()
+
+
+OP = Op(
+    name="varlen_attention",
+    check=check,
+    normalize=normalize,
+    reference=reference,
+    inputs=inputs,
+    cost=cost,
+    implementations=(Implementation("reference", _run_reference, _never),),
+)

@@ -1,0 +1,1 @@
+"""Triton kernels: one stand-alone file per op. This folder installs as ``fastfusion.kernels``."""

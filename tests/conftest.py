@@ -1,0 +1,38 @@
+"""Seeds, thread counts and the generation of the shared op suite."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from suite import OpSuite
+
+import fastfusion as ff
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    """Every test starts from one seed and leaves threads, backend and ISA as they were."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    native = ff._library.native
+    if native is not None:
+        native.select_isa()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Subclasses of OpSuite run every test for each case, target and dtype that it names."""
+    suite = metafunc.cls
+    if suite is None or not issubclass(suite, OpSuite):
+        return
+    wanted = set(metafunc.fixturenames)
+    if "case" in wanted:
+        metafunc.parametrize("case", suite.cases, ids=lambda case: case.name)
+    if "target" in wanted:
+        metafunc.parametrize("target", suite.targets(), ids=str)
+    if "native_target" in wanted:
+        metafunc.parametrize("native_target", suite.native_targets(), ids=str)
+    if "dtype" in wanted:
+        metafunc.parametrize("dtype", suite.dtypes, ids=lambda d: str(d).removeprefix("torch."))

@@ -1,0 +1,123 @@
+"""python -m fastfusion: what each command prints, and its errors."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastfusion as ff
+from fastfusion.__main__ import main
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out.strip() == str(ff.info()).strip()
+
+
+@pytest.mark.parametrize(
+    "op", ["scaled_dot_product_attention", "bidirectional_attention", "varlen_attention"]
+)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_explain(op: str, gradient: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--op",
+        op,
+        "--q",
+        "20",
+        "--k",
+        "36",
+        "--heads",
+        "12",
+        "--dim",
+        "64",
+        "--dtype",
+        "bfloat16",
+    ]
+    assert main(["explain", *arguments, *["--gradient"] * gradient]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        printed.startswith(op)
+        and "bfloat16" in printed
+        and "chosen" in printed
+        and "reference" in printed
+    )
+    assert ("requires_grad" in printed) == gradient
+
+
+def test_explain_on_a_missing_device(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device, which is what must be missing here")
+    assert main(["explain", "--device", "cuda"]) == 1
+    assert capsys.readouterr().err.startswith("python -m fastfusion explain:")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["nonsense"], ["explain", "--dtype", "int8"], ["explain", "--q", "0"], ["info", "--fast"]],
+)
+def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("usage: python -m fastfusion")
+    assert "explain" in error
+
+
+@pytest.mark.parametrize("package", ["easy_vqa", "PIL", "matplotlib", "safetensors", "tqdm"])
+def test_missing_extra_is_one_clear_line(
+    package: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    command = ["train", "--images", "8"] if package == "tqdm" else ["demo"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert repr(package) in printed.err and 'pip install "fastfusion[demo]"' in printed.err
+    assert printed.out == "", "nothing is computed before the packages are known to be there"
+
+
+def test_import_loads_no_extra() -> None:
+    code = (
+        "import sys, fastfusion; "
+        "print([m for m in ('PIL', 'matplotlib', 'safetensors', 'easy_vqa', 'tqdm') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "attention.png"
+    assert main(["demo", "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+
+    def number(pattern: str) -> float:
+        found = re.search(pattern, printed)
+        assert found is not None, printed
+        return float(found[1])
+
+    assert number(r"accuracy on the whole test split: ([\d.]+)%") >= 99.5
+    assert 60 < number(r"question-only model: ([\d.]+)%") < 70
+    assert "9,673" in printed
+    # Rounding in float32 through five layers, and far below what could change an answer.
+    assert number(r"largest difference of a logit over \d+ questions: ([\d.e+-]+)") < 1e-3
+    for batch in (1, 8):
+        assert number(rf"batch {batch}: fastfusion +([\d.]+) ms") > 0
+    assert printed.count("(true: ") == 6
+    assert str(picture) in printed
+
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        assert min(image.size) > 500
+        assert len(image.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 1000

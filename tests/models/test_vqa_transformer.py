@@ -1,0 +1,210 @@
+"""VQATransformer as a module: shapes, gradients, padding, its stock twin, compile and export."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastfusion.demo.stock import StockVQATransformer
+from fastfusion.models import VQATransformer
+
+SIZES: dict[str, Any] = {
+    "visual_dim": 24,
+    "text_dim": 16,
+    "num_heads": 4,
+    "dim_feedforward": 32,
+    "num_layers": 2,
+    "num_classes": 5,
+}
+
+
+def features(
+    batch: int = 3, visual: int = 7, text: int = 4, dtype: torch.dtype = torch.float32
+) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(batch, visual, 24, generator=generator, dtype=dtype),
+        torch.randn(batch, text, 16, generator=generator, dtype=dtype),
+    )
+
+
+def padding(batch: int = 3, visual: int = 7, text: int = 4) -> Any:
+    masks = torch.zeros(batch, visual, dtype=torch.bool), torch.zeros(batch, text, dtype=torch.bool)
+    masks[0][0, -2:] = True
+    masks[1][1, -1:] = True
+    return masks
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_shapes_and_weights(norm_first: bool) -> None:
+    model = VQATransformer(**SIZES, norm_first=norm_first).eval()
+    visual, text = features()
+    assert model(visual, text).shape == (3, 5)
+    logits, attention = model(visual, text, *padding(), need_weights=True)
+    torch.testing.assert_close(logits, model(visual, text, *padding()))
+    assert attention.shape == (3, 4, 7)
+    assert (attention[0, :, -2:] == 0).all(), "padding of the image gets no attention"
+    torch.testing.assert_close(attention[2].sum(-1), torch.ones(4))
+
+
+def test_output_layer_is_on_the_concatenation() -> None:
+    model = VQATransformer(**SIZES)
+    assert model.output.in_features == 24 + 16
+    assert len(model.visual_encoder.layers) == len(model.text_encoder.layers) == 2
+
+
+def test_every_parameter_and_input_gets_a_gradient() -> None:
+    torch.manual_seed(0)
+    model = VQATransformer(**SIZES)
+    visual, text = (x.requires_grad_() for x in features())
+    model(visual, text, *padding()).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        # A key's bias shifts all scores of a row alike, so rounding is all that its gradient can hold.
+        assert parameter.grad.abs().max() > 0 or "bias" in name, name
+    assert (visual.grad[0, -2:] == 0).all() and (visual.grad[1] != 0).any()
+    assert (text.grad[1, -1:] == 0).all() and (text.grad[0] != 0).any()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_changes_nothing(training: bool) -> None:
+    torch.manual_seed(0)
+    model = VQATransformer(**SIZES, dropout=0.0).double().train(training)
+    visual, text = features(dtype=torch.float64)
+    expected = model(visual, text)
+    longer = torch.cat([visual, 9 * torch.randn(3, 5, 24).double()], dim=1)
+    wordier = torch.cat([text, 9 * torch.randn(3, 3, 16).double()], dim=1)
+    ignore_visual = (torch.arange(12) >= 7).expand(3, -1)
+    ignore_text = (torch.arange(7) >= 4).expand(3, -1)
+    torch.testing.assert_close(model(longer, wordier, ignore_visual, ignore_text), expected)
+    assert not torch.allclose(model(longer, wordier), expected), "the masks are what makes it equal"
+
+
+def test_fully_padded_sample_is_finite_and_leaves_others_alone() -> None:
+    torch.manual_seed(0)
+    model = VQATransformer(**SIZES, dropout=0.0)
+    visual, text = features()
+    empty = torch.zeros(3, 7, dtype=torch.bool)
+    empty[0] = True
+    logits = model(visual, text, empty, None)
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[1:], model(visual[1:], text[1:]))
+
+
+def test_pairs_share_encodings() -> None:
+    torch.manual_seed(0)
+    model = VQATransformer(**SIZES).eval()
+    visual, text = features()
+    images, texts = torch.tensor([0, 0, 2, 1]), torch.tensor([2, 1, 0, 0])
+    shared = model.fuse(model.encode_visual(visual)[images], model.encode_text(text)[texts])
+    torch.testing.assert_close(shared, model(visual[images], text[texts]))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_stock_twin(norm_first: bool, training: bool) -> None:
+    torch.manual_seed(0)
+    model = VQATransformer(**SIZES, dropout=0.0, norm_first=norm_first).train(training)
+    stock = StockVQATransformer(**SIZES, dropout=0.0, norm_first=norm_first).train(training)
+    stock.load_state_dict(model.state_dict(), strict=True)
+    for name, module in stock.named_modules():
+        assert not type(module).__module__.startswith("fastfusion.nn"), name
+    results = []
+    for network in (model, stock):
+        visual, text = (x.requires_grad_() for x in features())
+        logits, attention = network(visual, text, *padding(), need_weights=True)
+        logits.square().sum().backward()
+        gradients = {n: p.grad for n, p in network.named_parameters()}
+        results.append((logits, attention, visual.grad, text.grad, gradients))
+    torch.testing.assert_close(*results)
+
+    back = VQATransformer(**SIZES, dropout=0.0, norm_first=norm_first)
+    back.load_state_dict(stock.state_dict(), strict=True)
+    for key, value in model.state_dict().items():
+        assert torch.equal(back.state_dict()[key], value), key
+
+
+def test_dropout_is_random_in_training_and_reproducible() -> None:
+    model = VQATransformer(**SIZES, dropout=0.5)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(model(*features()))
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_compile_fullgraph(gradient: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = VQATransformer(**SIZES, dropout=0.0).train(gradient)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    arguments = (*features(), *padding())
+    with torch.set_grad_enabled(gradient):
+        result = compiled(*arguments)
+        torch.testing.assert_close(result, model(*arguments))
+    if gradient:
+        result.square().sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_export_with_dynamic_sizes() -> None:
+    torch.manual_seed(0)
+    model = VQATransformer(**SIZES).eval()
+    batch, visual, text = (torch.export.Dim(n, min=2, max=64) for n in ("batch", "visual", "text"))
+    shapes = (
+        {0: batch, 1: visual},
+        {0: batch, 1: text},
+        {0: batch, 1: visual},
+        {0: batch, 1: text},
+    )
+    with torch.no_grad():
+        program = torch.export.export(model, (*features(), *padding()), dynamic_shapes=shapes)
+        other = (*features(5, 9, 6), *padding(5, 9, 6))
+        torch.testing.assert_close(program.module()(*other), model(*other))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"num_heads": 5}, ValueError, "visual_dim must be a multiple of num_heads=5, got 24"),
+        ({"text_dim": 18}, ValueError, "text_dim must be a multiple of num_heads=4, got 18"),
+        ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
+        ({"num_classes": -1}, ValueError, "num_classes must be at least 1, got -1"),
+        ({"dim_feedforward": 32.0}, TypeError, "dim_feedforward must be an int, got 32.0"),
+        ({"dropout": 1.5}, ValueError, r"dropout must lie in \[0, 1\], got 1.5"),
+        ({"dropout": float("nan")}, ValueError, r"dropout must lie in \[0, 1\], got nan"),
+    ],
+)
+def test_bad_constructor(change: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        VQATransformer(**(SIZES | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (
+            {"visual": torch.zeros(7, 24)},
+            ValueError,
+            r"visual must be \(batch, length, 24\), got \(7, 24\)",
+        ),
+        ({"text": torch.zeros(3, 4, 24)}, ValueError, r"text must be .*16\), got \(3, 4, 24\)"),
+        (
+            {"text": torch.zeros(2, 4, 16)},
+            ValueError,
+            r"one batch size.*\(3, 7, 24\).*\(2, 4, 16\)",
+        ),
+        (
+            {"visual_padding_mask": torch.zeros(3, 4, dtype=torch.bool)},
+            ValueError,
+            r"visual_padding_mask must be .*\(3, 7\), got \(3, 4\)",
+        ),
+        ({"text_padding_mask": torch.zeros(3, 4)}, TypeError, "text_padding_mask must be bool"),
+    ],
+)
+def test_bad_forward(change: dict[str, Any], error: type[Exception], text: str) -> None:
+    model = VQATransformer(**SIZES)
+    visual, words = features()
+    with pytest.raises(error, match=text):
+        model(**({"visual": visual, "text": words} | change))

@@ -1,0 +1,275 @@
+"""The shared suite on scaled_dot_product_attention, and what is peculiar to it."""
+
+import itertools
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from suite import DTYPES, Case, OpSuite, Target, plain_attention
+from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
+
+import fastfusion as ff
+from fastfusion.ops import scaled_dot_product_attention as spec
+
+
+def shape(q: int, k: int, dim: int = 16, **more: Any) -> dict[str, Any]:
+    return {"batch": 2, "heads": 2, "q_len": q, "kv_len": k, "head_dim": dim, **more}
+
+
+def one_sign(call: dict[str, Any]) -> None:
+    call["value"] = call["value"].abs()
+
+
+def dead_rows(call: dict[str, Any]) -> None:
+    mask = torch.rand(call["query"].shape[2], call["key"].shape[2]) > 0.4
+    mask[::3] = False
+    call["attn_mask"] = mask
+
+
+def hide_all_of_one(call: dict[str, Any]) -> None:
+    hidden = torch.rand(2, call["key"].shape[2]) < 0.5
+    hidden[1] = True
+    call["key_padding_mask"] = hidden
+
+
+def bias_of(*sizes: int) -> Any:
+    def edit(call: dict[str, Any]) -> None:
+        call["attn_mask"] = torch.randn(sizes).to(call["query"].dtype)
+
+    return edit
+
+
+def lowest(call: dict[str, Any]) -> None:
+    bias = torch.zeros(call["query"].shape[2], call["key"].shape[2])
+    bias[::2] = torch.finfo(torch.float32).min
+    bias[1, 3:] = torch.finfo(torch.float32).min
+    call["attn_mask"] = bias
+
+
+CASES = [
+    Case("small", "an ordinary call", shape(20, 36)),
+    Case("one_by_one", "shortest lengths", shape(1, 1)),
+    Case("one_query", "decoding", shape(1, 300, heads=3)),
+    Case("past_a_panel", "tails of panels and key blocks", shape(49, 257)),
+    Case("blocks", "several key blocks", shape(17, 600)),
+    *(Case(f"dim_{d}", "tails of registers", shape(13, 19, d)) for d in (1, 6, 14, 40, 77, 97)),
+    Case("dim_160", "wide heads", shape(9, 33, 160)),
+    Case("value_dim", "value dim above key dim", shape(11, 23, 8, value_dim=33)),
+    Case("value_dim_less", "value dim below key dim", shape(11, 23, 33, value_dim=5)),
+    Case("grouped", "grouped-query heads", shape(12, 21, heads=6, kv_heads=2)),
+    Case("one_kv_head", "multi-query heads", shape(12, 21, heads=4, kv_heads=1)),
+    Case("causal", "the diagonal", shape(50, 50, causal=True)),
+    Case("causal_wide", "top-left alignment, more keys", shape(10, 300, causal=True)),
+    Case("causal_tall", "top-left alignment, more queries", shape(60, 13, causal=True)),
+    Case("padding", "hidden keys at the end", shape(20, 37, mask="key_padding")),
+    Case("padding_holes", "hidden keys anywhere, one entry whole", shape(5, 301),
+         edit=hide_all_of_one),
+    Case("bool_mask", "a mask per score", shape(20, 36, mask="bool")),
+    Case("dead_rows", "rows without a key", shape(21, 18), edit=dead_rows),
+    Case("bias", "a float mask per head", shape(20, 36, mask="bias")),
+    Case("bias_full", "a float mask per entry", shape(9, 17), edit=bias_of(2, 2, 9, 17)),
+    Case("bias_batch", "a float mask shared by heads", shape(9, 17), edit=bias_of(2, 1, 9, 17)),
+    Case("bias_keys", "a float mask per key", shape(9, 17), edit=bias_of(17)),
+    Case("bias_rows", "a float mask per row and head", shape(9, 17), edit=bias_of(2, 9, 1)),
+    Case("bias_lowest", "finfo.min is a number, not -inf", shape(9, 17), edit=lowest),
+    Case("everything", "masks together", shape(30, 70, mask="bias", heads=4, kv_heads=2,
+                                               causal=True), edit=hide_all_of_one),
+    Case("negative_scale", "any finite scale", shape(8, 12), {"scale": -0.7}),
+    Case("zero_scale", "a mean of V", shape(8, 12), {"scale": 0.0}),
+    Case("dropout", "the shared random bits", shape(20, 35), {"dropout_p": 0.3}),
+    Case("dropout_padding", "bits count positions, not visible keys", shape(20, 35),
+         {"dropout_p": 0.3}, hide_all_of_one),
+    Case("dropout_all", "p = 1 drops everything", shape(5, 9), {"dropout_p": 1.0}),
+    Case("one_sign", "long sums of one sign", shape(3, 4500, 8, batch=1), edit=one_sign),
+    Case("no_queries", "empty", shape(0, 7)),
+    Case("no_keys", "empty: 0 and -inf", shape(7, 0)),
+    Case("no_batch", "empty", shape(7, 5, batch=0)),
+]  # fmt: skip
+
+
+class TestScaledDotProductAttention(OpSuite):
+    op = spec.OP
+    function = staticmethod(ff.scaled_dot_product_attention)
+    plain = staticmethod(plain_attention)
+    cases = CASES
+    outputs = 1
+
+    def test_same_bits_alone_and_in_a_batch(
+        self, native_target: Target, dtype: torch.dtype
+    ) -> None:
+        """A sample's bits do not depend on its batch mates, nor a row's on the other rows."""
+        whole = spec.inputs(shape(60, 300, batch=3, heads=4, kv_heads=2), dtype)
+        hidden = torch.rand(3, 300) < 0.3
+        expected = native_target.call(self.function, **whole, key_padding_mask=hidden)[0]
+        for b in range(3):
+            alone = {k: v[b : b + 1] if torch.is_tensor(v) else v for k, v in whole.items()}
+            out = native_target.call(self.function, **alone, key_padding_mask=hidden[b : b + 1])
+            assert torch.equal(out[0], expected[b : b + 1])
+        rows = {**whole, "query": whole["query"][:, :, 7:20]}
+        out = native_target.call(self.function, **rows, key_padding_mask=hidden)[0]
+        assert torch.equal(out, expected[:, :, 7:20])
+
+    def test_padding_equals_trimming(self, native_target: Target) -> None:
+        call = spec.inputs(shape(20, 300), torch.float32)
+        hidden = torch.zeros(2, 300, dtype=torch.bool)
+        hidden[:, 280:] = True
+        padded = native_target.call(self.function, **call, key_padding_mask=hidden)[0]
+        trimmed = {k: v[:, :, :280] if k != "query" else v for k, v in call.items()}
+        assert torch.equal(padded, native_target.call(self.function, **trimmed)[0])
+
+    def test_hidden_nan_is_never_read(self, target: Target) -> None:
+        call = spec.inputs(shape(20, 36, mask="key_padding"), torch.float32)
+        hidden = call["key_padding_mask"]
+
+        def run(**kw: Any) -> Any:
+            return target.call(self.function, **kw, return_lse=True)
+
+        clean, clean_gradients = self.evaluate(run, call)
+        for name in ("key", "value"):
+            call[name] = call[name].masked_fill(hidden[:, None, :, None], torch.nan)
+        results, gradients = self.evaluate(run, call)
+        assert all(map(torch.equal, results, clean))
+        assert all(torch.equal(gradients[n], clean_gradients[n]) for n in gradients)
+        assert (gradients["key"].masked_select(hidden[:, None, :, None]) == 0).all()
+
+    def test_nan_in_a_query_stays_in_its_row(self, target: Target) -> None:
+        call = spec.inputs(shape(20, 36), torch.float32)
+        clean = target.call(self.function, **call)[0]
+        call["query"][0, 1, 3, 2] = torch.nan
+        out = target.call(self.function, **call)[0]
+        assert out[0, 1, 3].isnan().all()
+        out[0, 1, 3] = clean[0, 1, 3]
+        assert torch.equal(out, clean)
+
+    def test_output_memory_has_rows_outside(self, target: Target, dtype: torch.dtype) -> None:
+        out = target.call(self.function, **spec.inputs(shape(5, 7), dtype))[0]
+        assert out.transpose(1, 2).is_contiguous()
+
+    def test_agrees_with_torch(self, target: Target) -> None:
+        for mask, causal in itertools.product((None, "bool", "bias"), (False, True)):
+            call = spec.inputs(shape(20, 36, mask=mask, causal=causal), torch.float32)
+            if mask == "bool":
+                call["attn_mask"][:, 0] = True
+            torch.testing.assert_close(
+                target.call(self.function, **call)[0], torch_sdpa(**call)
+            )
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        sizes=st.tuples(*[st.integers(0, n) for n in (2, 3, 70, 300)]),
+        dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+        group=st.integers(1, 3),
+        mask=st.sampled_from([None, "bool", "bias"]),
+        padding=st.booleans(),
+        causal=st.booleans(),
+        dtype=st.sampled_from(DTYPES),
+        seed=st.integers(0, 99),
+    )
+    def test_any_shape(
+        self, sizes: Any, dims: Any, group: int, mask: Any, padding: bool, causal: bool,
+        dtype: torch.dtype, seed: int,
+    ) -> None:  # fmt: skip
+        batch, kv_heads, q_len, kv_len = sizes
+        call = spec.inputs(
+            {"batch": batch, "heads": kv_heads * group, "kv_heads": kv_heads, "q_len": q_len,
+             "kv_len": kv_len, "head_dim": dims[0], "value_dim": dims[1], "mask": mask,
+             "causal": causal}, dtype, "cpu", seed,
+        )  # fmt: skip
+        if padding:
+            call["key_padding_mask"] = torch.rand(batch, kv_len) < 0.4
+        for target in self.native_targets()[:1]:
+            self.compare(target, call)
+
+
+def test_long_sequences_need_little_memory() -> None:
+    """8192 x 8192 scores would be 256 MB; forward and backward stay below 64 MB in all."""
+    code = """
+import resource, torch, fastfusion as ff
+torch.set_num_threads(1)
+def run(n):
+    q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
+    ff.scaled_dot_product_attention(q, k, v, backend="cpu").sum().backward()
+run(64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(8192)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    if ff._library.native is None:
+        pytest.skip("the compiled part is not built: the promise is the native backends'")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64 * 1024
+
+
+@pytest.mark.parametrize("dims", [2, 3, 5])
+def test_other_ranks(dims: int) -> None:
+    size = (2, 2, 3, 5, 8)[5 - dims :]
+    query, key, value = (torch.randn(size, requires_grad=True) for _ in range(3))
+    out, lse = ff.scaled_dot_product_attention(query, key, value, return_lse=True)
+    torch.testing.assert_close(out, torch_sdpa(query, key, value))
+    assert lse.shape == size[:-1]
+    hidden = torch.zeros(*size[:-3], 5, dtype=torch.bool)
+    hidden[..., 3:] = True
+    out = ff.scaled_dot_product_attention(query, key, value, key_padding_mask=hidden)
+    visible = ~hidden[..., None, None, :] if dims > 2 else ~hidden
+    torch.testing.assert_close(out, torch_sdpa(query, key, value, attn_mask=visible))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [((2, 3), (1, 3)), ((2, 3), (2, 1)), ((2, 3), (1, 1)), ((1, 3), (2, 3)), ((2, 1), (2, 3))],
+)
+def test_size_one_dimensions_broadcast(sizes: Any) -> None:
+    query = torch.randn(*sizes[0], 4, 8, requires_grad=True)
+    key, value = (torch.randn(*sizes[1], 5, 8, requires_grad=True) for _ in range(2))
+    inputs = (query, key, value)
+    out, expected = ff.scaled_dot_product_attention(*inputs), torch_sdpa(*inputs)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.sin().sum(), inputs),
+        torch.autograd.grad(expected.sin().sum(), inputs),
+    )
+
+
+def test_float64_goes_to_the_reference() -> None:
+    query, key, value = (torch.randn(1, 2, 4, 8, dtype=torch.float64) for _ in range(3))
+    out, lse = ff.scaled_dot_product_attention(query, key, value, return_lse=True)
+    torch.testing.assert_close(out, torch_sdpa(query, key, value), rtol=0, atol=1e-15)
+    assert lse.dtype == torch.float64
+
+
+def test_gradcheck() -> None:
+    query, key, value = (
+        torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)
+    )
+    mask = torch.randn(2, 3, 1, dtype=torch.float64, requires_grad=True)
+
+    def run(*tensors: Any) -> Any:
+        return ff.scaled_dot_product_attention(*tensors, return_lse=True)
+
+    torch.autograd.gradcheck(run, (query, key, value, mask))
+    torch.autograd.gradgradcheck(run, (query, key, value, mask))
+
+
+def test_autocast() -> None:
+    query, key, value = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
+    bias = torch.randn(5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ff.scaled_dot_product_attention(query, key, value, bias)
+        by_reference = ff.scaled_dot_product_attention(query, key, value, bias, backend="reference")
+    assert out.dtype == by_reference.dtype == torch.bfloat16
+    expected = ff.scaled_dot_product_attention(
+        query.bfloat16(), key.bfloat16(), value.bfloat16(), bias.bfloat16()
+    )
+    assert torch.equal(out, expected)
+    exact = ff.scaled_dot_product_attention(
+        *(t.bfloat16().double() for t in (query, key, value)), bias.bfloat16().double()
+    )
+    # Autocast inside the reference would round the scores to bfloat16 and be ten times worse.
+    rounding = (exact.bfloat16().double() - exact).norm()
+    assert (by_reference.double() - exact).norm() < 1.5 * rounding
+    out.float().sum().backward()
+    assert query.grad is not None and query.grad.dtype == torch.float32

@@ -1,0 +1,263 @@
+"""The tests that every implementation of every op passes.
+
+A test file subclasses `OpSuite` with an op, its cases and the plain formula; conftest.py runs each
+test for every case, dtype and target. Targets come from the op's list of implementations (the CPU
+kernels once per instruction set of this machine), so that a new implementation is tested without
+touching a test.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from accuracy import assert_accurate
+from torch import Tensor
+
+import fastfusion as ff
+from fastfusion import _library
+from fastfusion._op import Op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Target:
+    """An implementation, and for the CPU kernels the instruction set."""
+
+    backend: str
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.isa}" if self.isa else self.backend
+
+    def call(self, function: Callable[..., Any], **kwargs: Any) -> tuple[Tensor, ...]:
+        if self.isa is not None and _library.native is not None:
+            _library.native.select_isa(self.isa)
+        result = function(**kwargs, backend=self.backend)
+        return result if isinstance(result, tuple) else (result,)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A legal call: the shape for the op's `inputs`, and what to change in them.
+
+    `why` names the fault that the case is there to catch.
+    """
+
+    name: str
+    why: str
+    shape: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    edit: Callable[[dict[str, Any]], None] | None = None
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double()
+    return value
+
+
+def leaves(call: dict[str, Any]) -> list[str]:
+    return [k for k, v in call.items() if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+class OpSuite:
+    """Subclass with `op`, `function`, `plain` and `cases`; see the module docstring."""
+
+    op: ClassVar[Op]
+    function: ClassVar[Callable[..., Any]]
+    # The formula as a user would write it, in the dtype of the inputs: all outputs with lse.
+    plain: ClassVar[Callable[..., tuple[Tensor, ...]]]
+    cases: ClassVar[list[Case]]
+    outputs: ClassVar[int]  # before the lse
+    slice_dims: ClassVar[int] = 2
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = DTYPES
+
+    @classmethod
+    def targets(cls) -> list[Target]:
+        targets = []
+        for implementation in cls.op.implementations:
+            if implementation.backend == "cpu":
+                native = _library.native
+                isas = native.isas(runnable=True) if native is not None else []
+                targets += [Target("cpu", isa) for isa in isas]
+            else:
+                targets.append(Target(implementation.backend))
+        return targets
+
+    @classmethod
+    def native_targets(cls) -> list[Target]:
+        return [t for t in cls.targets() if t.backend != "reference"]
+
+    def build(self, case: Case, dtype: torch.dtype) -> dict[str, Any]:
+        call = self.op.inputs(case.shape, dtype, "cpu", seed=len(case.name))
+        call.update(case.options)
+        if case.edit is not None:
+            case.edit(call)
+        return call
+
+    def evaluate(
+        self, run: Callable[..., tuple[Tensor, ...]], call: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """Outputs with lse, and gradients of a loss that uses each of them."""
+        call = {
+            k: v.detach().requires_grad_() if k in leaves(call) else v for k, v in call.items()
+        }
+        torch.manual_seed(11)
+        results = run(**call)
+        loss = torch.zeros((), dtype=torch.float64)
+        for index, result in enumerate(results):
+            generator = torch.Generator().manual_seed(index)
+            weight = torch.randn(result.shape, generator=generator, dtype=torch.float64)
+            finite = result.double()
+            finite = torch.where(finite.isinf(), 0.0, finite)
+            # The weight in the result's own dtype: the gradient that arrives is then the same
+            # number in every dtype.
+            loss = loss + (finite * weight.to(torch.bfloat16).double()).sum()
+        names = [n for n in leaves(call)]
+        if not loss.requires_grad:
+            return results, {}
+        gradients = torch.autograd.grad(loss, [call[n] for n in names], allow_unused=True)
+        return results, {
+            n: torch.zeros_like(call[n]) if g is None else g
+            for n, g in zip(names, gradients, strict=True)
+        }
+
+    def compare(self, target: Target, call: dict[str, Any]) -> None:
+        """Outputs and gradients of a target by the rule of accuracy.py."""
+        exact, exact_gradients = self.evaluate(
+            lambda **kw: self.op.reference(**kw), {k: _double(v) for k, v in call.items()}
+        )
+        plain, plain_gradients = self.evaluate(type(self).plain, call)
+        actual, gradients = self.evaluate(
+            lambda **kw: target.call(type(self).function, **kw, return_lse=True), call
+        )
+        for index, (a, e, p) in enumerate(zip(actual, exact, plain, strict=True)):
+            is_lse = index >= self.outputs
+            assert a.dtype == (torch.float32 if is_lse else p.dtype)
+            assert_accurate(a, e, p.float() if is_lse else p, self.slice_dims)
+        for name, gradient in gradients.items():
+            assert gradient.dtype == call[name].dtype and gradient.shape == call[name].shape
+            assert_accurate(
+                gradient, exact_gradients[name], plain_gradients[name],
+                min(self.slice_dims, gradient.dim() - 1),
+            )  # fmt: skip
+
+    def test_accuracy(self, case: Case, target: Target, dtype: torch.dtype) -> None:
+        self.compare(target, self.build(case, dtype))
+
+    @pytest.mark.parametrize("layout", ["transposed", "offset", "repeated", "reversed_last"])
+    def test_strides(self, layout: str, target: Target, dtype: torch.dtype) -> None:
+        """Any strides give the result of contiguous inputs, and no neighbour is read or written."""
+        call = self.build(self.cases[0], dtype)
+        viewed = dict(call)
+        for name in leaves(call):
+            viewed[name] = relayout(call[name], layout)
+            if layout == "repeated":
+                call[name] = viewed[name].contiguous()
+        expected, expected_gradients = self.evaluate(
+            lambda **kw: target.call(type(self).function, **kw, return_lse=True), call
+        )
+        actual, gradients = self.evaluate(
+            lambda **kw: target.call(type(self).function, **kw, return_lse=True), viewed
+        )
+        if target.backend == "reference":
+            self.compare(target, viewed)
+            return
+        for a, e in zip(actual, expected, strict=True):
+            assert torch.equal(a, e)
+        for name in gradients:
+            assert torch.equal(gradients[name], expected_gradients[name])
+
+    def test_output_memory_is_all_written(self, case: Case, target: Target) -> None:
+        """With every fresh tensor full of NaN, results are the same bits."""
+        call = self.build(case, torch.float32)
+
+        def run(**kw: Any) -> tuple[Tensor, ...]:
+            return target.call(type(self).function, **kw, return_lse=True)
+
+        expected, expected_gradients = self.evaluate(run, call)
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert torch.empty_strided((3, 3), (3, 1)).isnan().all()
+            actual, gradients = self.evaluate(run, call)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        for a, e in zip(actual, expected, strict=True):
+            assert torch.equal(a, e)
+        for name in gradients:
+            assert torch.equal(gradients[name], expected_gradients[name])
+
+    def test_same_bits_for_any_threads(self, case: Case, native_target: Target) -> None:
+        call = self.build(case, torch.float32)
+        runs = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append(
+                self.evaluate(
+                    lambda **kw: native_target.call(type(self).function, **kw, return_lse=True),
+                    call,
+                )
+            )
+        for outputs, gradients in runs[1:]:
+            assert all(map(torch.equal, outputs, runs[0][0]))
+            assert all(torch.equal(gradients[n], runs[0][1][n]) for n in gradients)
+
+
+def relayout(tensor: Tensor, layout: str) -> Tensor:
+    """The same values (or, repeated, the first of them) behind other strides.
+
+    Surrounding memory is NaN, so that a read past the view shows.
+    """
+    if layout == "transposed":
+        order = [*range(tensor.dim() - 3), tensor.dim() - 2, tensor.dim() - 3, tensor.dim() - 1]
+        return tensor.permute(order).contiguous().permute(order) if tensor.dim() > 2 else tensor
+    if layout == "offset":
+        wide = tensor.new_full((*tensor.shape[:-1], tensor.shape[-1] + 3), torch.nan)
+        wide[..., 1:-2] = tensor
+        return wide[..., 1:-2]
+    if layout == "repeated":
+        return tensor[..., :1, :, :].expand(tensor.shape) if tensor.dim() > 2 else tensor
+    every_second = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), torch.nan)
+    every_second[..., ::2] = tensor
+    return every_second[..., ::2]
+
+
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Unfused attention as a user writes it, every step in the dtype of the inputs."""
+    if key.shape[1] != query.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query @ key.transpose(-1, -2)) * scale
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask.to(scores.dtype)
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    if key_padding_mask is not None:
+        scores = scores.masked_fill(key_padding_mask[:, None, None, :], -torch.inf)
+    dead = (scores == -torch.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(dead, 0.0)
+    lse = torch.logsumexp(scores.float(), -1).masked_fill(dead.squeeze(-1), -torch.inf)
+    weights = torch.softmax(scores, -1).masked_fill(dead, 0.0)
+    if dropout_p > 0.0:
+        seed = ff._philox.draw_seed(query.device)
+        keep = ff._philox.keep_mask(seed, dropout_p, *weights.shape, stream=0)
+        weights = weights * keep * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
+    return weights @ value, lse

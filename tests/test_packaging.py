@@ -1,0 +1,256 @@
+"""What gets installed, with and without a compiler, and what a second build does.
+
+The compiler of these tests is a script that notes its command lines and writes empty files: what is
+tested is setup.py, and the real compiler has built the package that the other tests import.
+"""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINTS = {f"fastfusion/models/{p.name}" for p in ROOT.glob("fastfusion/models/*.safetensors")}
+
+FAKE_COMPILER = """#!{python}
+import os, pathlib, sys
+arguments = sys.argv[1:]
+if arguments == ["--version"]:
+    print("fake compiler 1.0")
+    sys.exit()
+with open({log!r}, "a") as log:
+    print(*arguments, file=log)
+target = pathlib.Path(arguments[arguments.index("-o") + 1])
+target.write_text("")
+if "-c" in arguments:
+    depfile = pathlib.Path(arguments[arguments.index("-MF") + 1])
+    source = arguments[arguments.index("-c") + 1]
+    if "FAIL" in pathlib.Path(source).read_text():
+        sys.exit(source + ": error: this is no C++")
+    depfile.write_text(f"{{target}}: {{source}} csrc/cpu/kernels.h\\n")
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what is needed to install the package, without anything built."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("fastfusion", "kernels", "benchmarks", "csrc"):
+        shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+class Compiler:
+    """A fake compiler and the command lines that it has seen."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "commands"
+        self.path = folder / "fake-g++"
+        self.path.write_text(FAKE_COMPILER.format(python=sys.executable, log=str(self.log)))
+        self.path.chmod(0o755)
+
+    def commands(self) -> list[str]:
+        """The command lines since the last call."""
+        if not self.log.exists():
+            return []
+        lines = self.log.read_text().splitlines()
+        self.log.unlink()
+        return lines
+
+    def compiled(self) -> set[str]:
+        """The sources compiled since the last call."""
+        words = [line.split() for line in self.commands() if " -c " in line]
+        return {line[line.index("-c") + 1] for line in words}
+
+
+@pytest.fixture
+def compiler(tmp_path: Path) -> Compiler:
+    return Compiler(tmp_path)
+
+
+def run(
+    source: Path, *arguments: str, cxx: str | None, path: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python in the source tree with $CXX (unset: None) and optionally another $PATH."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "CXXFLAGS", "LDFLAGS")}
+    if cxx is not None:
+        environment["CXX"] = cxx
+    if path is not None:
+        environment["PATH"] = path
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=source, env=environment, capture_output=True, text=True
+    )
+
+
+def build_wheel(source: Path, cxx: str, hook: str = "build_wheel") -> Path:
+    """Calls the build backend as pip does without isolation, offline; returns the wheel."""
+    folder = source.parent / "wheels"
+    folder.mkdir()
+    code = f"from setuptools import build_meta; build_meta.{hook}({str(folder)!r})"
+    result = run(source, "-c", code, cxx=cxx)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_wheel_without_compiler(source: Path) -> None:
+    wheel = build_wheel(source, cxx="/nonexistent/g++")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert not [name for name in names if name.endswith(".so")]
+    assert {
+        "fastfusion/__init__.py",
+        "fastfusion/py.typed",
+        "fastfusion/nn/__init__.py",
+        "fastfusion/ops/__init__.py",
+        "fastfusion/kernels/__init__.py",
+        "fastfusion/benchmarks/__main__.py",
+        "fastfusion/benchmarks/shapes.json",
+    } <= names
+    assert names >= CHECKPOINTS
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fastfusion"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+    # The installed package runs on its reference and says why.
+    site = source.parent / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        "import torch, fastfusion as ff\n"
+        f"assert ff.__file__.startswith({str(site)!r}), ff.__file__\n"
+        "q = torch.ones(1, 1, 2, 4)\n"
+        "assert torch.equal(ff.scaled_dot_product_attention(q, q, q), q)\n"
+        "print(ff.explain(ff.scaled_dot_product_attention, q, q, q).chosen)\n"
+        "print(ff.info())"
+    )
+    result = run(source.parent, "-c", code, cxx=None)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[0] == "reference"
+    assert "without its compiled part" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("cxx", "wanted"),
+    [("/nonexistent/g++", "/nonexistent/g++"), (None, "g++, c++ or clang++")],
+    ids=["named", "usual names"],
+)
+def test_no_compiler_is_one_line(source: Path, cxx: str | None, wanted: str) -> None:
+    empty = source.parent / "empty"
+    empty.mkdir()
+    result = run(source, "setup.py", "-q", "build_ext", "--inplace", cxx=cxx, path=str(empty))
+    assert result.returncode == 0, result.stderr
+    line = f"fastfusion: native part left out: no C++ compiler found ({wanted})"
+    assert result.stdout.splitlines() == [line]
+    assert not list(source.rglob("*.so"))
+
+
+def test_wheel_with_compiler(source: Path, compiler: Compiler) -> None:
+    wheel = build_wheel(source, cxx=str(compiler.path))
+    assert "-cp3" in wheel.name
+    libraries = {n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")}
+    (module,) = (name for name in libraries if name.startswith("fastfusion/_native."))
+    assert libraries == {"fastfusion/libfastfusion_cpu.so", "fastfusion/_torch_ops.so", module}
+    assert not list((source / "fastfusion").glob("*.so"))
+
+
+def test_second_build_compiles_only_what_changed(source: Path, compiler: Compiler) -> None:
+    def build() -> set[str]:
+        result = run(source, "setup.py", "-q", "build_ext", "--inplace", cxx=str(compiler.path))
+        assert result.returncode == 0, result.stdout + result.stderr
+        return compiler.compiled()
+
+    everything = build()
+    assert {"csrc/torch_ops.cpp", "csrc/python.cpp", "csrc/cpu/dispatch.cpp"} <= everything
+    assert (source / "fastfusion/_torch_ops.so").exists()
+    assert build() == set()
+    changed = source / "csrc/python.cpp"
+    changed.write_text(changed.read_text() + "\n")
+    assert build() == {"csrc/python.cpp"}
+    # The fake compiler names this header in every depfile.
+    (source / "csrc/cpu/kernels.h").touch()
+    assert build() == everything
+
+
+def test_each_isa_is_compiled_with_its_own_flags(source: Path, compiler: Compiler) -> None:
+    for name in ("scalar", "avx2", "avx512"):
+        (source / f"csrc/cpu/isa_{name}.cpp").write_text("")
+    (source / "csrc/cpu/isa_of_another_machine.cpp").write_text("")
+    result = run(source, "setup.py", "build_ext", "--inplace", cxx=str(compiler.path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = compiler.commands()
+    flags = {
+        line.split()[line.split().index("-c") + 1].removeprefix("csrc/cpu/"): set(line.split())
+        for line in lines
+        if " -c " in line
+    }
+    machine = os.uname().machine
+    if machine == "x86_64":
+        assert {"-mavx2", "-mfma"} <= flags["isa_avx2.cpp"]
+        assert {"-mavx512f", "-mavx512bw"} <= flags["isa_avx512.cpp"]
+        assert "-mavx512f" not in flags["isa_avx2.cpp"]
+    for unit in ("isa_scalar.cpp", "dispatch.cpp", "csrc/torch_ops.cpp", "csrc/python.cpp"):
+        assert not [flag for flag in flags[unit] if flag.startswith("-m")]
+    assert "isa_of_another_machine.cpp" not in flags
+    assert all("-ffp-contract=off" in unit for unit in flags.values())
+    links = [line for line in lines if " -shared " in f" {line} "]
+    assert len(links) == 3
+    assert all("-Wl,-rpath,$ORIGIN" in line for line in links)
+    assert not [line for line in links if "libpython" in line or "-lpython" in line]
+
+
+def test_flags_from_the_environment_are_used(
+    source: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {**os.environ, "CXX": str(compiler.path), "CXXFLAGS": "-fsanitize=address -g"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=source, env=environment, check=True, capture_output=True)
+    commands = compiler.commands()
+    assert commands and all("-fsanitize=address -g" in line for line in commands)
+
+
+def test_compiler_that_fails_is_an_error(source: Path, compiler: Compiler) -> None:
+    (source / "csrc/cpu/dispatch.cpp").write_text("FAIL")
+    result = run(source, "setup.py", "-q", "build_ext", "--inplace", cxx=str(compiler.path))
+    assert result.returncode != 0
+    assert "csrc/cpu/dispatch.cpp: error: this is no C++" in result.stdout + result.stderr
+    assert "the native part did not compile" in result.stderr
+
+
+def test_editable_install_maps_the_folders(source: Path) -> None:
+    wheel = build_wheel(source, cxx="/nonexistent/g++", hook="build_editable")
+    site = source.parent / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    # -S keeps out this environment's own editable install; torch is then found by its folder.
+    torch_site = importlib.metadata.distribution("torch").locate_file("")
+    code = (
+        f"import site, sys; site.addsitedir({str(site)!r}); sys.path.append({str(torch_site)!r})\n"
+        "import importlib.util, fastfusion.kernels, fastfusion.benchmarks\n"
+        "print(fastfusion.__file__, fastfusion.kernels.__file__, fastfusion.benchmarks.__file__)\n"
+        "print(importlib.util.find_spec('kernels'), importlib.util.find_spec('benchmarks'))"
+    )
+    result = run(source.parent, "-S", "-P", "-c", code, cxx=None)
+    assert result.returncode == 0, result.stderr
+    files, tops = result.stdout.splitlines()
+    folders = ("fastfusion", "kernels", "benchmarks")
+    assert files.split() == [str(source / folder / "__init__.py") for folder in folders]
+    assert tops == "None None"
+
+
+def test_this_installation_has_its_subpackages() -> None:
+    code = (
+        "from importlib.util import find_spec\n"
+        "print(*map(bool, map(find_spec, ('fastfusion.kernels', 'fastfusion.benchmarks'))))\n"
+        "print(find_spec('kernels'))"
+    )
+    result = run(ROOT / "tests", "-P", "-c", code, cxx=None)
+    assert result.stdout.split() == ["True", "True", "None"], result.stderr
