@@ -25,13 +25,13 @@ $(VENV)/dependencies.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing the pinned dependencies (the first time takes minutes: torch is large)"
-	@$(BIN)/python -m pip install --quiet $$($(BIN)/python -c '$(READ_GROUP)' bootstrap)
-	@$(BIN)/python -m pip install --quiet --group dev
+	@$(BIN)/python -m pip install -qq $$($(BIN)/python -c '$(READ_GROUP)' bootstrap)
+	@$(BIN)/python -m pip install -qq --group dev
 	@touch $@
 
 $(VENV)/install.stamp: $(VENV)/dependencies.stamp setup.py
-	@echo "installing fastfusion into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@echo "installing fastfusion into $(VENV), with a first build of its native part"
+	@$(BIN)/python -m pip install -qq --no-build-isolation --no-deps --editable .
 	@touch $@
 
 build: $(VENV)/install.stamp
@@ -61,7 +61,7 @@ bench: build
 
 wheel: $(VENV)/dependencies.stamp
 	@rm -rf build/lib* dist
-	@$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	@$(BIN)/python -m pip wheel -qq --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist
 
 clean:

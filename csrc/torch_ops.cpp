@@ -198,22 +198,16 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, MaybeTensor grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, MaybeTensor mask, MaybeTensor padding, MaybeTensor seed,
-    const Tensor& out, const Tensor& lse, double dropout_p, bool is_causal,
-    std::optional<double> scale, bool mask_gradient) {
+    double dropout_p, bool is_causal, std::optional<double> scale, bool mask_gradient) {
   ff::AttentionBackward p;
   describe(p, query, key, value, mask, padding, seed, dropout_p, is_causal, scale);
   const int64_t expected[4] = {p.batch, p.heads, p.q_len, p.value_dim};
-  for (const Tensor* t : {&grad_out, &out}) {
-    STD_TORCH_CHECK(t->dim() == 4 && t->is_cpu() && t->scalar_type() == query.scalar_type(),
-                    "fastfusion: out and grad_out must be like the output");
-    for (int i = 0; i < 4; ++i)
-      STD_TORCH_CHECK(t->size(i) == expected[i], "fastfusion: out and grad_out do not fit");
-  }
-  STD_TORCH_CHECK(lse.dim() == 3 && lse.is_cpu() && lse.scalar_type() == ScalarType::Float &&
-                      lse.is_contiguous() && lse.numel() == p.batch * p.heads * p.q_len,
-                  "fastfusion: lse does not fit");
-  p.grad_out = view(grad_out), p.out = view(out);
-  p.lse = static_cast<const float*>(lse.const_data_ptr());
+  STD_TORCH_CHECK(grad_out.dim() == 4 && grad_out.is_cpu() &&
+                      grad_out.scalar_type() == query.scalar_type(),
+                  "fastfusion: grad_out must be like the output");
+  for (int i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(grad_out.size(i) == expected[i], "fastfusion: grad_out does not fit");
+  p.grad_out = view(grad_out);
   if (grad_lse) {
     STD_TORCH_CHECK(grad_lse->dim() == 3 && grad_lse->is_cpu() &&
                         grad_lse->scalar_type() == ScalarType::Float,
@@ -267,7 +261,7 @@ STABLE_TORCH_LIBRARY(fastfusion, m) {
   m.def("attention_forward(" FF_INPUTS ", " FF_OPTIONS ", bool enable_gqa) -> (Tensor, Tensor)");
   m.def("attention_out(" FF_INPUTS ", " FF_OPTIONS ", bool enable_gqa) -> Tensor");
   m.def("attention_backward(Tensor grad_out, Tensor? grad_lse, " FF_INPUTS
-        ", Tensor out, Tensor lse, " FF_OPTIONS
+        ", " FF_OPTIONS
         ", bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -20,24 +20,30 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fastfusion", description="Fused attention for multimodal transformers."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True)
 
     commands.add_parser("info", help="versions, devices and backends, and why one is missing")
 
     demo = commands.add_parser("demo", help="answer questions about images, beside stock torch")
     demo.add_argument("--output", type=Path, default=Path("vqa_attention.png"), help="the picture")
-    demo.add_argument("--checkpoint", type=Path, help="default: the one that ships with the package")
+    demo.add_argument(
+        "--checkpoint", type=Path, help="default: the one that ships with the package"
+    )
     demo.add_argument("--threads", type=_positive, help="default: what torch chooses")
 
     train = commands.add_parser("train", help="make the checkpoint of the demo")
     train.add_argument("--output", type=Path, default=Path("easy_vqa.safetensors"))
     train.add_argument("--epochs", type=_positive)
-    train.add_argument("--batch-size", type=_positive, help="images; each comes with all its questions")
+    train.add_argument(
+        "--batch-size", type=_positive, help="images, each with four of its questions"
+    )
     train.add_argument("--lr", type=float)
     train.add_argument("--seed", type=int)
     train.add_argument("--threads", type=_positive, help="default: what torch chooses")
     train.add_argument("--images", type=_positive, help="use so many images of each split only")
-    train.add_argument("--question-only", action="store_true", help="only the baseline that sees no image")
+    train.add_argument(
+        "--question-only", action="store_true", help="only the baseline that sees no image"
+    )
     train.add_argument("--resume", action="store_true", help="go on from OUTPUT.state")
 
     # Its options are those of fastfusion.benchmarks, which main() hands over to.
@@ -61,6 +67,12 @@ def _explain(arguments: argparse.Namespace) -> object:
 
     import fastfusion as ff
 
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(f"--device {arguments.device}: {first_line}") from None
+
     def tensor(*shape: int) -> torch.Tensor:
         return torch.zeros(
             shape,
@@ -73,7 +85,9 @@ def _explain(arguments: argparse.Namespace) -> object:
     if arguments.op == "varlen_attention":
         ends = torch.arange(batch + 1, dtype=torch.int32, device=arguments.device)
         packed_q, packed_k = tensor(batch * q, heads, dim), tensor(batch * k, heads, dim)
-        return ff.explain(ff.varlen_attention, packed_q, packed_k, packed_k, ends * q, ends * k, q, k)
+        return ff.explain(
+            ff.varlen_attention, packed_q, packed_k, packed_k, ends * q, ends * k, q, k
+        )
     query, key = tensor(batch, heads, q, dim), tensor(batch, heads, k, dim)
     if arguments.op == "bidirectional_attention":
         return ff.explain(ff.bidirectional_attention, query, key, key, query)
@@ -111,13 +125,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(ff.info())
         return 0
-    if arguments.command == "explain":
-        print(_explain(arguments))
-        return 0
 
     from fastfusion.demo.extras import MissingExtra
 
     try:
+        if arguments.command == "explain":
+            print(_explain(arguments))
+            return 0
         if arguments.threads:
             import torch
 

@@ -48,12 +48,23 @@ def masked_scores(
     return scores
 
 
-def safe_softmax(scores: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Softmax and log-sum-exp along `dim`; a slice of -inf alone gives 0 and -inf."""
+def safe_softmax(scores: Tensor, dim: int) -> Tensor:
+    """Softmax along `dim`; a slice of -inf alone gives 0."""
+    dead = (scores == -math.inf).all(dim, keepdim=True)
+    return torch.softmax(scores.masked_fill(dead, 0.0), dim).masked_fill(dead, 0.0)
+
+
+def log_sum_exp(scores: Tensor, dim: int) -> Tensor:
+    """Log-sum-exp along `dim`; a slice of -inf alone gives -inf and no gradient.
+
+    torch.logsumexp serves as the shift alone: its derivative, exp(S - lse), is wrong where lse is
+    too large to hold log(count), as in a row of finfo.min.
+    """
     dead = (scores == -math.inf).all(dim, keepdim=True)
     scores = scores.masked_fill(dead, 0.0)
-    lse = torch.logsumexp(scores, dim).masked_fill(dead.squeeze(dim), -math.inf)
-    return torch.softmax(scores, dim).masked_fill(dead, 0.0), lse
+    shift = torch.logsumexp(scores.detach(), dim, keepdim=True).masked_fill(dead, 0.0)
+    total = torch.exp(scores - shift).sum(dim, keepdim=True).masked_fill(dead, 1.0)
+    return (shift + torch.log(total)).masked_fill(dead, -math.inf).squeeze(dim)
 
 
 def dropout_factor(
@@ -98,11 +109,12 @@ def attention_reference(
     key = _grouped(hide(key, key_padding_mask), heads)
     value = _grouped(hide(value, key_padding_mask), heads)
     scores = masked_scores(query, key, attn_mask, key_padding_mask, is_causal, scale)
-    probabilities, lse = safe_softmax(scores, -1)
+    probabilities = safe_softmax(scores, -1)
     factor = dropout_factor(probabilities, seed, dropout_p, _philox.ROW_STREAM)
     if factor is not None:
         probabilities = probabilities * factor
-    return rows_outside((probabilities @ value.to(acc)).to(query.dtype)), lse
+    out = rows_outside((probabilities @ value.to(acc)).to(query.dtype))
+    return out, log_sum_exp(scores, -1)
 
 
 def attention_backward_reference(
@@ -128,7 +140,7 @@ def attention_backward_reference(
     key = _grouped(hide(key, key_padding_mask), heads)
     value = _grouped(hide(value, key_padding_mask), heads)
     scores = masked_scores(query, key, attn_mask, key_padding_mask, is_causal, scale)
-    probabilities, _ = safe_softmax(scores, -1)
+    probabilities = safe_softmax(scores, -1)
     factor = dropout_factor(probabilities, seed, dropout_p, _philox.ROW_STREAM)
     gradient = grad_out.to(acc)
     grad_p = gradient @ value.to(acc).transpose(-1, -2)

@@ -138,22 +138,20 @@ class _Backward(Function):
         attn_mask: Tensor | None,
         key_padding_mask: Tensor | None,
         seed: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
         dropout_p: float,
         is_causal: bool,
         scale: float | None,
         mask_gradient: bool,
     ) -> Any:
         return _backward(
-            grad_out, grad_lse, query, key, value, attn_mask, key_padding_mask, seed, out, lse,
-            dropout_p, is_causal, scale, mask_gradient,
+            grad_out, grad_lse, query, key, value, attn_mask, key_padding_mask, seed, dropout_p,
+            is_causal, scale, mask_gradient,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:8])
-        ctx.dropout_p, ctx.is_causal, ctx.scale, ctx.mask_gradient = inputs[10:]
+        ctx.dropout_p, ctx.is_causal, ctx.scale, ctx.mask_gradient = inputs[8:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -187,23 +185,23 @@ class _Backward(Function):
         )
         (pulled,) = pullback(filled)
         order = ("grad_out", "grad_lse", "query", "key", "value", "attn_mask")
-        return (*(pulled.get(name) for name in order), *[None] * 8)
+        return (*(pulled.get(name) for name in order), *[None] * 6)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
-        tensors, dims, size = given[:10], list(in_dims[:10]), info.batch_size
-        mask_gradient = given[13]
+        tensors, dims, size = given[:8], list(in_dims[:8]), info.batch_size
+        mask_gradient = given[11]
         if given[7] is not None or mask_gradient:
             # A dropout mask is a function of the batch index, and a mask's gradient is reduced
             # over the batch: neither survives folding.
             results = [
-                _Backward.apply(*_select(tensors, tuple(dims), i), *given[10:])
+                _Backward.apply(*_select(tensors, tuple(dims), i), *given[8:])
                 for i in range(size)
             ]
             return _stacked(results), (0, 0, 0, 0)
         batch = given[2].shape[0 if dims[2] is None or dims[2] > 0 else 1]
         folded = _folded(tensors, dims, size, batch, mask_at=5)
-        grad_query, grad_key, grad_value, empty = _Backward.apply(*folded, *given[10:])
+        grad_query, grad_key, grad_value, empty = _Backward.apply(*folded, *given[8:])
         results = tuple(_unfold(t, size) for t in (grad_query, grad_key, grad_value))
         return (*results, empty), (0, 0, 0, None)
 
@@ -250,23 +248,23 @@ class _Attention(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:6], *output)
+        ctx.save_for_backward(*inputs[:6])
         ctx.dropout_p, ctx.is_causal, ctx.scale = inputs[6:9]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        query, key, value, attn_mask, padding, seed, out, lse = ctx.saved_tensors
+        query, key, value, attn_mask, padding, seed = ctx.saved_tensors
         if grad_out is None:
             if grad_lse is None:
                 return (None,) * 10
-            grad_out = torch.zeros_like(out)
+            grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
         mask_gradient = attn_mask is not None and ctx.needs_input_grad[3]
         differentiable = torch.is_grad_enabled() or _transforms_active()
         run = _Backward.apply if differentiable else _backward
         gradients = run(
-            grad_out, grad_lse, query, key, value, attn_mask, padding, seed, out, lse,
-            ctx.dropout_p, ctx.is_causal, ctx.scale, mask_gradient,
+            grad_out, grad_lse, query, key, value, attn_mask, padding, seed, ctx.dropout_p,
+            ctx.is_causal, ctx.scale, mask_gradient,
         )  # fmt: skip
         return (*gradients[:3], gradients[3] if mask_gradient else None, *[None] * 6)
 

@@ -12,7 +12,8 @@ namespace ff {
 namespace {
 
 struct ForwardScratch {
-  float *query, *scores, *factor, *key, *value, *out, *maximum, *sum, *rescale;
+  float *query, *scores, *factor, *key, *value, *out;
+  Statistics statistics;
   int32_t* list;
 
   bool allocate(const Attention& p) {
@@ -23,9 +24,9 @@ struct ForwardScratch {
                      {&key, kBlock * p.head_dim},
                      {&value, kBlock * value_columns},
                      {&out, kPanel * value_columns},
-                     {&maximum, columns},
-                     {&sum, columns},
-                     {&rescale, columns}},
+                     {&statistics.maximum, columns},
+                     {&statistics.sum, columns},
+                     {&statistics.rescale, columns}},
                  &list);
   }
 };
@@ -39,7 +40,7 @@ inline void forward_panel(const AttentionForward& p, int64_t b, int64_t h, int64
   const int64_t value_offset = b * p.value.batch + group * p.value.head;
   transpose(p.query, p.type, b * p.query.batch + h * p.query.head, first, queries, p.head_dim,
             columns, s.query);
-  for (int64_t i = 0; i < columns; ++i) s.maximum[i] = -kInfinity, s.sum[i] = 0.0f;
+  s.statistics.clear(columns);
   for (int64_t i = 0; i < queries * value_columns; ++i) s.out[i] = 0.0f;
 
   int64_t limit = p.kv_len;
@@ -52,41 +53,14 @@ inline void forward_panel(const AttentionForward& p, int64_t b, int64_t h, int64
     multiply(key.data, key.stride, 1, s.query, columns, count, columns, p.head_dim, s.scores,
              columns, false);
     mask_scores(p, b, h, first, queries, keys, block, count, columns, s.scores);
-    for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
-      float* column = s.scores + lane;
-      const Vec before = Vec::load(s.maximum + lane);
-      Vec maximum = before;
-      for (int64_t j = 0; j < count; ++j)
-        maximum = Vec::max(Vec::load(column + j * columns), maximum);
-      maximum.store(s.maximum + lane);
-      // A row without a key so far has maximum -inf; 0 in its place keeps -inf - -inf out.
-      float finite[Vec::kLanes];
-      for (int i = 0; i < Vec::kLanes; ++i) {
-        const float m = s.maximum[lane + i];
-        finite[i] = m == -kInfinity ? 0.0f : m;
-      }
-      const Vec offset = Vec::load(finite);
-      Vec sum = Vec::zero();
-      for (int64_t j = 0; j < count; ++j) {
-        const Vec e = exp(Vec::load(column + j * columns) - offset);
-        e.store(column + j * columns);
-        sum = sum + e;
-      }
-      const Vec rescale = exp(before - offset);
-      rescale.store(s.rescale + lane);
-      Vec::fma(Vec::load(s.sum + lane), rescale, sum).store(s.sum + lane);
-    }
+    online_softmax(count, columns, s.scores, s.statistics);
     if (p.dropout) {
       dropout_factors(p, b, h, first, keys, block, count, columns, s.factor);
       for (int64_t j = 0; j < count * columns; j += Vec::kLanes)
         (Vec::load(s.scores + j) * Vec::load(s.factor + j)).store(s.scores + j);
     }
-    for (int64_t i = 0; i < queries; ++i) {
-      const Vec rescale = Vec::set(s.rescale[i]);
-      float* out = s.out + i * value_columns;
-      for (int64_t e = 0; e < value_columns; e += Vec::kLanes)
-        (Vec::load(out + e) * rescale).store(out + e);
-    }
+    for (int64_t i = 0; i < queries; ++i)
+      scale_row(s.out + i * value_columns, value_columns, s.statistics.rescale[i]);
     const Rows value = rows(p.value, p.type, value_offset, keys, block, count, p.value_dim,
                             value_columns, s.value);
     multiply(s.scores, 1, columns, value.data, value.stride, queries, value_columns, count, s.out,
@@ -94,13 +68,15 @@ inline void forward_panel(const AttentionForward& p, int64_t b, int64_t h, int64
   }
 
   for (int64_t i = 0; i < queries; ++i) {
-    const bool dead = s.sum[i] == 0.0f;
-    store(p.out.data, p.type,
-          b * p.out.batch + h * p.out.head + (first + i) * p.out.row, p.out.column, p.value_dim,
-          s.out + i * value_columns, dead ? 0.0f : 1.0f / s.sum[i]);
+    const float sum = s.statistics.sum[i];
+    const bool dead = sum == 0.0f;
+    float* row = s.out + i * value_columns;
+    if (!dead) divide_row(row, value_columns, sum);
+    store(p.out.data, p.type, b * p.out.batch + h * p.out.head + (first + i) * p.out.row,
+          p.out.column, p.value_dim, row);
     if (p.lse) {
       p.lse[(b * p.heads + h) * p.q_len + first + i] =
-          dead ? -kInfinity : s.maximum[i] + std::log(s.sum[i]);
+          dead ? -kInfinity : s.statistics.maximum[i] + std::log(sum);
     }
   }
 }

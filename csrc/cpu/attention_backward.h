@@ -1,8 +1,14 @@
-// Attention backward: the scores are computed again from Q, K and lse, block by block, so that no
-// Lq x Lk tensor exists (Dao et al., "FlashAttention", 2022, algorithm 4). With P = exp(S - lse):
+// Attention backward: the scores are computed again, block by block, so that no Lq x Lk tensor
+// exists (Dao et al., "FlashAttention", 2022). With P the softmax and c the dropout factors:
 //
-//     dV = (P c)^T dO     dS = P * (c * (dO V^T) - delta)     delta = rowsum(dO * O) - d lse
-//     dQ = scale * dS K   dK = scale * dS^T Q                  d bias = dS
+//     dV = (P c)^T dO     dP = c * (dO V^T)     dS = P * (dP - delta)     d bias = dS
+//     dQ = scale * dS K   dK = scale * dS^T Q   delta = sum_j P dP - d lse
+//
+// Neither P nor delta comes from what the forward saved. exp(S - lse) carries the rounding of lse
+// into every weight of a row (5e-7 at lse = 8, three times the plain formula's error) and is wrong
+// for rows of finfo.min, where lse has no bits left for log(count); rowsum(dO * out) carries the
+// rounding of a 16-bit out. So a first pass over the keys takes the statistics of the online
+// softmax and sum_j P dP; with one block of keys (up to 256) it is the only one.
 //
 // A task is a key head: it adds up dK and dV over its query heads and panels in a fixed order, so
 // the bits do not depend on threads. Where the gradient of a mask is summed over heads or batch
@@ -16,7 +22,8 @@ namespace {
 
 struct BackwardScratch {
   float *query_t, *grad_t, *query, *grad, *scores, *grad_scores, *factor, *key, *value;
-  float *grad_query, *grad_key, *grad_value, *row, *lse, *delta;
+  float *grad_query, *grad_key, *grad_value, *weighted;
+  Statistics statistics;
   int32_t* list;
 
   bool allocate(const Attention& p) {
@@ -34,102 +41,142 @@ struct BackwardScratch {
                      {&grad_query, kPanel * dim},
                      {&grad_key, p.kv_len * dim},
                      {&grad_value, p.kv_len * value_dim},
-                     {&row, value_dim},
-                     {&lse, columns},
-                     {&delta, columns}},
+                     {&weighted, columns},
+                     {&statistics.maximum, columns},
+                     {&statistics.sum, columns},
+                     {&statistics.rescale, columns}},
                  &list);
   }
 };
 
-// P and dS of one block from the products in s.scores and s.grad_scores; P becomes P c.
-inline void block_gradients(const AttentionBackward& p, int64_t b, int64_t h, int64_t first,
-                            int64_t queries, const Keys& keys, int64_t block, int64_t count,
-                            int64_t columns, const BackwardScratch& s) {
-  mask_scores(p, b, h, first, queries, keys, block, count, columns, s.scores);
-  if (p.dropout) dropout_factors(p, b, h, first, keys, block, count, columns, s.factor);
-  for (int64_t j = 0; j < count; ++j) {
-    for (int64_t i = 0; i < columns; i += Vec::kLanes) {
-      const int64_t at = j * columns + i;
-      const Vec p_ij = exp(Vec::load(s.scores + at) - Vec::load(s.lse + i));
-      Vec grad = Vec::load(s.grad_scores + at), dropped = p_ij;
-      if (p.dropout) {
-        const Vec factor = Vec::load(s.factor + at);
-        grad = grad * factor;
-        dropped = dropped * factor;
-      }
-      dropped.store(s.scores + at);
-      (p_ij * (grad - Vec::load(s.delta + i))).store(s.grad_scores + at);
+struct Panel {
+  int64_t b, h, first, queries, columns;
+  Rows query, grad;  // padded rows, the second operand of dK and dV
+};
+
+// S and dP of one block of keys, the latter with its dropout factors. Returns the keys' rows.
+inline Rows block_products(const AttentionBackward& p, const Panel& at, const Keys& keys,
+                           int64_t block, int64_t count, const BackwardScratch& s) {
+  const int64_t group = at.h / (p.heads / p.kv_heads), columns = at.columns;
+  const Rows key = rows(p.key, p.type, at.b * p.key.batch + group * p.key.head, keys, block,
+                        count, p.head_dim, padded(p.head_dim), s.key);
+  const Rows value = rows(p.value, p.type, at.b * p.value.batch + group * p.value.head, keys,
+                          block, count, p.value_dim, p.value_dim, s.value);
+  multiply(key.data, key.stride, 1, s.query_t, columns, count, columns, p.head_dim, s.scores,
+           columns, false);
+  multiply(value.data, value.stride, 1, s.grad_t, columns, count, columns, p.value_dim,
+           s.grad_scores, columns, false);
+  mask_scores(p, at.b, at.h, at.first, at.queries, keys, block, count, columns, s.scores);
+  if (p.dropout) {
+    dropout_factors(p, at.b, at.h, at.first, keys, block, count, columns, s.factor);
+    for (int64_t j = 0; j < count * columns; j += Vec::kLanes)
+      (Vec::load(s.grad_scores + j) * Vec::load(s.factor + j)).store(s.grad_scores + j);
+  }
+  return key;
+}
+
+// weighted[i] = sum_j exp(S - m) dP over the blocks so far; the scores become exp(S - m).
+inline void gather_statistics(int64_t count, int64_t columns, const BackwardScratch& s) {
+  online_softmax(count, columns, s.scores, s.statistics);
+  for (int64_t i = 0; i < columns; i += Vec::kLanes) {
+    FourSums sum;
+    for (int64_t j = 0; j < count; ++j)
+      sum.part[j % 4] = Vec::fma(Vec::load(s.scores + j * columns + i),
+                                 Vec::load(s.grad_scores + j * columns + i), sum.part[j % 4]);
+    Vec::fma(Vec::load(s.weighted + i), Vec::load(s.statistics.rescale + i), sum.total())
+        .store(s.weighted + i);
+  }
+}
+
+// From sums to what the gradients divide by and subtract: l in `sum`, delta in `weighted`.
+inline void finish_statistics(const AttentionBackward& p, const Panel& at,
+                              const BackwardScratch& s) {
+  for (int64_t i = 0; i < at.columns; ++i) {
+    const float sum = s.statistics.sum[i];
+    const bool dead = sum == 0.0f || i >= at.queries;  // then P = 0
+    float delta = dead ? 0.0f : s.weighted[i] / sum;
+    if (p.grad_lse && i < at.queries) {
+      delta -= p.grad_lse[at.b * p.grad_lse_batch + at.h * p.grad_lse_head +
+                          (at.first + i) * p.grad_lse_row];
+    }
+    if (dead) s.statistics.sum[i] = kInfinity;
+    s.weighted[i] = delta;
+  }
+}
+
+// P c in the place of the scores and dS in that of dP.
+inline void block_gradients(const AttentionBackward& p, const Panel& at, const Keys& keys,
+                            int64_t block, int64_t count, bool exponentials,
+                            const BackwardScratch& s) {
+  const int64_t columns = at.columns;
+  for (int64_t i = 0; i < columns; i += Vec::kLanes) {
+    const Vec sum = Vec::load(s.statistics.sum + i), delta = Vec::load(s.weighted + i);
+    const Vec offset = finite(s.statistics.maximum + i);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t e = j * columns + i;
+      Vec weight = Vec::load(s.scores + e);
+      weight = (exponentials ? weight : exp(weight - offset)) / sum;
+      (weight * (Vec::load(s.grad_scores + e) - delta)).store(s.grad_scores + e);
+      (p.dropout ? weight * Vec::load(s.factor + e) : weight).store(s.scores + e);
     }
   }
   if (!p.grad_mask) return;
-  float* to = p.grad_mask + b * p.grad_mask_batch + h * p.grad_mask_head +
-              first * p.grad_mask_row;
+  float* to = p.grad_mask + at.b * p.grad_mask_batch + at.h * p.grad_mask_head +
+              at.first * p.grad_mask_row;
   for (int64_t j = 0; j < count; ++j)
-    for (int64_t i = 0; i < queries; ++i)
+    for (int64_t i = 0; i < at.queries; ++i)
       to[i * p.grad_mask_row + keys[block + j] * p.grad_mask_column] +=
           s.grad_scores[j * columns + i];
 }
 
 inline void backward_panel(const AttentionBackward& p, int64_t b, int64_t h, int64_t first,
-                           const Keys& all_keys, const BackwardScratch& s) {
+                           Keys keys, const BackwardScratch& s) {
   const int64_t queries = p.q_len - first < kPanel ? p.q_len - first : kPanel;
   const int64_t columns = padded(queries);
   const int64_t dim = padded(p.head_dim), value_dim = padded(p.value_dim);
-  const int64_t group = h / (p.heads / p.kv_heads);
   const int64_t query_offset = b * p.query.batch + h * p.query.head;
   const int64_t grad_offset = b * p.grad_out.batch + h * p.grad_out.head;
-  const int64_t key_offset = b * p.key.batch + group * p.key.head;
-  const int64_t value_offset = b * p.value.batch + group * p.value.head;
   const Keys every{p.q_len, nullptr};
-
   transpose(p.query, p.type, query_offset, first, queries, p.head_dim, columns, s.query_t);
   transpose(p.grad_out, p.type, grad_offset, first, queries, p.value_dim, columns, s.grad_t);
-  const Rows query = rows(p.query, p.type, query_offset, every, first, queries, p.head_dim, dim,
-                          s.query);
-  const Rows grad = rows(p.grad_out, p.type, grad_offset, every, first, queries, p.value_dim,
-                         value_dim, s.grad);
-  for (int64_t i = 0; i < columns; ++i) {
-    s.lse[i] = kInfinity, s.delta[i] = 0.0f;  // a row without keys, or past the end: P = 0
-    if (i >= queries) continue;
-    const float lse = p.lse[(b * p.heads + h) * p.q_len + first + i];
-    if (lse != -kInfinity) s.lse[i] = lse;
-    load(p.out.data, p.type, b * p.out.batch + h * p.out.head + (first + i) * p.out.row,
-         p.out.column, p.value_dim, s.row);
-    float delta = 0.0f;
-    for (int64_t e = 0; e < p.value_dim; ++e) delta += s.row[e] * grad.data[i * grad.stride + e];
-    if (p.grad_lse) {
-      delta -= p.grad_lse[b * p.grad_lse_batch + h * p.grad_lse_head +
-                          (first + i) * p.grad_lse_row];
-    }
-    s.delta[i] = delta;
-  }
+  const Panel at{b, h, first, queries, columns,
+                 rows(p.query, p.type, query_offset, every, first, queries, p.head_dim, dim,
+                      s.query),
+                 rows(p.grad_out, p.type, grad_offset, every, first, queries, p.value_dim,
+                      value_dim, s.grad)};
   for (int64_t i = 0; i < queries * dim; ++i) s.grad_query[i] = 0.0f;
+  for (int64_t i = 0; i < columns; ++i) s.weighted[i] = 0.0f;
+  s.statistics.clear(columns);
 
-  Keys keys = all_keys;
-  while (p.causal && keys.count > 0 && keys[keys.count - 1] >= first + queries) {
+  while (p.causal && keys.count > 0 && keys[keys.count - 1] >= first + queries)
     keys.count = keys.list ? keys.count - 1 : first + queries;
+  const bool one_block = keys.count <= kBlock;
+  for (int64_t block = 0; block < keys.count && !one_block; block += kBlock) {
+    const int64_t count = keys.count - block < kBlock ? keys.count - block : kBlock;
+    block_products(p, at, keys, block, count, s);
+    gather_statistics(count, columns, s);
   }
+  if (!one_block) finish_statistics(p, at, s);
   for (int64_t block = 0; block < keys.count; block += kBlock) {
     const int64_t count = keys.count - block < kBlock ? keys.count - block : kBlock;
-    const Rows key = rows(p.key, p.type, key_offset, keys, block, count, p.head_dim, dim, s.key);
-    const Rows value = rows(p.value, p.type, value_offset, keys, block, count, p.value_dim,
-                            p.value_dim, s.value);
-    multiply(key.data, key.stride, 1, s.query_t, columns, count, columns, p.head_dim, s.scores,
-             columns, false);
-    multiply(value.data, value.stride, 1, s.grad_t, columns, count, columns, p.value_dim,
-             s.grad_scores, columns, false);
-    block_gradients(p, b, h, first, queries, keys, block, count, columns, s);
-    multiply(s.scores, columns, 1, grad.data, grad.stride, count, value_dim, queries,
+    const Rows key = block_products(p, at, keys, block, count, s);
+    if (one_block) {
+      gather_statistics(count, columns, s);
+      finish_statistics(p, at, s);
+    }
+    block_gradients(p, at, keys, block, count, one_block, s);
+    multiply(s.scores, columns, 1, at.grad.data, at.grad.stride, count, value_dim, queries,
              s.grad_value + block * value_dim, value_dim, true);
-    multiply(s.grad_scores, columns, 1, query.data, query.stride, count, dim, queries,
+    multiply(s.grad_scores, columns, 1, at.query.data, at.query.stride, count, dim, queries,
              s.grad_key + block * dim, dim, true);
     multiply(s.grad_scores, 1, columns, key.data, key.stride, queries, dim, count, s.grad_query,
              dim, true);
   }
   for (int64_t i = 0; i < queries; ++i) {
     const MutableView& to = p.grad_query;
+    scale_row(s.grad_query + i * dim, dim, p.scale);
     store(to.data, p.type, b * to.batch + h * to.head + (first + i) * to.row, to.column,
-          p.head_dim, s.grad_query + i * dim, p.scale);
+          p.head_dim, s.grad_query + i * dim);
   }
 }
 
@@ -144,18 +191,17 @@ inline void backward_key_head(const AttentionBackward& p, int64_t b, int64_t gro
     for (int64_t first = 0; first < p.q_len; first += kPanel)
       backward_panel(p, b, h, first, keys, s);
 
-  const auto write = [&](const MutableView& to, int64_t j, int64_t count, const float* from,
-                         float factor) {
-    store(to.data, p.type, b * to.batch + group * to.head + j * to.row, to.column, count, from,
-          factor);
+  const auto write = [&](const MutableView& to, int64_t j, int64_t count, const float* from) {
+    store(to.data, p.type, b * to.batch + group * to.head + j * to.row, to.column, count, from);
   };
   // Rows past keys.count are still 0: what hidden keys get.
   int64_t next = 0, hidden = keys.count;
   for (int64_t j = 0; j < p.kv_len; ++j) {
     const bool visible = next < keys.count && keys[next] == j;
     const int64_t from = visible ? next++ : hidden++;
-    write(p.grad_key, j, p.head_dim, s.grad_key + from * dim, p.scale);
-    write(p.grad_value, j, p.value_dim, s.grad_value + from * value_dim, 1.0f);
+    scale_row(s.grad_key + from * dim, dim, p.scale);
+    write(p.grad_key, j, p.head_dim, s.grad_key + from * dim);
+    write(p.grad_value, j, p.value_dim, s.grad_value + from * value_dim);
   }
 }
 

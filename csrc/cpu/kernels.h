@@ -58,9 +58,8 @@ struct AttentionForward : Attention {
 };
 
 struct AttentionBackward : Attention {
-  View out, grad_out;                 // (B, H, Lq, E)
-  const float* lse = nullptr;         // (B, H, Lq) contiguous
-  const float* grad_lse = nullptr;    // (B, H, Lq) by strides, or none
+  View grad_out;                    // (B, H, Lq, E)
+  const float* grad_lse = nullptr;  // (B, H, Lq) by strides, or none
   int64_t grad_lse_batch = 0, grad_lse_head = 0, grad_lse_row = 0;
   MutableView grad_query, grad_key, grad_value;
   // The sum over the scores that share an entry; strides of 0 where the mask broadcasts. The

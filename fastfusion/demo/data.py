@@ -1,8 +1,8 @@
 """The easy-vqa data set as tensors: one coloured shape per 64x64 image, and questions about it.
 
-https://github.com/vzhou842/easy-VQA, the PyPI package ``easy-vqa``: 4,000 + 1,000 images, 38,575 + 9,673 questions
-made of 107 distinct sentences, 13 answers. None of the sentences speaks of a place or a size, so moving and
-mirroring an image keeps every answer right.
+https://github.com/vzhou842/easy-VQA, the PyPI package ``easy-vqa``: 4,000 + 1,000 images, 38,575 +
+9,673 questions made of 107 distinct sentences, 13 answers. None of the sentences speaks of a place
+or a size, so moving and mirroring an image keeps every answer right.
 """
 
 import re
@@ -25,27 +25,31 @@ def words(question: str) -> list[str]:
 
 
 class Vocabulary:
-    """Words and their numbers; number 0 pads short questions and number 1 stands for every unknown word."""
+    """Words and their numbers; 0 pads short questions and 1 stands for every unknown word."""
 
     def __init__(self, entries: list[str]) -> None:
         if entries[:2] != [PADDING, UNKNOWN]:
-            raise ValueError(f"a vocabulary starts with {PADDING!r}, {UNKNOWN!r}; got {entries[:2]}")
+            raise ValueError(
+                f"a vocabulary starts with {PADDING!r}, {UNKNOWN!r}; got {entries[:2]}"
+            )
         self.entries = entries
         self._number = {word: number for number, word in enumerate(entries)}
 
     @classmethod
     def of(cls, questions: list[str]) -> "Vocabulary":
         """The vocabulary of some questions, in alphabetical order."""
-        return cls([PADDING, UNKNOWN, *sorted({word for text in questions for word in words(text)})])
+        return cls(
+            [PADDING, UNKNOWN, *sorted({word for text in questions for word in words(text)})]
+        )
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def encode(self, questions: list[str], length: int | None = None) -> Tensor:
-        """Number the words of every question: int64 (questions, length), padded with 0 on the right.
+        """Number the words of every question: int64 (questions, length), padded with 0.
 
-        ``length`` is that of the longest question unless given. Raises ``ValueError`` for a question
-        without words or with more than ``length``.
+        ``length`` is that of the longest question unless given. Raises ``ValueError`` for a
+        question without words or with more than ``length``.
         """
         rows = [[self._number.get(word, 1) for word in words(text)] for text in questions]
         if length is None:
@@ -60,7 +64,9 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Split:
-    """One split of the data set. Question n is ``texts[text_index[n]]`` about ``images[image_index[n]]``."""
+    """A split of the data set; question n is ``texts[text_index[n]]`` about image
+    ``image_index[n]``.
+    """
 
     images: Tensor  # uint8 (images, 3, 64, 64)
     texts: list[str]  # the distinct questions, in alphabetical order
@@ -75,7 +81,11 @@ class Split:
         """The first ``count`` images and their questions."""
         kept = self.image_index < count
         return Split(
-            self.images[:count], self.texts, self.image_index[kept], self.text_index[kept], self.answer[kept]
+            self.images[:count],
+            self.texts,
+            self.image_index[kept],
+            self.text_index[kept],
+            self.answer[kept],
         )
 
 
@@ -85,7 +95,10 @@ def answers() -> list[str]:
 
 
 def load(split: Literal["train", "test"], images: int | None = None) -> Split:
-    """Read a split (its first ``images`` images), decoding each picture once; raises ``MissingExtra`` without easy-vqa or Pillow."""
+    """Read a split, or its first ``images`` images; every picture is decoded once.
+
+    Raises ``MissingExtra`` without easy-vqa or Pillow.
+    """
     source, pictures = require("easy_vqa"), require("PIL.Image")
     if split == "train":
         questions, paths = source.get_train_questions(), source.get_train_image_paths()
@@ -122,14 +135,15 @@ def load(split: Literal["train", "test"], images: int | None = None) -> Split:
 def drawn(images: Tensor) -> Tensor:
     """Where the shape is: uint8 images (n, 3, size, size) to bool (n, size, size).
 
-    The background is one colour and covers more than half of every image, so it is each channel's median.
+    The background is one colour and covers more than half of every image, so it is each channel's
+    median.
     """
     background = images.flatten(2).median(dim=2).values[:, :, None, None]
     return (images != background).any(dim=1)
 
 
 def shape_boxes(images: Tensor) -> Tensor:
-    """The box around the shape in every image: int64 (n, 4) as left, right, top, bottom, the ends exclusive."""
+    """The box around every shape: int64 (n, 4), left, right, top, bottom, the ends exclusive."""
     shape = drawn(images)
     edges = []
     for line in (shape.any(dim=1), shape.any(dim=2)):

@@ -17,7 +17,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def shape_tokens(images: Tensor) -> Tensor:
-    """The tokens whose 8x8 pixels hold a part of the shape: uint8 (n, 3, 64, 64) to bool (n, 64)."""
+    """The tokens whose 8x8 pixels hold a part of the shape: bool (n, 64) of uint8 images."""
     size = images.shape[-1] // GRID
     cells = drawn(images).unflatten(1, (GRID, size)).unflatten(3, (GRID, size))
     return cells.any(dim=4).any(dim=2).flatten(1)
@@ -53,7 +53,7 @@ def accuracy(predicted: Tensor, split: Split) -> float:
 
 @torch.inference_mode()
 def latencies(calls: dict[str, Callable[[], object]], rounds: int = 40) -> dict[str, float]:
-    """The median time of every call in seconds; the calls take turns, so a disturbance hits all of them."""
+    """The median time of every call in seconds; the calls take turns, so a disturbance hits all."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for warming_up in range(5 + rounds):
         for name, call in calls.items():

@@ -1,4 +1,4 @@
-"""The demo's optional packages: imported on first use, and a single clear line when one is missing."""
+"""The demo's optional packages: imported on first use, and one clear line when one is missing."""
 
 from importlib import import_module
 from types import ModuleType
@@ -18,11 +18,11 @@ def require_all() -> None:
 
 
 def require(name: str) -> ModuleType:
-    """Import a package of the ``demo`` extra; raise :class:`MissingExtra` with the remedy if it is absent."""
+    """Import a package of the ``demo`` extra; raise :class:`MissingExtra` if it is absent."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        # A package that is installed but cannot find a part of its own is another fault: show that one.
+        # An installed package that cannot find a part of its own is another fault: show that.
         if error.name is None or error.name.partition(".")[0] != name.partition(".")[0]:
             raise
         raise MissingExtra(

@@ -33,7 +33,7 @@ class Config:
 
 
 class QuestionEmbedding(nn.Module):
-    """Word numbers (texts, length) to features (texts, length, width) and the padding mask (texts, length)."""
+    """Word numbers (texts, length) to features (texts, length, width) and the padding mask."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -52,8 +52,8 @@ class EasyVQA(nn.Module):
     """A convolution stem and a word embedding around a :class:`fastfusion.models.VQATransformer`.
 
     Args:
-        transformer: the class between embeddings and logits, so that a twin built from other parts can stand
-            in for ``VQATransformer``.
+        transformer: the class between embeddings and logits, so that a twin built from other parts
+            can stand in for ``VQATransformer``.
     """
 
     def __init__(self, config: Config, transformer: type[nn.Module] = VQATransformer) -> None:
@@ -86,13 +86,14 @@ class EasyVQA(nn.Module):
         text_index: Tensor | None = None,
         need_weights: bool = False,
     ) -> Any:
-        """Logits (N, answers), and the attention (N, length, 64) of the words over the image if asked.
+        """Logits (N, answers); if asked also the words' attention (N, length, 64) over the image.
 
         Args:
             images: float32 (images, 3, 64, 64), from 0 to 1.
             questions: int64 (texts, length), word numbers, 0 = padding.
             image_index, text_index: int64 (N,); pair n asks ``questions[text_index[n]]`` about
-                ``images[image_index[n]]``, each of which is encoded once. Without them, pair n is image n, text n.
+                ``images[image_index[n]]``, each of which is encoded once. Without them, pair n is
+                image n, text n.
         """
         visual = self.stem(images * 2 - 1).flatten(2).transpose(1, 2) + self.position
         text, padding = self.question(questions)
@@ -106,14 +107,18 @@ class EasyVQA(nn.Module):
 
 
 class QuestionOnly(nn.Module):
-    """The text half of :class:`EasyVQA`: what the words alone give away, since most answers can be guessed."""
+    """The text half of :class:`EasyVQA`: many answers can be guessed from the words alone."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.question = QuestionEmbedding(config)
         self.encoder = ffnn.TransformerEncoder(
             ffnn.TransformerEncoderLayer(
-                config.width, config.num_heads, config.dim_feedforward, config.dropout, batch_first=True
+                config.width,
+                config.num_heads,
+                config.dim_feedforward,
+                config.dropout,
+                batch_first=True,
             ),
             config.num_layers,
             enable_nested_tensor=False,
@@ -130,7 +135,7 @@ class QuestionOnly(nn.Module):
 
 @dataclass
 class Checkpoint:
-    """Weights and everything needed to use them. ``model`` is None in one of a question-only training."""
+    """Weights and what is needed to use them; no ``model`` after a question-only training."""
 
     config: Config
     vocabulary: Vocabulary
@@ -156,12 +161,12 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path = CHECKPOINT) -> "Checkpoint":
-        """Read a checkpoint into networks in eval mode; raises ``ValueError`` for a file of another kind."""
+        """Read a checkpoint into networks in eval mode; ``ValueError`` for another kind of file."""
         with require("safetensors").safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path} is not a checkpoint of this demo: no format {FORMAT!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         config = Config(**json.loads(metadata["config"]))
 
         def weights(prefix: str) -> dict[str, Tensor]:

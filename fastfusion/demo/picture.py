@@ -1,55 +1,82 @@
-"""The picture of the demo: where in the image each word of a question looks."""
+"""The picture of the demo: where in the image the words of a question look."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from fastfusion.demo.extras import require
 from fastfusion.demo.model import GRID
 
+BLOCKS = 2  # questions side by side
+
 
 @dataclass(frozen=True)
 class Panel:
-    """One question: an image (size, size, 3) from 0 to 1, its words, and their attention (words, GRID * GRID)."""
+    """One question about one image.
+
+    ``image`` is (size, size, 3) from 0 to 1, ``attention`` has a word's weights (GRID * GRID,), and
+    ``shape`` (GRID * GRID,) marks the tokens that see a part of the shape.
+    """
 
     image: Tensor
     question: str
-    words: list[str]
-    attention: Tensor
+    attention: dict[str, Tensor]
+    shape: Tensor
     predicted: str
     true: str
 
 
 def draw(panels: list[Panel], path: Path) -> None:
-    """Write one row per panel: the image, then one heat map per word, laid over the image in grey."""
-    matplotlib = require("matplotlib")
-    figure_class = require("matplotlib.figure").Figure
-    canvas = require("matplotlib.backends.backend_agg").FigureCanvasAgg
-
-    columns = 1 + max(len(panel.words) for panel in panels)
-    figure = figure_class(figsize=(1.45 * columns + 0.3, 2.05 * len(panels) + 0.55), dpi=150)
-    canvas(figure)
-    grid = figure.add_gridspec(len(panels), columns, left=0.01, right=0.99, bottom=0.01, top=0.9, wspace=0.06, hspace=0.5)
-    figure.suptitle("Attention of a question's words over the image (mean over heads, one colour scale per row)", fontsize=11)
-    del matplotlib
-    for row, panel in enumerate(panels):
-        size = panel.image.shape[0]
-        extent = (0, size, size, 0)
-        first = figure.add_subplot(grid[row, 0])
-        first.imshow(panel.image.numpy(), extent=extent)
-        first.set_title(f"{panel.question}\n", fontsize=10, loc="left")
-        verdict = panel.predicted if panel.predicted == panel.true else f"{panel.predicted} (true: {panel.true})"
-        first.set_xlabel(verdict)
-        grey = panel.image.mean(dim=2).numpy()
-        top = float(panel.attention.max())
-        for column, word in enumerate(panel.words, start=1):
-            axes = figure.add_subplot(grid[row, column])
-            axes.imshow(grey, cmap="gray", vmin=-0.6, vmax=1.0, extent=extent)
-            heat = panel.attention[column - 1].view(GRID, GRID).numpy()
-            axes.imshow(heat, cmap="inferno", vmin=0, vmax=top, alpha=0.6, interpolation="bilinear", extent=extent)
-            axes.set_title(word, fontsize=9, pad=3)
-        for axes in figure.axes:
-            axes.set_xticks([])
-            axes.set_yticks([])
+    """Write a picture with a block per question: the image, then a heat map for each word."""
+    require("matplotlib")
+    figure_type = require("matplotlib.figure").Figure
+    rows = -(-len(panels) // BLOCKS)
+    figure = figure_type(figsize=(6.4 * BLOCKS, 2.75 * rows + 0.5), dpi=110, layout="constrained")
+    # The canvas of Agg needs no display and leaves the caller's backend alone.
+    require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    figure.suptitle(
+        "Cross-modal attention: where the words of a question look "
+        "(mean of the heads, each map on its own scale)",
+        fontsize=12,
+    )
+    blocks = figure.subfigures(rows, BLOCKS, squeeze=False).flatten()
+    for block, panel in zip(blocks, panels, strict=False):
+        _draw_block(block, panel)
     figure.savefig(path)
+
+
+def _draw_block(block: Any, panel: Panel) -> None:
+    right = panel.predicted == panel.true
+    block.suptitle(
+        f"{panel.question}  answer: {panel.predicted}, true: {panel.true}",
+        color="black" if right else "firebrick",
+        fontsize=12,
+    )
+    first, *others = block.subplots(1, 1 + len(panel.attention))
+    size = panel.image.shape[0]
+    extent = (0, size, size, 0)
+    first.imshow(panel.image.numpy(), extent=extent)
+    first.set_title("image", fontsize=10)
+
+    grey = panel.image.mean(dim=2).numpy()
+    for axes, (word, attention) in zip(others, panel.attention.items(), strict=True):
+        axes.imshow(grey, cmap="gray", vmin=-0.5, vmax=1.0, extent=extent)
+        heat = (attention / attention.max()).view(GRID, GRID).numpy()
+        # The heat is opaque where the word looks, so the image shows through everywhere else.
+        axes.imshow(
+            heat,
+            cmap="autumn_r",
+            vmin=0,
+            vmax=1,
+            alpha=0.85 * heat,
+            extent=extent,
+            interpolation="gaussian",
+        )
+        axes.set_title(f'"{word}"', fontsize=10)
+        share = (attention * panel.shape).sum().item()
+        axes.set_xlabel(f"{share:.0%} on the shape", fontsize=9)
+    for axes in (first, *others):
+        axes.set_xticks([])
+        axes.set_yticks([])

@@ -1,8 +1,8 @@
 """Training of the demo's networks: ``python -m fastfusion train``.
 
-A batch is some images with all of their questions (about ten each), so an image is encoded once for all of them.
-All randomness of an epoch follows from the seed and the epoch's number, so a resumed training takes the same
-steps as one that was never interrupted.
+A batch is some images with some of their questions (of about ten), so an image is encoded once for
+several. All randomness of an epoch follows from the seed and the epoch's number, so a resumed
+training takes the same steps as one that was never interrupted.
 """
 
 import math
@@ -19,14 +19,20 @@ from torch import Tensor, nn
 
 from fastfusion.demo import data
 from fastfusion.demo.data import IMAGE_SIZE, Split
-from fastfusion.demo.evaluate import accuracy, predict, predict_from_question, shape_tokens, to_float
+from fastfusion.demo.evaluate import (
+    accuracy,
+    predict,
+    predict_from_question,
+    shape_tokens,
+    to_float,
+)
 from fastfusion.demo.extras import require, require_all
 from fastfusion.demo.model import Checkpoint, Config, EasyVQA, QuestionOnly
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with their questions: pair n asks ``questions[text_index[n]]`` about ``images[image_index[n]]``."""
+    """Pair n asks ``questions[text_index[n]]`` about ``images[image_index[n]]``."""
 
     images: Tensor  # float32 (images, 3, 64, 64)
     shape: Tensor  # bool (images, 64): the tokens of the stem that see a part of the shape
@@ -44,8 +50,9 @@ Step = Callable[[Batch], tuple[Tensor, Tensor]]
 class Settings:
     """What a training depends on, besides the data and the number of threads."""
 
-    epochs: int = 24
-    batch_size: int = 32  # images, each with all of its questions
+    epochs: int = 30
+    batch_size: int = 32  # images
+    questions_per_image: int = 4
     lr: float = 1e-3
     warmup_steps: int = 200
     max_grad_norm: float = 1.0
@@ -76,8 +83,9 @@ def baseline_step(model: QuestionOnly) -> Step:
 def model_step(model: EasyVQA, settings: Settings) -> Step:
     """Cross-entropy of the answers, and a small loss on the words' attention that misses the shape.
 
-    The second part is not needed for the answers: every token of the encoded image knows the shape, and the
-    words' attention stays spread evenly. It makes the attention point at what the answer is about.
+    The second part is not needed for the answers: every token of the encoded image knows the shape,
+    and the words' attention stays spread evenly. It makes the attention point at what the answer is
+    about.
     """
 
     def step(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -98,12 +106,14 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Mirror, shift, brighten and add noise: uint8 (n, 3, 64, 64) to float32, and ``Batch.shape``.
 
-    No question speaks of a place, so mirroring and shifting keep the answers right; a shift never cuts the shape
-    (``boxes``, from :func:`fastfusion.demo.data.shape_boxes`), so what wraps around is plain background. The
-    eight colours stay far apart under changes of a few per cent.
+    No question speaks of a place, so mirroring and shifting keep the answers right; a shift never
+    cuts the shape (``boxes``, from :func:`fastfusion.demo.data.shape_boxes`), so what wraps around
+    is plain background. The eight colours stay far apart under changes of a few per cent.
     """
     count = len(images)
-    room = torch.stack([-boxes[:, 0::2], IMAGE_SIZE - boxes[:, 1::2]]).clamp(-settings.shift, settings.shift)
+    room = torch.stack([-boxes[:, 0::2], IMAGE_SIZE - boxes[:, 1::2]]).clamp(
+        -settings.shift, settings.shift
+    )
     low, high = room.unbind()
     uniform = torch.rand(count, 4, generator=generator)
     shift = low + (uniform[:, :2] * (high - low + 1)).long()
@@ -120,21 +130,26 @@ def augment(
     return to_float(moved) * gain + noise, shape_tokens(moved)
 
 
-def batches(split: Split, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """All images in random order, ``size`` at a time: their numbers, their questions', and each question's image.
+def batches(
+    split: Split, settings: Settings, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """All images in random order, each with some of its questions, drawn at random.
 
-    The last, smaller batch is left out (another one each epoch); the third part counts inside the batch.
+    Yields the numbers of a batch's images, those of its questions, and the image of each question,
+    counted in the batch. The last, smaller batch is left out; another one in every epoch.
     """
     per_image = torch.bincount(split.image_index, minlength=len(split.images))
     first = per_image.cumsum(0) - per_image
-    order = torch.randperm(len(split.images), generator=generator)
-    for images in order.split(size):
-        if len(images) < size and len(order) >= size:
+    shuffled = torch.rand(len(split), generator=generator).argsort()
+    # The questions of an image stay together, in the shuffled order.
+    shuffled = shuffled[split.image_index[shuffled].argsort(stable=True)]
+    for images in torch.randperm(len(split.images), generator=generator).split(settings.batch_size):
+        if len(images) < min(settings.batch_size, len(split.images)):
             return
-        counts = per_image[images]
+        counts = per_image[images].clamp(max=settings.questions_per_image)
         image_index = torch.repeat_interleave(counts)
         within = torch.arange(len(image_index)) - (counts.cumsum(0) - counts)[image_index]
-        yield images, first[images][image_index] + within, image_index
+        yield images, shuffled[first[images][image_index] + within], image_index
 
 
 def learning_rate(step: int, steps: int, settings: Settings) -> float:
@@ -180,16 +195,20 @@ def fit(
         bar = tqdm(total=per_epoch, desc=f"{title} {epoch + 1}/{settings.epochs}", mininterval=1.0)
         with bar:
             for number, (images, questions, image_index) in enumerate(
-                batches(split, settings.batch_size, generator)
+                batches(split, settings, generator)
             ):
-                rate = learning_rate(epoch * per_epoch + number, per_epoch * settings.epochs, settings)
+                rate = learning_rate(
+                    epoch * per_epoch + number, per_epoch * settings.epochs, settings
+                )
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 pixels, shape = augment(split.images[images], boxes[images], settings, generator)
                 texts, text_index = split.text_index[questions].unique(return_inverse=True)
                 target = split.answer[questions]
 
-                loss, logits = step(Batch(pixels, shape, tokens[texts], image_index, text_index, target))
+                loss, logits = step(
+                    Batch(pixels, shape, tokens[texts], image_index, text_index, target)
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
@@ -199,17 +218,17 @@ def fit(
                 right += int((logits.argmax(dim=1) == target).sum())
                 seen += len(target)
                 bar.update()
-                bar.set_postfix(loss=f"{total / seen:.4f}", right=f"{right / seen:.2%}", refresh=False)
+                bar.set_postfix(
+                    loss=f"{total / seen:.4f}", right=f"{right / seen:.2%}", refresh=False
+                )
         losses.append(total / seen)
-        save(
-            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-        )
+        save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses})
     model.eval()
     return losses
 
 
 class StateFile:
-    """The state of an unfinished training, written in one step so that an interruption cannot spoil it."""
+    """The state of an unfinished training; an interruption never leaves half a file."""
 
     def __init__(self, path: Path, identity: dict[str, Any], resume: bool) -> None:
         self.path = path
@@ -220,7 +239,9 @@ class StateFile:
             raise FileNotFoundError(f"nothing to resume: there is no {path}")
         self.content = torch.load(path, weights_only=True)
         if self.content["identity"] != identity:
-            raise ValueError(f"{path} belongs to other settings: {self.content['identity']}, not {identity}")
+            raise ValueError(
+                f"{path} belongs to other settings: {self.content['identity']}, not {identity}"
+            )
 
     def part(self, name: str) -> dict[str, Any] | None:
         return self.content.get(name)
@@ -244,10 +265,11 @@ def train(
     images: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Checkpoint:
-    """Train the question-only baseline and, unless ``question_only``, the model; write both to ``output``.
+    """Train the question-only baseline and, unless ``question_only``, the model; write both.
 
     Args:
-        resume: go on from ``<output>.state``, which every epoch writes and a finished training removes.
+        resume: go on from ``<output>.state``, which every epoch writes and a finished training
+            removes.
         images: use only so many images of each split (for a quick try).
 
     Raises:
@@ -264,7 +286,8 @@ def train(
     config = Config(words=len(vocabulary), answers=len(answers))
     say(
         f"easy-vqa: {len(learning.images):,} images and {len(learning):,} questions to learn from, "
-        f"{len(testing.images):,} and {len(testing):,} to test with; {torch.get_num_threads()} threads"
+        f"{len(testing.images):,} and {len(testing):,} to test with; "
+        f"{torch.get_num_threads()} thread(s)"
     )
 
     torch.manual_seed(settings.seed)
@@ -287,8 +310,8 @@ def train(
     model = None
     results: dict[str, Any] = {
         "question_only_accuracy": blind,
-        "question_only_method": "the text half of the model, trained in the same way without the images "
-        f"for {short.epochs} epochs; the share of right answers on the whole test split",
+        "question_only_method": "the text half of the model, trained in the same way for "
+        f"{short.epochs} epochs without the images",
     }
     if not question_only:
         torch.manual_seed(settings.seed)
@@ -317,5 +340,6 @@ def train(
     checkpoint = Checkpoint(config, vocabulary, answers, model, baseline, results | facts)
     checkpoint.save(output)
     state.path.unlink(missing_ok=True)
-    say(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB) after {(perf_counter() - started) / 60:.1f} minutes")
+    minutes = (perf_counter() - started) / 60
+    say(f"wrote {output} ({output.stat().st_size / 1e6:.2f} MB) after {minutes:.1f} minutes")
     return checkpoint

@@ -1,4 +1,4 @@
-"""Visual question answering with a Transformer encoder per modality and attention both ways between them."""
+"""Visual question answering: a Transformer encoder per modality, attention both ways between."""
 
 from typing import Any
 
@@ -11,9 +11,10 @@ import fastfusion.nn as ffnn
 class VQATransformer(nn.Module):
     """Answer a question about an image, both given as features.
 
-    A Transformer encoder per modality, one :class:`fastfusion.nn.CrossModalAttention` layer (text attends to
-    the image and the image to the text, from one score matrix), the mean of each modality over the tokens that
-    are not padding, and a linear layer on their concatenation (``visual_dim + text_dim``).
+    A Transformer encoder per modality, one :class:`fastfusion.nn.CrossModalAttention` layer (text
+    attends to the image and the image to the text, from one score matrix), the mean of each
+    modality over the tokens that are not padding, and a linear layer on their concatenation
+    (``visual_dim + text_dim``).
 
     The encoders do not see each other, so several questions about one image can share its encoding:
     ``model.fuse(model.encode_visual(image)[image_index], model.encode_text(text)[text_index])``.
@@ -28,11 +29,13 @@ class VQATransformer(nn.Module):
         activation, layer_norm_eps, norm_first, bias: as in ``torch.nn.TransformerEncoderLayer``.
 
     Raises:
-        ValueError: a width or count below 1, a width that ``num_heads`` does not divide, ``dropout`` outside [0, 1].
+        ValueError: a width or count below 1, a width that ``num_heads`` does not divide,
+            ``dropout`` outside [0, 1].
         TypeError: a width or count that is not an int.
 
-    The two-stream layout follows LXMERT (Tan and Bansal, 2019, https://arxiv.org/abs/1908.07490); attention in
-    both directions from one score matrix is that of GLIP (Li et al., 2022, https://arxiv.org/abs/2112.03857).
+    The two-stream layout follows LXMERT (Tan and Bansal, 2019, https://arxiv.org/abs/1908.07490);
+    attention in both directions from one score matrix is that of GLIP (Li et al., 2022,
+    https://arxiv.org/abs/2112.03857).
     """
 
     def __init__(
@@ -68,7 +71,9 @@ class VQATransformer(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("visual_dim", "text_dim"):
             if sizes[name] % num_heads:
-                raise ValueError(f"{name} must be a multiple of num_heads={num_heads}, got {sizes[name]}")
+                raise ValueError(
+                    f"{name} must be a multiple of num_heads={num_heads}, got {sizes[name]}"
+                )
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
 
@@ -103,12 +108,16 @@ class VQATransformer(nn.Module):
         self.output = nn.Linear(visual_dim + text_dim, num_classes, device=device, dtype=dtype)
 
     def encode_visual(self, visual: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Encode an image's features: (images, Lv, visual_dim) in and out; mask as in :meth:`forward`."""
+        """Encode an image's features: (images, Lv, visual_dim) in and out; mask as in
+        :meth:`forward`.
+        """
         _check("visual", visual, self.visual_dim, padding_mask)
         return self.visual_encoder(visual, src_key_padding_mask=padding_mask)
 
     def encode_text(self, text: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Encode a question's features: (texts, Lt, text_dim) in and out; mask as in :meth:`forward`."""
+        """Encode a question's features: (texts, Lt, text_dim) in and out; mask as in
+        :meth:`forward`.
+        """
         _check("text", text, self.text_dim, padding_mask)
         return self.text_encoder(text, src_key_padding_mask=padding_mask)
 
@@ -146,12 +155,13 @@ class VQATransformer(nn.Module):
         Args:
             visual: floating (B, Lv, visual_dim).
             text: the same dtype, (B, Lt, text_dim).
-            visual_padding_mask, text_padding_mask: bool (B, Lv) and (B, Lt), True = ignore the token.
+            visual_padding_mask, text_padding_mask: bool (B, Lv) and (B, Lt), True = ignore the
+                token.
             need_weights: also return the attention of the text over the image.
 
         Returns:
-            Logits (B, num_classes); with ``need_weights`` the pair of them and the weights (B, Lt, Lv),
-            averaged over heads.
+            Logits (B, num_classes); with ``need_weights`` the pair of them and the weights (B, Lt,
+            Lv), averaged over heads.
 
         Raises:
             ValueError: a wrong rank, width or batch size, or a mask that does not fit.
@@ -172,7 +182,9 @@ def _check(name: str, features: Tensor, width: int, padding_mask: Tensor | None)
     if padding_mask is None:
         return
     if padding_mask.dtype != torch.bool:
-        raise TypeError(f"{name}_padding_mask must be bool (True = ignore), got {padding_mask.dtype}")
+        raise TypeError(
+            f"{name}_padding_mask must be bool (True = ignore), got {padding_mask.dtype}"
+        )
     if padding_mask.dim() != 2 or (
         # Under tracing the layers below compare the lengths, without pinning them to numbers.
         not torch.compiler.is_compiling() and padding_mask.shape != features.shape[:2]

@@ -288,6 +288,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """What torch.nn.MultiheadAttention.forward does outside its C++ path."""
         batch_first = self.batch_first and query.dim() == 3
+        for mask in (attn_mask, key_padding_mask):
+            if mask is not None:
+                torch.is_floating_point(mask)  # TypeError for what is no tensor
         key_padding_mask = F._canonical_mask(
             mask=key_padding_mask,
             mask_name="key_padding_mask",

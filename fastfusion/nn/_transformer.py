@@ -102,15 +102,18 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 class TransformerEncoder(nn.TransformerEncoder):
     """A stack of encoder layers, a drop-in for `torch.nn.TransformerEncoder`.
 
-    No mask's values are ever looked at, so that `torch.compile(fullgraph=True)` and
-    `torch.export` take it. Two consequences:
+    No mask's values are ever branched on, so that `torch.compile(fullgraph=True)` and
+    `torch.export` take it. Consequences:
 
     - `is_causal=None` does not search `mask` for a causal one. The result is the same; pass
       `is_causal=True` to have hidden keys skipped.
     - In eval mode without gradients torch turns left-aligned padding into a nested tensor, which
       leaves 0 at padded positions (before the final norm). So does this module, under the same
       conditions, `enable_nested_tensor` and `mask_check` included, and under torch.compile as in
-      eager mode. Whether the padding is left-aligned is computed on the device, not branched on.
+      eager mode. Whether the padding is left-aligned is computed, not branched on; `mask_check`
+      set to False promises that it is.
+    - Finite numbers in a float mask are added to the scores in eval mode as in training, where
+      torch's C++ path takes them for a hard mask.
     """
 
     def __init__(
@@ -151,7 +154,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         if src_key_padding_mask is not None and self._leaves_out_padding(
             src, mask, src_key_padding_mask
         ):
-            src_key_padding_mask, left_out = _positions_left_out(
+            left_out = _positions_left_out(
                 src_key_padding_mask, getattr(self, "mask_check", True)
             )
         output = src
@@ -163,7 +166,7 @@ class TransformerEncoder(nn.TransformerEncoder):
                 src_key_padding_mask=src_key_padding_mask,
             )
         if left_out is not None:
-            output = output.masked_fill(left_out[..., None], 0.0)
+            output = output.masked_fill(left_out, 0.0)
         if self.norm is not None:
             output = self.norm(output)
         return output
@@ -370,17 +373,14 @@ def _checked_masks(
     return mask, padding
 
 
-def _positions_left_out(padding: Tensor, check: bool) -> tuple[Tensor, Tensor]:
+def _positions_left_out(padding: Tensor, check: bool) -> Tensor:
     """Where torch's nested tensor of a batch with this padding mask would have no rows.
 
     Returns:
-        The padding mask (a float one with -inf where it is not 0: torch leaves such positions
-        out whatever the number is) and the positions, bool (batch, length). They are all False
-        where `check` is set and the padding of any sequence is not at its end.
+        bool (batch, length, 1), all False where `check` is set and the padding of any sequence
+        is not at its end.
     """
-    left_out = padding if padding.dtype == torch.bool else padding != 0
+    left_out = padding if padding.dtype == torch.bool else padding == -math.inf
     if check:
         left_out = left_out & (left_out[:, 1:] >= left_out[:, :-1]).all()
-    if padding.dtype != torch.bool:
-        padding = padding.masked_fill(left_out, -math.inf)
-    return padding, left_out
+    return left_out[..., None]

@@ -30,6 +30,7 @@ from fastfusion._reference import (
     accumulation_dtype,
     dropout_factor,
     hide,
+    log_sum_exp,
     masked_scores,
     rows_outside,
     safe_softmax,
@@ -194,8 +195,7 @@ def _definition(
         rows = scores.masked_fill(key_padding_mask[:, None, None, :], -torch.inf)
     if query_padding_mask is not None:
         columns = scores.masked_fill(query_padding_mask[:, None, :, None], -torch.inf)
-    to_keys, lse_q = safe_softmax(rows, -1)
-    to_queries, lse_k = safe_softmax(columns, -2)
+    to_keys, to_queries = safe_softmax(rows, -1), safe_softmax(columns, -2)
     row_factor = dropout_factor(to_keys, seed, dropout_p, _philox.ROW_STREAM)
     column_factor = dropout_factor(to_queries, seed, dropout_p, _philox.COLUMN_STREAM)
     if row_factor is not None and column_factor is not None:
@@ -204,7 +204,7 @@ def _definition(
     query_value = hide(query_value, query_padding_mask).to(acc)
     out_q = rows_outside((to_keys @ value).to(query.dtype))
     out_k = rows_outside((to_queries.transpose(-1, -2) @ query_value).to(query.dtype))
-    return out_q, out_k, lse_q, lse_k
+    return out_q, out_k, log_sum_exp(rows, -1), log_sum_exp(columns, -2)
 
 
 def _run_reference(*given: Any) -> tuple[Tensor, ...]:

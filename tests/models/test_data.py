@@ -107,18 +107,24 @@ def test_colour_noise_is_small(split: data.Split) -> None:
     assert difference.mean(dim=1).abs().max() <= 0.05 + 0.001
 
 
-def test_batches_hold_each_image_once_with_its_questions(split: data.Split) -> None:
-    seen = []
-    for images, questions, image_index in batches(split, 32, torch.Generator().manual_seed(0)):
+def test_batches_hold_each_image_once_with_some_of_its_questions(split: data.Split) -> None:
+    seen, asked = [], []
+    for images, questions, image_index in batches(
+        split, Settings(), torch.Generator().manual_seed(0)
+    ):
         assert len(images) == 32
         assert torch.equal(images[image_index], split.image_index[questions])
-        assert len(questions) == sum(int((split.image_index == i).sum()) for i in images)
-        assert len(questions.unique()) == len(questions)
+        available = torch.tensor([int((split.image_index == i).sum()) for i in images])
+        assert torch.equal(torch.bincount(image_index), available.clamp(max=4))
         seen.append(images)
+        asked.append(questions)
     assert len(seen) == 6 and len(torch.cat(seen).unique()) == 192
-    assert len(list(batches(split.head(5), 32, torch.Generator()))) == 1, (
-        "fewer images than a batch"
-    )
+    assert len(torch.cat(asked).unique()) == len(torch.cat(asked)) > 700
+
+    others = next(batches(split, Settings(), torch.Generator().manual_seed(1)))[1]
+    assert not set(others.tolist()) <= set(asked[0].tolist())
+    few = list(batches(split.head(5), Settings(questions_per_image=99), torch.Generator()))
+    assert len(few) == 1 and len(few[0][1]) == len(split.head(5)), "fewer images than a batch"
 
 
 def test_learning_rate() -> None:

@@ -79,7 +79,7 @@ CASES = [
     Case("everything", "masks together", shape(30, 70, mask="bias", heads=4, kv_heads=2,
                                                causal=True), edit=hide_all_of_one),
     Case("negative_scale", "any finite scale", shape(8, 12), {"scale": -0.7}),
-    Case("zero_scale", "a mean of V", shape(8, 12), {"scale": 0.0}),
+    Case("zero_scale", "a mean of V", shape(8, 40, 64), {"scale": 0.0}),
     Case("dropout", "the shared random bits", shape(20, 35), {"dropout_p": 0.3}),
     Case("dropout_padding", "bits count positions, not visible keys", shape(20, 35),
          {"dropout_p": 0.3}, hide_all_of_one),
