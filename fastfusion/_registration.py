@@ -19,6 +19,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.flop_counter import register_flop_formula
 
 from fastfusion import _library
 from fastfusion._reference import attention_backward_reference, attention_reference
@@ -339,8 +340,10 @@ def _fake_backward(
         batch, heads, length, dim = tensor.shape
         return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)
 
-    wanted = others[-1] and attn_mask is not None
-    grad_mask = attn_mask.new_empty(attn_mask.shape) if wanted else query.new_empty(0)  # type: ignore[union-attr]
+    if attn_mask is not None and attn_mask.dtype != torch.bool and others[-1]:
+        grad_mask = attn_mask.new_empty(attn_mask.shape)
+    else:
+        grad_mask = query.new_empty(0)
     return rows_outside(query), rows_outside(key), rows_outside(value), grad_mask
 
 
@@ -355,6 +358,7 @@ def _graph_vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
 
 
 def _flops(query: Any, key: Any, value: Any, *given: Any, **kwargs: Any) -> int:
+    """FLOPs from shapes, as torch.utils.flop_counter asks for them."""
     batch, heads, q_len, dim = query
     return 2 * batch * heads * q_len * key[2] * (dim + value[3])
 
@@ -383,6 +387,8 @@ def _register() -> None:
         torch.library.register_fake(f"fastfusion::{name}", fake)
     _IMPLEMENTATIONS.impl("attention", _autograd_kernel, "Autograd")
     torch.library.register_vmap("fastfusion::attention", _graph_vmap)
+    register_flop_formula([ops.attention, ops.attention_forward, ops.attention_out])(_flops)
+    register_flop_formula(ops.attention_backward)(_backward_flops)
 
 
 _IMPLEMENTATIONS = torch.library.Library("fastfusion", "IMPL")

@@ -59,16 +59,17 @@ class EasyVQA(nn.Module):
     def __init__(self, config: Config, transformer: type[nn.Module] = VQATransformer) -> None:
         super().__init__()
         width = config.width
+        # An even kernel centres what a token sees on its own 8x8 pixels.
         self.stem = nn.Sequential(
-            nn.Conv2d(3, width // 4, 3, stride=2, padding=1),
+            nn.Conv2d(3, width // 4, 4, stride=2, padding=1),
             nn.ReLU(),
-            nn.Conv2d(width // 4, width // 2, 3, stride=2, padding=1),
+            nn.Conv2d(width // 4, width // 2, 4, stride=2, padding=1),
             nn.ReLU(),
-            nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
+            nn.Conv2d(width // 2, width, 4, stride=2, padding=1),
         )
         self.position = nn.Parameter(torch.empty(GRID * GRID, width).normal_(std=0.1))
         self.question = QuestionEmbedding(config)
-        self.transformer = transformer(
+        self.transformer: Any = transformer(
             width,
             width,
             config.num_heads,

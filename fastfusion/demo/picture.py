@@ -70,9 +70,9 @@ def _draw_block(block: Any, panel: Panel) -> None:
             cmap="autumn_r",
             vmin=0,
             vmax=1,
-            alpha=0.85 * heat,
+            alpha=0.85 * heat**0.5,
             extent=extent,
-            interpolation="gaussian",
+            interpolation="bilinear",
         )
         axes.set_title(f'"{word}"', fontsize=10)
         share = (attention * panel.shape).sum().item()

@@ -17,7 +17,7 @@ from fastfusion.demo.evaluate import (
     shape_tokens,
     to_float,
 )
-from fastfusion.demo.extras import require_all
+from fastfusion.demo.extras import check_before_work
 from fastfusion.demo.model import CHECKPOINT, Checkpoint, EasyVQA
 from fastfusion.demo.picture import Panel, draw
 from fastfusion.demo.stock import StockVQATransformer
@@ -41,7 +41,7 @@ def show(output: Path, checkpoint_path: Path | None = None) -> None:
         MissingExtra: a package of the ``demo`` extra is not installed.
         ValueError: a checkpoint of another kind, or of a question-only training.
     """
-    require_all()
+    check_before_work(output)
     checkpoint = Checkpoint.load(checkpoint_path or CHECKPOINT)
     if checkpoint.model is None:
         raise ValueError(f"{checkpoint_path} holds only the question-only baseline")
@@ -83,7 +83,7 @@ def _examples(checkpoint: Checkpoint, split: Split, predicted: Tensor) -> list[i
     chosen: list[int] = []
     for place, text in enumerate(EXAMPLES):
         asked = (split.text_index == split.texts.index(text)).nonzero().flatten().tolist()
-        # Spread over the split, and with another answer than the examples before where there is one.
+        # Spread over the split, and with an answer that no example before has, if there is one.
         asked = asked[(2 * place + 1) * len(asked) // (2 * len(EXAMPLES)) :] + asked
         given = {int(split.answer[number]) for number in chosen}
         number = next((n for n in asked if int(split.answer[n]) not in given), asked[0])

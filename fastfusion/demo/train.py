@@ -26,7 +26,7 @@ from fastfusion.demo.evaluate import (
     shape_tokens,
     to_float,
 )
-from fastfusion.demo.extras import require, require_all
+from fastfusion.demo.extras import check_before_work, require
 from fastfusion.demo.model import Checkpoint, Config, EasyVQA, QuestionOnly
 
 
@@ -275,7 +275,7 @@ def train(
     Raises:
         FileNotFoundError, ValueError: ``resume`` without a state, or with one of other settings.
     """
-    require_all()
+    check_before_work(output)
     started = perf_counter()
     identity = asdict(settings) | {"question_only": question_only, "images": images}
     state = StateFile(output.with_name(output.name + ".state"), identity, resume)

@@ -154,9 +154,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         if src_key_padding_mask is not None and self._leaves_out_padding(
             src, mask, src_key_padding_mask
         ):
-            left_out = _positions_left_out(
-                src_key_padding_mask, getattr(self, "mask_check", True)
-            )
+            left_out = _positions_left_out(src_key_padding_mask, getattr(self, "mask_check", True))
         output = src
         for layer in self.layers:
             output = layer(

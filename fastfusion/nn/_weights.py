@@ -66,28 +66,32 @@ def bidirectional_with_weights(
         out_q, out_k, and the weights (batch, heads, q_len, kv_len) of queries on keys and
         (batch, heads, kv_len, q_len) of keys on queries.
     """
-    row_bias = row_dead = column_bias = column_dead = None
+    # Hidden tokens still gather for themselves, so what they are compared by cannot be cleared:
+    # each direction hides its own scores, and its values.
+    rows = _scores(query, key, None)
+    columns = rows.transpose(-1, -2)
+    row_dead = column_dead = None
     if key_padding_mask is not None:
-        key, value = _without(key, key_padding_mask), _without(value, key_padding_mask)
-        row_bias, row_dead = _split_dead_rows(_padding_bias(key_padding_mask, query.dtype))
+        value = _without(value, key_padding_mask)
+        rows, row_dead = _hide_scores(rows, key_padding_mask)
     if query_padding_mask is not None:
-        # Hidden queries still get an output, so the scores of keys on them need their own copy
-        # only where a NaN could spread: in the values.
         query_value = _without(query_value, query_padding_mask)
-        column_bias, column_dead = _split_dead_rows(_padding_bias(query_padding_mask, query.dtype))
-    scores = _scores(query, key, None)
-    transposed = scores.transpose(-1, -2)
-    if column_bias is not None and query_padding_mask is not None:
-        transposed = transposed.masked_fill(query_padding_mask[:, None, None, :], 0.0) + column_bias
-    rows = scores if row_bias is None else scores + row_bias
+        columns, column_dead = _hide_scores(columns, query_padding_mask)
     row_weights = _weights(rows, row_dead, dropout_p)
-    column_weights = _weights(transposed, column_dead, dropout_p)
+    column_weights = _weights(columns, column_dead, dropout_p)
     return (
         _gather(row_weights, value),
         _gather(column_weights, query_value),
         row_weights,
         column_weights,
     )
+
+
+def _hide_scores(scores: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """-inf where a key is hidden, 0 where all of a sample are, and which samples those are."""
+    dead = padding_mask.all(-1)[:, None, None, None]
+    filler = torch.zeros_like(dead, dtype=scores.dtype).masked_fill(~dead, -math.inf)
+    return torch.where(padding_mask[:, None, None, :], filler, scores), dead
 
 
 def _without(tensor: Tensor, padding_mask: Tensor) -> Tensor:

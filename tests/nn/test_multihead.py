@@ -106,7 +106,9 @@ def test_every_forward_option(
         **widths,
     )
     for kind, mask, padding, weights in itertools.product(KINDS, MASKS, PADDINGS, WEIGHTS):
-        if widths and (kind.endswith("self") or (kind == "shared memory" and ours.kdim != ours.vdim)):
+        if widths and (
+            kind.endswith("self") or (kind == "shared memory" and ours.kdim != ours.vdim)
+        ):
             continue
         compare(ours, theirs, kind, make_masks(kind, mask, padding, torch.float64), **weights)
 
@@ -227,9 +229,10 @@ def test_any_shape(
         assert 0 in (batch, q_len, kv_len)
         return
     both_hide_all = with_mask and with_padding and kv_len
-    if both_hide_all and (
-        masks["attn_mask"][None] | masks["key_padding_mask"][:, None]
-    ).all(-1).any():
+    if (
+        both_hide_all
+        and (masks["attn_mask"][None] | masks["key_padding_mask"][:, None]).all(-1).any()
+    ):
         return
     assert_same_call(ours, theirs, call, inputs, f"{batch} {q_len} {kv_len} {heads}")
 
@@ -293,7 +296,9 @@ def test_dropout_has_torchs_distribution() -> None:
     assert abs(kept.double().mean().item() - (1 - p)) < 0.01
     torch.testing.assert_close(weights[kept], clean_weights[kept] / (1 - p))
     # The weights returned are those that made the output.
-    v = torch.nn.functional.linear(x, ours.in_proj_weight[2 * WIDTH :], ours.in_proj_bias[2 * WIDTH :])
+    v = torch.nn.functional.linear(
+        x, ours.in_proj_weight[2 * WIDTH :], ours.in_proj_bias[2 * WIDTH :]
+    )
     v = v.unflatten(-1, (HEADS, -1)).transpose(1, 2)
     expected = ours.out_proj((weights @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(out, expected)

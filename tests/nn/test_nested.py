@@ -176,7 +176,9 @@ def test_a_stock_encoder_hands_ours_nested_tensors() -> None:
     mixed = torch.nn.TransformerEncoder(ff.nn._retag(layer), 2).eval()
     mixed.load_state_dict(stock.state_dict())
     seen = []
-    mixed.layers[1].self_attn.register_forward_pre_hook(lambda m, args: seen.append(args[0].is_nested))
+    mixed.layers[1].self_attn.register_forward_pre_hook(
+        lambda m, args: seen.append(args[0].is_nested)
+    )
     src = torch.randn(2, 4, WIDTH)
     padding = torch.tensor([[False, False, True, True], [False, False, False, True]])
     with torch.inference_mode():

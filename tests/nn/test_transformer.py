@@ -243,7 +243,9 @@ def test_padded_positions_as_torch(
 
 @pytest.mark.parametrize("blocked_by", ["mask", "norm_first", "fast path off", "one grad"])
 def test_padded_positions_when_torch_does_not_nest(blocked_by: str) -> None:
-    ours, theirs = pair("TransformerEncoder", batch_first=True, norm_first=blocked_by == "norm_first")
+    ours, theirs = pair(
+        "TransformerEncoder", batch_first=True, norm_first=blocked_by == "norm_first"
+    )
     ours.eval(), theirs.eval()
     ours.requires_grad_(False), theirs.requires_grad_(False)
     src = sequence(ours, LENGTH)
@@ -300,7 +302,9 @@ def test_checkpoints_go_both_ways(name: str) -> None:
 def test_every_part_is_ours(name: str) -> None:
     module = build(ff.nn, name)
     assert isinstance(module, getattr(torch.nn, name))
-    parts = [m for m in module.modules() if "ransformer" in type(m).__name__ or "Multi" in repr(type(m))]
+    parts = [
+        m for m in module.modules() if "ransformer" in type(m).__name__ or "Multi" in repr(type(m))
+    ]
     assert parts and all(type(m).__module__.startswith("fastfusion.nn") for m in parts)
 
 

@@ -1,0 +1,328 @@
+"""ff.nn.CrossAttention and ff.nn.CrossModalAttention against plain torch, and their errors."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nn_cases import assert_same, hidden
+from torch import Tensor
+
+import fastfusion as ff
+
+BATCH, Q_LEN, KV_LEN = 2, 3, 5
+
+
+def x(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def heads(tensor: Tensor, count: int) -> Tensor:
+    return tensor.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, hides: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The definition, dead rows 0."""
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    if hides is not None:
+        scores = scores.masked_fill(hides, -torch.inf)
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)
+    return (weights @ v).transpose(1, 2).flatten(2), weights
+
+
+def cross_by_hand(m: Any, query: Tensor, context: Tensor, hides: Tensor | None) -> Any:
+    k, v = m.kv_proj(context).chunk(2, -1)
+    q, k, v = (heads(t, m.num_heads) for t in (m.q_proj(query), k, v))
+    out, weights = attend(q, k, v, hides)
+    return m.out_proj(out), weights
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"head_dim": 5}, {"out_dim": 7}, {"head_dim": 1, "out_dim": 1}], ids=str
+)
+def test_cross_attention(options: dict[str, int], bias: bool) -> None:
+    module = ff.nn.CrossAttention(8, 6, 2, bias=bias, dtype=torch.float64, **options)
+    query, context = x(BATCH, Q_LEN, 8), x(BATCH, KV_LEN, 6, seed=1)
+    padding = hidden(BATCH, KV_LEN)
+    for mask in (None, hidden(Q_LEN, KV_LEN), hidden(BATCH, 1, Q_LEN, KV_LEN)):
+        hides = padding[:, None, None] if mask is None else padding[:, None, None] | mask
+        expected, weights = cross_by_hand(module, query, context, hides)
+        masks = {"key_padding_mask": padding, "attn_mask": mask}
+        assert_same(module(query, context, **masks), expected, "output")
+        out, given = module(query, context, **masks, need_weights=True, average_attn_weights=False)
+        assert_same((out, given), (expected, weights), "with weights")
+        _, averaged = module(query, context, **masks, need_weights=True)
+        assert_same(averaged, weights.mean(1), "averaged")
+        if mask is not None:
+            added = torch.zeros(mask.shape, dtype=x(1).dtype).masked_fill(mask, -torch.inf)
+            masks["attn_mask"] = added
+            assert_same(module(query, context, **masks), expected, "float mask")
+
+
+def test_cross_attention_as_torchs_module() -> None:
+    """With equal widths it is torch.nn.MultiheadAttention."""
+    ours = ff.nn.CrossAttention(8, 6, 2, dtype=torch.float64)
+    theirs = torch.nn.MultiheadAttention(
+        8, 2, kdim=6, vdim=6, batch_first=True, dtype=torch.float64
+    )
+    with torch.no_grad():
+        theirs.q_proj_weight.copy_(ours.q_proj.weight)
+        for mine, half in zip(
+            (theirs.k_proj_weight, theirs.v_proj_weight), ours.kv_proj.weight.chunk(2), strict=True
+        ):
+            mine.copy_(half)
+        theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
+    query, context = x(BATCH, Q_LEN, 8), x(BATCH, KV_LEN, 6, seed=1)
+    expected = theirs(query, context, context)
+    assert_same(ours(query, context, need_weights=True), expected, "torch.nn")
+
+
+def test_initial_weights() -> None:
+    module = ff.nn.CrossAttention(64, 64, 4)
+    bound = (6 / 128) ** 0.5
+    for weight in (module.q_proj.weight, *module.kv_proj.weight.chunk(2)):
+        assert weight.abs().max() <= bound and weight.abs().max() > 0.95 * bound
+    assert not any(m.bias.any() for m in (module.q_proj, module.kv_proj, module.out_proj))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_cross_attention_dead_row(need_weights: bool) -> None:
+    module = ff.nn.CrossAttention(8, 6, 2, dtype=torch.float64)
+    torch.nn.init.normal_(module.out_proj.bias)
+    padding = torch.tensor([[True] * KV_LEN, [False] * KV_LEN])
+    query = x(BATCH, Q_LEN, 8).requires_grad_()
+    out = module(query, x(BATCH, KV_LEN, 6), padding, need_weights=need_weights)
+    out = out[0] if need_weights else out
+    assert_same(out[0], module.out_proj.bias.expand(Q_LEN, 8), "dead rows")
+    out.sum().backward()
+    assert torch.isfinite(query.grad).all() and (query.grad[0] == 0).all()
+
+
+def test_cross_attention_dropout() -> None:
+    module = ff.nn.CrossAttention(8, 6, 2, dropout=0.5)
+    query, context = x(4, 32, 8, dtype=torch.float32), x(4, 32, 6, dtype=torch.float32)
+    _, weights = module(query, context, need_weights=True, average_attn_weights=False)
+    assert 0.45 < (weights == 0).double().mean() < 0.55
+    assert not torch.equal(module(query, context), module(query, context))
+    module.eval()
+    assert torch.equal(module(query, context), module(query, context))
+
+
+def fuse_by_hand(
+    m: Any, visual: Tensor, text: Tensor, visual_pad: Any, text_pad: Any
+) -> tuple[Tensor, ...]:
+    v_in = m.visual.norm1(visual) if m.norm_first else visual
+    t_in = m.text.norm1(text) if m.norm_first else text
+    query, visual_value = (heads(t, m.num_heads) for t in m.visual.in_proj(v_in).chunk(2, -1))
+    key, text_value = (heads(t, m.num_heads) for t in m.text.in_proj(t_in).chunk(2, -1))
+    to_visual, on_text = attend(
+        query, key, text_value, None if text_pad is None else text_pad[:, None, None]
+    )
+    to_text, on_visual = attend(
+        key, query, visual_value, None if visual_pad is None else visual_pad[:, None, None]
+    )
+    fused = []
+    for stream, tokens, gathered in ((m.visual, visual, to_visual), (m.text, text, to_text)):
+        h = tokens + stream.out_proj(gathered)
+        h = h if m.norm_first else stream.norm1(h)
+        ff_in = stream.norm2(h) if m.norm_first else h
+        out = h + stream.linear2(stream.activation(stream.linear1(ff_in)))
+        fused.append(out if m.norm_first else stream.norm2(out))
+    return (*fused, on_text, on_visual)
+
+
+def cross_modal(**options: Any) -> Any:
+    options = {"dim_feedforward": 12, "dropout": 0.0, "dtype": torch.float64, **options}
+    module = ff.nn.CrossModalAttention(8, 6, 2, **options)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    return module
+
+
+@pytest.mark.parametrize("padding", ["none", "visual", "text", "both", "all of one sample"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm_first": True, "activation": "gelu"},
+        {"embed_dim": 10, "bias": False},
+        {"embed_dim": 2, "activation": torch.tanh, "layer_norm_eps": 1e-2},
+    ],
+    ids=str,
+)
+def test_cross_modal_attention(options: dict[str, Any], padding: str) -> None:
+    module = cross_modal(**options)
+    visual_pad = hidden(BATCH, Q_LEN) if padding in ("visual", "both") else None
+    text_pad = hidden(BATCH, KV_LEN) if padding in ("text", "both") else None
+    if padding == "all of one sample":
+        visual_pad = torch.tensor([[True] * Q_LEN, [False] * Q_LEN])
+        text_pad = torch.tensor([[False] * KV_LEN, [True] * KV_LEN])
+    results = []
+    for run in (module, lambda *a, **_: fuse_by_hand(module, *a)):
+        for need_weights in (False, True):
+            module.zero_grad()
+            visual = x(BATCH, Q_LEN, 8).requires_grad_()
+            text = x(BATCH, KV_LEN, 6, seed=1).requires_grad_()
+            out = run(
+                visual, text, visual_pad, text_pad,
+                need_weights=need_weights, average_attn_weights=False,
+            )  # fmt: skip
+            assert need_weights or run is not module or len(out) == 2
+            out[0].square().sum().add(out[1].pow(3).sum()).backward()
+            grads = [visual.grad, text.grad, *(p.grad for p in module.parameters())]
+            results.append(([*out], grads))
+    (fused, fused_grads), (weighted, weighted_grads), (expected, grads), _ = results
+    if padding == "all of one sample":
+        # The softmax written by hand has NaN gradients there.
+        assert all(torch.isfinite(g).all() for g in fused_grads)
+        grads = weighted_grads
+    assert_same(fused_grads, grads, "gradients")
+    assert_same(weighted_grads, grads, "gradients with weights")
+    assert_same(fused, expected[:2], "outputs")
+    assert_same(weighted, expected, "outputs with weights")
+
+
+def test_cross_modal_averages_weights() -> None:
+    module = cross_modal()
+    arguments = (x(BATCH, Q_LEN, 8), x(BATCH, KV_LEN, 6))
+    averaged = module(*arguments, need_weights=True)[2:]
+    per_head = module(*arguments, need_weights=True, average_attn_weights=False)[2:]
+    assert [w.shape for w in averaged] == [(BATCH, Q_LEN, KV_LEN), (BATCH, KV_LEN, Q_LEN)]
+    assert_same(averaged, tuple(w.mean(1) for w in per_head), "averaged")
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_cross_modal_nan_under_padding(need_weights: bool) -> None:
+    module = cross_modal()
+    visual, text = x(BATCH, Q_LEN, 8), x(BATCH, KV_LEN, 6)
+    visual_pad, text_pad = hidden(BATCH, Q_LEN), hidden(BATCH, KV_LEN)
+    clean = module(visual, text, visual_pad, text_pad, need_weights)
+    visual[visual_pad], text[text_pad] = torch.nan, torch.nan
+    got = module(visual, text, visual_pad, text_pad, need_weights)
+    kept = (~visual_pad, ~text_pad)
+    for result, expected, keep in zip(got, clean, kept * 2, strict=False):
+        assert_same(result[keep], expected[keep], "kept tokens")
+
+
+def test_cross_modal_dropout() -> None:
+    module = cross_modal(dropout=0.5, dtype=torch.float32)
+    visual, text = x(4, 16, 8, dtype=torch.float32), x(4, 24, 6, dtype=torch.float32)
+    _, _, on_text, on_visual = module(visual, text, need_weights=True, average_attn_weights=False)
+    for weights in (on_text, on_visual):
+        assert 0.45 < (weights == 0).double().mean() < 0.55
+    first, second = module(visual, text), module(visual, text)
+    assert not torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 3), st.integers(0, 6), st.integers(0, 6), st.integers(1, 3),
+    st.integers(1, 4), st.booleans(), st.integers(0, 2**16),
+)  # fmt: skip
+def test_any_shape(
+    batch: int, q_len: int, kv_len: int, num_heads: int, head_dim: int, masked: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    cross = ff.nn.CrossAttention(5, 4, num_heads, head_dim=head_dim, dtype=torch.float64)
+    both = ff.nn.CrossModalAttention(
+        5, 4, num_heads, embed_dim=num_heads * head_dim, dropout=0.0, dtype=torch.float64
+    )
+    query, context = x(batch, q_len, 5, seed=seed), x(batch, kv_len, 4, seed=seed)
+    q_pad = torch.rand(batch, q_len) < 0.4 if masked else None
+    kv_pad = torch.rand(batch, kv_len) < 0.4 if masked else None
+    hides = None if kv_pad is None else kv_pad[:, None, None]
+    assert_same(cross(query, context, kv_pad), cross_by_hand(cross, query, context, hides)[0], "")
+    expected = fuse_by_hand(both, query, context, q_pad, kv_pad)
+    assert_same(both(query, context, q_pad, kv_pad), expected[:2], "")
+    got = both(query, context, q_pad, kv_pad, need_weights=True, average_attn_weights=False)
+    assert_same(got, expected, "with weights")
+
+
+CROSS, MODAL = ff.nn.CrossAttention, ff.nn.CrossModalAttention
+CONSTRUCTORS: dict[str, tuple[Any, type[Exception], str]] = {
+    "float width": (lambda: CROSS(8.0, 6, 2), TypeError, "query_dim must be an int, got 8.0"),
+    "bool width": (lambda: CROSS(8, True, 2), TypeError, "context_dim must be an int"),
+    "no heads": (lambda: CROSS(8, 6, 0), ValueError, "num_heads must be at least 1, got 0"),
+    "heads": (lambda: CROSS(8, 6, 3), ValueError, "query_dim must be a multiple of num_heads"),
+    "head_dim": (lambda: CROSS(8, 6, 3, head_dim=0), ValueError, "head_dim must be at least 1"),
+    "out_dim": (lambda: CROSS(8, 6, 2, out_dim=-1), ValueError, "out_dim must be at least 1"),
+    "dropout": (lambda: CROSS(8, 6, 2, dropout=1.5), ValueError, "dropout must be between 0 and"),
+    "NaN": (lambda: CROSS(8, 6, 2, dropout=float("nan")), ValueError, "dropout must be between"),
+    "dropout type": (lambda: MODAL(8, 6, 2, dropout="a"), TypeError, "dropout must be a float"),
+    "visual_dim": (lambda: MODAL(0, 6, 2), ValueError, "visual_dim must be at least 1, got 0"),
+    "text_dim": (lambda: MODAL(8, "6", 2), TypeError, "text_dim must be an int, got '6'"),
+    "embed_dim": (lambda: MODAL(8, 6, 3), ValueError, "embed_dim must be a multiple of num_head"),
+    "hidden": (lambda: MODAL(8, 6, 2, dim_feedforward=0), ValueError, "dim_feedforward must be"),
+    "activation": (lambda: MODAL(8, 6, 2, activation="tanh"), ValueError, "activation must be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONSTRUCTORS)
+def test_bad_construction(case: str) -> None:
+    build, error, text = CONSTRUCTORS[case]
+    with pytest.raises(error, match=text):
+        build()
+
+
+Q, C = x(2, 3, 8, dtype=torch.float32), x(2, 5, 6, dtype=torch.float32)
+GIVEN = r"query \(2, 3, 8\), context \(2, 5, 6\)"
+CROSS_CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
+    "no tensor": (([1.0], C), {}, TypeError, "query must be a Tensor, got list"),
+    "rank": ((Q[0], C), {}, ValueError, r"query must have shape \(batch, length, 8\).*\(3, 8\)"),
+    "width": ((C, C), {}, ValueError, r"query must have shape .*query \(2, 5, 6\)"),
+    "context width": ((Q, Q), {}, ValueError, r"context must have shape \(batch, length, 6\)"),
+    "batch": ((Q, C[:1]), {}, ValueError, r"context must have the batch size of query, got query"),
+    "dtype": ((Q, C.double()), {}, TypeError, "context must have the dtype of query"),
+    "device": ((Q, C.to("meta")), {}, ValueError, "context must be on the device of query"),
+    "int": ((Q.long(), C.long()), {}, TypeError, "query must be float16, bfloat16"),
+    "padding shape": (
+        (Q, C, hidden(2, 4)), {}, ValueError,
+        r"key_padding_mask must have shape \(2, 5\).*" + GIVEN,
+    ),
+    "padding dtype": ((Q, C, x(2, 5)), {}, TypeError, "key_padding_mask must be bool"),
+    "mask shape": (
+        (Q, C), {"attn_mask": hidden(5, 3)}, ValueError,
+        r"attn_mask must broadcast to \(2, 2, 3, 5\), got shape \(5, 3\); " + GIVEN,
+    ),
+    "mask dtype": ((Q, C), {"attn_mask": hidden(3, 5).long()}, TypeError, "attn_mask must be bool"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("case", CROSS_CALLS)
+def test_bad_cross_attention_input(case: str, need_weights: bool) -> None:
+    args, kwargs, error, text = CROSS_CALLS[case]
+    with pytest.raises(error, match=text):
+        CROSS(8, 6, 2)(*args, need_weights=need_weights, **kwargs)
+
+
+MODAL_CALLS: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
+    "no tensor": ((Q, None), TypeError, "text must be a Tensor, got NoneType"),
+    "rank": ((Q, C[0]), ValueError, r"text must have shape \(batch, length, 6\), got visual"),
+    "width": ((C, C), ValueError, r"visual must have shape \(batch, length, 8\)"),
+    "batch": ((Q, C[:1]), ValueError, "text must have the batch size of visual"),
+    "visual padding": (
+        (Q, C, hidden(2, 5)), ValueError, r"visual_padding_mask must have shape \(2, 3\)",
+    ),
+    "text padding": (
+        (Q, C, None, hidden(2, 3)), ValueError,
+        r"text_padding_mask must have shape \(2, 5\), got \(2, 3\); visual \(2, 3, 8\)",
+    ),
+    "padding dtype": ((Q, C, x(2, 3)), TypeError, "visual_padding_mask must be bool"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("case", MODAL_CALLS)
+def test_bad_cross_modal_input(case: str, need_weights: bool) -> None:
+    args, error, text = MODAL_CALLS[case]
+    with pytest.raises(error, match=text):
+        MODAL(8, 6, 2)(*args, need_weights=need_weights)
+
+
+def test_repr_names_the_sizes() -> None:
+    assert "query_dim=8, context_dim=6, num_heads=2, head_dim=4" in repr(CROSS(8, 6, 2))
+    assert "visual_dim=8, text_dim=6, num_heads=2, embed_dim=8" in repr(MODAL(8, 6, 2))
