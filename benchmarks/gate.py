@@ -1,13 +1,12 @@
 """The correctness gate: a wrong result prints no time.
 
-The rule for results: the relative Frobenius error of each batch entry and head against float64 may
-be twice that of the plain formula in the same dtype, and is never asked to be below the dtype's
-epsilon.
+The rule for results: the relative Frobenius error of each batch entry and head against float64 is
+at most twice that of the plain formula in the same dtype, plus the dtype's epsilon, so that tiny
+shapes do not fail by the order of a few additions.
 
 Gradients are differences of numbers of like size, so that their errors in float32 vary by more than
 a factor of two from head to head, torch's own included. There the plain formula's largest error
-over all heads counts, and the least that is asked for is 8 epsilon of float32 (for float64, of
-float64).
+over all heads counts, plus 8 epsilon of float32 (for float64, of float64).
 """
 
 from collections.abc import Sequence
@@ -48,10 +47,10 @@ def verdict(
         if gradients:
             least = max(least, 8 * min(least, torch.finfo(torch.float32).eps))
             plain_errors = plain_errors.max().expand_as(errors)
-        allowed = (2 * plain_errors).clamp(min=least)
+        allowed = 2 * plain_errors + least
         # Written so that NaN counts as wrong.
         wrong = ~(errors <= allowed)
         if wrong.any():
-            error, limit = errors[wrong].max().item(), allowed[wrong].max().item()
+            error, limit = errors[wrong][0].item(), allowed[wrong][0].item()
             return f"result {index} has relative error {error:.1e}, allowed {limit:.1e}"
     return None

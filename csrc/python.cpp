@@ -45,8 +45,7 @@ std::string select_isa(const std::string& name) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Facts about the compiled part of fastfusion and the choice of instruction set.";
-  m.def("isa", [] { return std::string(ff::kernels().isa); },
-        "The instruction set in use.");
+  m.def("isa", [] { return std::string(ff::kernels().isa); }, "The instruction set in use.");
   m.def("lanes", [] { return ff::kernels().lanes; }, "float32 values in a register of it.");
   m.def("isas", &isas, py::arg("runnable") = false,
         "The instruction sets that are compiled in, best first; only those that this machine "
@@ -54,8 +53,10 @@ PYBIND11_MODULE(_native, m) {
   m.def("select_isa", &select_isa, py::arg("name") = "",
         "Use an instruction set for all calls from now on; by default the one that "
         "FASTFUSION_CPU_ISA names, else the best. Raises ValueError where it cannot be used.");
-  m.def("cpu_features", [] { return split(ff::cpu_features()); },
-        "Instruction-set extensions of this machine.");
-  m.def("build", [] { return std::string(FF_BUILD_COMPILER ", torch " FF_BUILD_TORCH); },
-        "Compiler and torch version of the build.");
+  m.def(
+      "cpu_features", [] { return split(ff::cpu_features()); },
+      "Instruction-set extensions of this machine.");
+  m.def(
+      "build", [] { return std::string(FF_BUILD_COMPILER ", torch " FF_BUILD_TORCH); },
+      "Compiler and torch version of the build.");
 }

@@ -95,10 +95,9 @@ void broadcast_strides(const Tensor& mask, const int64_t (&target)[4], int64_t (
   }
 }
 
-void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, const void*),
-                  const void* context) {
-  torch::stable::parallel_for(
-      0, tasks, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, const void*), const void* context) {
+  torch::stable::parallel_for(0, tasks, 1,
+                              [=](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
 void describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Tensor& value,
@@ -124,9 +123,9 @@ void describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Te
   if (mask) {
     STD_TORCH_CHECK(mask->is_cpu(), "fastfusion: attn_mask is on another device");
     const ScalarType mask_type = mask->scalar_type();
-    STD_TORCH_CHECK(mask_type == ScalarType::Bool || mask_type == ScalarType::Float ||
-                        mask_type == type,
-                    "fastfusion: attn_mask has the wrong dtype");
+    STD_TORCH_CHECK(
+        mask_type == ScalarType::Bool || mask_type == ScalarType::Float || mask_type == type,
+        "fastfusion: attn_mask has the wrong dtype");
     int64_t strides[4];
     broadcast_strides(*mask, {p.batch, p.heads, p.q_len, p.kv_len}, strides);
     p.mask = {mask->const_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
@@ -146,8 +145,7 @@ void describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Te
   STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p <= 1.0 && (dropout_p == 0.0 || seed),
                   "fastfusion: dropout_p must be between 0 and 1 and come with a seed");
   if (dropout_p > 0.0) {
-    STD_TORCH_CHECK(seed->is_cpu() && seed->numel() == 1 &&
-                        seed->scalar_type() == ScalarType::Long,
+    STD_TORCH_CHECK(seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
                     "fastfusion: seed must be one int64");
     p.dropout = true;
     p.seed = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
@@ -156,10 +154,9 @@ void describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Te
   }
 }
 
-Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value,
-               const MaybeTensor& mask, const MaybeTensor& padding, const MaybeTensor& seed,
-               double dropout_p, bool is_causal, std::optional<double> scale, bool enable_gqa,
-               Tensor* lse) {
+Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
+               const MaybeTensor& padding, const MaybeTensor& seed, double dropout_p,
+               bool is_causal, std::optional<double> scale, bool enable_gqa, Tensor* lse) {
   ff::AttentionForward p;
   describe(p, query, key, value, mask, padding, seed, dropout_p, is_causal, scale);
   STD_TORCH_CHECK(enable_gqa || p.heads == p.kv_heads || p.kv_heads == 1,
@@ -177,9 +174,9 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value,
   return out;
 }
 
-Tensor attention_out(const Tensor& query, const Tensor& key, const Tensor& value,
-                     MaybeTensor mask, MaybeTensor padding, MaybeTensor seed, double dropout_p,
-                     bool is_causal, std::optional<double> scale, bool enable_gqa) {
+Tensor attention_out(const Tensor& query, const Tensor& key, const Tensor& value, MaybeTensor mask,
+                     MaybeTensor padding, MaybeTensor seed, double dropout_p, bool is_causal,
+                     std::optional<double> scale, bool enable_gqa) {
   return forward(query, key, value, mask, padding, seed, dropout_p, is_causal, scale, enable_gqa,
                  nullptr);
 }
@@ -197,21 +194,21 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, MaybeTensor grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, MaybeTensor mask, MaybeTensor padding, MaybeTensor seed,
-    double dropout_p, bool is_causal, std::optional<double> scale, bool mask_gradient) {
+    const Tensor& value, MaybeTensor mask, MaybeTensor padding, MaybeTensor seed, double dropout_p,
+    bool is_causal, std::optional<double> scale, bool mask_gradient) {
   ff::AttentionBackward p;
   describe(p, query, key, value, mask, padding, seed, dropout_p, is_causal, scale);
   const int64_t expected[4] = {p.batch, p.heads, p.q_len, p.value_dim};
-  STD_TORCH_CHECK(grad_out.dim() == 4 && grad_out.is_cpu() &&
-                      grad_out.scalar_type() == query.scalar_type(),
-                  "fastfusion: grad_out must be like the output");
+  STD_TORCH_CHECK(
+      grad_out.dim() == 4 && grad_out.is_cpu() && grad_out.scalar_type() == query.scalar_type(),
+      "fastfusion: grad_out must be like the output");
   for (int i = 0; i < 4; ++i)
     STD_TORCH_CHECK(grad_out.size(i) == expected[i], "fastfusion: grad_out does not fit");
   p.grad_out = view(grad_out);
   if (grad_lse) {
-    STD_TORCH_CHECK(grad_lse->dim() == 3 && grad_lse->is_cpu() &&
-                        grad_lse->scalar_type() == ScalarType::Float,
-                    "fastfusion: grad_lse must be float32 and 3-D");
+    STD_TORCH_CHECK(
+        grad_lse->dim() == 3 && grad_lse->is_cpu() && grad_lse->scalar_type() == ScalarType::Float,
+        "fastfusion: grad_lse must be float32 and 3-D");
     for (int i = 0; i < 3; ++i)
       STD_TORCH_CHECK(grad_lse->size(i) == expected[i], "fastfusion: grad_lse does not fit");
     p.grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
@@ -251,8 +248,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {grad_query, grad_key, grad_value, grad_mask};
 }
 
-#define FF_INPUTS                                                                              \
-  "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask, "     \
+#define FF_INPUTS                                                                         \
+  "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask, " \
   "Tensor? seed"
 #define FF_OPTIONS "float dropout_p, bool is_causal, float? scale"
 
@@ -260,8 +257,7 @@ STABLE_TORCH_LIBRARY(fastfusion, m) {
   m.def("attention(" FF_INPUTS ", " FF_OPTIONS ", bool enable_gqa) -> (Tensor, Tensor)");
   m.def("attention_forward(" FF_INPUTS ", " FF_OPTIONS ", bool enable_gqa) -> (Tensor, Tensor)");
   m.def("attention_out(" FF_INPUTS ", " FF_OPTIONS ", bool enable_gqa) -> Tensor");
-  m.def("attention_backward(Tensor grad_out, Tensor? grad_lse, " FF_INPUTS
-        ", " FF_OPTIONS
+  m.def("attention_backward(Tensor grad_out, Tensor? grad_lse, " FF_INPUTS ", " FF_OPTIONS
         ", bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

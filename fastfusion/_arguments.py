@@ -117,8 +117,9 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if enabled else None
 
 
-def autocast_cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """As torch's own autocast does: floating tensors are cast, float64 and masks are not."""
-    if tensor is None or tensor.dtype in (torch.bool, torch.float64):
-        return tensor
-    return tensor.to(dtype)
+def autocast_cast(dtype: torch.dtype | None, *tensors: Any) -> tuple[Any, ...]:
+    """As torch's own autocast does: floating tensors are cast, float64 and bool ones are not."""
+    if dtype is None:
+        return tensors
+    kept = (torch.bool, torch.float64)
+    return tuple(t if t is None or t.dtype in kept else t.to(dtype) for t in tensors)

@@ -5,6 +5,7 @@ A library that is there but does not load disables itself with one warning.
 """
 
 import warnings
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -22,15 +23,14 @@ def _load() -> None:
         cpu_unavailable = "the package was installed without its compiled part (no C++ compiler)"
         return
     try:
-        from fastfusion import _native
-
-        _native.select_isa()
+        module = import_module("fastfusion._native")
+        module.select_isa()
         torch.ops.load_library(_OPS)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         cpu_unavailable = f"its library does not load: {error}"
         warnings.warn(f"fastfusion: CPU kernels disabled, {cpu_unavailable}", stacklevel=2)
         return
-    native = _native
+    native = module
 
 
 _load()

@@ -73,6 +73,11 @@ class Implementation:
     refuses: Callable[..., Sequence[str]]
 
 
+def never_refuses(*arguments: Any) -> Sequence[str]:
+    """What a reference says to any legal call."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Op:
     """The specification of an op: what defines, checks, feeds, prices and runs it.
@@ -115,6 +120,15 @@ class Op:
             f"backend {wanted!r} cannot run {self.name}:"
             f"\n  - it has no implementation there; implementations: {available}"
         )
+
+    def run(self, backend: str | None, arguments: tuple[Any, ...], autocast_off: str | None) -> Any:
+        """Select and run, with the autocast of the device type `autocast_off` disabled: it would
+        round the float32 products of the reference."""
+        implementation = self.select(backend, *arguments)
+        if autocast_off is None:
+            return implementation.run(*arguments)
+        with torch.autocast(autocast_off, enabled=False):
+            return implementation.run(*arguments)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ def dropout_factor(
     """c of the formulas: 1 / (1 - p) where a score is kept and 0 elsewhere; None without."""
     if seed is None:
         return None
-    keep = _philox.keep_mask(seed, dropout_p, *probabilities.shape, stream=stream)
+    batch, heads, q_len, kv_len = probabilities.shape
+    keep = _philox.keep_mask(seed, dropout_p, batch, heads, q_len, kv_len, stream)
     return keep.to(probabilities.dtype) * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
 
 

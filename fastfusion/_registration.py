@@ -97,14 +97,17 @@ def _fold(tensors: tuple[Any, ...], in_dims: tuple[Any, ...], size: int) -> list
     ]
 
 
-def _full_rank(mask: Tensor | None, dim: int | None, batch: int) -> tuple[Tensor | None, int]:
-    """A mask with its vmapped dimension first and then (batch, heads, q_len, kv_len)."""
-    if mask is None or dim is None:
-        return mask, 0
+def _folded_mask(mask: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
+    """The mask of a folded call; one that is not vmapped and has no batch stays as it is."""
+    if mask is None:
+        return None
+    if dim is None:
+        has_batch = mask.dim() == 4 and mask.shape[0] != 1
+        return mask.repeat(size, 1, 1, 1) if has_batch else mask
     mask = mask.movedim(dim, 0)
     while mask.dim() < 5:
         mask = mask.unsqueeze(1)
-    return mask.expand(-1, batch, -1, -1, -1), 0
+    return mask.expand(-1, batch, -1, -1, -1).flatten(0, 1)
 
 
 def _unfold(tensor: Tensor, size: int) -> Tensor:
@@ -130,7 +133,7 @@ class _Backward(Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         grad_out: Tensor,
         grad_lse: Tensor | None,
         query: Tensor,
@@ -179,7 +182,8 @@ class _Backward(Function):
             )
             return tuple(r for r in results if r is not None)[: 4 if ctx.mask_gradient else 3]
 
-        values, pullback = torch.func.vjp(formula, primals)
+        linearized: Any = torch.func.vjp(formula, primals)
+        values, pullback = linearized
         filled = tuple(
             torch.zeros_like(v) if g is None else g.to(v.dtype)
             for v, g in zip(values, gradients, strict=False)
@@ -196,33 +200,26 @@ class _Backward(Function):
             # A dropout mask is a function of the batch index, and a mask's gradient is reduced
             # over the batch: neither survives folding.
             results = [
-                _Backward.apply(*_select(tensors, tuple(dims), i), *given[8:])
-                for i in range(size)
+                _Backward.apply(*_select(tensors, tuple(dims), i), *given[8:]) for i in range(size)
             ]
             return _stacked(results), (0, 0, 0, 0)
         batch = given[2].shape[0 if dims[2] is None or dims[2] > 0 else 1]
         folded = _folded(tensors, dims, size, batch, mask_at=5)
         grad_query, grad_key, grad_value, empty = _Backward.apply(*folded, *given[8:])
-        results = tuple(_unfold(t, size) for t in (grad_query, grad_key, grad_value))
-        return (*results, empty), (0, 0, 0, None)
+        unfolded = tuple(_unfold(t, size) for t in (grad_query, grad_key, grad_value))
+        return (*unfolded, empty), (0, 0, 0, None)
 
 
 def _folded(
     tensors: tuple[Any, ...], dims: list[Any], size: int, batch: int, mask_at: int
 ) -> list[Any]:
-    """All tensors folded; a mask that is not vmapped and has no batch stays as it is."""
-    mask, mask_dim = tensors[mask_at], dims[mask_at]
+    """All tensors with the vmapped dimension in the batch."""
+    mask = _folded_mask(tensors[mask_at], dims[mask_at], size, batch)
     others = _fold(
         tensors[:mask_at] + tensors[mask_at + 1 :],
         tuple(dims[:mask_at] + dims[mask_at + 1 :]),
         size,
     )
-    if mask is not None:
-        if mask_dim is not None:
-            mask, _ = _full_rank(mask, mask_dim, batch)
-            mask = mask.flatten(0, 1)  # type: ignore[union-attr]
-        elif mask.dim() == 4 and mask.shape[0] != 1:
-            mask = mask.repeat(size, 1, 1, 1)
     return [*others[:mask_at], mask, *others[mask_at:]]
 
 
@@ -230,7 +227,7 @@ class _Attention(Function):
     """Attention under torch.func transforms and as the autograd kernel of the graph op."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -274,8 +271,7 @@ class _Attention(Function):
         tensors, dims, size = given[:6], list(in_dims[:6]), info.batch_size
         if given[5] is not None:
             results = [
-                _Attention.apply(*_select(tensors, tuple(dims), i), *given[6:])
-                for i in range(size)
+                _Attention.apply(*_select(tensors, tuple(dims), i), *given[6:]) for i in range(size)
             ]
             return _stacked(results), (0, 0)
         batch = given[0].shape[0 if dims[0] is None or dims[0] > 0 else 1]
@@ -290,7 +286,7 @@ class _AttentionEager(_Attention):
     vmap = Function.vmap
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, *given: Any) -> Any:
         output = _forward(*given)
         _Attention.setup_context(ctx, given, output)
         return output

@@ -108,9 +108,7 @@ class OpSuite:
         self, run: Callable[..., tuple[Tensor, ...]], call: dict[str, Any]
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """Outputs with lse, and gradients of a loss that uses each of them."""
-        call = {
-            k: v.detach().requires_grad_() if k in leaves(call) else v for k, v in call.items()
-        }
+        call = {k: v.detach().requires_grad_() if k in leaves(call) else v for k, v in call.items()}
         torch.manual_seed(11)
         results = run(**call)
         loss = torch.zeros((), dtype=torch.float64)

@@ -96,7 +96,7 @@ def test_gate_allows_twice_the_error_of_the_plain_formula() -> None:
     )
 
 
-def test_gate_asks_for_no_more_than_epsilon() -> None:
+def test_gate_grants_epsilon() -> None:
     exact, nearly = results_with_error(0.9 * torch.finfo(torch.float32).eps)
     assert gate.verdict([nearly], [exact], [exact]) is None
 

@@ -159,9 +159,7 @@ class TestCompile:
         compiled = torch.compile(
             lambda x: attention(x, x, x) * 2, fullgraph=True, backend="aot_eager"
         )
-        assert_close(
-            gradients(compiled, (x,)), gradients(lambda x: reference(x, x, x) * 2, (x,))
-        )
+        assert_close(gradients(compiled, (x,)), gradients(lambda x: reference(x, x, x) * 2, (x,)))
 
     def test_of_func_grad(self) -> None:
         kernel, plain = both_losses(sine)
@@ -411,9 +409,7 @@ class TestTransforms:
         expected = torch.func.jvp(reference, tensors, tangents)[1]
         assert_close(torch.func.jvp(attention, tensors, tangents)[1], expected)
         assert_close(torch.func.linearize(attention, *tensors)[1](*tangents), expected)
-        assert_close(
-            torch.autograd.functional.jvp(attention, tensors, tangents)[1], expected
-        )
+        assert_close(torch.autograd.functional.jvp(attention, tensors, tangents)[1], expected)
 
     def test_dual_numbers_keep_their_tangent(self) -> None:
         import torch.autograd.forward_ad as forward_ad
@@ -428,7 +424,7 @@ class TestTransforms:
 
     @pytest.mark.parametrize("return_lse", [False, True])
     def test_double_backward(self, return_lse: bool) -> None:
-        tensors = (*(t.detach().requires_grad_() for t in qkv()), torch.randn(5, 7).requires_grad_())
+        tensors = (*qkv(True), torch.randn(5, 7, requires_grad=True))
 
         def second_order(function: Any) -> Any:
             first = torch.autograd.grad(
@@ -500,15 +496,11 @@ class TestEager:
         tensors = qkv(True)
         context = functools.partial(create_selective_checkpoint_contexts, policy)
         out = checkpoint(attention, *tensors, use_reentrant=False, context_fn=context)
-        assert_close(
-            torch.autograd.grad(out.sin().sum(), tensors), gradients(reference, tensors)
-        )
+        assert_close(torch.autograd.grad(out.sin().sum(), tensors), gradients(reference, tensors))
         assert "fastfusion.attention_forward.default" in seen
 
     def test_meta_tensors(self) -> None:
-        out, lse = ff.scaled_dot_product_attention(
-            *(t.to("meta") for t in qkv()), return_lse=True
-        )
+        out, lse = ff.scaled_dot_product_attention(*(t.to("meta") for t in qkv()), return_lse=True)
         assert out.shape == (2, 3, 5, 6) and lse.shape == (2, 3, 5)
 
     def test_many_threads(self) -> None:

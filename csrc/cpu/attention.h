@@ -18,15 +18,16 @@ struct ForwardScratch {
 
   bool allocate(const Attention& p) {
     const int64_t columns = padded(kPanel), value_columns = padded(p.value_dim);
-    return carve(p, {{&query, p.head_dim * columns},
-                     {&scores, kBlock * columns},
-                     {&factor, p.dropout ? kBlock * columns : 0},
-                     {&key, kBlock * p.head_dim},
-                     {&value, kBlock * value_columns},
-                     {&out, kPanel * value_columns},
-                     {&statistics.maximum, columns},
-                     {&statistics.sum, columns},
-                     {&statistics.rescale, columns}},
+    return carve(p,
+                 {{&query, p.head_dim * columns},
+                  {&scores, kBlock * columns},
+                  {&factor, p.dropout ? kBlock * columns : 0},
+                  {&key, kBlock * p.head_dim},
+                  {&value, kBlock * value_columns},
+                  {&out, kPanel * value_columns},
+                  {&statistics.maximum, columns},
+                  {&statistics.sum, columns},
+                  {&statistics.rescale, columns}},
                  &list);
   }
 };
@@ -48,8 +49,8 @@ inline void forward_panel(const AttentionForward& p, int64_t b, int64_t h, int64
   const Keys keys = visible_keys(p, b, limit, s.list);
   for (int64_t block = 0; block < keys.count; block += kBlock) {
     const int64_t count = keys.count - block < kBlock ? keys.count - block : kBlock;
-    const Rows key = rows(p.key, p.type, key_offset, keys, block, count, p.head_dim, p.head_dim,
-                          s.key);
+    const Rows key =
+        rows(p.key, p.type, key_offset, keys, block, count, p.head_dim, p.head_dim, s.key);
     multiply(key.data, key.stride, 1, s.query, columns, count, columns, p.head_dim, s.scores,
              columns, false);
     mask_scores(p, b, h, first, queries, keys, block, count, columns, s.scores);

@@ -29,22 +29,23 @@ struct BackwardScratch {
   bool allocate(const Attention& p) {
     const int64_t columns = padded(kPanel);
     const int64_t dim = padded(p.head_dim), value_dim = padded(p.value_dim);
-    return carve(p, {{&query_t, p.head_dim * columns},
-                     {&grad_t, p.value_dim * columns},
-                     {&query, kPanel * dim},
-                     {&grad, kPanel * value_dim},
-                     {&scores, kBlock * columns},
-                     {&grad_scores, kBlock * columns},
-                     {&factor, p.dropout ? kBlock * columns : 0},
-                     {&key, kBlock * dim},
-                     {&value, kBlock * p.value_dim},
-                     {&grad_query, kPanel * dim},
-                     {&grad_key, p.kv_len * dim},
-                     {&grad_value, p.kv_len * value_dim},
-                     {&weighted, columns},
-                     {&statistics.maximum, columns},
-                     {&statistics.sum, columns},
-                     {&statistics.rescale, columns}},
+    return carve(p,
+                 {{&query_t, p.head_dim * columns},
+                  {&grad_t, p.value_dim * columns},
+                  {&query, kPanel * dim},
+                  {&grad, kPanel * value_dim},
+                  {&scores, kBlock * columns},
+                  {&grad_scores, kBlock * columns},
+                  {&factor, p.dropout ? kBlock * columns : 0},
+                  {&key, kBlock * dim},
+                  {&value, kBlock * p.value_dim},
+                  {&grad_query, kPanel * dim},
+                  {&grad_key, p.kv_len * dim},
+                  {&grad_value, p.kv_len * value_dim},
+                  {&weighted, columns},
+                  {&statistics.maximum, columns},
+                  {&statistics.sum, columns},
+                  {&statistics.rescale, columns}},
                  &list);
   }
 };
@@ -58,10 +59,10 @@ struct Panel {
 inline Rows block_products(const AttentionBackward& p, const Panel& at, const Keys& keys,
                            int64_t block, int64_t count, const BackwardScratch& s) {
   const int64_t group = at.h / (p.heads / p.kv_heads), columns = at.columns;
-  const Rows key = rows(p.key, p.type, at.b * p.key.batch + group * p.key.head, keys, block,
-                        count, p.head_dim, padded(p.head_dim), s.key);
-  const Rows value = rows(p.value, p.type, at.b * p.value.batch + group * p.value.head, keys,
-                          block, count, p.value_dim, p.value_dim, s.value);
+  const Rows key = rows(p.key, p.type, at.b * p.key.batch + group * p.key.head, keys, block, count,
+                        p.head_dim, padded(p.head_dim), s.key);
+  const Rows value = rows(p.value, p.type, at.b * p.value.batch + group * p.value.head, keys, block,
+                          count, p.value_dim, p.value_dim, s.value);
   multiply(key.data, key.stride, 1, s.query_t, columns, count, columns, p.head_dim, s.scores,
            columns, false);
   multiply(value.data, value.stride, 1, s.grad_t, columns, count, columns, p.value_dim,
@@ -121,8 +122,8 @@ inline void block_gradients(const AttentionBackward& p, const Panel& at, const K
     }
   }
   if (!p.grad_mask) return;
-  float* to = p.grad_mask + at.b * p.grad_mask_batch + at.h * p.grad_mask_head +
-              at.first * p.grad_mask_row;
+  float* to =
+      p.grad_mask + at.b * p.grad_mask_batch + at.h * p.grad_mask_head + at.first * p.grad_mask_row;
   for (int64_t j = 0; j < count; ++j)
     for (int64_t i = 0; i < at.queries; ++i)
       to[i * p.grad_mask_row + keys[block + j] * p.grad_mask_column] +=
@@ -139,11 +140,14 @@ inline void backward_panel(const AttentionBackward& p, int64_t b, int64_t h, int
   const Keys every{p.q_len, nullptr};
   transpose(p.query, p.type, query_offset, first, queries, p.head_dim, columns, s.query_t);
   transpose(p.grad_out, p.type, grad_offset, first, queries, p.value_dim, columns, s.grad_t);
-  const Panel at{b, h, first, queries, columns,
-                 rows(p.query, p.type, query_offset, every, first, queries, p.head_dim, dim,
-                      s.query),
-                 rows(p.grad_out, p.type, grad_offset, every, first, queries, p.value_dim,
-                      value_dim, s.grad)};
+  const Panel at{
+      b,
+      h,
+      first,
+      queries,
+      columns,
+      rows(p.query, p.type, query_offset, every, first, queries, p.head_dim, dim, s.query),
+      rows(p.grad_out, p.type, grad_offset, every, first, queries, p.value_dim, value_dim, s.grad)};
   for (int64_t i = 0; i < queries * dim; ++i) s.grad_query[i] = 0.0f;
   for (int64_t i = 0; i < columns; ++i) s.weighted[i] = 0.0f;
   s.statistics.clear(columns);
@@ -175,8 +179,8 @@ inline void backward_panel(const AttentionBackward& p, int64_t b, int64_t h, int
   for (int64_t i = 0; i < queries; ++i) {
     const MutableView& to = p.grad_query;
     scale_row(s.grad_query + i * dim, dim, p.scale);
-    store(to.data, p.type, b * to.batch + h * to.head + (first + i) * to.row, to.column,
-          p.head_dim, s.grad_query + i * dim);
+    store(to.data, p.type, b * to.batch + h * to.head + (first + i) * to.row, to.column, p.head_dim,
+          s.grad_query + i * dim);
   }
 }
 

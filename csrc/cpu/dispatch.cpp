@@ -84,9 +84,7 @@ const char* compiled_isa(int index) {
   return index >= 0 && index < kCount ? kTables[index].table->isa : nullptr;
 }
 
-bool supported_isa(int index) {
-  return index >= 0 && index < kCount && kTables[index].supported();
-}
+bool supported_isa(int index) { return index >= 0 && index < kCount && kTables[index].supported(); }
 
 const char* select_isa(const char* name) {
   const bool automatic = !name || !*name;

@@ -6,6 +6,7 @@
 namespace ff {
 
 extern const KernelTable scalar_kernels;
-const KernelTable scalar_kernels{"scalar", Vec::kLanes, attention_forward, attention_backward, convert};
+const KernelTable scalar_kernels{"scalar", Vec::kLanes, attention_forward, attention_backward,
+                                 convert};
 
 }  // namespace ff

@@ -87,11 +87,10 @@ void multiply_columns(const float* a, int64_t a_row, int64_t a_k, const float* b
   constexpr int kRows = (Vec::kRegisters - N - 1) / N < 12 ? (Vec::kRegisters - N - 1) / N : 12;
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows) {
-    multiply_tile<kRows, N>(a + r * a_row, a_row, a_k, b, ldb, depth, c + r * ldc, ldc,
-                            accumulate);
+    multiply_tile<kRows, N>(a + r * a_row, a_row, a_k, b, ldb, depth, c + r * ldc, ldc, accumulate);
   }
-  multiply_rest<kRows - 1, N>(rows - r, a + r * a_row, a_row, a_k, b, ldb, depth, c + r * ldc,
-                              ldc, accumulate);
+  multiply_rest<kRows - 1, N>(rows - r, a + r * a_row, a_row, a_k, b, ldb, depth, c + r * ldc, ldc,
+                              accumulate);
 }
 
 // C (+)= A B, columns a multiple of the lanes. A is read one element at a time by its strides.
@@ -235,8 +234,8 @@ inline void mask_scores(const Attention& p, int64_t b, int64_t h, int64_t query,
     float bias[kPanel];
     for (int64_t j = 0; j < count; ++j) {
       float* row = scores + j * columns;
-      const int64_t offset = b * p.mask.batch + h * p.mask.head + query * p.mask.row +
-                             keys[first + j] * p.mask.column;
+      const int64_t offset =
+          b * p.mask.batch + h * p.mask.head + query * p.mask.row + keys[first + j] * p.mask.column;
       if (p.mask_type == Type::kBool) {
         const bool* attend = static_cast<const bool*>(p.mask.data) + offset;
         for (int64_t i = 0; i < queries; ++i)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import fastfusion.nn as ffnn
+from fastfusion._arguments import check_padding_mask, check_tensors, shapes
+from fastfusion.nn._cross_attention import check_sequences
 
 
 class VQATransformer(nn.Module):
@@ -108,16 +110,12 @@ class VQATransformer(nn.Module):
         self.output = nn.Linear(visual_dim + text_dim, num_classes, device=device, dtype=dtype)
 
     def encode_visual(self, visual: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Encode an image's features: (images, Lv, visual_dim) in and out; mask as in
-        :meth:`forward`.
-        """
+        """Encode images (B, Lv, visual_dim), in and out; the mask is that of :meth:`forward`."""
         _check("visual", visual, self.visual_dim, padding_mask)
         return self.visual_encoder(visual, src_key_padding_mask=padding_mask)
 
     def encode_text(self, text: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Encode a question's features: (texts, Lt, text_dim) in and out; mask as in
-        :meth:`forward`.
-        """
+        """Encode texts (B, Lt, text_dim), in and out; the mask is that of :meth:`forward`."""
         _check("text", text, self.text_dim, padding_mask)
         return self.text_encoder(text, src_key_padding_mask=padding_mask)
 
@@ -130,17 +128,13 @@ class VQATransformer(nn.Module):
         need_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The part of :meth:`forward` after the encoders; same arguments, encoded."""
-        _check("visual", visual, self.visual_dim, visual_padding_mask)
-        _check("text", text, self.text_dim, text_padding_mask)
-        if not torch.compiler.is_compiling() and visual.shape[0] != text.shape[0]:
-            raise ValueError(
-                "visual and text must have one batch size, "
-                f"got visual {tuple(visual.shape)} and text {tuple(text.shape)}"
-            )
-        fused = self.fusion(visual, text, visual_padding_mask, text_padding_mask, need_weights)
-        pooled = (_mean(fused[0], visual_padding_mask), _mean(fused[1], text_padding_mask))
+        # The fusion layer checks the arguments.
+        visual, text, *weights = self.fusion(
+            visual, text, visual_padding_mask, text_padding_mask, need_weights
+        )
+        pooled = (_mean(visual, visual_padding_mask), _mean(text, text_padding_mask))
         logits = self.output(torch.cat(pooled, dim=-1))
-        return (logits, fused[3]) if need_weights else logits
+        return (logits, weights[1]) if need_weights else logits
 
     def forward(
         self,
@@ -165,8 +159,11 @@ class VQATransformer(nn.Module):
 
         Raises:
             ValueError: a wrong rank, width or batch size, or a mask that does not fit.
-            TypeError: a mask that is not bool.
+            TypeError: different dtypes, or a mask that is not bool.
         """
+        if not torch.compiler.is_compiling():
+            # Here already, so that a wrong text fails before the image is encoded.
+            check_sequences({"visual": visual, "text": text}, (self.visual_dim, self.text_dim))
         return self.fuse(
             self.encode_visual(visual, visual_padding_mask),
             self.encode_text(text, text_padding_mask),
@@ -176,23 +173,21 @@ class VQATransformer(nn.Module):
         )
 
 
-def _check(name: str, features: Tensor, width: int, padding_mask: Tensor | None) -> None:
-    if features.dim() != 3 or features.shape[2] != width:
-        raise ValueError(f"{name} must be (batch, length, {width}), got {tuple(features.shape)}")
-    if padding_mask is None:
+def _check(name: str, tokens: Tensor, width: int, padding_mask: Tensor | None) -> None:
+    if torch.compiler.is_compiling():
         return
-    if padding_mask.dtype != torch.bool:
-        raise TypeError(
-            f"{name}_padding_mask must be bool (True = ignore), got {padding_mask.dtype}"
-        )
-    if padding_mask.dim() != 2 or (
-        # Under tracing the layers below compare the lengths, without pinning them to numbers.
-        not torch.compiler.is_compiling() and padding_mask.shape != features.shape[:2]
-    ):
+    check_tensors(**{name: tokens})
+    if tokens.dim() != 3 or tokens.shape[2] != width:
         raise ValueError(
-            f"{name}_padding_mask must be (batch, length) = {tuple(features.shape[:2])}, "
-            f"got {tuple(padding_mask.shape)}"
+            f"{name} must have shape (batch, length, {width}), got {tuple(tokens.shape)}"
         )
+    check_padding_mask(
+        f"{name}_padding_mask",
+        padding_mask,
+        tokens,
+        tuple(tokens.shape[:2]),
+        shapes(**{name: tokens}),
+    )
 
 
 def _mean(tokens: Tensor, padding_mask: Tensor | None) -> Tensor:

@@ -127,8 +127,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
             if key_padding_mask is not None:
                 key_padding_mask = key_padding_mask.unsqueeze(0)
-        projected = self._project(query, key, value, shared)
-        q, k, v = (_heads(t, self.num_heads, batch_first) for t in projected)
+        q, k, v = (
+            part
+            for projected in self._project(query, key, value, shared)
+            for part in _heads(projected, self.num_heads, self.head_dim, batch_first)
+        )
         if self.bias_k is not None or self.add_zero_attn:
             k, v, key_padding_mask, attn_mask = self._append_columns(
                 k, v, key_padding_mask, attn_mask
@@ -145,9 +148,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         else:
             # As in torch: alone, the hint replaces the mask; beside padding the mask counts.
             is_causal = is_causal and key_padding_mask is None
-            bias, padding = _merge_masks(
-                None if is_causal else attn_mask, key_padding_mask, q, additive=False
-            )
+            bias = padding = None
+            if key_padding_mask is not None or not (attn_mask is None or is_causal):
+                bias, padding = _merge_masks(attn_mask, key_padding_mask, q, additive=False)
             out = scaled_dot_product_attention(
                 q, k, v, bias, dropout_p, is_causal, key_padding_mask=padding
             )
@@ -184,6 +187,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             batch = 0 if self.batch_first else 1
             if rank == 3 and key.shape[batch] != shape[batch]:
                 return False
+        if (self.bias_k is None) != (self.bias_v is None):
+            return False
         if key.shape[-1] != self.kdim or value.shape[-1] != self.vdim:
             return False
         if attn_mask is None and key_padding_mask is None:
@@ -225,34 +230,29 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _project(
         self, query: Tensor, key: Tensor, value: Tensor, shared: tuple[bool, bool]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The three input projections (..., embed_dim), in as few products as inputs differ."""
+    ) -> tuple[Tensor, ...]:
+        """The three input projections, those of one input side by side: one product per input.
+
+        Returns:
+            Tensors (..., n * embed_dim), n adding up to 3.
+        """
         width = self.embed_dim
         bias = self.in_proj_bias
         query_is_key, key_is_value = shared
-        if not self._qkv_same_embed_dim:
-            q_bias, k_bias, v_bias = (None,) * 3 if bias is None else bias.chunk(3)
-            return (
-                F.linear(query, self.q_proj_weight, q_bias),
-                F.linear(key, self.k_proj_weight, k_bias),
-                F.linear(value, self.v_proj_weight, v_bias),
-            )
-        weight = self.in_proj_weight
-        if query_is_key and key_is_value:
-            q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, width)).unbind(-2)
-            return q, k, v
-        if key_is_value:
-            both = F.linear(key, weight[width:], None if bias is None else bias[width:])
-            k, v = both.unflatten(-1, (2, width)).unbind(-2)
-            q = F.linear(query, weight[:width], None if bias is None else bias[:width])
-            return q, k, v
-        q_weight, k_weight, v_weight = weight.chunk(3)
-        q_bias, k_bias, v_bias = (None,) * 3 if bias is None else bias.chunk(3)
-        return (
-            F.linear(query, q_weight, q_bias),
-            F.linear(key, k_weight, k_bias),
-            F.linear(value, v_weight, v_bias),
-        )
+        if self._qkv_same_embed_dim:
+            weight = self.in_proj_weight
+            if query_is_key and key_is_value:
+                return (F.linear(query, weight, bias),)
+            if key_is_value:
+                return (
+                    F.linear(query, weight[:width], None if bias is None else bias[:width]),
+                    F.linear(key, weight[width:], None if bias is None else bias[width:]),
+                )
+            weights = weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        return tuple(map(F.linear, (query, key, value), weights, biases))
 
     def _append_columns(
         self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
@@ -379,8 +379,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         queries, keys, values = packed
         dropout_p = self.dropout if self.training else 0.0
         shared = (query is key, key is value)
-        projected = self._project(queries.values, keys.values, values.values, shared)
-        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in projected)
+        heads = (self.num_heads, self.head_dim)
+        q, k, v = (
+            part
+            for projected in self._project(queries.values, keys.values, values.values, shared)
+            for part in projected.unflatten(-1, (-1, *heads)).unbind(1)
+        )
         weights = None
         if need_weights:
             out, weights = self._attend_padded(q, k, v, queries, keys, dropout_p)
@@ -451,10 +455,20 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
-def _heads(tensor: Tensor, num_heads: int, batch_first: bool) -> Tensor:
-    """(batch, length, width) or (length, batch, width) seen as (batch, heads, length, dim)."""
-    tensor = tensor.unflatten(-1, (num_heads, tensor.shape[-1] // num_heads))
-    return tensor.transpose(1, 2) if batch_first else tensor.permute(1, 2, 0, 3)
+def _heads(
+    projected: Tensor, num_heads: int, head_dim: int, batch_first: bool
+) -> tuple[Tensor, ...]:
+    """(batch, length, n * width) or (length, batch, n * width) seen as n (batch, heads, length,
+    head_dim)."""
+    outer, inner, width = projected.shape
+    split = (outer, inner, width // (num_heads * head_dim), num_heads, head_dim)
+    parts = projected.view(split)
+    if not projected.requires_grad:
+        return parts.permute((2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)).unbind(0)
+    # Two or three more views, and one copy less of all gradients: unbind here goes back to the
+    # layout of the projection at once.
+    order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
+    return tuple(part.permute(order) for part in parts.unbind(2))
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,14 +32,13 @@ def pack(nested: Any) -> Packed | None:
         if nested._ragged_idx != 1:
             return None
         nested = nested.contiguous()
-        longest = nested._maybe_max_seqlen
         values, offsets = nested.values(), nested.offsets()
-        if longest is None:
-            longest = (
-                values.shape[0]
-                if torch.compiler.is_compiling()
-                else int(offsets.diff().max()) if offsets.shape[0] > 1 else 0
-            )  # fmt: skip
+        longest = nested._maybe_max_seqlen
+        if longest is None and torch.compiler.is_compiling():
+            longest = values.shape[0]
+        elif longest is None:
+            # Reads the offsets once; the tensor remembers.
+            longest = nested._get_max_seqlen() if offsets.shape[0] > 1 else 0
         return Packed(values, offsets, longest)
     sizes = nested._nested_tensor_size()
     lengths, widths = sizes[:, 0], sizes[:, 1]

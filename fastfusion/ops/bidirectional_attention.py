@@ -17,7 +17,7 @@ its own, from the other side. With P and R the two softmaxes (dropout factors c 
     d query = scale * dS key   d key = scale * dS^T query
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastfusion import _arguments as arguments
 from fastfusion import _philox
-from fastfusion._op import Implementation, Op
+from fastfusion._op import Implementation, Op, never_refuses
 from fastfusion._reference import (
     accumulation_dtype,
     dropout_factor,
@@ -85,22 +85,16 @@ def bidirectional_attention(
         )  # fmt: skip
     device_type = query.device.type
     dtype = arguments.autocast_dtype(device_type)
-    if dtype is not None:
-        query, key, value, query_value, attn_mask = (
-            arguments.autocast_cast(t, dtype) for t in (query, key, value, query_value, attn_mask)
-        )  # type: ignore[assignment]
+    query, key, value, query_value, attn_mask = arguments.autocast_cast(
+        dtype, query, key, value, query_value, attn_mask
+    )
     unbatched = query.dim() == 3
     given = normalize(
         query, key, value, query_value, attn_mask=attn_mask,
         query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
         scale=scale, dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
-    implementation = OP.select(backend, *given)
-    if dtype is None:
-        results = implementation.run(*given)
-    else:
-        with torch.autocast(device_type, enabled=False):
-            results = implementation.run(*given)
+    results = OP.run(backend, given, None if dtype is None else device_type)
     return tuple(r.squeeze(0) for r in results) if unbatched else results
 
 
@@ -270,10 +264,6 @@ def cost(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
     return flops, batch * heads * (q_len + kv_len) * per_position * dtype.itemsize
 
 
-def _never(*given: Any) -> Sequence[str]:
-    return ()
-
-
 OP = Op(
     name="bidirectional_attention",
     check=check,
@@ -281,5 +271,5 @@ OP = Op(
     reference=reference,
     inputs=inputs,
     cost=cost,
-    implementations=(Implementation("reference", _run_reference, _never),),
+    implementations=(Implementation("reference", _run_reference, never_refuses),),
 )

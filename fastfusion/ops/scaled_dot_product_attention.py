@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastfusion import _arguments as arguments
 from fastfusion import _library, _philox, _registration
-from fastfusion._op import Implementation, Op
+from fastfusion._op import Implementation, Op, never_refuses
 from fastfusion._reference import attention_reference
 
 _is_compiling = torch.compiler.is_compiling
@@ -121,21 +121,13 @@ def _call(
         )  # fmt: skip
     device_type = query.device.type
     dtype = arguments.autocast_dtype(device_type)
-    if dtype is not None:
-        query, key, value, attn_mask = (
-            arguments.autocast_cast(t, dtype) for t in (query, key, value, attn_mask)
-        )  # type: ignore[assignment]
+    query, key, value, attn_mask = arguments.autocast_cast(dtype, query, key, value, attn_mask)
     leading = query.shape[:-3] if query.dim() != 4 else None
     given = normalize(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         key_padding_mask=key_padding_mask, return_lse=return_lse,
     )  # fmt: skip
-    implementation = OP.select(backend, *given)
-    if dtype is None:
-        result = implementation.run(*given)
-    else:
-        with torch.autocast(device_type, enabled=False):
-            result = implementation.run(*given)
+    result = OP.run(backend, given, None if dtype is None else device_type)
     if leading is None:
         return result
     leading = torch.broadcast_shapes(leading, key.shape[:-3], value.shape[:-3])
@@ -173,7 +165,7 @@ def check(
     except RuntimeError:
         raise ValueError(f"query, key and value must have one batch size, got {given}") from None
     arguments.check_flag("enable_gqa", enable_gqa)
-    heads = ()
+    heads: tuple[int, ...] = ()
     if query.dim() > 2:
         q_heads, k_heads, v_heads = (t.shape[-3] for t in (query, key, value))
         kv_heads = v_heads if k_heads == 1 else k_heads
@@ -345,10 +337,6 @@ def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     return attention_reference(query, key, value, mask, padding, seed, p, causal, scale)
 
 
-def _never(*given: Any) -> Sequence[str]:
-    return ()
-
-
 OP = Op(
     name="scaled_dot_product_attention",
     check=check,
@@ -358,7 +346,6 @@ OP = Op(
     cost=cost,
     implementations=(
         Implementation("cpu", _registration.attention, _cpu_refuses),
-        Implementation("reference", _run_reference, _never),
+        Implementation("reference", _run_reference, never_refuses),
     ),
 )
-

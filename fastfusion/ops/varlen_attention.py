@@ -6,7 +6,7 @@ cu_seqlens_k[b] : cu_seqlens_k[b + 1] of the keys, and attends to itself alone, 
 packed and padded calls agree. The layout is FlashAttention's (Dao et al., 2022, unpadded calls).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastfusion import _arguments as arguments
 from fastfusion import _philox
-from fastfusion._op import Implementation, Op
+from fastfusion._op import Implementation, Op, never_refuses
 from fastfusion._reference import attention_reference
 
 
@@ -68,19 +68,12 @@ def varlen_attention(
         )  # fmt: skip
     device_type = query.device.type
     dtype = arguments.autocast_dtype(device_type)
-    if dtype is not None:
-        query, key, value = (
-            arguments.autocast_cast(t, dtype) for t in (query, key, value)
-        )  # type: ignore[assignment]
+    query, key, value = arguments.autocast_cast(dtype, query, key, value)
     given = normalize(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         is_causal=is_causal, scale=scale, dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
-    implementation = OP.select(backend, *given)
-    if dtype is None:
-        return implementation.run(*given)
-    with torch.autocast(device_type, enabled=False):
-        return implementation.run(*given)
+    return OP.run(backend, given, None if dtype is None else device_type)
 
 
 def check(
@@ -291,10 +284,6 @@ def cost(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
     return 2 * heads * scores * (dim + value_dim), moved * dtype.itemsize
 
 
-def _never(*given: Any) -> Sequence[str]:
-    return ()
-
-
 OP = Op(
     name="varlen_attention",
     check=check,
@@ -302,5 +291,5 @@ OP = Op(
     reference=reference,
     inputs=inputs,
     cost=cost,
-    implementations=(Implementation("reference", _run_reference, _never),),
+    implementations=(Implementation("reference", _run_reference, never_refuses),),
 )

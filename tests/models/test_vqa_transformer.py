@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import assert_accurate
 
 from fastfusion.demo.stock import StockVQATransformer
 from fastfusion.models import VQATransformer
@@ -16,6 +17,7 @@ SIZES: dict[str, Any] = {
     "num_layers": 2,
     "num_classes": 5,
 }
+ONE_LAYER = SIZES | {"num_layers": 1}  # tracing a second layer takes twice the time
 
 
 def features(
@@ -134,11 +136,30 @@ def test_dropout_is_random_in_training_and_reproducible() -> None:
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
 
 
+def test_factory_arguments_reach_every_part() -> None:
+    model = VQATransformer(**SIZES, norm_first=True, bias=False, dtype=torch.float64, device="meta")
+    assert all(p.dtype == torch.float64 and p.is_meta for p in model.parameters())
+    biases = {name for name, _ in model.named_parameters() if "bias" in name}
+    assert biases == {"output.bias"}
+
+
+def test_autocast_is_as_accurate_as_stock_torch() -> None:
+    torch.manual_seed(0)
+    model = VQATransformer(**SIZES).eval()
+    stock = StockVQATransformer(**SIZES).eval()
+    stock.load_state_dict(model.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = (m(*features(), *padding()).reshape(1, -1) for m in (model, stock))
+    exact = stock.double()(*features(dtype=torch.float64), *padding()).reshape(1, -1)
+    assert ours.dtype == torch.bfloat16
+    assert_accurate(ours, exact, plain)
+
+
 @pytest.mark.parametrize("gradient", [False, True])
 def test_compile_fullgraph(gradient: bool) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = VQATransformer(**SIZES, dropout=0.0).train(gradient)
+    model = VQATransformer(**ONE_LAYER, dropout=0.0).train(gradient)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     arguments = (*features(), *padding())
     with torch.set_grad_enabled(gradient):
@@ -151,7 +172,7 @@ def test_compile_fullgraph(gradient: bool) -> None:
 
 def test_export_with_dynamic_sizes() -> None:
     torch.manual_seed(0)
-    model = VQATransformer(**SIZES).eval()
+    model = VQATransformer(**ONE_LAYER).eval()
     batch, visual, text = (torch.export.Dim(n, min=2, max=64) for n in ("batch", "visual", "text"))
     shapes = (
         {0: batch, 1: visual},
@@ -188,20 +209,26 @@ def test_bad_constructor(change: dict[str, Any], error: type[Exception], text: s
         (
             {"visual": torch.zeros(7, 24)},
             ValueError,
-            r"visual must be \(batch, length, 24\), got \(7, 24\)",
+            r"visual must have shape \(batch, length, 24\), got visual.*7, 24",
         ),
-        ({"text": torch.zeros(3, 4, 24)}, ValueError, r"text must be .*16\), got \(3, 4, 24\)"),
+        (
+            {"text": torch.zeros(3, 4, 24)},
+            ValueError,
+            r"text must have shape .*16\), got .*text.*3, 4, 24",
+        ),
         (
             {"text": torch.zeros(2, 4, 16)},
             ValueError,
-            r"one batch size.*\(3, 7, 24\).*\(2, 4, 16\)",
+            r"text must have the batch size of visual.*3, 7, 24.*2, 4, 16",
         ),
         (
             {"visual_padding_mask": torch.zeros(3, 4, dtype=torch.bool)},
             ValueError,
-            r"visual_padding_mask must be .*\(3, 7\), got \(3, 4\)",
+            r"visual_padding_mask must have shape \(3, 7\), got \(3, 4\)",
         ),
         ({"text_padding_mask": torch.zeros(3, 4)}, TypeError, "text_padding_mask must be bool"),
+        ({"text": torch.zeros(3, 4, 16).double()}, TypeError, "text must have the dtype of visual"),
+        ({"visual": torch.zeros(3, 7, 24).int()}, TypeError, "visual must be float"),
     ],
 )
 def test_bad_forward(change: dict[str, Any], error: type[Exception], text: str) -> None:

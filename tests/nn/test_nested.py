@@ -120,6 +120,16 @@ def test_empty_and_transposed_sequences(layout: torch.layout) -> None:
     assert_like_parts(module(swapped, swapped, swapped)[0], expected, layout)
 
 
+def test_jagged_without_a_known_maximum() -> None:
+    module = multihead()
+    parts = sequences()
+    offsets = torch.tensor([0, *LENGTHS]).cumsum(0)
+    x = torch.nested.nested_tensor_from_jagged(torch.cat(parts), offsets)
+    assert x._maybe_max_seqlen is None
+    out = module(x, x, x, need_weights=False)[0]
+    assert_like_parts(out, [module(p, p, p)[0] for p in parts], torch.jagged)
+
+
 def test_dropout_drops() -> None:
     module = multihead(dropout=0.5)
     x = nest(sequences(), torch.jagged)

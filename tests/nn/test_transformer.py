@@ -403,7 +403,7 @@ def test_a_stock_parent_calls_our_attention(through: str, with_padding: bool) ->
 
 
 def test_retag_twice_is_retag_once() -> None:
-    module = ff.nn._retag(ff.nn._retag(torch.nn.Transformer(WIDTH, HEADS)))
+    module = ff.nn._retag(ff.nn._retag(build(torch.nn, "Transformer")))
     assert type(module) is ff.nn.Transformer
     for part in module.modules():
         expected = 1 if isinstance(part, ff.nn.MultiheadAttention) else 0

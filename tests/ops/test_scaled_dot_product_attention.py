@@ -154,9 +154,7 @@ class TestScaledDotProductAttention(OpSuite):
             call = spec.inputs(shape(20, 36, mask=mask, causal=causal), torch.float32)
             if mask == "bool":
                 call["attn_mask"][:, 0] = True
-            torch.testing.assert_close(
-                target.call(self.function, **call)[0], torch_sdpa(**call)
-            )
+            torch.testing.assert_close(target.call(self.function, **call)[0], torch_sdpa(**call))
 
     @settings(max_examples=60, deadline=None)
     @given(

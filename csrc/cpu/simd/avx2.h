@@ -30,8 +30,7 @@ struct Vec {
   }
 
   static Vec scale(Vec a, Vec n) {
-    const __m256i exponent =
-        _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
     return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
   }
 
@@ -41,9 +40,7 @@ struct Vec {
 };
 
 inline float half_to_float(uint16_t half) { return _cvtsh_ss(half); }
-inline uint16_t float_to_half(float value) {
-  return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
-}
+inline uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 
 }  // namespace
 }  // namespace ff

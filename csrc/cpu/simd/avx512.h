@@ -33,9 +33,7 @@ struct Vec {
 };
 
 inline float half_to_float(uint16_t half) { return _cvtsh_ss(half); }
-inline uint16_t float_to_half(float value) {
-  return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
-}
+inline uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 
 }  // namespace
 }  // namespace ff

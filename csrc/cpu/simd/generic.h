@@ -29,8 +29,9 @@ struct Vec {
   // Through double, where the product is exact: a product rounded to float32 would make sums
   // 1.4 times as wrong as everybody else's. Machines without FMA are old; right beats fast.
   static Vec fma(Vec a, Vec b, Vec c) {
-    const auto wide = [](Native x) { return __builtin_convertvector(x, Doubles); };
-    return {__builtin_convertvector(wide(a.v) * wide(b.v) + wide(c.v), Native)};
+    const Doubles product =
+        __builtin_convertvector(a.v, Doubles) * __builtin_convertvector(b.v, Doubles);
+    return {__builtin_convertvector(product + __builtin_convertvector(c.v, Doubles), Native)};
   }
 
   // The second operand where either is NaN, as the x86 instruction.
