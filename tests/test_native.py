@@ -1,0 +1,122 @@
+"""The compiled part as a whole: instruction sets, threads, large strides, scratch memory."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fastfusion as ff
+from fastfusion import _library
+
+native = _library.native
+pytestmark = pytest.mark.skipif(native is None, reason="the compiled part is not built")
+
+
+def inputs(q_len: int = 60, kv_len: int = 70) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.randn(2, 3, n, 16) for n in (q_len, kv_len, kv_len))
+
+
+class TestInstructionSets:
+    def test_names(self) -> None:
+        assert native is not None
+        runnable, compiled = native.isas(runnable=True), native.isas()
+        assert set(runnable) <= set(compiled)
+        assert runnable[-1] == "scalar"
+        assert native.isa() in runnable
+
+    def test_best_is_chosen_unless_the_environment_names_one(self) -> None:
+        assert native is not None
+        wanted = os.environ.get("FASTFUSION_CPU_ISA")
+        assert native.select_isa() == (wanted or native.isas(runnable=True)[0])
+
+    def test_choice_changes_the_code_that_runs(self) -> None:
+        assert native is not None
+        lanes = set()
+        for isa in native.isas(runnable=True):
+            assert native.select_isa(isa) == isa == native.isa()
+            lanes.add(native.lanes())
+        assert len(lanes) == len(native.isas(runnable=True))
+
+    def test_unknown_name(self) -> None:
+        assert native is not None
+        before = native.isa()
+        with pytest.raises(ValueError, match=r"'mmx'.*usable here:.* scalar"):
+            native.select_isa("mmx")
+        assert native.isa() == before
+
+    def test_results_agree(self) -> None:
+        """Instruction sets differ by rounding alone; each is also tested against the reference."""
+        assert native is not None
+        query, key, value = inputs()
+        results = []
+        for isa in native.isas(runnable=True):
+            native.select_isa(isa)
+            results.append(ff.scaled_dot_product_attention(query, key, value, backend="cpu"))
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0])
+
+
+def test_many_python_threads_while_the_thread_count_changes() -> None:
+    tensors = [t.requires_grad_() for t in inputs(130, 300)]
+
+    def run() -> list[torch.Tensor]:
+        out = ff.scaled_dot_product_attention(*tensors, backend="cpu")
+        return [out, *torch.autograd.grad(out.sum(), tensors)]
+
+    expected, wrong, failures = run(), [], []
+
+    def work(count: int) -> None:
+        try:
+            for i in range(15):
+                torch.set_num_threads(1 + (i + count) % 3)
+                same = [torch.equal(a, b) for a, b in zip(run(), expected, strict=True)]
+                wrong.append(not all(same))
+        except Exception as error:  # an exception in a thread would otherwise be lost
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+    assert len(wrong) == 60 and not any(wrong)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Rows 2^30 elements apart in 4.3 GB of address space, of which a few pages are touched."""
+    rows, dim, step = 3, 8, 2**30
+    try:
+        storage = torch.empty(2 * step + dim, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("this machine does not hand out 4.3 GB of address space")
+    far = storage.as_strided((1, 1, rows, dim), (0, 0, step, 1))
+    near = torch.randn(1, 1, rows, dim).bfloat16()
+    far.copy_(near)
+    out = ff.scaled_dot_product_attention(far, far, far, backend="cpu")
+    assert torch.equal(out, ff.scaled_dot_product_attention(near, near, near, backend="cpu"))
+
+
+def test_scratch_memory_is_reused_and_returned() -> None:
+    """A thousand calls, and then one large one, leave no memory behind."""
+    code = """
+import resource, torch, fastfusion as ff
+torch.set_num_threads(1)
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+def run(n):
+    q, k, v = (torch.randn(1, 1, length, 64) for length in (10, n, n))
+    ff.scaled_dot_product_attention(q.requires_grad_(), k, v, backend="cpu").sum().backward()
+run(300)
+before = resident()
+for _ in range(1000):
+    run(300)
+assert resident() - before < 8 << 20, "grows by the call"
+run(1 << 18)
+run(300)
+assert resident() - before < 24 << 20, "a large call keeps its memory"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
