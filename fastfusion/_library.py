@@ -24,12 +24,15 @@ def _load() -> None:
         return
     try:
         module = import_module("fastfusion._native")
-        module.select_isa()
         torch.ops.load_library(_OPS)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         cpu_unavailable = f"its library does not load: {error}"
         warnings.warn(f"fastfusion: CPU kernels disabled, {cpu_unavailable}", stacklevel=2)
         return
+    try:
+        module.select_isa()
+    except ValueError as error:  # asked for by name, so no silent second choice
+        raise ValueError(f"environment variable FASTFUSION_CPU_ISA: {error}") from None
     native = module
 
 

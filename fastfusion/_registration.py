@@ -133,24 +133,8 @@ class _Backward(Function):
     """
 
     @staticmethod
-    def forward(
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-        seed: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-        mask_gradient: bool,
-    ) -> Any:
-        return _backward(
-            grad_out, grad_lse, query, key, value, attn_mask, key_padding_mask, seed, dropout_p,
-            is_causal, scale, mask_gradient,
-        )  # fmt: skip
+    def forward(*given: Any) -> Any:
+        return _backward(*given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -227,22 +211,8 @@ class _Attention(Function):
     """Attention under torch.func transforms and as the autograd kernel of the graph op."""
 
     @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-        seed: Tensor | None,
-        dropout_p: float,
-        is_causal: bool,
-        scale: float | None,
-        enable_gqa: bool,
-    ) -> Any:
-        return _forward(
-            query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal, scale,
-            enable_gqa,
-        )  # fmt: skip
+    def forward(*given: Any) -> Any:
+        return _forward(*given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

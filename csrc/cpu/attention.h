@@ -1,5 +1,6 @@
 // Attention forward with transposed scores: lanes are queries and the rows of K are broadcast, so
-// that K needs no packing, softmax is vertical and a NaN in a query stays in its own lane.
+// that K needs no packing, softmax is vertical and a NaN in a query stays in its own lane. Up to
+// three queries leave most lanes empty: their scores are taken with lanes along the head dim.
 //
 // A task is a panel of 48 queries of one head. It walks the keys in blocks of 256 with the online
 // softmax of Milakov and Gimelshein (2018): m the running maximum, l the sum, O the accumulator,
@@ -22,7 +23,7 @@ struct ForwardScratch {
                  {{&query, p.head_dim * columns},
                   {&scores, kBlock * columns},
                   {&factor, p.dropout ? kBlock * columns : 0},
-                  {&key, kBlock * p.head_dim},
+                  {&key, kBlock * padded(p.head_dim)},
                   {&value, kBlock * value_columns},
                   {&out, kPanel * value_columns},
                   {&statistics.maximum, columns},
@@ -39,8 +40,16 @@ inline void forward_panel(const AttentionForward& p, int64_t b, int64_t h, int64
   const int64_t group = h / (p.heads / p.kv_heads);
   const int64_t key_offset = b * p.key.batch + group * p.key.head;
   const int64_t value_offset = b * p.value.batch + group * p.value.head;
-  transpose(p.query, p.type, b * p.query.batch + h * p.query.head, first, queries, p.head_dim,
-            columns, s.query);
+  const int64_t query_offset = b * p.query.batch + h * p.query.head;
+  const bool few = p.q_len <= kFew;
+  const int64_t dim = few ? padded(p.head_dim) : p.head_dim;
+  Rows query{s.query, columns};
+  if (few) {
+    query = rows(p.query, p.type, query_offset, {p.q_len, nullptr}, first, queries, p.head_dim, dim,
+                 s.query);
+  } else {
+    transpose(p.query, p.type, query_offset, first, queries, dim, columns, s.query);
+  }
   s.statistics.clear(columns);
   for (int64_t i = 0; i < queries * value_columns; ++i) s.out[i] = 0.0f;
 
@@ -49,10 +58,14 @@ inline void forward_panel(const AttentionForward& p, int64_t b, int64_t h, int64
   const Keys keys = visible_keys(p, b, limit, s.list);
   for (int64_t block = 0; block < keys.count; block += kBlock) {
     const int64_t count = keys.count - block < kBlock ? keys.count - block : kBlock;
-    const Rows key =
-        rows(p.key, p.type, key_offset, keys, block, count, p.head_dim, p.head_dim, s.key);
-    multiply(key.data, key.stride, 1, s.query, columns, count, columns, p.head_dim, s.scores,
-             columns, false);
+    const Rows key = rows(p.key, p.type, key_offset, keys, block, count, p.head_dim, dim, s.key);
+    if (few) {
+      multiply_dot(key.data, key.stride, query.data, query.stride, count, queries, dim, s.scores,
+                   columns);
+    } else {
+      multiply(key.data, key.stride, 1, s.query, columns, count, columns, dim, s.scores, columns,
+               false);
+    }
     mask_scores(p, b, h, first, queries, keys, block, count, columns, s.scores);
     online_softmax(count, columns, s.scores, s.statistics);
     if (p.dropout) {

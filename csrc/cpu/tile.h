@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t kPanel = 48;   // queries of a task
 constexpr int64_t kBlock = 256;  // keys in one accumulation chain: longer ones lose accuracy
+constexpr int64_t kFew = 3;      // queries that are served one at a time
 constexpr float kInfinity = __builtin_inff();
 
 inline int64_t padded(int64_t n) { return (n + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes; }
@@ -113,6 +114,22 @@ inline void multiply(const float* a, int64_t a_row, int64_t a_k, const float* b,
   }
 }
 
+// C[r][c] = sum_k A[r][k] B[c][k], depth a multiple of the lanes, for few columns: a lane is an
+// element of the sum here, where `multiply` would leave most lanes of its columns empty. Lanes of
+// C past the columns become 0.
+inline void multiply_dot(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t rows,
+                         int64_t columns, int64_t depth, float* c, int64_t ldc) {
+  for (int64_t r = 0; r < rows; ++r) {
+    Vec::zero().store(c + r * ldc);
+    for (int64_t column = 0; column < columns; ++column) {
+      Vec sum = Vec::zero();
+      for (int64_t k = 0; k < depth; k += Vec::kLanes)
+        sum = Vec::fma(Vec::load(a + r * lda + k), Vec::load(b + column * ldb + k), sum);
+      c[r * ldc + column] = sum.total();
+    }
+  }
+}
+
 inline float bfloat16_to_float(uint16_t value) {
   const uint32_t bits = uint32_t(value) << 16;
   float result;
@@ -136,6 +153,10 @@ inline void load(const void* data, Type type, int64_t offset, int64_t stride, in
     for (int64_t i = 0; i < count; ++i) out[i * out_stride] = from[i * stride];
   } else if (type == Type::kBFloat16) {
     const uint16_t* from = static_cast<const uint16_t*>(data) + offset;
+    if (stride == 1 && out_stride == 1) {  // the compiler vectorises this one
+      for (int64_t i = 0; i < count; ++i) out[i] = bfloat16_to_float(from[i]);
+      return;
+    }
     for (int64_t i = 0; i < count; ++i) out[i * out_stride] = bfloat16_to_float(from[i * stride]);
   } else {
     const uint16_t* from = static_cast<const uint16_t*>(data) + offset;

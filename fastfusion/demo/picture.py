@@ -70,7 +70,7 @@ def _draw_block(block: Any, panel: Panel) -> None:
             cmap="autumn_r",
             vmin=0,
             vmax=1,
-            alpha=0.85 * heat**0.5,
+            alpha=0.8 * heat,
             extent=extent,
             interpolation="bilinear",
         )

@@ -122,7 +122,7 @@ def _beside_stock(checkpoint: Checkpoint, model: EasyVQA, split: Split, tokens: 
         ours, theirs = 1e3 * times["ours"], 1e3 * times["stock"]
         print(
             f"    batch {batch}: fastfusion {ours:.2f} ms, stock torch.nn {theirs:.2f} ms "
-            f"({theirs / ours:.2f} times as long)"
+            f"(stock / fastfusion = {theirs / ours:.2f})"
         )
 
 

@@ -50,7 +50,7 @@ Step = Callable[[Batch], tuple[Tensor, Tensor]]
 class Settings:
     """What a training depends on, besides the data and the number of threads."""
 
-    epochs: int = 30
+    epochs: int = 20
     batch_size: int = 32  # images
     questions_per_image: int = 4
     lr: float = 1e-3
@@ -60,7 +60,7 @@ class Settings:
     shift: int = 8  # pixels
     brightness: float = 0.05
     noise: float = 0.02
-    attention_loss: float = 0.05
+    attention_loss: float = 0.02
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):

@@ -52,8 +52,9 @@ def lowest(call: dict[str, Any]) -> None:
 
 CASES = [
     Case("small", "an ordinary call", shape(20, 36)),
-    Case("one_by_one", "shortest lengths", shape(1, 1)),
+    Case("one_by_one", "shortest lengths", shape(1, 1, heads=12)),
     Case("one_query", "decoding", shape(1, 300, heads=3)),
+    Case("few_queries", "decoding, one at a time", shape(3, 40, 40, mask="bias", causal=True)),
     Case("past_a_panel", "tails of panels and key blocks", shape(49, 257)),
     Case("blocks", "several key blocks", shape(17, 600)),
     *(Case(f"dim_{d}", "tails of registers", shape(13, 19, d)) for d in (1, 6, 14, 40, 77, 97)),

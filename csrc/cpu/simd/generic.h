@@ -21,6 +21,8 @@ struct Vec {
   static Vec load(const float* p) { return {*reinterpret_cast<const Native*>(p)}; }
   void store(float* p) const { *reinterpret_cast<Native*>(p) = v; }
 
+  float total() const { return (v[0] + v[1]) + (v[2] + v[3]); }
+
   friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
   friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }

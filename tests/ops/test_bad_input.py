@@ -1,0 +1,400 @@
+"""What is not legal is refused before any work, with the argument's name and the shapes.
+
+One table for all ops. Every row runs as a plain call, in inference_mode, with inputs that require
+gradients, with every implementation asked for by name, and through `explain`.
+"""
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastfusion as ff
+from fastfusion import ops
+from fastfusion.ops import bidirectional_attention, scaled_dot_product_attention, varlen_attention
+
+SDPA, BIDIRECTIONAL, VARLEN = "scaled_dot_product_attention", "bidirectional_attention", "varlen"
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    SDPA: ff.scaled_dot_product_attention,
+    BIDIRECTIONAL: ff.bidirectional_attention,
+    VARLEN: ff.varlen_attention,
+}
+
+
+def legal(op: str) -> dict[str, Any]:
+    """A legal call whose sizes all differ: query (2, 4, 5, 8), key (2, 4, 6, 8)."""
+    sizes = {"batch": 2, "heads": 4, "q_len": 5, "kv_len": 6, "head_dim": 8, "value_dim": 3}
+    if op == SDPA:
+        return scaled_dot_product_attention.inputs(sizes, torch.float32)
+    if op == BIDIRECTIONAL:
+        return bidirectional_attention.inputs({**sizes, "query_value_dim": 7}, torch.float32)
+    lengths = {"q_lens": [5, 2, 3], "kv_lens": [6, 1, 4]}
+    return varlen_attention.inputs({**sizes, **lengths}, torch.float32)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One illegal call: what is changed in a legal one, and what the error must say."""
+
+    op: str
+    name: str
+    changes: dict[str, Any]  # a value, or a function of the legal call
+    error: type[Exception]
+    says: tuple[str, ...]  # the argument's name first
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+    def call(self) -> dict[str, Any]:
+        call = legal(self.op)
+        made = {k: v(call) if callable(v) else v for k, v in self.changes.items()}
+        return {**call, **made}
+
+
+def edited(name: str, edit: Callable[[Tensor], Any]) -> dict[str, Any]:
+    return {name: lambda call: edit(call[name])}
+
+
+def all_edited(edit: Callable[[Tensor], Any]) -> dict[str, Any]:
+    """The same change in each of query, key and value, and query_value where there is one."""
+    return {name: lambda call, name=name: edit(call[name]) for name in ("query", "key", "value")}
+
+
+def nested(layout: torch.layout) -> Callable[[Tensor], Tensor]:
+    def edit(tensor: Tensor) -> Tensor:
+        parts = [torch.randn(3, 4, 8), torch.randn(2, 4, 8)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the prototype warning of the strided layout
+            return torch.nested.nested_tensor(parts, layout=layout)
+
+    return edit
+
+
+def bools(*sizes: int, **more: Any) -> Tensor:
+    return torch.zeros(sizes, dtype=torch.bool, **more)
+
+
+def tensors_rows(op: str) -> list[Bad]:
+    """Faults of query, key, value (and query_value) that do not depend on the rank."""
+    names = ["query", "key", "value", *(["query_value"] if op == BIDIRECTIONAL else [])]
+    rows = []
+    for name in names:
+        rows += [
+            Bad(op, f"{name}_list", {name: [1.0, 2.0]}, TypeError, (name, "list")),
+            Bad(op, f"{name}_none", {name: None}, TypeError, (name, "NoneType")),
+            Bad(op, f"{name}_nested", edited(name, nested(torch.strided)), TypeError,
+                (name, "nested")),
+            Bad(op, f"{name}_jagged", edited(name, nested(torch.jagged)), TypeError,
+                (name, "nested")),
+            Bad(op, f"{name}_sparse", edited(name, lambda t: t.to_sparse()), TypeError,
+                (name, "sparse_coo")),
+            Bad(op, f"{name}_sparse_csr", edited(name, lambda t: torch.eye(5).to_sparse_csr()),
+                TypeError, (name, "sparse_csr")),
+        ]  # fmt: skip
+    for name in names[1:]:
+        rows += [
+            Bad(op, f"{name}_integer", edited(name, lambda t: t.int()), TypeError,
+                (name, "torch.int32")),
+            Bad(op, f"{name}_dtype", edited(name, lambda t: t.bfloat16()), TypeError,
+                (name, "torch.bfloat16", "torch.float32")),
+            Bad(op, f"{name}_double", edited(name, lambda t: t.double()), TypeError,
+                (name, "torch.float64", "torch.float32")),
+            Bad(op, f"{name}_device", edited(name, lambda t: t.to("meta")), ValueError,
+                (name, "meta", "cpu")),
+        ]  # fmt: skip
+    return [
+        *rows,
+        Bad(op, "all_integer", all_edited(lambda t: t.int()), TypeError,
+            ("query", "torch.int32")),
+        Bad(op, "all_bool", all_edited(lambda t: t > 0), TypeError, ("query", "torch.bool")),
+        Bad(op, "all_complex", all_edited(lambda t: t.to(torch.complex64)), TypeError,
+            ("query", "torch.complex64")),
+        Bad(op, "query_device", edited("query", lambda t: t.to("meta")), ValueError,
+            ("key", "meta", "cpu")),
+    ]  # fmt: skip
+
+
+def number_rows(op: str) -> list[Bad]:
+    """Faults of the arguments that are not tensors, and that all ops share."""
+    rows = [
+        Bad(op, f"scale_{value}", {"scale": value}, ValueError, ("scale", str(value)))
+        for value in (float("nan"), float("inf"), -float("inf"))
+    ]
+    rows += [
+        Bad(op, f"dropout_{value}", {"dropout_p": value}, ValueError, ("dropout_p", str(value)))
+        for value in (1.5, -0.1, 2, float("nan"), float("inf"))
+    ]
+    flags = {SDPA: ("is_causal", "enable_gqa"), BIDIRECTIONAL: (), VARLEN: ("is_causal",)}[op]
+    wrong_types = {
+        "scale": ("0.1", True, 1j, torch.tensor(0.1)),
+        "dropout_p": ("0.1", True, None, torch.tensor(0.1)),
+        **dict.fromkeys((*flags, "return_lse"), (1, 0.5, "yes", None, torch.tensor(True))),
+    }
+    for name, values in wrong_types.items():
+        for value in values:
+            kind = type(value).__name__
+            rows.append(Bad(op, f"{name}_{kind}", {name: value}, TypeError, (name, kind)))
+    return rows
+
+
+def mask_rows(op: str) -> list[Bad]:
+    """Faults of attn_mask and of the padding masks, for batch 2, heads 4, lengths 5 and 6."""
+    sizes = {"key_padding_mask": 6}
+    if op == BIDIRECTIONAL:
+        sizes["query_padding_mask"] = 5
+    rows = [
+        Bad(op, f"attn_mask_{'x'.join(map(str, size))}", {"attn_mask": torch.zeros(size)},
+            ValueError, ("attn_mask", str(size), "(2, 4, 5, 6)"))
+        for size in ((5, 7), (6, 5), (4, 6), (5,), (0,), (3, 5, 6), (2, 5, 6), (4, 4, 5, 6),
+                     (2, 3, 5, 6), (1, 1, 1, 5, 6), (2, 4, 5, 0))
+    ]  # fmt: skip
+    rows += [
+        Bad(op, "attn_mask_bool_shape", {"attn_mask": bools(6, 6)}, ValueError,
+            ("attn_mask", "(6, 6)", "(2, 4, 5, 6)")),
+        Bad(op, "attn_mask_device", {"attn_mask": torch.zeros(5, 6, device="meta")}, ValueError,
+            ("attn_mask", "meta", "cpu")),
+    ]  # fmt: skip
+    for dtype in (torch.int64, torch.uint8, torch.float64, torch.float16, torch.complex64):
+        mask = torch.zeros(5, 6, dtype=dtype)
+        rows.append(
+            Bad(op, f"attn_mask_{dtype}", {"attn_mask": mask}, TypeError, ("attn_mask", str(dtype)))
+        )
+    for name, length in sizes.items():
+        rows += [
+            Bad(op, f"{name}_{'x'.join(map(str, size))}", {name: bools(*size)}, ValueError,
+                (name, str(size), f"(2, {length})"))
+            for size in ((2, length + 1), (length, 2), (length,), (1, length), (2, 1),
+                         (2, 1, 1, length), ())
+        ]  # fmt: skip
+        rows += [
+            Bad(op, f"{name}_{dtype}", {name: torch.zeros(2, length, dtype=dtype)}, TypeError,
+                (name, str(dtype)))
+            for dtype in (torch.float32, torch.int64, torch.uint8)
+        ]  # fmt: skip
+        rows.append(
+            Bad(op, f"{name}_device", {name: bools(2, length, device="meta")}, ValueError,
+                (name, "meta", "cpu"))
+        )  # fmt: skip
+    for name, dense in (("attn_mask", bools(5, 6)), *((n, bools(2, s)) for n, s in sizes.items())):
+        rows += [
+            Bad(op, f"{name}_list", {name: dense.tolist()}, TypeError, (name, "list")),
+            Bad(op, f"{name}_true", {name: True}, TypeError, (name, "bool")),
+            Bad(op, f"{name}_sparse", {name: dense.to_sparse()}, TypeError, (name, "sparse_coo")),
+            Bad(op, f"{name}_nested", {name: nested(torch.strided)(dense)}, TypeError,
+                (name, "nested")),
+        ]  # fmt: skip
+    return rows
+
+
+def shape_rows() -> list[Bad]:
+    """Ranks and sizes that do not fit; the message prints the offending shapes."""
+
+    def bad(op: str, name: str, changes: dict[str, Any], *says: str) -> Bad:
+        return Bad(op, name, changes, ValueError, says)
+
+    both = [
+        row
+        for op in (SDPA, BIDIRECTIONAL)
+        for row in (
+            bad(op, "key_head_dim", edited("key", lambda t: t[..., :7]), "key", "(2, 4, 6, 7)"),
+            bad(op, "value_kv_len", edited("value", lambda t: t[:, :, 1:]), "value",
+                "(2, 4, 5, 3)", "(2, 4, 6, 8)"),
+            bad(op, "key_heads", {n: lambda call, n=n: call[n][:, :3] for n in ("key", "value")},
+                "key", "(2, 3, 6, 8)", "(2, 4, 5, 8)"),
+            bad(op, "value_heads", edited("value", lambda t: t[:, :3]), "value", "(2, 3, 6, 3)"),
+            bad(op, "key_batch", {
+                n: lambda call, n=n: call[n].repeat(2, 1, 1, 1)[:3] for n in ("key", "value")},
+                "key", "(3, 4, 6, 8)", "(2, 4, 5, 8)"),
+            bad(op, "key_rank", edited("key", lambda t: t[0]), "key", "(4, 6, 8)", "(2, 4, 5, 8)"),
+            bad(op, "query_rank", edited("query", lambda t: t[0]), "query", "(4, 5, 8)"),
+            bad(op, "value_rank", edited("value", lambda t: t[None]), "value", "(1, 2, 4, 6, 3)"),
+            bad(op, "one_dimension", all_edited(lambda t: t[0, 0, 0]), "query", "(8,)"),
+            bad(op, "no_dimension", all_edited(lambda t: t[0, 0, 0, 0]), "query", "()"),
+            bad(op, "head_dim_0", {
+                n: lambda call, n=n: call[n][..., :0] for n in ("query", "key")},
+                "head_dim", "(2, 4, 5, 0)", "(2, 4, 6, 0)"),
+            bad(op, "no_heads_in_key", {
+                n: lambda call, n=n: call[n][:, :0] for n in ("key", "value")},
+                "key", "(2, 0, 6, 8)"),
+        )
+    ]  # fmt: skip
+    grouped = {n: lambda call, n=n: call[n][:, :3] for n in ("key", "value")}
+    swapped = {"query": lambda call: call["query"][:, :2], "enable_gqa": True}
+    return [
+        *both,
+        bad(SDPA, "six_dimensions", all_edited(lambda t: t[None, None]), "query",
+            "(1, 1, 2, 4, 5, 8)"),
+        bad(SDPA, "grouped_heads", {**grouped, "enable_gqa": True}, "key", "(2, 3, 6, 8)",
+            "(2, 4, 5, 8)"),
+        bad(SDPA, "more_key_heads", swapped, "key", "(2, 2, 5, 8)", "(2, 4, 6, 8)"),
+        bad(SDPA, "grouped_value", {
+            "value": lambda call: call["value"][:, :2], "enable_gqa": True},
+            "value", "(2, 2, 6, 3)"),
+        bad(BIDIRECTIONAL, "query_value_q_len", edited("query_value", lambda t: t[:, :, 1:]),
+            "query_value", "(2, 4, 4, 7)", "(2, 4, 5, 8)"),
+        bad(BIDIRECTIONAL, "query_value_heads", edited("query_value", lambda t: t[:, :1]),
+            "query_value", "(2, 1, 5, 7)"),
+        bad(BIDIRECTIONAL, "query_value_batch", edited("query_value", lambda t: t[:1]),
+            "query_value", "(1, 4, 5, 7)"),
+        bad(BIDIRECTIONAL, "query_value_rank", edited("query_value", lambda t: t[0]),
+            "query_value", "(4, 5, 7)"),
+        bad(VARLEN, "query_rank", edited("query", lambda t: t[None]), "query", "(1, 10, 4, 8)"),
+        bad(VARLEN, "key_rank", edited("key", lambda t: t[0]), "key", "(4, 8)"),
+        bad(VARLEN, "all_ranks", all_edited(lambda t: t[None]), "query", "(1, 10, 4, 8)"),
+        bad(VARLEN, "key_head_dim", edited("key", lambda t: t[..., :7]), "key", "(11, 4, 7)"),
+        bad(VARLEN, "head_dim_0", {n: lambda call, n=n: call[n][..., :0] for n in ("query", "key")},
+            "head_dim", "(10, 4, 0)", "(11, 4, 0)"),
+        bad(VARLEN, "value_total", edited("value", lambda t: t[1:]), "value", "(10, 4, 3)"),
+        bad(VARLEN, "value_heads", edited("value", lambda t: t[:, 1:]), "value", "(11, 3, 3)"),
+        bad(VARLEN, "heads", {n: lambda call, n=n: call[n][:, :3] for n in ("key", "value")},
+            "key", "(11, 3, 8)", "(10, 4, 8)"),
+        bad(VARLEN, "no_heads_in_key", {
+            n: lambda call, n=n: call[n][:, :0] for n in ("key", "value")}, "key", "(11, 0, 8)"),
+    ]  # fmt: skip
+
+
+def offset_rows() -> list[Bad]:
+    """Faults of the packing: query has rows 0-5-7-10, key 0-6-7-11."""
+    rows = []
+    for side, good in (("q", [0, 5, 7, 10]), ("k", [0, 6, 7, 11])):
+        name, longest, total = f"cu_seqlens_{side}", f"max_seqlen_{side}", good[-1]
+        values = {
+            "not_from_0": [1, *good[1:]],
+            "from_below_0": [-1, *good[1:]],
+            "falling": [0, 7, 5, total],
+            "falling_below_0": [0, -3, 7, total],
+            "past_the_end": [*good[:3], total + 1],
+            "before_the_end": [*good[:3], total - 1],
+            "past_the_end_inside": [0, total + 5, 7, total],
+        }
+        rows += [
+            Bad(VARLEN, f"{name}_{fault}", {name: torch.tensor(offsets)}, ValueError,
+                (name, str(total), str(offsets)))
+            for fault, offsets in values.items()
+        ]  # fmt: skip
+        rows += [
+            Bad(VARLEN, f"{name}_{dtype}", {name: torch.tensor(good).to(dtype)}, TypeError,
+                (name, str(dtype)))
+            for dtype in (torch.float32, torch.int16, torch.bool)
+        ]  # fmt: skip
+        rows += [
+            Bad(VARLEN, f"{name}_list", {name: good}, TypeError, (name, "list")),
+            Bad(VARLEN, f"{name}_none", {name: None}, TypeError, (name, "NoneType")),
+            Bad(VARLEN, f"{name}_2d", {name: torch.tensor([good])}, ValueError, (name, "(1, 4)")),
+            Bad(VARLEN, f"{name}_0d", {name: torch.tensor(0)}, ValueError, (name, "()")),
+            Bad(VARLEN, f"{name}_empty", {name: torch.tensor([], dtype=torch.int32)}, ValueError,
+                (name, "(0,)")),
+            Bad(VARLEN, f"{name}_longer", {name: torch.tensor([*good, total])}, ValueError,
+                (name, "(5,)", "(4,)")),
+            Bad(VARLEN, f"{name}_device", {name: torch.tensor(good, device="meta")}, ValueError,
+                (name, "meta", "cpu")),
+            Bad(VARLEN, f"{name}_sparse", {name: torch.tensor(good).to_sparse()}, TypeError,
+                (name, "sparse_coo")),
+            Bad(VARLEN, f"{longest}_small", {longest: good[1] - 1}, ValueError,
+                (longest, str(good[1]), str(good[1] - 1))),
+            Bad(VARLEN, f"{longest}_zero", {longest: 0}, ValueError, (longest, str(good[1]))),
+            Bad(VARLEN, f"{longest}_negative", {longest: -1}, ValueError, (longest, "-1")),
+            Bad(VARLEN, f"{longest}_float", {longest: 9.0}, TypeError, (longest, "float")),
+            Bad(VARLEN, f"{longest}_bool", {longest: True}, TypeError, (longest, "bool")),
+            Bad(VARLEN, f"{longest}_none", {longest: None}, TypeError, (longest, "NoneType")),
+            Bad(VARLEN, f"{longest}_tensor", {longest: torch.tensor(9)}, TypeError,
+                (longest, "Tensor")),
+        ]  # fmt: skip
+    return rows
+
+
+ROWS = [
+    *(row for op in FUNCTIONS for row in tensors_rows(op)),
+    *(row for op in FUNCTIONS for row in number_rows(op)),
+    *(row for op in (SDPA, BIDIRECTIONAL) for row in mask_rows(op)),
+    *shape_rows(),
+    *offset_rows(),
+]
+
+BACKENDS = [None, *sorted({i.backend for op in ops.ALL for i in op.implementations})]
+
+
+def refuse(row: Bad, run: Callable[..., Any], call: dict[str, Any]) -> None:
+    """The right error with the right words, and no random number drawn before it."""
+    state = torch.get_rng_state()
+    with pytest.raises(row.error) as caught:
+        run(**call)
+    message = str(caught.value)
+    assert type(caught.value) is row.error, repr(caught.value)
+    for word in row.says:
+        assert word in message, f"{word!r} is not in {message!r}"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def with_gradients(value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.detach().requires_grad_() if floating else value
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["plain", "inference_mode", "requires_grad", "dropout"])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_refused(row: Bad, mode: str, backend: str | None) -> None:
+    function = FUNCTIONS[row.op]
+    available = {i.backend for i in ops.FUNCTIONS[function].implementations}
+    call = row.call()
+    if mode == "requires_grad":
+        call = {k: with_gradients(v) for k, v in call.items()}
+    if mode == "dropout":
+        call.setdefault("dropout_p", 0.5)
+    if backend is not None and backend not in available:
+        # Asked for a backend that the op does not have, a bad call fails all the same.
+        backend = None
+    with torch.inference_mode() if mode == "inference_mode" else nullcontext():
+        refuse(row, lambda **kw: function(**kw, backend=backend), call)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_explain_refuses_as_the_call_does(row: Bad) -> None:
+    refuse(row, lambda **kw: ff.explain(FUNCTIONS[row.op], **kw), row.call())
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_the_legal_call_is_legal(op: str) -> None:
+    """Otherwise every row above could fail for a fault that it does not name."""
+    result = FUNCTIONS[op](**legal(op))
+    assert all(t.isfinite().all() for t in (result if isinstance(result, tuple) else (result,)))
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+@pytest.mark.parametrize("backend", ["gpu", "CPU", "", 3, True, [], ("cpu",)])
+def test_unknown_backend(op: str, backend: Any) -> None:
+    names = ("cuda", "triton", "cpu", "reference")
+    row = Bad(op, "backend", {"backend": backend}, ValueError, ("backend", repr(backend), *names))
+    refuse(row, FUNCTIONS[op], row.call())
+    refuse(row, lambda **kw: ff.explain(FUNCTIONS[op], **kw), row.call())
+
+    def block(**kw: Any) -> None:
+        with ff.use_backend(backend):
+            pass
+
+    refuse(row, block, {})
+    FUNCTIONS[op](**legal(op))  # the setting was not left behind
+
+
+@pytest.mark.parametrize(
+    "op", [print, None, "varlen_attention", [], torch.nn.functional.scaled_dot_product_attention]
+)
+def test_explain_of_something_else(op: Any) -> None:
+    row = Bad("explain", "op", {}, TypeError, ("op must be", *(o.name for o in ops.ALL)))
+    refuse(row, lambda **kw: ff.explain(op, **kw), legal(SDPA))
+
+
+@pytest.mark.parametrize("op", FUNCTIONS)
+def test_arguments_missing_and_unknown(op: str) -> None:
+    for run in (FUNCTIONS[op], lambda **kw: ff.explain(FUNCTIONS[op], **kw)):
+        call = legal(op)
+        del call["key"]
+        refuse(Bad(op, "missing", {}, TypeError, ("'key'",)), run, call)
+        call = {**legal(op), "temperature": 1.0}
+        refuse(Bad(op, "unknown", {}, TypeError, ("'temperature'",)), run, call)
