@@ -22,13 +22,7 @@ def check_tensors(**tensors: Any) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor.is_nested:
-            raise TypeError(
-                f"{name} is a nested tensor; pass its values and offsets to "
-                "fastfusion.varlen_attention, or use the modules of fastfusion.nn"
-            )
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+        check_dense(name, tensor)
         if tensor.dtype not in FLOATING:
             raise TypeError(
                 f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
@@ -38,6 +32,16 @@ def check_tensors(**tensors: Any) -> None:
                 f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}"
             )
         check_device(name, tensor, first_name, first)
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor; pass its values and offsets to "
+            "fastfusion.varlen_attention, or use the modules of fastfusion.nn"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 
 
 def check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
@@ -53,6 +57,7 @@ def check_attn_mask(mask: Any, query: Tensor, target: tuple[int, ...], given: st
         return
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a Tensor or None, got {type(mask).__name__}")
+    check_dense("attn_mask", mask)
     if mask.dtype not in (torch.bool, query.dtype, torch.float32) or (
         mask.dtype == torch.float32 and query.dtype == torch.float64
     ):
@@ -76,6 +81,7 @@ def check_padding_mask(
         return
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a Tensor or None, got {type(mask).__name__}")
+    check_dense(name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be bool (True = ignore), got {mask.dtype}")
     check_device(name, mask, "query", query)

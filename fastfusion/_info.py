@@ -96,9 +96,9 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> _op.Explanatio
         TypeError: `op` is not an op of fastfusion, or the arguments are not legal.
         ValueError: the arguments are not legal.
     """
-    if op not in ops.FUNCTIONS:
+    spec = next((spec for function, spec in ops.FUNCTIONS.items() if function is op), None)
+    if spec is None:
         names = ", ".join(o.name for o in ops.ALL)
         raise TypeError(f"op must be one of {names}, got {op!r}")
-    spec = ops.FUNCTIONS[op]
     spec.check(*args, **kwargs)
     return _op.explain_op(spec, args, kwargs)

@@ -274,6 +274,9 @@ def _fake(
     scale: float | None,
     enable_gqa: bool,
 ) -> tuple[Tensor, Tensor]:
+    for tensor in (key, value, attn_mask, key_padding_mask, seed):
+        # A meta tensor among real ones would bring the call here and leave it without a result.
+        torch._check(tensor is None or tensor.device == query.device)
     batch, heads, q_len, head_dim = query.shape
     torch._check(key.shape[0] == batch)
     torch._check(key.shape[3] == head_dim)

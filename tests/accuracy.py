@@ -2,10 +2,11 @@
 
 A kernel may not be worse than what a user would write: its relative Frobenius error against the
 float64 reference, for each (batch, head) slice, is at most twice that of the plain torch formula
-in the same dtype, and at least eps(dtype) is granted, for slices where the formula happens to be
-exact. Twice, because a kernel adds in another order and rounds at other places; a relative norm,
-because an absolute tolerance is blind to small values; per slice, because one bad head in twelve
-would drown in the norm of all.
+in the same dtype, and at least eps(dtype) is granted, where the formula happens to be exact.
+Twice, because a kernel adds in another order and rounds at other places; a relative norm, because
+an absolute tolerance is blind to small values; per slice, because one bad head in twelve would
+drown in the norm of all. The formula's error is that of its worst slice in the call: on a slice of
+a few numbers it is luck, between 0 and several eps, and no yardstick.
 
 eps(dtype) is the spacing of the dtype at 1: 1.2e-7, 7.8e-3 and 9.8e-4 for float32, bfloat16 and
 float16. A floor that grew with the square root of the number of terms would be toothless: 17 times
@@ -28,7 +29,7 @@ def slice_errors(actual: Tensor, exact: Tensor) -> Tensor:
 
 
 def assert_accurate(actual: Tensor, exact: Tensor, plain: Tensor) -> None:
-    """`actual` is at most twice as far from `exact` as `plain` is, slice by slice.
+    """Every slice of `actual` is at most twice as far from `exact` as `plain` is at its worst.
 
     Args:
         actual: (slices, elements), what the implementation gave.
@@ -40,12 +41,11 @@ def assert_accurate(actual: Tensor, exact: Tensor, plain: Tensor) -> None:
         return
     error = slice_errors(actual, exact)
     assert not error.isnan().any(), "NaN in the result"
-    plain_error = slice_errors(plain, exact)
-    # What is 0 in exact arithmetic (hidden keys, dead rows, a softmax over one key) gets no floor.
-    floor = torch.finfo(plain.dtype).eps * (exact.double().norm(dim=-1) > 0)
-    bound = torch.maximum(2 * plain_error, floor)
+    plain_error = float(slice_errors(plain, exact).max())
+    # What is 0 in exact arithmetic (hidden keys, dead rows, a softmax over one key) must be 0.
+    bound = max(2 * plain_error, torch.finfo(plain.dtype).eps) * (exact.norm(dim=-1) > 0)
     worst = int((error - bound).argmax())
     assert bool((error <= bound).all()), (
         f"slice {worst}: relative error {error[worst]:.3g}, allowed {bound[worst]:.3g} "
-        f"(plain formula {plain_error[worst]:.3g})"
+        f"(plain formula {plain_error:.3g})"
     )

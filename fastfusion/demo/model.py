@@ -158,7 +158,7 @@ class Checkpoint:
             "training": json.dumps(self.training),
         }
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        require("safetensors.torch").save_file(contiguous, path, metadata)
+        path.write_bytes(require("safetensors.torch").save(contiguous, metadata))
 
     @classmethod
     def load(cls, path: Path = CHECKPOINT) -> "Checkpoint":

@@ -122,6 +122,7 @@ def _check_offsets(side: str, offsets: Any, longest: Any, tensor: Tensor, query:
     name, total = f"cu_seqlens_{side}", tensor.shape[0]
     if not isinstance(offsets, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(offsets).__name__}")
+    arguments.check_dense(name, offsets)
     if offsets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {offsets.dtype}")
     if offsets.dim() != 1 or offsets.shape[0] == 0:

@@ -194,3 +194,15 @@ def test_shipped_checkpoint_on_test_images(shipped: Checkpoint) -> None:
     images = to_float(split.images[split.image_index[some]])
     alone = shipped.model(images, tokens[split.text_index[some]]).argmax(dim=1)
     assert torch.equal(alone, together[some]), "sharing the encodings changes no answer"
+
+
+def test_shipped_checkpoint_in_the_stock_twin(shipped: Checkpoint) -> None:
+    assert shipped.model is not None
+    stock = EasyVQA(shipped.config, StockVQATransformer)
+    stock.load_state_dict(shipped.model.state_dict(), strict=True)
+    split = data.load("test", 20)
+    some = torch.arange(0, len(split), 3)
+    images = to_float(split.images[split.image_index[some]])
+    words = shipped.vocabulary.encode(split.texts)[split.text_index[some]]
+    with torch.inference_mode():
+        torch.testing.assert_close(shipped.model(images, words), stock.eval()(images, words))

@@ -159,9 +159,9 @@ class TestScaledDotProductAttention(OpSuite):
 
     @settings(max_examples=60, deadline=None)
     @given(
-        sizes=st.tuples(*[st.integers(0, n) for n in (2, 3, 70, 300)]),
+        sizes=st.tuples(*[st.integers(0, n) for n in (2, 2, 60, 270)]),
         dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-        group=st.integers(1, 3),
+        group=st.integers(1, 2),
         mask=st.sampled_from([None, "bool", "bias"]),
         padding=st.booleans(),
         causal=st.booleans(),
@@ -173,6 +173,7 @@ class TestScaledDotProductAttention(OpSuite):
         dtype: torch.dtype, seed: int,
     ) -> None:  # fmt: skip
         batch, kv_heads, q_len, kv_len = sizes
+        batch *= 6  # enough slices for the plain formula to show its error on tiny shapes
         call = spec.inputs(
             {"batch": batch, "heads": kv_heads * group, "kv_heads": kv_heads, "q_len": q_len,
              "kv_len": kv_len, "head_dim": dims[0], "value_dim": dims[1], "mask": mask,
