@@ -167,7 +167,11 @@ def _describe(value: Any) -> str:
 def explain_op(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanation:
     """See `fastfusion.explain`."""
     backend = kwargs.get("backend")
-    arguments = op.normalize(*args, **kwargs)
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+    devices = {t.device for t in tensors if t.device.type == "cuda"}
+    # A question must not move the generators that a dropout seed is drawn from.
+    with torch.random.fork_rng(devices):
+        arguments = op.normalize(*args, **kwargs)
     chosen: str | None
     try:
         chosen = op.select(backend, *arguments).backend

@@ -231,7 +231,8 @@ def relayout(tensor: Tensor, layout: str) -> Tensor:
         wide[..., 1:-2] = tensor
         return wide[..., 1:-2]
     if layout == "repeated":
-        return tensor[..., :1, :, :].expand(tensor.shape) if tensor.dim() > 2 else tensor
+        # Heads: equal tokens would make a softmax constant, and gradients rounding noise.
+        return tensor[:, :1].expand(tensor.shape) if tensor.dim() > 2 else tensor
     every_second = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), torch.nan)
     every_second[..., ::2] = tensor
     return every_second[..., ::2]

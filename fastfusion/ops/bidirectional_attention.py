@@ -9,7 +9,8 @@ S = scale * Q K^T + bias computed once:
 
 Masks: `key_padding_mask` removes keys from the first sum, `query_padding_mask` queries from the
 second; `attn_mask` is a bias on S and so acts in both. A padded position still gets an output of
-its own, from the other side. With P and R the two softmaxes (dropout factors c and d):
+its own, from the other side: a NaN there reaches that output alone, and the gradients of the other
+side only through it. With P and R the two softmaxes (dropout factors c and d):
 
     d value = (P c)^T dO_q     d query_value = (R d) dO_k
     dS = P * (c * (dO_q value^T) - rowsum(dO_q * out_q) + d lse_q)

@@ -79,7 +79,10 @@ def scaled_dot_product_attention(
             key_padding_mask, return_lse, backend,
         )  # fmt: skip
     try:
-        if not (dropout_p or _any_autocast() or query.dim() != 4):
+        # By type, since the dispatcher would take 1 for True and a tensor for a number.
+        typed = type(is_causal) is type(enable_gqa) is type(return_lse) is bool
+        typed = typed and type(dropout_p) is float and (scale is None or type(scale) is float)
+        if typed and dropout_p == 0.0 and not _any_autocast() and query.dim() == 4:
             given = (
                 query, key, value, attn_mask, key_padding_mask, None, 0.0, is_causal, scale,
                 enable_gqa, return_lse,
