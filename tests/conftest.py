@@ -2,11 +2,17 @@
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 from suite import OpSuite
 
 import fastfusion as ff
+
+# The same examples in every run: a red run must be red again. To search with fresh ones, run
+# pytest --hypothesis-profile=default.
+hypothesis.settings.register_profile("fastfusion", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("fastfusion")
 
 
 @pytest.fixture(autouse=True)

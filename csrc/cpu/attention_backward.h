@@ -1,8 +1,10 @@
 // Attention backward: the scores are computed again, block by block, so that no Lq x Lk tensor
 // exists (Dao et al., "FlashAttention", 2022). With P the softmax and c the dropout factors:
 //
-//     dV = (P c)^T dO     dP = c * (dO V^T)     dS = P * (dP - delta)     d bias = dS
-//     dQ = scale * dS K   dK = scale * dS^T Q   delta = sum_j P dP - d lse
+//     dV = (P c)^T dO     dP = c * (dO V^T)     dS = P * (dP - delta + d lse)     d bias = dS
+//     dQ = scale * dS K   dK = scale * dS^T Q   delta = sum_j P dP
+//
+// (d lse within delta would round it to the bits of dP, which may be much larger.)
 //
 // Neither P nor delta comes from what the forward saved. exp(S - lse) carries the rounding of lse
 // into every weight of a row (5e-7 at lse = 8, three times the plain formula's error) and is wrong
@@ -22,7 +24,7 @@ namespace {
 
 struct BackwardScratch {
   float *query_t, *grad_t, *query, *grad, *scores, *grad_scores, *factor, *key, *value;
-  float *grad_query, *grad_key, *grad_value, *weighted;
+  float *grad_query, *grad_key, *grad_value, *weighted, *grad_lse;
   Statistics statistics;
   int32_t* list;
 
@@ -43,6 +45,7 @@ struct BackwardScratch {
                   {&grad_key, p.kv_len * dim},
                   {&grad_value, p.kv_len * value_dim},
                   {&weighted, columns},
+                  {&grad_lse, columns},
                   {&statistics.maximum, columns},
                   {&statistics.sum, columns},
                   {&statistics.rescale, columns}},
@@ -95,13 +98,13 @@ inline void finish_statistics(const AttentionBackward& p, const Panel& at,
   for (int64_t i = 0; i < at.columns; ++i) {
     const float sum = s.statistics.sum[i];
     const bool dead = sum == 0.0f || i >= at.queries;  // then P = 0
-    float delta = dead ? 0.0f : s.weighted[i] / sum;
-    if (p.grad_lse && i < at.queries) {
-      delta -= p.grad_lse[at.b * p.grad_lse_batch + at.h * p.grad_lse_head +
-                          (at.first + i) * p.grad_lse_row];
+    s.weighted[i] = dead ? 0.0f : s.weighted[i] / sum;
+    s.grad_lse[i] = 0.0f;
+    if (p.grad_lse && !dead) {
+      s.grad_lse[i] = p.grad_lse[at.b * p.grad_lse_batch + at.h * p.grad_lse_head +
+                                 (at.first + i) * p.grad_lse_row];
     }
     if (dead) s.statistics.sum[i] = kInfinity;
-    s.weighted[i] = delta;
   }
 }
 
@@ -112,12 +115,14 @@ inline void block_gradients(const AttentionBackward& p, const Panel& at, const K
   const int64_t columns = at.columns;
   for (int64_t i = 0; i < columns; i += Vec::kLanes) {
     const Vec sum = Vec::load(s.statistics.sum + i), delta = Vec::load(s.weighted + i);
+    const Vec grad_lse = Vec::load(s.grad_lse + i);
     const Vec offset = finite(s.statistics.maximum + i);
     for (int64_t j = 0; j < count; ++j) {
       const int64_t e = j * columns + i;
       Vec weight = Vec::load(s.scores + e);
       weight = (exponentials ? weight : exp(weight - offset)) / sum;
-      (weight * (Vec::load(s.grad_scores + e) - delta)).store(s.grad_scores + e);
+      const Vec grad = (Vec::load(s.grad_scores + e) - delta) + grad_lse;
+      (weight * grad).store(s.grad_scores + e);
       (p.dropout ? weight * Vec::load(s.factor + e) : weight).store(s.scores + e);
     }
   }

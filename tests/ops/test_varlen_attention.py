@@ -4,7 +4,6 @@ import itertools
 from typing import Any
 
 import pytest
-import suite
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
