@@ -102,7 +102,8 @@ void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, const void*), co
 
 void describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Tensor& value,
               const MaybeTensor& mask, const MaybeTensor& padding, const MaybeTensor& seed,
-              double dropout_p, bool is_causal, std::optional<double> scale) {
+              double dropout_p, int64_t dropout_stream, bool is_causal,
+              std::optional<double> scale) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                   "fastfusion: query, key and value must be 4-D");
   const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
@@ -142,12 +143,14 @@ void describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Te
   p.scale = float(scale ? *scale : 1.0 / std::sqrt(double(p.head_dim)));
   STD_TORCH_CHECK(std::isfinite(p.scale), "fastfusion: scale must be finite");
   p.causal = is_causal;
-  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p <= 1.0 && (dropout_p == 0.0 || seed),
+  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p <= 1.0 && (dropout_p == 0.0 || seed) &&
+                      (dropout_stream == 0 || dropout_stream == 1),
                   "fastfusion: dropout_p must be between 0 and 1 and come with a seed");
   if (dropout_p > 0.0) {
     STD_TORCH_CHECK(seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
                     "fastfusion: seed must be one int64");
     p.dropout = true;
+    p.dropout_stream = dropout_stream;
     p.seed = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
     p.threshold = uint64_t(std::nearbyint(dropout_p * kTwo32));
     p.keep_scale = dropout_p < 1.0 ? float(1.0 / (1.0 - dropout_p)) : 0.0f;
@@ -156,9 +159,10 @@ void describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Te
 
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
                const MaybeTensor& padding, const MaybeTensor& seed, double dropout_p,
-               bool is_causal, std::optional<double> scale, bool enable_gqa, Tensor* lse) {
+               int64_t dropout_stream, bool is_causal, std::optional<double> scale, bool enable_gqa,
+               Tensor* lse) {
   ff::AttentionForward p;
-  describe(p, query, key, value, mask, padding, seed, dropout_p, is_causal, scale);
+  describe(p, query, key, value, mask, padding, seed, dropout_p, dropout_stream, is_causal, scale);
   STD_TORCH_CHECK(enable_gqa || p.heads == p.kv_heads || p.kv_heads == 1,
                   "fastfusion: more query heads than key heads need enable_gqa");
   Tensor out = empty_rows_outside(p.batch, p.heads, p.q_len, p.value_dim, dtype_code(query));
@@ -175,29 +179,31 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
 }
 
 Tensor attention_out(const Tensor& query, const Tensor& key, const Tensor& value, MaybeTensor mask,
-                     MaybeTensor padding, MaybeTensor seed, double dropout_p, bool is_causal,
-                     std::optional<double> scale, bool enable_gqa) {
-  return forward(query, key, value, mask, padding, seed, dropout_p, is_causal, scale, enable_gqa,
-                 nullptr);
+                     MaybeTensor padding, MaybeTensor seed, double dropout_p,
+                     int64_t dropout_stream, bool is_causal, std::optional<double> scale,
+                     bool enable_gqa) {
+  return forward(query, key, value, mask, padding, seed, dropout_p, dropout_stream, is_causal,
+                 scale, enable_gqa, nullptr);
 }
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key,
                                              const Tensor& value, MaybeTensor mask,
                                              MaybeTensor padding, MaybeTensor seed,
-                                             double dropout_p, bool is_causal,
-                                             std::optional<double> scale, bool enable_gqa) {
+                                             double dropout_p, int64_t dropout_stream,
+                                             bool is_causal, std::optional<double> scale,
+                                             bool enable_gqa) {
   Tensor lse;
-  Tensor out = forward(query, key, value, mask, padding, seed, dropout_p, is_causal, scale,
-                       enable_gqa, &lse);
+  Tensor out = forward(query, key, value, mask, padding, seed, dropout_p, dropout_stream, is_causal,
+                       scale, enable_gqa, &lse);
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, MaybeTensor grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, MaybeTensor mask, MaybeTensor padding, MaybeTensor seed, double dropout_p,
-    bool is_causal, std::optional<double> scale, bool mask_gradient) {
+    int64_t dropout_stream, bool is_causal, std::optional<double> scale, bool mask_gradient) {
   ff::AttentionBackward p;
-  describe(p, query, key, value, mask, padding, seed, dropout_p, is_causal, scale);
+  describe(p, query, key, value, mask, padding, seed, dropout_p, dropout_stream, is_causal, scale);
   const int64_t expected[4] = {p.batch, p.heads, p.q_len, p.value_dim};
   STD_TORCH_CHECK(
       grad_out.dim() == 4 && grad_out.is_cpu() && grad_out.scalar_type() == query.scalar_type(),
@@ -251,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
 #define FF_INPUTS                                                                         \
   "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask, " \
   "Tensor? seed"
-#define FF_OPTIONS "float dropout_p, bool is_causal, float? scale"
+#define FF_OPTIONS "float dropout_p, int dropout_stream, bool is_causal, float? scale"
 
 STABLE_TORCH_LIBRARY(fastfusion, m) {
   m.def("attention(" FF_INPUTS ", " FF_OPTIONS ", bool enable_gqa) -> (Tensor, Tensor)");

@@ -66,11 +66,13 @@ class Implementation:
         backend: the name by which `backend=` and `use_backend` ask for it.
         run: called with the op's normalised arguments.
         refuses: called with the same arguments; returns one sentence per reason, or nothing.
+        differentiable: False where it refuses inputs that require a gradient.
     """
 
     backend: str
     run: Callable[..., Any]
     refuses: Callable[..., Sequence[str]]
+    differentiable: bool = True
 
 
 def never_refuses(*arguments: Any) -> Sequence[str]:

@@ -5,6 +5,7 @@ a tensor's data, so it traces, exports, vmaps and differentiates to any order.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -78,6 +79,16 @@ def dropout_factor(
     return keep.to(probabilities.dtype) * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
 
 
+def _attention_factor(
+    probabilities: Tensor, seed: Tensor | None, dropout_p: float, stream: int
+) -> Tensor | None:
+    """`dropout_factor` of one attention; in the column stream rows are the keys of the whole."""
+    if stream == _philox.ROW_STREAM:
+        return dropout_factor(probabilities, seed, dropout_p, stream)
+    factor = dropout_factor(probabilities.transpose(-1, -2), seed, dropout_p, stream)
+    return None if factor is None else factor.transpose(-1, -2)
+
+
 def _grouped(tensor: Tensor, heads: int) -> Tensor:
     kv_heads = tensor.shape[1]
     return tensor if kv_heads == heads else tensor.repeat_interleave(heads // kv_heads, dim=1)
@@ -101,21 +112,22 @@ def attention_reference(
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    dropout_stream: int,
     is_causal: bool,
     scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of normalised arguments; see `scaled_dot_product_attention`."""
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """out, and lse on demand, of normalised arguments; see `scaled_dot_product_attention`."""
     heads, acc = query.shape[1], accumulation_dtype(query.dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     key = _grouped(hide(key, key_padding_mask), heads)
     value = _grouped(hide(value, key_padding_mask), heads)
     scores = masked_scores(query, key, attn_mask, key_padding_mask, is_causal, scale)
     probabilities = safe_softmax(scores, -1)
-    factor = dropout_factor(probabilities, seed, dropout_p, _philox.ROW_STREAM)
+    factor = _attention_factor(probabilities, seed, dropout_p, dropout_stream)
     if factor is not None:
         probabilities = probabilities * factor
     out = rows_outside((probabilities @ value.to(acc)).to(query.dtype))
-    return out, log_sum_exp(scores, -1)
+    return out, lambda: log_sum_exp(scores, -1)
 
 
 def attention_backward_reference(
@@ -128,6 +140,7 @@ def attention_backward_reference(
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    dropout_stream: int,
     is_causal: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -142,7 +155,7 @@ def attention_backward_reference(
     value = _grouped(hide(value, key_padding_mask), heads)
     scores = masked_scores(query, key, attn_mask, key_padding_mask, is_causal, scale)
     probabilities = safe_softmax(scores, -1)
-    factor = dropout_factor(probabilities, seed, dropout_p, _philox.ROW_STREAM)
+    factor = _attention_factor(probabilities, seed, dropout_p, dropout_stream)
     gradient = grad_out.to(acc)
     grad_p = gradient @ value.to(acc).transpose(-1, -2)
     dropped = probabilities

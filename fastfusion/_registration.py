@@ -30,6 +30,8 @@ _is_compiling = torch.compiler.is_compiling
 _is_exporting = torch.compiler.is_exporting
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
+# What follows the tensors in every schema.
+_OPTIONS = ("dropout_p", "dropout_stream", "is_causal", "scale")
 _out: Any = None
 _forward: Any = None
 _backward: Any = None
@@ -48,8 +50,13 @@ def attention(
     scale: float | None,
     enable_gqa: bool,
     return_lse: bool,
+    dropout_stream: int = 0,
 ) -> Any:
-    """The compiled op on normalised arguments, by the schema that fits the moment."""
+    """The compiled op on normalised arguments, by the schema that fits the moment.
+
+    `dropout_stream` is that of `_philox`; 1 says that this call is the softmax over queries of a
+    bidirectional one, with queries and keys exchanged.
+    """
     needs_gradient = _is_grad_enabled() and (
         query.requires_grad
         or key.requires_grad
@@ -57,18 +64,16 @@ def attention(
         or (attn_mask is not None and attn_mask.requires_grad)
     )
     given = (
-        query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal, scale,
-        enable_gqa,
+        query, key, value, attn_mask, key_padding_mask, seed, dropout_p, dropout_stream, is_causal,
+        scale, enable_gqa,
     )  # fmt: skip
     if _is_compiling():
         if _transforms_active():
-            result = _by_reference(*given)
-        elif needs_gradient or _is_exporting():
-            result = _graph(*given)
-        else:
-            result = _forward(*given)
+            return _by_reference(return_lse, *given)
+        graph = needs_gradient or _is_exporting()
+        result = (_graph if graph else _forward)(*given)
     elif forward_ad._current_level >= 0:
-        result = _by_reference(*given)
+        return _by_reference(return_lse, *given)
     elif _transforms_active():
         result = _Attention.apply(*given)
     elif needs_gradient:
@@ -80,8 +85,25 @@ def attention(
     return result if return_lse else result[0]
 
 
-def _by_reference(*given: Any) -> tuple[Tensor, Tensor]:
-    return attention_reference(*given[:-1])
+def refuses(query: Tensor) -> list[str]:
+    """Why the compiled op cannot run a call with this query, one sentence per reason."""
+    if query.is_cpu and query.dtype in DTYPES and _library.cpu_unavailable is None:
+        return []
+    reasons = []
+    if _library.cpu_unavailable is not None:
+        reasons.append(_library.cpu_unavailable)
+    if query.device.type == "meta":
+        reasons.append("meta tensors have no data")
+    elif query.device.type != "cpu":
+        reasons.append(f"the inputs are on {query.device}")
+    if query.dtype not in DTYPES:
+        reasons.append(f"{str(query.dtype).removeprefix('torch.')} is left to the reference")
+    return reasons
+
+
+def _by_reference(return_lse: bool, *given: Any) -> Any:
+    out, lse = attention_reference(*given[:-1])
+    return (out, lse()) if return_lse else out
 
 
 def _fold(tensors: tuple[Any, ...], in_dims: tuple[Any, ...], size: int) -> list[Any]:
@@ -139,7 +161,7 @@ class _Backward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:8])
-        ctx.dropout_p, ctx.is_causal, ctx.scale, ctx.mask_gradient = inputs[8:]
+        ctx.options, ctx.mask_gradient = inputs[8:12], inputs[12]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -154,15 +176,15 @@ class _Backward(Function):
         if grad_lse is None:
             constants["grad_lse"] = None
 
-        def formula(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        options: dict[str, Any] = dict(zip(_OPTIONS, ctx.options, strict=True))
+
+        def formula(tensors: dict[str, Any]) -> tuple[Tensor, ...]:
             results = attention_backward_reference(
                 **tensors,
                 **constants,
                 key_padding_mask=padding,
                 seed=seed,
-                dropout_p=ctx.dropout_p,
-                is_causal=ctx.is_causal,
-                scale=ctx.scale,
+                **options,
             )
             return tuple(r for r in results if r is not None)[: 4 if ctx.mask_gradient else 3]
 
@@ -174,12 +196,12 @@ class _Backward(Function):
         )
         (pulled,) = pullback(filled)
         order = ("grad_out", "grad_lse", "query", "key", "value", "attn_mask")
-        return (*(pulled.get(name) for name in order), *[None] * 6)
+        return (*(pulled.get(name) for name in order), *[None] * 7)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
         tensors, dims, size = given[:8], list(in_dims[:8]), info.batch_size
-        mask_gradient = given[11]
+        mask_gradient = given[12]
         if given[7] is not None or mask_gradient:
             # A dropout mask is a function of the batch index, and a mask's gradient is reduced
             # over the batch: neither survives folding.
@@ -217,7 +239,7 @@ class _Attention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:6])
-        ctx.dropout_p, ctx.is_causal, ctx.scale = inputs[6:9]
+        ctx.options = inputs[6:10]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -225,16 +247,16 @@ class _Attention(Function):
         query, key, value, attn_mask, padding, seed = ctx.saved_tensors
         if grad_out is None:
             if grad_lse is None:
-                return (None,) * 10
+                return (None,) * 11
             grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
         mask_gradient = attn_mask is not None and ctx.needs_input_grad[3]
         differentiable = torch.is_grad_enabled() or _transforms_active()
         run = _Backward.apply if differentiable else _backward
         gradients = run(
-            grad_out, grad_lse, query, key, value, attn_mask, padding, seed, ctx.dropout_p,
-            ctx.is_causal, ctx.scale, mask_gradient,
+            grad_out, grad_lse, query, key, value, attn_mask, padding, seed, *ctx.options,
+            mask_gradient,
         )  # fmt: skip
-        return (*gradients[:3], gradients[3] if mask_gradient else None, *[None] * 6)
+        return (*gradients[:3], gradients[3] if mask_gradient else None, *[None] * 7)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
@@ -270,6 +292,7 @@ def _fake(
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    dropout_stream: int,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,

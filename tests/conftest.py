@@ -11,7 +11,13 @@ import fastfusion as ff
 
 # The same examples in every run: a red run must be red again. To search with fresh ones, run
 # pytest --hypothesis-profile=default.
-hypothesis.settings.register_profile("fastfusion", derandomize=True, deadline=None)
+# One method runs for several targets, each with an instance of its own: differing executors.
+hypothesis.settings.register_profile(
+    "fastfusion",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.differing_executors],
+)
 hypothesis.settings.load_profile("fastfusion")
 
 

@@ -28,6 +28,7 @@ class Target:
 
     backend: str
     isa: str | None = None
+    differentiable: bool = True
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.isa}" if self.isa else self.backend
@@ -35,7 +36,8 @@ class Target:
     def call(self, function: Callable[..., Any], **kwargs: Any) -> tuple[Tensor, ...]:
         if self.isa is not None and _library.native is not None:
             _library.native.select_isa(self.isa)
-        result = function(**kwargs, backend=self.backend)
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+            result = function(**kwargs, backend=self.backend)
         return result if isinstance(result, tuple) else (result,)
 
 
@@ -81,9 +83,9 @@ class OpSuite:
             if implementation.backend == "cpu":
                 native = _library.native
                 isas = native.isas(runnable=True) if native is not None else []
-                targets += [Target("cpu", isa) for isa in isas]
+                targets += [Target("cpu", isa, implementation.differentiable) for isa in isas]
             else:
-                targets.append(Target(implementation.backend))
+                targets.append(Target(implementation.backend, None, implementation.differentiable))
         return targets
 
     @classmethod

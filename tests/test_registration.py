@@ -89,7 +89,7 @@ class TestOpcheck:
         seed = torch.tensor([7]) if dropout_p else None
         if gradient and mask is not None and mask.is_floating_point():
             mask = mask.clone().requires_grad_()
-        arguments = (*qkv(gradient), mask, padding, seed, dropout_p, True, 0.3, False)
+        arguments = (*qkv(gradient), mask, padding, seed, dropout_p, 0, True, 0.3, False)
         ops = torch.ops.fastfusion
         names = ("attention",) if gradient else ("attention_forward", "attention_out", "attention")
         for name in names:
@@ -100,7 +100,8 @@ class TestOpcheck:
     def test_backward(self, mask: Any, with_lse: bool) -> None:
         grad_lse = torch.randn(2, 3, 5) if with_lse else None
         arguments = (
-            torch.randn(2, 3, 5, 6), grad_lse, *qkv(), mask, PADDING, None, 0.0, False, None, True,
+            torch.randn(2, 3, 5, 6), grad_lse, *qkv(), mask, PADDING, None, 0.0, 0, False, None,
+            True,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.fastfusion.attention_backward.default, arguments)
 
@@ -558,7 +559,7 @@ class TestEager:
         """Compiled graphs call the ops without Python: what is unsafe must be refused in C++."""
         op = torch.ops.fastfusion.attention_forward.default
         query, key, value = qkv()
-        rest = (None, None, None, 0.0, False, None, False)
+        rest = (None, None, None, 0.0, 0, False, None, False)
         bad = [
             (query[0], key, value, *rest),
             (query[..., :7], key, value, *rest),
@@ -575,7 +576,8 @@ class TestEager:
             (query, key, value, None, None, None, 0.5, *rest[4:]),
             (query, key, value, None, None, torch.tensor([1.0]), 0.5, *rest[4:]),
             (query, key, value, None, None, torch.tensor([1]), 1.5, *rest[4:]),
-            (query, key, value, *rest[:5], float("nan"), False),
+            (query, key, value, None, None, torch.tensor([1]), 0.5, 2, *rest[5:]),
+            (query, key, value, *rest[:6], float("nan"), False),
         ]
         for arguments in bad:
             with pytest.raises(RuntimeError, match="fastfusion"):

@@ -45,6 +45,7 @@ struct Attention {
   bool causal;
 
   bool dropout = false;
+  int64_t dropout_stream = 0;  // 1: this is the softmax over queries of a bidirectional call
   uint64_t seed = 0;
   uint64_t threshold = 0;  // a score is kept where its 32-bit word reaches this
   float keep_scale = 1.0f;

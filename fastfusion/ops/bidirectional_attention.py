@@ -18,14 +18,14 @@ side only through it. With P and R the two softmaxes (dropout factors c and d):
     d query = scale * dS key   d key = scale * dS^T query
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastfusion import _arguments as arguments
-from fastfusion import _philox
+from fastfusion import _philox, _registration
 from fastfusion._op import Implementation, Op, never_refuses
 from fastfusion._reference import (
     accumulation_dtype,
@@ -170,7 +170,7 @@ def normalize(
     )  # fmt: skip
 
 
-def _definition(
+def _run_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -181,7 +181,8 @@ def _definition(
     seed: Tensor | None,
     dropout_p: float,
     scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return_lse: bool,
+) -> tuple[Tensor, ...]:
     acc = accumulation_dtype(query.dtype)
     scale = arguments.softmax_scale(scale, query.shape[-1])
     scores = masked_scores(query, key, attn_mask, None, False, scale)
@@ -199,18 +200,51 @@ def _definition(
     query_value = hide(query_value, query_padding_mask).to(acc)
     out_q = rows_outside((to_keys @ value).to(query.dtype))
     out_k = rows_outside((to_queries.transpose(-1, -2) @ query_value).to(query.dtype))
-    return out_q, out_k, log_sum_exp(rows, -1), log_sum_exp(columns, -2)
+    if return_lse:
+        return out_q, out_k, log_sum_exp(rows, -1), log_sum_exp(columns, -2)
+    return out_q, out_k
 
 
-def _run_reference(*given: Any) -> tuple[Tensor, ...]:
-    *tensors_and_numbers, return_lse = given
-    results = _definition(*tensors_and_numbers)
-    return results if return_lse else results[:2]
+def _run_cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_value: Tensor,
+    attn_mask: Tensor | None,
+    query_padding_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    return_lse: bool,
+) -> tuple[Tensor, ...]:
+    """The compiled attention once per direction: no score matrix in memory, but scores twice."""
+    transposed = attn_mask
+    if attn_mask is not None and attn_mask.dim() > 0:
+        transposed = (attn_mask if attn_mask.dim() > 1 else attn_mask[None]).transpose(-1, -2)
+    options = (seed, dropout_p, False, scale, False, return_lse)
+    to_query = _registration.attention(
+        query, key, value, attn_mask, key_padding_mask, *options, _philox.ROW_STREAM
+    )
+    to_key = _registration.attention(
+        key, query, query_value, transposed, query_padding_mask, *options, _philox.COLUMN_STREAM
+    )
+    return (to_query[0], to_key[0], to_query[1], to_key[1]) if return_lse else (to_query, to_key)
 
 
-def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _cpu_refuses(query: Tensor, *others: Any) -> Sequence[str]:
+    reasons = _registration.refuses(query)
+    tensors = (query, *others[:4])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        # Each direction would round its part of the gradient of query and key before the sum.
+        reasons.append("its gradients are left to the reference")
+    return reasons
+
+
+def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """(out_q, out_k, lse_q, lse_k) of a call with public arguments, in plain torch."""
-    return _definition(*normalize(*args, **kwargs)[:-1])
+    given = normalize(*args, **{**kwargs, "return_lse": True})
+    return _run_reference(*given)
 
 
 def inputs(
@@ -272,5 +306,8 @@ OP = Op(
     reference=reference,
     inputs=inputs,
     cost=cost,
-    implementations=(Implementation("reference", _run_reference, never_refuses),),
+    implementations=(
+        Implementation("cpu", _run_cpu, _cpu_refuses, differentiable=False),
+        Implementation("reference", _run_reference, never_refuses),
+    ),
 )

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fastfusion import _arguments as arguments
-from fastfusion import _library, _philox, _registration
+from fastfusion import _philox, _registration
 from fastfusion._op import Implementation, Op, never_refuses
+from fastfusion._philox import ROW_STREAM
 from fastfusion._reference import attention_reference
 
 _is_compiling = torch.compiler.is_compiling
@@ -260,24 +261,22 @@ def _run_reference(
             key_padding_mask=key_padding_mask, return_lse=return_lse,
         )  # fmt: skip
     out, lse = attention_reference(
-        query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal, scale
+        query,
+        key,
+        value,
+        attn_mask,
+        key_padding_mask,
+        seed,
+        dropout_p,
+        ROW_STREAM,
+        is_causal,
+        scale,
     )
-    return (out, lse) if return_lse else out
+    return (out, lse()) if return_lse else out
 
 
 def _cpu_refuses(query: Tensor, *others: Any) -> Sequence[str]:
-    if query.is_cpu and query.dtype in _registration.DTYPES and _library.cpu_unavailable is None:
-        return ()
-    reasons = []
-    if _library.cpu_unavailable is not None:
-        reasons.append(_library.cpu_unavailable)
-    if query.device.type not in ("cpu", "meta"):
-        reasons.append(f"the inputs are on {query.device}")
-    if query.device.type == "meta":
-        reasons.append("meta tensors have no data")
-    if query.dtype not in _registration.DTYPES:
-        reasons.append(f"{str(query.dtype).removeprefix('torch.')} is left to the reference")
-    return reasons
+    return _registration.refuses(query)
 
 
 def inputs(
@@ -336,8 +335,8 @@ def cost(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
 
 def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call with public arguments, by the definition in plain torch."""
-    query, key, value, mask, padding, seed, p, causal, scale, _, _ = normalize(*args, **kwargs)
-    return attention_reference(query, key, value, mask, padding, seed, p, causal, scale)
+    given = normalize(*args, **{**kwargs, "return_lse": True})
+    return _run_reference(*given)
 
 
 OP = Op(

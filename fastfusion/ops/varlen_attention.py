@@ -6,14 +6,14 @@ cu_seqlens_k[b] : cu_seqlens_k[b + 1] of the keys, and attends to itself alone, 
 packed and padded calls agree. The layout is FlashAttention's (Dao et al., 2022, unpadded calls).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastfusion import _arguments as arguments
-from fastfusion import _philox
+from fastfusion import _philox, _registration
 from fastfusion._op import Implementation, Op, never_refuses
 from fastfusion._reference import attention_reference
 
@@ -182,7 +182,7 @@ def _places(offsets: Tensor, total: int, longest: int) -> tuple[Tensor, Tensor]:
     return places, hidden
 
 
-def _definition(
+def _padded(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -190,46 +190,58 @@ def _definition(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """query, key and value as (sequences, heads, longest, dim), the key padding mask, and for each
+    packed query its place among the padded ones."""
     sequences = cu_seqlens_q.shape[0] - 1
     rows, _ = _places(cu_seqlens_q, query.shape[0], max_seqlen_q)
     columns, hidden = _places(cu_seqlens_k, key.shape[0], max_seqlen_k)
 
-    def padded(packed: Tensor, places: Tensor, longest: int) -> Tensor:
+    def pad(packed: Tensor, places: Tensor, longest: int) -> Tensor:
         empty = packed.new_zeros(sequences * longest, *packed.shape[1:])
         filled = empty.index_copy(0, places, packed)
         return filled.unflatten(0, (sequences, longest)).transpose(1, 2)
 
-    out, lse = attention_reference(
-        padded(query, rows, max_seqlen_q),
-        padded(key, columns, max_seqlen_k),
-        padded(value, columns, max_seqlen_k),
-        None,
-        hidden,
-        seed,
-        dropout_p,
-        is_causal,
-        scale,
-    )
     return (
-        out.transpose(1, 2).flatten(0, 1).index_select(0, rows),
-        lse.transpose(1, 2).flatten(0, 1).index_select(0, rows),
+        pad(query, rows, max_seqlen_q), pad(key, columns, max_seqlen_k),
+        pad(value, columns, max_seqlen_k), hidden, rows,
+    )  # fmt: skip
+
+
+def _packed(padded: Tensor, rows: Tensor) -> Tensor:
+    """(sequences, heads, longest, ...) back to (total, heads, ...)."""
+    return padded.transpose(1, 2).flatten(0, 1).index_select(0, rows)
+
+
+def _run_cpu(*given: Any) -> Any:
+    """The compiled attention on the padded sequences: hidden keys cost it nothing."""
+    seed, dropout_p, is_causal, scale, return_lse = given[7:]
+    query, key, value, hidden, rows = _padded(*given[:7])
+    result = _registration.attention(
+        query, key, value, None, hidden, seed, dropout_p, is_causal, scale, True, return_lse
     )
+    if return_lse:
+        return tuple(_packed(t, rows) for t in result)
+    return _packed(result, rows)
+
+
+def _cpu_refuses(query: Tensor, *others: Any) -> Sequence[str]:
+    return _registration.refuses(query)
 
 
 def _run_reference(*given: Any) -> Any:
-    *tensors_and_numbers, return_lse = given
-    out, lse = _definition(*tensors_and_numbers)
-    return (out, lse) if return_lse else out
+    seed, dropout_p, is_causal, scale, return_lse = given[7:]
+    query, key, value, hidden, rows = _padded(*given[:7])
+    out, lse = attention_reference(
+        query, key, value, None, hidden, seed, dropout_p, _philox.ROW_STREAM, is_causal, scale
+    )
+    return (_packed(out, rows), _packed(lse(), rows)) if return_lse else _packed(out, rows)
 
 
 def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call with public arguments, by the definition in plain torch."""
-    return _definition(*normalize(*args, **kwargs)[:-1])
+    given = normalize(*args, **{**kwargs, "return_lse": True})
+    return _run_reference(*given)
 
 
 def _lengths(shape: Mapping[str, Any], side: str) -> list[int]:
@@ -292,5 +304,8 @@ OP = Op(
     reference=reference,
     inputs=inputs,
     cost=cost,
-    implementations=(Implementation("reference", _run_reference, never_refuses),),
+    implementations=(
+        Implementation("cpu", _run_cpu, _cpu_refuses),
+        Implementation("reference", _run_reference, never_refuses),
+    ),
 )

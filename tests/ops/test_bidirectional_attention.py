@@ -106,7 +106,7 @@ def lowest(call: dict[str, Any]) -> None:
 
 CASES = [
     Case("small", "an ordinary call", shape(20, 36)),
-    Case("one_by_one", "shortest lengths", shape(1, 1)),
+    Case("one_by_one", "shortest lengths", shape(1, 1, heads=12)),
     Case("one_query", "a softmax over one score on one side", shape(1, 300, heads=3)),
     Case("one_key", "the same on the other side", shape(45, 1, 64)),
     Case("past_a_panel", "tails of panels and key blocks", shape(49, 257)),
@@ -196,7 +196,8 @@ class TestBidirectionalAttention(OpSuite):
             lambda **kw: target.call(self.function, **kw, return_lse=True), call
         )
         torch.testing.assert_close(actual, expected)
-        torch.testing.assert_close(gradients, expected_gradients)
+        if target.differentiable:
+            torch.testing.assert_close(gradients, expected_gradients)
 
     def test_rows_drop_as_in_attention(self, target: Target) -> None:
         """Stream 0 is the row softmax of scaled_dot_product_attention, stream 1 another one."""
@@ -225,7 +226,8 @@ class TestBidirectionalAttention(OpSuite):
         for name, mask in (("value", "key_padding_mask"), ("query_value", "query_padding_mask")):
             hidden = call[mask][:, None, :, None]
             call[name] = call[name].masked_fill(hidden, torch.nan)
-            assert (clean_gradients[name].masked_select(hidden) == 0).all()
+            if target.differentiable:
+                assert (clean_gradients[name].masked_select(hidden) == 0).all()
             assert (clean_gradients[name].masked_select(~hidden[:1]) != 0).any()
         results, gradients = self.evaluate(run, call)
         assert all(map(torch.equal, results, clean))
