@@ -7,6 +7,7 @@
 //     m' = max(m, max_j S)   O = O * exp(m - m') + exp(S - m') V   l = l * exp(m - m') + sum_j ...
 #pragma once
 
+#include "dropout.h"
 #include "tile.h"
 
 namespace ff {

@@ -17,6 +17,7 @@
 // entries, all that share an entry are one task.
 #pragma once
 
+#include "dropout.h"
 #include "tile.h"
 
 namespace ff {

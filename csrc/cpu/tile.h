@@ -1,4 +1,5 @@
-// What the attention kernels are made of: one matrix product, exp, loads that convert, dropout.
+// What the attention kernels are made of: matrix products, rows of operands, masked scores,
+// softmax.
 //
 // Everything here is written once over Vec and compiled once per instruction set; the anonymous
 // namespace keeps the linker from replacing baseline code by code for a newer machine.
@@ -12,6 +13,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "convert.h"
 #include "kernels.h"
 
 namespace ff {
@@ -129,55 +131,6 @@ inline void multiply_dot(const float* a, int64_t lda, const float* b, int64_t ld
         sum = Vec::fma(Vec::load(a + r * lda + k), Vec::load(b + column * ldb + k), sum);
       c[r * ldc + column] = sum.total();
     }
-  }
-}
-
-inline float bfloat16_to_float(uint16_t value) {
-  const uint32_t bits = uint32_t(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-// To nearest, ties to even; a NaN stays one (adding to its mantissa could overflow).
-inline uint16_t float_to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40u);
-  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-// out[i * out_stride] = element offset + i * stride of an array of `type`.
-inline void load(const void* data, Type type, int64_t offset, int64_t stride, int64_t count,
-                 float* out, int64_t out_stride = 1) {
-  if (type == Type::kFloat32) {
-    const float* from = static_cast<const float*>(data) + offset;
-    for (int64_t i = 0; i < count; ++i) out[i * out_stride] = from[i * stride];
-  } else if (type == Type::kBFloat16) {
-    const uint16_t* from = static_cast<const uint16_t*>(data) + offset;
-    if (stride == 1 && out_stride == 1) {  // the compiler vectorises this one
-      for (int64_t i = 0; i < count; ++i) out[i] = bfloat16_to_float(from[i]);
-      return;
-    }
-    for (int64_t i = 0; i < count; ++i) out[i * out_stride] = bfloat16_to_float(from[i * stride]);
-  } else {
-    const uint16_t* from = static_cast<const uint16_t*>(data) + offset;
-    for (int64_t i = 0; i < count; ++i) out[i * out_stride] = half_to_float(from[i * stride]);
-  }
-}
-
-// Element offset + i * stride of an array of `type` = in[i].
-inline void store(void* data, Type type, int64_t offset, int64_t stride, int64_t count,
-                  const float* in) {
-  if (type == Type::kFloat32) {
-    float* to = static_cast<float*>(data) + offset;
-    for (int64_t i = 0; i < count; ++i) to[i * stride] = in[i];
-  } else if (type == Type::kBFloat16) {
-    uint16_t* to = static_cast<uint16_t*>(data) + offset;
-    for (int64_t i = 0; i < count; ++i) to[i * stride] = float_to_bfloat16(in[i]);
-  } else {
-    uint16_t* to = static_cast<uint16_t*>(data) + offset;
-    for (int64_t i = 0; i < count; ++i) to[i * stride] = float_to_half(in[i]);
   }
 }
 
@@ -322,69 +275,6 @@ inline void online_softmax(int64_t count, int64_t columns, float* scores, const 
     const Vec rescale = exp(before - offset);
     rescale.store(s.rescale + lane);
     Vec::fma(Vec::load(s.sum + lane), rescale, sum.total()).store(s.sum + lane);
-  }
-}
-
-// Sixteen counters of Philox4x32-10 (Salmon et al., SC 2011) side by side, which the compiler
-// vectorises: c[w] holds word w of all of them.
-struct Philox {
-  static constexpr int64_t kWide = 16;
-  uint32_t c[4][kWide];
-
-  void run(uint64_t seed) {
-    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-      for (int64_t i = 0; i < kWide; ++i) {
-        const uint64_t x = uint64_t(0xD2511F53u) * c[0][i], y = uint64_t(0xCD9E8D57u) * c[2][i];
-        c[0][i] = uint32_t(y >> 32) ^ c[1][i] ^ k0;
-        c[2][i] = uint32_t(x >> 32) ^ c[3][i] ^ k1;
-        c[1][i] = uint32_t(y);
-        c[3][i] = uint32_t(x);
-      }
-      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
-  }
-};
-
-// factor[j][i] = keep_scale where dropout keeps the score of query + i and the block's key j.
-inline void dropout_factors(const Attention& p, int64_t b, int64_t h, int64_t query,
-                            const Keys& keys, int64_t first, int64_t count, int64_t columns,
-                            float* factor) {
-  const uint32_t slice = uint32_t(b * p.heads + h);
-  const auto keep = [&](uint32_t word) { return word >= p.threshold ? p.keep_scale : 0.0f; };
-  Philox random;
-  if (p.dropout_stream == 0) {  // a counter is a query and four keys
-    for (int64_t j = 0; j < count;) {
-      const int64_t group = keys[first + j] / 4;
-      int64_t end = j;
-      while (end < count && keys[first + end] / 4 == group) ++end;
-      for (int64_t i = 0; i < columns; i += Philox::kWide) {
-        const int64_t wide = columns - i < Philox::kWide ? columns - i : Philox::kWide;
-        for (int64_t l = 0; l < Philox::kWide; ++l) {
-          random.c[0][l] = uint32_t(group), random.c[1][l] = uint32_t(query + i + l);
-          random.c[2][l] = slice, random.c[3][l] = 0;
-        }
-        random.run(p.seed);
-        for (int64_t k = j; k < end; ++k)
-          for (int64_t l = 0; l < wide; ++l)
-            factor[k * columns + i + l] = keep(random.c[keys[first + k] % 4][l]);
-      }
-      j = end;
-    }
-    return;
-  }
-  // The other direction of a bidirectional call: a counter is a key and four queries.
-  static_assert(kPanel / 4 + 1 <= Philox::kWide);
-  for (int64_t j = 0; j < count; ++j) {
-    for (int64_t l = 0; l < Philox::kWide; ++l) {
-      random.c[0][l] = uint32_t(query / 4 + l), random.c[1][l] = uint32_t(keys[first + j]);
-      random.c[2][l] = slice, random.c[3][l] = 1;
-    }
-    random.run(p.seed);
-    for (int64_t i = 0; i < columns; ++i) {
-      const int64_t place = query % 4 + i;
-      factor[j * columns + i] = keep(random.c[place % 4][place / 4]);
-    }
   }
 }
 

@@ -79,3 +79,9 @@ def assert_same_call(
             assert our_grad is their_grad, f"{case}, gradient {place}"
         else:
             assert_same(our_grad, their_grad, f"{case}, gradient {place}")
+
+
+def option_id(options: dict[str, Any]) -> str:
+    """A test's name for its options: without addresses, which differ between processes."""
+    names = (f"{k}={getattr(v, '__name__', v)}" for k, v in options.items())
+    return ",".join(names) or "defaults"

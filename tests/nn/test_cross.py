@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nn_cases import assert_same, hidden
+from nn_cases import assert_same, hidden, option_id
 from torch import Tensor
 
 import fastfusion as ff
@@ -41,7 +41,7 @@ def cross_by_hand(m: Any, query: Tensor, context: Tensor, hides: Tensor | None) 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    "options", [{}, {"head_dim": 5}, {"out_dim": 7}, {"head_dim": 1, "out_dim": 1}], ids=str
+    "options", [{}, {"head_dim": 5}, {"out_dim": 7}, {"head_dim": 1, "out_dim": 1}], ids=option_id
 )
 def test_cross_attention(options: dict[str, int], bias: bool) -> None:
     module = ff.nn.CrossAttention(8, 6, 2, bias=bias, dtype=torch.float64, **options)
@@ -151,7 +151,7 @@ def cross_modal(**options: Any) -> Any:
         {"embed_dim": 10, "bias": False},
         {"embed_dim": 2, "activation": torch.tanh, "layer_norm_eps": 1e-2},
     ],
-    ids=str,
+    ids=option_id,
 )
 def test_cross_modal_attention(options: dict[str, Any], padding: str) -> None:
     module = cross_modal(**options)

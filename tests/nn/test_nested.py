@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from nn_cases import HEADS, WIDTH, assert_same, twin
+from nn_cases import HEADS, WIDTH, assert_same, option_id, twin
 from torch import Tensor
 
 import fastfusion as ff
@@ -143,7 +143,7 @@ def test_dropout_drops() -> None:
 @pytest.mark.parametrize(
     "options",
     [{}, {"norm_first": True, "activation": "gelu"}, {"bias": False}, {"activation": torch.tanh}],
-    ids=str,
+    ids=option_id,
 )
 def test_encoder(options: dict[str, Any], layout: torch.layout) -> None:
     torch.manual_seed(2)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from nn_cases import HEADS, WIDTH, assert_same, assert_same_call, bias, hidden, twin
+from nn_cases import HEADS, WIDTH, assert_same, assert_same_call, bias, hidden, option_id, twin
 from torch import Tensor
 
 import fastfusion as ff
@@ -122,7 +122,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=option_id)
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_outputs_and_gradients(name: str, options: dict[str, Any]) -> None:
     ours, theirs = pair(name, dtype=torch.float64, **options)
@@ -141,7 +141,7 @@ def test_outputs_and_gradients(name: str, options: dict[str, Any]) -> None:
         )
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=option_id)
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_eval_without_gradients(name: str, options: dict[str, Any]) -> None:
     """Where torch takes its C++ path, nested tensors included."""
@@ -274,7 +274,7 @@ def test_a_sample_without_any_token_is_not_nan() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"dtype": torch.bfloat16}], ids=option_id)
 def test_same_seed_same_weights(name: str, options: dict[str, Any]) -> None:
     states, after = [], []
     for nn in (ff.nn, torch.nn):

@@ -228,7 +228,7 @@ class TestBidirectionalAttention(OpSuite):
             call[name] = call[name].masked_fill(hidden, torch.nan)
             if target.differentiable:
                 assert (clean_gradients[name].masked_select(hidden) == 0).all()
-            assert (clean_gradients[name].masked_select(~hidden[:1]) != 0).any()
+                assert (clean_gradients[name].masked_select(~hidden[:1]) != 0).any()
         results, gradients = self.evaluate(run, call)
         assert all(map(torch.equal, results, clean))
         assert all(torch.equal(gradients[n], clean_gradients[n]) for n in gradients)

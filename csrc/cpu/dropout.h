@@ -1,0 +1,74 @@
+// The random bits of dropout: a function of seed, head and position, the same on every backend
+// (fastfusion/_philox.py has the definition).
+#pragma once
+
+#include "tile.h"
+
+namespace ff {
+namespace {
+
+// Sixteen counters of Philox4x32-10 (Salmon et al., SC 2011) side by side, which the compiler
+// vectorises: c[w] holds word w of all of them.
+struct Philox {
+  static constexpr int64_t kWide = 16;
+  uint32_t c[4][kWide];
+
+  void run(uint64_t seed) {
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+      for (int64_t i = 0; i < kWide; ++i) {
+        const uint64_t x = uint64_t(0xD2511F53u) * c[0][i], y = uint64_t(0xCD9E8D57u) * c[2][i];
+        c[0][i] = uint32_t(y >> 32) ^ c[1][i] ^ k0;
+        c[2][i] = uint32_t(x >> 32) ^ c[3][i] ^ k1;
+        c[1][i] = uint32_t(y);
+        c[3][i] = uint32_t(x);
+      }
+      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+  }
+};
+
+// factor[j][i] = keep_scale where dropout keeps the score of query + i and the block's key j.
+inline void dropout_factors(const Attention& p, int64_t b, int64_t h, int64_t query,
+                            const Keys& keys, int64_t first, int64_t count, int64_t columns,
+                            float* factor) {
+  const uint32_t slice = uint32_t(b * p.heads + h);
+  const auto keep = [&](uint32_t word) { return word >= p.threshold ? p.keep_scale : 0.0f; };
+  Philox random;
+  if (p.dropout_stream == 0) {  // a counter is a query and four keys
+    for (int64_t j = 0; j < count;) {
+      const int64_t group = keys[first + j] / 4;
+      int64_t end = j;
+      while (end < count && keys[first + end] / 4 == group) ++end;
+      for (int64_t i = 0; i < columns; i += Philox::kWide) {
+        const int64_t wide = columns - i < Philox::kWide ? columns - i : Philox::kWide;
+        for (int64_t l = 0; l < Philox::kWide; ++l) {
+          random.c[0][l] = uint32_t(group), random.c[1][l] = uint32_t(query + i + l);
+          random.c[2][l] = slice, random.c[3][l] = 0;
+        }
+        random.run(p.seed);
+        for (int64_t k = j; k < end; ++k)
+          for (int64_t l = 0; l < wide; ++l)
+            factor[k * columns + i + l] = keep(random.c[keys[first + k] % 4][l]);
+      }
+      j = end;
+    }
+    return;
+  }
+  // The other direction of a bidirectional call: a counter is a key and four queries.
+  static_assert(kPanel / 4 + 1 <= Philox::kWide);
+  for (int64_t j = 0; j < count; ++j) {
+    for (int64_t l = 0; l < Philox::kWide; ++l) {
+      random.c[0][l] = uint32_t(query / 4 + l), random.c[1][l] = uint32_t(keys[first + j]);
+      random.c[2][l] = slice, random.c[3][l] = 1;
+    }
+    random.run(p.seed);
+    for (int64_t i = 0; i < columns; ++i) {
+      const int64_t place = query % 4 + i;
+      factor[j * columns + i] = keep(random.c[place % 4][place / 4]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ff
