@@ -45,23 +45,21 @@ int32_t dtype_code(const Tensor& tensor) {
 }
 
 // torch::stable::new_empty goes through the dispatcher and costs 0.9 us more.
-Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-             int32_t dtype) {
+Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
-                                                  strides.data(), dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
-Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype) {
-  std::vector<int64_t> strides(sizes.size());
+Tensor empty_contiguous(int64_t dims, const int64_t* sizes, int32_t dtype) {
+  std::vector<int64_t> strides(static_cast<size_t>(dims));
   int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
+  for (int64_t i = dims; i-- > 0;) {
+    strides[size_t(i)] = stride;
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
-  return empty(sizes, strides, dtype);
+  return empty(dims, sizes, strides.data(), dtype);
 }
 
 // (B, heads, length, dim) in memory (B, length, heads, dim): modules need no copy.
@@ -69,7 +67,9 @@ Tensor empty_rows_outside(int64_t batch, int64_t heads, int64_t length, int64_t 
                           int32_t dtype) {
   const auto size = [](int64_t n) { return n > 0 ? n : int64_t{1}; };
   const int64_t row = size(heads) * size(dim);
-  return empty({batch, heads, length, dim}, {size(length) * row, size(dim), row, 1}, dtype);
+  const int64_t sizes[] = {batch, heads, length, dim};
+  const int64_t strides[] = {size(length) * row, size(dim), row, 1};
+  return empty(4, sizes, strides, dtype);
 }
 
 ff::View view(const Tensor& t) {
@@ -168,7 +168,8 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   Tensor out = empty_rows_outside(p.batch, p.heads, p.q_len, p.value_dim, dtype_code(query));
   p.out = mutable_view(out);
   if (lse) {
-    *lse = empty({p.batch, p.heads, p.q_len}, aoti_torch_dtype_float32());
+    const int64_t sizes[] = {p.batch, p.heads, p.q_len};
+    *lse = empty_contiguous(3, sizes, aoti_torch_dtype_float32());
     p.lse = static_cast<float*>(lse->mutable_data_ptr());
   }
   bool out_of_memory = false;
@@ -232,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   std::vector<float> sums;
   if (mask_gradient && mask && p.mask_type != ff::Type::kBool) {
     const auto sizes = mask->sizes();
-    grad_mask = empty(std::vector<int64_t>(sizes.begin(), sizes.end()), dtype_code(*mask));
+    grad_mask = empty_contiguous(mask->dim(), sizes.data(), dtype_code(*mask));
     // One element more: an empty vector has no data and would look unwanted.
     sums.assign(size_t(mask->numel()) + 1, 0.0f);
     p.grad_mask = sums.data();
@@ -241,7 +242,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     p.grad_mask_batch = strides[0], p.grad_mask_head = strides[1];
     p.grad_mask_row = strides[2], p.grad_mask_column = strides[3];
   } else {
-    grad_mask = empty({0}, dtype);
+    const int64_t nothing[] = {0};
+    grad_mask = empty_contiguous(1, nothing, dtype);
   }
   bool out_of_memory = false;
   p.out_of_memory = &out_of_memory;

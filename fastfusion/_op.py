@@ -102,7 +102,7 @@ class Op:
     cost: Callable[[Mapping[str, Any], torch.dtype], tuple[int, int]]
     implementations: tuple[Implementation, ...]
 
-    def select(self, backend: str | None, *arguments: Any) -> Implementation:
+    def select(self, backend: str | None, arguments: tuple[Any, ...]) -> Implementation:
         """The first implementation that accepts `arguments`, or the one that was asked for."""
         wanted = _forced if backend is None else _validated(backend)
         if wanted is None:
@@ -126,7 +126,7 @@ class Op:
     def run(self, backend: str | None, arguments: tuple[Any, ...], autocast_off: str | None) -> Any:
         """Select and run, with the autocast of the device type `autocast_off` disabled: it would
         round the float32 products of the reference."""
-        implementation = self.select(backend, *arguments)
+        implementation = self.select(backend, arguments)
         if autocast_off is None:
             return implementation.run(*arguments)
         with torch.autocast(autocast_off, enabled=False):
@@ -176,7 +176,7 @@ def explain_op(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explana
         arguments = op.normalize(*args, **kwargs)
     chosen: str | None
     try:
-        chosen = op.select(backend, *arguments).backend
+        chosen = op.select(backend, arguments).backend
     except BackendUnavailableError:
         chosen = None
     rows = [(i.backend, tuple(i.refuses(*arguments))) for i in op.implementations]

@@ -85,7 +85,7 @@ def attention(
     return result if return_lse else result[0]
 
 
-def refuses(query: Tensor) -> list[str]:
+def refuses(query: Tensor, *others: Any) -> list[str]:
     """Why the compiled op cannot run a call with this query, one sentence per reason."""
     if query.is_cpu and query.dtype in DTYPES and _library.cpu_unavailable is None:
         return []

@@ -80,7 +80,7 @@ class TestEveryOp:
         assert dict(explanation.rows) == {
             i.backend: reasons(op, i.backend, call) for i in op.implementations
         }
-        assert op.select(None, *op.normalize(**call)).backend == explanation.chosen
+        assert op.select(None, op.normalize(**call)).backend == explanation.chosen
         result = FUNCTIONS[op.name](**call)
         assert all(t.dtype == dtype for t in (result if isinstance(result, tuple) else (result,)))
 
@@ -144,22 +144,22 @@ def made_of(*rows: Implementation) -> Op:
 
 def test_order_decides() -> None:
     never = row("reference")
-    assert made_of(row("triton"), row("cpu"), never).select(None).backend == "triton"
-    assert made_of(row("triton", "no GPU"), row("cpu"), never).select(None).backend == "cpu"
-    assert made_of(row("triton", "a"), row("cpu", "b"), never).select(None).backend == "reference"
+    assert made_of(row("triton"), row("cpu"), never).select(None, ()).backend == "triton"
+    assert made_of(row("triton", "no GPU"), row("cpu"), never).select(None, ()).backend == "cpu"
+    assert made_of(row("triton", "a"), row("cpu", "b"), never).select(None, ()).backend == "reference"
 
 
 def test_refusals_see_the_arguments_and_stop_at_the_first_that_accepts() -> None:
     log: list[Any] = []
     op = made_of(row("triton", "no", log=log), row("cpu", log=log), row("reference", log=log))
-    assert op.select(None, 1, "two").run(1, "two") == "cpu"
+    assert op.select(None, (1, "two")).run(1, "two") == "cpu"
     assert log == [(1, "two"), (1, "two")]
 
 
 def test_every_reason_has_its_line() -> None:
     op = made_of(row("triton", "no GPU", "head_dim 300 is above 256"), row("reference"))
     with pytest.raises(ff.BackendUnavailableError) as caught:
-        op.select("triton")
+        op.select("triton", ())
     assert str(caught.value) == (
         "backend 'triton' cannot run made:\n  - no GPU\n  - head_dim 300 is above 256"
     )

@@ -12,7 +12,7 @@ and with P the softmax, c the dropout factor of a score (0, or 1 / (1 - p) where
 A row with no key left gives out = 0, lse = -inf and no gradient.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -81,14 +81,19 @@ def scaled_dot_product_attention(
         )  # fmt: skip
     try:
         # By type, since the dispatcher would take 1 for True and a tensor for a number.
-        typed = type(is_causal) is type(enable_gqa) is type(return_lse) is bool
-        typed = typed and type(dropout_p) is float and (scale is None or type(scale) is float)
+        typed = (
+            (is_causal is False or is_causal is True)
+            and (enable_gqa is False or enable_gqa is True)
+            and (return_lse is False or return_lse is True)
+            and (scale is None or type(scale) is float)
+            and type(dropout_p) is float
+        )
         if typed and dropout_p == 0.0 and not _any_autocast() and query.dim() == 4:
             given = (
                 query, key, value, attn_mask, key_padding_mask, None, 0.0, is_causal, scale,
                 enable_gqa, return_lse,
             )  # fmt: skip
-            return OP.select(backend, *given).run(*given)
+            return OP.select(backend, given).run(*given)
     except Exception:
         # The compiled op checks everything and says little; check() finds the words. What it
         # accepts was refused for a size-1 batch or head dimension, which _call expands.
@@ -275,10 +280,6 @@ def _run_reference(
     return (out, lse()) if return_lse else out
 
 
-def _cpu_refuses(query: Tensor, *others: Any) -> Sequence[str]:
-    return _registration.refuses(query)
-
-
 def inputs(
     shape: Mapping[str, Any], dtype: torch.dtype, device: Any = "cpu", seed: int = 0
 ) -> dict[str, Any]:
@@ -347,7 +348,7 @@ OP = Op(
     inputs=inputs,
     cost=cost,
     implementations=(
-        Implementation("cpu", _registration.attention, _cpu_refuses),
+        Implementation("cpu", _registration.attention, _registration.refuses),
         Implementation("reference", _run_reference, never_refuses),
     ),
 )

@@ -6,7 +6,7 @@ cu_seqlens_k[b] : cu_seqlens_k[b + 1] of the keys, and attends to itself alone, 
 packed and padded calls agree. The layout is FlashAttention's (Dao et al., 2022, unpadded calls).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -225,10 +225,6 @@ def _run_cpu(*given: Any) -> Any:
     return _packed(result, rows)
 
 
-def _cpu_refuses(query: Tensor, *others: Any) -> Sequence[str]:
-    return _registration.refuses(query)
-
-
 def _run_reference(*given: Any) -> Any:
     seed, dropout_p, is_causal, scale, return_lse = given[7:]
     query, key, value, hidden, rows = _padded(*given[:7])
@@ -305,7 +301,7 @@ OP = Op(
     inputs=inputs,
     cost=cost,
     implementations=(
-        Implementation("cpu", _run_cpu, _cpu_refuses),
+        Implementation("cpu", _run_cpu, _registration.refuses),
         Implementation("reference", _run_reference, never_refuses),
     ),
 )
