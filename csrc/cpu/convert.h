@@ -2,26 +2,50 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
+#include "bfloat16.h"
 #include "kernels.h"
 
 namespace ff {
 namespace {
 
-inline float bfloat16_to_float(uint16_t value) {
-  const uint32_t bits = uint32_t(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
+struct BFloat16 {
+  static float load(uint16_t value) { return bfloat16_to_float(value); }
+  static Vec load(const uint16_t* p) { return Vec::load_bfloat16(p); }
+  static uint16_t store(float value) { return float_to_bfloat16(value); }
+  static void store(uint16_t* p, Vec value) { value.store_bfloat16(p); }
+};
+
+struct Half {
+  static float load(uint16_t value) { return half_to_float(value); }
+  static Vec load(const uint16_t* p) { return Vec::load_half(p); }
+  static uint16_t store(float value) { return float_to_half(value); }
+  static void store(uint16_t* p, Vec value) { value.store_half(p); }
+};
+
+template <class T>
+void load_16_bit(const uint16_t* from, int64_t stride, int64_t count, float* out,
+                 int64_t out_stride) {
+  int64_t i = 0;
+  for (; stride == 1 && i + Vec::kLanes <= count; i += Vec::kLanes) {
+    const Vec values = T::load(from + i);
+    if (out_stride == 1) {
+      values.store(out + i);
+    } else {
+      float lanes[Vec::kLanes];
+      values.store(lanes);
+      for (int l = 0; l < Vec::kLanes; ++l) out[(i + l) * out_stride] = lanes[l];
+    }
+  }
+  for (; i < count; ++i) out[i * out_stride] = T::load(from[i * stride]);
 }
 
-// To nearest, ties to even; a NaN stays one (adding to its mantissa could overflow).
-inline uint16_t float_to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40u);
-  return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+template <class T>
+void store_16_bit(uint16_t* to, int64_t stride, int64_t count, const float* in) {
+  int64_t i = 0;
+  for (; stride == 1 && i + Vec::kLanes <= count; i += Vec::kLanes)
+    T::store(to + i, Vec::load(in + i));
+  for (; i < count; ++i) to[i * stride] = T::store(in[i]);
 }
 
 // out[i * out_stride] = element offset + i * stride of an array of `type`.
@@ -32,14 +56,10 @@ inline void load(const void* data, Type type, int64_t offset, int64_t stride, in
     for (int64_t i = 0; i < count; ++i) out[i * out_stride] = from[i * stride];
   } else if (type == Type::kBFloat16) {
     const uint16_t* from = static_cast<const uint16_t*>(data) + offset;
-    if (stride == 1 && out_stride == 1) {  // the compiler vectorises this one
-      for (int64_t i = 0; i < count; ++i) out[i] = bfloat16_to_float(from[i]);
-      return;
-    }
-    for (int64_t i = 0; i < count; ++i) out[i * out_stride] = bfloat16_to_float(from[i * stride]);
+    load_16_bit<BFloat16>(from, stride, count, out, out_stride);
   } else {
     const uint16_t* from = static_cast<const uint16_t*>(data) + offset;
-    for (int64_t i = 0; i < count; ++i) out[i * out_stride] = half_to_float(from[i * stride]);
+    load_16_bit<Half>(from, stride, count, out, out_stride);
   }
 }
 
@@ -50,11 +70,9 @@ inline void store(void* data, Type type, int64_t offset, int64_t stride, int64_t
     float* to = static_cast<float*>(data) + offset;
     for (int64_t i = 0; i < count; ++i) to[i * stride] = in[i];
   } else if (type == Type::kBFloat16) {
-    uint16_t* to = static_cast<uint16_t*>(data) + offset;
-    for (int64_t i = 0; i < count; ++i) to[i * stride] = float_to_bfloat16(in[i]);
+    store_16_bit<BFloat16>(static_cast<uint16_t*>(data) + offset, stride, count, in);
   } else {
-    uint16_t* to = static_cast<uint16_t*>(data) + offset;
-    for (int64_t i = 0; i < count; ++i) to[i * stride] = float_to_half(in[i]);
+    store_16_bit<Half>(static_cast<uint16_t*>(data) + offset, stride, count, in);
   }
 }
 
