@@ -2,7 +2,7 @@
 //
 // One table of function pointers per instruction set (isa_<name>.cpp); dispatch.cpp picks the
 // best one that the machine can run. Letters: B batch, H heads, G kv heads, Lq query length,
-// Lk key length, D head dim, E value dim. Strides count elements and may be 0 or any other number.
+// Lk key length, D head dim, Dv value dim. Strides count elements and may be 0 or any other number.
 #pragma once
 
 #include <cstddef>
@@ -34,7 +34,7 @@ struct Attention {
   Type type;   // of query, key, value and out
   View query;  // (B, H, Lq, D)
   View key;    // (B, G, Lk, D); head h reads key head h / (H / G)
-  View value;  // (B, G, Lk, E)
+  View value;  // (B, G, Lk, Dv)
 
   View mask;  // (B, H, Lq, Lk) by strides of 0 where it broadcasts; no data: none
   Type mask_type = Type::kBool;
@@ -54,12 +54,12 @@ struct Attention {
 };
 
 struct AttentionForward : Attention {
-  MutableView out;       // (B, H, Lq, E)
+  MutableView out;       // (B, H, Lq, Dv)
   float* lse = nullptr;  // (B, H, Lq) contiguous, or none
 };
 
 struct AttentionBackward : Attention {
-  View grad_out;                    // (B, H, Lq, E)
+  View grad_out;                    // (B, H, Lq, Dv)
   const float* grad_lse = nullptr;  // (B, H, Lq) by strides, or none
   int64_t grad_lse_batch = 0, grad_lse_head = 0, grad_lse_row = 0;
   MutableView grad_query, grad_key, grad_value;
