@@ -230,13 +230,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.grad_value = mutable_view(grad_value);
 
   Tensor grad_mask;
-  std::vector<float> sums;
+  std::vector<float> full;
+  std::vector<double> sums;
   if (mask_gradient && mask && p.mask_type != ff::Type::kBool) {
     const auto sizes = mask->sizes();
     grad_mask = empty_contiguous(mask->dim(), sizes.data(), dtype_code(*mask));
+    const auto size = size_t(mask->numel());
     // One element more: an empty vector has no data and would look unwanted.
-    sums.assign(size_t(mask->numel()) + 1, 0.0f);
-    p.grad_mask = sums.data();
+    if (mask->numel() == p.batch * p.heads * p.q_len * p.kv_len) {
+      full.assign(size + 1, 0.0f);
+      p.grad_mask = full.data();
+    } else {
+      sums.assign(size + 1, 0.0);
+      p.grad_mask_sums = sums.data();
+    }
     int64_t strides[4];
     broadcast_strides(grad_mask, {p.batch, p.heads, p.q_len, p.kv_len}, strides);
     p.grad_mask_batch = strides[0], p.grad_mask_head = strides[1];
@@ -249,8 +256,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.out_of_memory = &out_of_memory;
   ff::kernels().attention_backward(p, parallel_for);
   STD_TORCH_CHECK(!out_of_memory, "fastfusion: out of memory");
-  if (p.grad_mask) {
-    ff::kernels().convert(sums.data(), grad_mask.mutable_data_ptr(), p.mask_type,
+  if (p.grad_mask_sums) full.assign(sums.begin(), sums.end());
+  if (!full.empty()) {
+    ff::kernels().convert(full.data(), grad_mask.mutable_data_ptr(), p.mask_type,
                           grad_mask.numel());
   }
   return {grad_query, grad_key, grad_value, grad_mask};

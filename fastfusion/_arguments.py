@@ -1,6 +1,5 @@
 """Checks and shape arithmetic that the op specifications share."""
 
-import math
 from typing import Any
 
 import torch
@@ -89,13 +88,15 @@ def check_padding_mask(
         raise ValueError(f"{name} must have shape {target}, got {tuple(mask.shape)}; {given}")
 
 
-def check_scale(scale: Any) -> None:
+def check_scale(scale: Any, query: Tensor) -> None:
+    """`scale` is a number that is finite in the dtype of the scores."""
     if scale is None:
         return
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    scores = torch.promote_types(query.dtype, torch.float32)
+    if not abs(scale) <= torch.finfo(scores).max:
+        raise ValueError(f"scale must be finite in {scores}, got {scale}")
 
 
 def check_dropout(dropout_p: Any) -> None:
@@ -114,6 +115,11 @@ def softmax_scale(scale: float | None, head_dim: int) -> float:
     return head_dim**-0.5 if scale is None else scale
 
 
+def device_type_of(tensor: Any) -> str:
+    """Of the first argument, which the check has not seen yet and need not be a tensor."""
+    return tensor.device.type if isinstance(tensor, Tensor) else "cpu"
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that an enabled autocast asks for on this device, None if there is none."""
     try:
@@ -124,8 +130,19 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def autocast_cast(dtype: torch.dtype | None, *tensors: Any) -> tuple[Any, ...]:
-    """As torch's own autocast does: floating tensors are cast, float64 and bool ones are not."""
+    """As torch's own autocast does: floating tensors are cast, float64 and others are not.
+
+    Runs before the check, since under autocast dtypes may be mixed; leaves alone what is no tensor.
+    """
     if dtype is None:
         return tensors
-    kept = (torch.bool, torch.float64)
-    return tuple(t if t is None or t.dtype in kept else t.to(dtype) for t in tensors)
+    return tuple(t.to(dtype) if _is_cast(t) else t for t in tensors)
+
+
+def autocast_mask(dtype: torch.dtype | None, mask: Any) -> Any:
+    """A float mask as float32: cast to 16 bits, the finfo.min of float32 would become -inf."""
+    return mask.float() if dtype is not None and _is_cast(mask) else mask
+
+
+def _is_cast(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64

@@ -36,11 +36,11 @@ def masked_scores(
     acc = accumulation_dtype(query.dtype)
     scores = (query.to(acc) @ key.to(acc).transpose(-1, -2)) * scale
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(scores.shape)
         if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -math.inf)
+            scores = scores.masked_fill(~attn_mask.expand(scores.shape), -math.inf)
         else:
-            scores = scores + attn_mask.to(acc)
+            # Cast first: the gradient is then reduced before it is rounded to 16 bits.
+            scores = scores + attn_mask.to(acc).expand(scores.shape)
     if is_causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         scores = scores.masked_fill(~visible, -math.inf)

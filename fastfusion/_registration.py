@@ -132,8 +132,8 @@ def _folded_mask(mask: Tensor | None, dim: int | None, size: int, batch: int) ->
     return mask.expand(-1, batch, -1, -1, -1).flatten(0, 1)
 
 
-def _unfold(tensor: Tensor, size: int) -> Tensor:
-    return tensor.unflatten(0, (size, tensor.shape[0] // size))
+def _unfold(tensor: Tensor, size: int, batch: int) -> Tensor:
+    return tensor.reshape(size, batch, *tensor.shape[1:])
 
 
 def _select(tensors: tuple[Any, ...], in_dims: tuple[Any, ...], index: int) -> list[Any]:
@@ -202,7 +202,7 @@ class _Backward(Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
         tensors, dims, size = given[:8], list(in_dims[:8]), info.batch_size
         mask_gradient = given[12]
-        if given[7] is not None or mask_gradient:
+        if size > 0 and (given[7] is not None or mask_gradient):
             # A dropout mask is a function of the batch index, and a mask's gradient is reduced
             # over the batch: neither survives folding.
             results = [
@@ -212,7 +212,7 @@ class _Backward(Function):
         batch = given[2].shape[0 if dims[2] is None or dims[2] > 0 else 1]
         folded = _folded(tensors, dims, size, batch, mask_at=5)
         grad_query, grad_key, grad_value, empty = _Backward.apply(*folded, *given[8:])
-        unfolded = tuple(_unfold(t, size) for t in (grad_query, grad_key, grad_value))
+        unfolded = tuple(_unfold(t, size, batch) for t in (grad_query, grad_key, grad_value))
         return (*unfolded, empty), (0, 0, 0, None)
 
 
@@ -261,14 +261,14 @@ class _Attention(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
         tensors, dims, size = given[:6], list(in_dims[:6]), info.batch_size
-        if given[5] is not None:
+        if size > 0 and given[5] is not None:
             results = [
                 _Attention.apply(*_select(tensors, tuple(dims), i), *given[6:]) for i in range(size)
             ]
             return _stacked(results), (0, 0)
         batch = given[0].shape[0 if dims[0] is None or dims[0] > 0 else 1]
         out, lse = _Attention.apply(*_folded(tensors, dims, size, batch, mask_at=3), *given[6:])
-        return (_unfold(out, size), _unfold(lse, size)), (0, 0)
+        return (_unfold(out, size, batch), _unfold(lse, size, batch)), (0, 0)
 
 
 class _AttentionEager(_Attention):

@@ -25,34 +25,45 @@ namespace {
 
 struct BackwardScratch {
   float *query_t, *grad_t, *query, *grad, *scores, *grad_scores, *factor, *key, *value;
-  float *grad_query, *grad_key, *grad_value, *weighted, *grad_lse;
+  float *grad_query, *part, *weighted, *grad_lse;
+  // One float32 chain over all panels and query heads would grow wrong with their number.
+  double *grad_key, *grad_value;
   Statistics statistics;
   int32_t* list;
 
   bool allocate(const Attention& p) {
     const int64_t columns = padded(kPanel);
     const int64_t dim = padded(p.head_dim), value_dim = padded(p.value_dim);
-    return carve(p,
-                 {{&query_t, p.head_dim * columns},
-                  {&grad_t, p.value_dim * columns},
-                  {&query, kPanel * dim},
-                  {&grad, kPanel * value_dim},
-                  {&scores, kBlock * columns},
-                  {&grad_scores, kBlock * columns},
-                  {&factor, p.dropout ? kBlock * columns : 0},
-                  {&key, kBlock * dim},
-                  {&value, kBlock * p.value_dim},
-                  {&grad_query, kPanel * dim},
-                  {&grad_key, p.kv_len * dim},
-                  {&grad_value, p.kv_len * value_dim},
-                  {&weighted, columns},
-                  {&grad_lse, columns},
-                  {&statistics.maximum, columns},
-                  {&statistics.sum, columns},
-                  {&statistics.rescale, columns}},
-                 &list);
+    float *key_sums, *value_sums;
+    const bool enough = carve(p,
+                              {{&query_t, p.head_dim * columns},
+                               {&grad_t, p.value_dim * columns},
+                               {&query, kPanel * dim},
+                               {&grad, kPanel * value_dim},
+                               {&scores, kBlock * columns},
+                               {&grad_scores, kBlock * columns},
+                               {&factor, p.dropout ? kBlock * columns : 0},
+                               {&key, kBlock * dim},
+                               {&value, kBlock * p.value_dim},
+                               {&grad_query, kPanel * dim},
+                               {&key_sums, 2 * p.kv_len * dim},
+                               {&value_sums, 2 * p.kv_len * value_dim},
+                               {&part, kBlock * (dim > value_dim ? dim : value_dim)},
+                               {&weighted, columns},
+                               {&grad_lse, columns},
+                               {&statistics.maximum, columns},
+                               {&statistics.sum, columns},
+                               {&statistics.rescale, columns}},
+                              &list);
+    grad_key = reinterpret_cast<double*>(key_sums);
+    grad_value = reinterpret_cast<double*>(value_sums);
+    return enough;
   }
 };
+
+inline void add(double* total, const float* part, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) total[i] += double(part[i]);
+}
 
 struct Panel {
   int64_t b, h, first, queries, columns;
@@ -127,13 +138,19 @@ inline void block_gradients(const AttentionBackward& p, const Panel& at, const K
       (p.dropout ? weight * Vec::load(s.factor + e) : weight).store(s.scores + e);
     }
   }
-  if (!p.grad_mask) return;
-  float* to =
-      p.grad_mask + at.b * p.grad_mask_batch + at.h * p.grad_mask_head + at.first * p.grad_mask_row;
-  for (int64_t j = 0; j < count; ++j)
-    for (int64_t i = 0; i < at.queries; ++i)
-      to[i * p.grad_mask_row + keys[block + j] * p.grad_mask_column] +=
-          s.grad_scores[j * columns + i];
+  const int64_t offset =
+      at.b * p.grad_mask_batch + at.h * p.grad_mask_head + at.first * p.grad_mask_row;
+  for (int64_t j = 0; j < count && (p.grad_mask || p.grad_mask_sums); ++j) {
+    const int64_t column = offset + keys[block + j] * p.grad_mask_column;
+    const float* grad = s.grad_scores + j * columns;
+    for (int64_t i = 0; i < at.queries; ++i) {
+      if (p.grad_mask) {
+        p.grad_mask[column + i * p.grad_mask_row] = grad[i];
+      } else {
+        p.grad_mask_sums[column + i * p.grad_mask_row] += double(grad[i]);
+      }
+    }
+  }
 }
 
 inline void backward_panel(const AttentionBackward& p, int64_t b, int64_t h, int64_t first,
@@ -175,10 +192,12 @@ inline void backward_panel(const AttentionBackward& p, int64_t b, int64_t h, int
       finish_statistics(p, at, s);
     }
     block_gradients(p, at, keys, block, count, one_block, s);
-    multiply(s.scores, columns, 1, at.grad.data, at.grad.stride, count, value_dim, queries,
-             s.grad_value + block * value_dim, value_dim, true);
-    multiply(s.grad_scores, columns, 1, at.query.data, at.query.stride, count, dim, queries,
-             s.grad_key + block * dim, dim, true);
+    multiply(s.scores, columns, 1, at.grad.data, at.grad.stride, count, value_dim, queries, s.part,
+             value_dim, false);
+    add(s.grad_value + block * value_dim, s.part, count * value_dim);
+    multiply(s.grad_scores, columns, 1, at.query.data, at.query.stride, count, dim, queries, s.part,
+             dim, false);
+    add(s.grad_key + block * dim, s.part, count * dim);
     multiply(s.grad_scores, 1, columns, key.data, key.stride, queries, dim, count, s.grad_query,
              dim, true);
   }
@@ -194,24 +213,25 @@ inline void backward_key_head(const AttentionBackward& p, int64_t b, int64_t gro
                               const BackwardScratch& s) {
   const int64_t dim = padded(p.head_dim), value_dim = padded(p.value_dim);
   const Keys keys = visible_keys(p, b, p.kv_len, s.list);
-  for (int64_t i = 0; i < p.kv_len * dim; ++i) s.grad_key[i] = 0.0f;
-  for (int64_t i = 0; i < p.kv_len * value_dim; ++i) s.grad_value[i] = 0.0f;
+  for (int64_t i = 0; i < p.kv_len * dim; ++i) s.grad_key[i] = 0.0;
+  for (int64_t i = 0; i < p.kv_len * value_dim; ++i) s.grad_value[i] = 0.0;
   const int64_t members = p.heads / p.kv_heads;
   for (int64_t h = group * members; h < (group + 1) * members; ++h)
     for (int64_t first = 0; first < p.q_len; first += kPanel)
       backward_panel(p, b, h, first, keys, s);
 
-  const auto write = [&](const MutableView& to, int64_t j, int64_t count, const float* from) {
-    store(to.data, p.type, b * to.batch + group * to.head + j * to.row, to.column, count, from);
+  const auto write = [&](const MutableView& to, int64_t j, int64_t count, const double* from,
+                         double factor) {
+    for (int64_t i = 0; i < count; ++i) s.part[i] = float(from[i] * factor);
+    store(to.data, p.type, b * to.batch + group * to.head + j * to.row, to.column, count, s.part);
   };
   // Rows past keys.count are still 0: what hidden keys get.
   int64_t next = 0, hidden = keys.count;
   for (int64_t j = 0; j < p.kv_len; ++j) {
     const bool visible = next < keys.count && keys[next] == j;
     const int64_t from = visible ? next++ : hidden++;
-    scale_row(s.grad_key + from * dim, dim, p.scale);
-    write(p.grad_key, j, p.head_dim, s.grad_key + from * dim);
-    write(p.grad_value, j, p.value_dim, s.grad_value + from * value_dim);
+    write(p.grad_key, j, p.head_dim, s.grad_key + from * dim, double(p.scale));
+    write(p.grad_value, j, p.value_dim, s.grad_value + from * value_dim, 1.0);
   }
 }
 
@@ -233,9 +253,9 @@ inline void attention_backward(const AttentionBackward& p, ParallelFor parallel)
   const int64_t slices = p.batch * p.kv_heads;
   if (slices == 0) return;
   int64_t key_heads = 1;
-  if (p.grad_mask && p.grad_mask_batch == 0) {
+  if (p.grad_mask_sums && p.grad_mask_batch == 0) {
     key_heads = slices;
-  } else if (p.grad_mask && p.grad_mask_head == 0) {
+  } else if (p.grad_mask_sums && p.grad_mask_head == 0) {
     key_heads = p.kv_heads;
   }
   const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *

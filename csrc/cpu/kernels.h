@@ -63,9 +63,10 @@ struct AttentionBackward : Attention {
   const float* grad_lse = nullptr;  // (B, H, Lq) by strides, or none
   int64_t grad_lse_batch = 0, grad_lse_head = 0, grad_lse_row = 0;
   MutableView grad_query, grad_key, grad_value;
-  // The sum over the scores that share an entry; strides of 0 where the mask broadcasts. The
-  // caller zeroes it. No data: not wanted.
+  // One of the two, zeroed by the caller, or neither where it is not wanted. A mask that broadcasts
+  // has strides of 0 here and sums over the scores that share an entry: possibly millions.
   float* grad_mask = nullptr;
+  double* grad_mask_sums = nullptr;
   int64_t grad_mask_batch = 0, grad_mask_head = 0, grad_mask_row = 0, grad_mask_column = 0;
 };
 

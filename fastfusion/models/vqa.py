@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import fastfusion.nn as ffnn
 from fastfusion._arguments import check_padding_mask, check_tensors, shapes
-from fastfusion.nn._cross_attention import check_sequences
+from fastfusion.nn._cross_attention import check_activation, check_sequences
 
 
 class VQATransformer(nn.Module):
@@ -32,7 +32,7 @@ class VQATransformer(nn.Module):
 
     Raises:
         ValueError: a width or count below 1, a width that ``num_heads`` does not divide,
-            ``dropout`` outside [0, 1].
+            ``dropout`` outside [0, 1], an unknown ``activation``.
         TypeError: a width or count that is not an int.
 
     The two-stream layout follows LXMERT (Tan and Bansal, 2019, https://arxiv.org/abs/1908.07490);
@@ -79,6 +79,7 @@ class VQATransformer(nn.Module):
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
 
+        check_activation(activation)
         self.visual_dim, self.text_dim = visual_dim, text_dim
         shared: dict[str, Any] = {
             "dropout": dropout,
@@ -163,7 +164,11 @@ class VQATransformer(nn.Module):
         """
         if not torch.compiler.is_compiling():
             # Here already, so that a wrong text fails before the image is encoded.
-            check_sequences({"visual": visual, "text": text}, (self.visual_dim, self.text_dim))
+            check_sequences(
+                {"visual": visual, "text": text},
+                (self.visual_dim, self.text_dim),
+                self.output.weight,
+            )
         return self.fuse(
             self.encode_visual(visual, visual_padding_mask),
             self.encode_text(text, text_padding_mask),
@@ -193,7 +198,7 @@ def _check(name: str, tokens: Tensor, width: int, padding_mask: Tensor | None) -
 def _mean(tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
     """The mean over the tokens that are not padding; 0 where all are."""
     if padding_mask is None:
-        return tokens.mean(dim=1)
+        return tokens.sum(dim=1) / max(tokens.shape[1], 1)
     total = tokens.masked_fill(padding_mask.unsqueeze(-1), 0.0).sum(dim=1)
     count = (~padding_mask).sum(dim=1, keepdim=True).clamp(min=1)
     return total / count

@@ -1,13 +1,17 @@
 """Attention from one sequence to another of a different width."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfusion import _arguments as arguments
 from fastfusion.nn._weights import attention_with_weights
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 class CrossAttention(nn.Module):
@@ -133,12 +137,15 @@ class CrossAttention(nn.Module):
         key_padding_mask: Any,
         attn_mask: Any,
     ) -> None:
-        given = check_sequences(
-            {"query": query, "context": context}, (self.query_dim, self.context_dim)
+        dtype, given = check_sequences(
+            {"query": query, "context": context},
+            (self.query_dim, self.context_dim),
+            self.q_proj.weight,
         )
         batch, q_len, kv_len = query.shape[0], query.shape[1], context.shape[1]
         target = (batch, self.num_heads, q_len, kv_len)
-        arguments.check_attn_mask(attn_mask, query, target, given)
+        mask = arguments.autocast_mask(dtype, attn_mask)
+        arguments.check_attn_mask(mask, query, target, given)
         arguments.check_padding_mask(
             "key_padding_mask", key_padding_mask, query, (batch, kv_len), given
         )
@@ -165,17 +172,35 @@ def check_dropout(dropout: Any) -> None:
         raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
 
 
-def check_sequences(sequences: dict[str, Any], widths: tuple[int, int]) -> str:
-    """Two tensors (batch, length, width) of one batch, dtype and device; returns their shapes."""
-    arguments.check_tensors(**sequences)
+def check_sequences(
+    sequences: dict[str, Any], widths: tuple[int, int], weight: Tensor
+) -> tuple[torch.dtype | None, str]:
+    """Two tensors (batch, length, width) of one batch, and of the dtype and device of `weight`.
+
+    Returns:
+        The dtype of an enabled autocast, which lets dtypes differ, and the shapes for messages.
+    """
+    dtype = arguments.autocast_dtype(weight.device.type)
+    cast = arguments.autocast_cast(dtype, *sequences.values())
+    arguments.check_tensors(**dict(zip(sequences, cast, strict=True)))
     given = arguments.shapes(**sequences)
     for (name, tensor), width in zip(sequences.items(), widths, strict=True):
         if tensor.dim() != 3 or tensor.shape[2] != width:
             raise ValueError(f"{name} must have shape (batch, length, {width}), got {given}")
+        if dtype is None and tensor.dtype != weight.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of the weights, {weight.dtype}, got {tensor.dtype}"
+            )
+        arguments.check_device(name, tensor, "the weights", weight)
     (first_name, first), (name, tensor) = sequences.items()
     if tensor.shape[0] != first.shape[0]:
         raise ValueError(f"{name} must have the batch size of {first_name}, got {given}")
-    return given
+    return dtype, given
+
+
+def check_activation(activation: Any) -> None:
+    if not (callable(activation) or (isinstance(activation, str) and activation in ACTIVATIONS)):
+        raise ValueError(f"activation must be relu, gelu or callable, got {activation!r}")
 
 
 def init_halves(linear: nn.Linear) -> None:

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfusion import _arguments as arguments
 from fastfusion.nn._cross_attention import (
+    ACTIVATIONS,
+    check_activation,
     check_counts,
     check_dropout,
     check_sequences,
@@ -16,8 +17,6 @@ from fastfusion.nn._cross_attention import (
 )
 from fastfusion.nn._weights import bidirectional_with_weights
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 class CrossModalAttention(nn.Module):
@@ -83,8 +82,7 @@ class CrossModalAttention(nn.Module):
                 f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}"
             )
         check_dropout(dropout)
-        if not (callable(activation) or activation in _ACTIVATIONS):
-            raise ValueError(f"activation must be relu, gelu or callable, got {activation!r}")
+        check_activation(activation)
         self.visual_dim, self.text_dim, self.embed_dim = visual_dim, text_dim, embed_dim
         self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
         self.dropout = dropout
@@ -95,7 +93,7 @@ class CrossModalAttention(nn.Module):
                 embed_dim,
                 dim_feedforward,
                 dropout,
-                activation if callable(activation) else _ACTIVATIONS[activation],
+                activation if callable(activation) else ACTIVATIONS[activation],
                 layer_norm_eps,
                 bias,
                 {"device": device, "dtype": dtype},
@@ -163,7 +161,11 @@ class CrossModalAttention(nn.Module):
     def _check(
         self, visual: Any, text: Any, visual_padding_mask: Any, text_padding_mask: Any
     ) -> None:
-        given = check_sequences({"visual": visual, "text": text}, (self.visual_dim, self.text_dim))
+        _, given = check_sequences(
+            {"visual": visual, "text": text},
+            (self.visual_dim, self.text_dim),
+            self.visual.in_proj.weight,
+        )
         for name, mask, tensor in (
             ("visual_padding_mask", visual_padding_mask, visual),
             ("text_padding_mask", text_padding_mask, text),

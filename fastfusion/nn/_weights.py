@@ -40,7 +40,7 @@ def attention_with_weights(
         bias = padding if bias is None else bias + padding
     dead = None
     if bias is not None:
-        bias, dead = _split_dead_rows(bias.to(query.dtype))
+        bias, dead = _split_dead_rows(_narrowed(bias, query.dtype))
     weights = _weights(_scores(query, key, bias), dead, dropout_p)
     return _gather(weights, value), weights
 
@@ -102,6 +102,14 @@ def _without(tensor: Tensor, padding_mask: Tensor) -> Tensor:
 def _padding_bias(padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
     bias = torch.zeros_like(padding_mask, dtype=dtype).masked_fill(padding_mask, -math.inf)
     return bias[:, None, None, :]
+
+
+def _narrowed(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias in the dtype of the scores; its finite numbers, finfo.min too, stay finite."""
+    if bias.dtype == dtype:
+        return bias
+    lowest = bias.clamp(min=torch.finfo(dtype).min)
+    return lowest.masked_fill(bias == -math.inf, -math.inf).to(dtype)
 
 
 def _split_dead_rows(bias: Tensor) -> tuple[Tensor, Tensor]:

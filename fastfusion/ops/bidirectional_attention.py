@@ -78,17 +78,16 @@ def bidirectional_attention(
         ValueError: shapes, devices or numbers that do not fit; the message prints them.
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
+    device_type = arguments.device_type_of(query)
+    dtype = arguments.autocast_dtype(device_type)
+    query, key, value, query_value = arguments.autocast_cast(dtype, query, key, value, query_value)
+    attn_mask = arguments.autocast_mask(dtype, attn_mask)
     if not torch.compiler.is_compiling():
         check(
             query, key, value, query_value, attn_mask=attn_mask,
             query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
             scale=scale, dropout_p=dropout_p, return_lse=return_lse,
         )  # fmt: skip
-    device_type = query.device.type
-    dtype = arguments.autocast_dtype(device_type)
-    query, key, value, query_value, attn_mask = arguments.autocast_cast(
-        dtype, query, key, value, query_value, attn_mask
-    )
     unbatched = query.dim() == 3
     given = normalize(
         query, key, value, query_value, attn_mask=attn_mask,
@@ -138,7 +137,7 @@ def check(
     arguments.check_padding_mask(
         "key_padding_mask", key_padding_mask, query, (*batch, kv_len), given
     )
-    arguments.check_scale(scale)
+    arguments.check_scale(scale, query)
     arguments.check_dropout(dropout_p)
     arguments.check_flag("return_lse", return_lse)
 

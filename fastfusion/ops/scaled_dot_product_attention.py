@@ -123,14 +123,15 @@ def _call(
     backend: str | None,
 ) -> Any:
     """The general road: any rank, broadcast dimensions, autocast, dropout, tracing."""
+    device_type = arguments.device_type_of(query)
+    dtype = arguments.autocast_dtype(device_type)
+    query, key, value = arguments.autocast_cast(dtype, query, key, value)
+    attn_mask = arguments.autocast_mask(dtype, attn_mask)
     if not _is_compiling():
         check(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
             key_padding_mask=key_padding_mask, return_lse=return_lse,
         )  # fmt: skip
-    device_type = query.device.type
-    dtype = arguments.autocast_dtype(device_type)
-    query, key, value, attn_mask = arguments.autocast_cast(dtype, query, key, value, attn_mask)
     leading = query.shape[:-3] if query.dim() != 4 else None
     given = normalize(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
@@ -197,7 +198,7 @@ def check(
         "key_padding_mask", key_padding_mask, query, (*leading, kv_len), given
     )
     arguments.check_dropout(dropout_p)
-    arguments.check_scale(scale)
+    arguments.check_scale(scale, query)
     arguments.check_flag("is_causal", is_causal)
     arguments.check_flag("return_lse", return_lse)
 

@@ -61,14 +61,14 @@ def varlen_attention(
             the device.
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
+    device_type = arguments.device_type_of(query)
+    dtype = arguments.autocast_dtype(device_type)
+    query, key, value = arguments.autocast_cast(dtype, query, key, value)
     if not torch.compiler.is_compiling():
         check(
             query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             is_causal=is_causal, scale=scale, dropout_p=dropout_p, return_lse=return_lse,
         )  # fmt: skip
-    device_type = query.device.type
-    dtype = arguments.autocast_dtype(device_type)
-    query, key, value = arguments.autocast_cast(dtype, query, key, value)
     given = normalize(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         is_causal=is_causal, scale=scale, dropout_p=dropout_p, return_lse=return_lse,
@@ -113,7 +113,7 @@ def check(
             + arguments.shapes(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         )
     arguments.check_flag("is_causal", is_causal)
-    arguments.check_scale(scale)
+    arguments.check_scale(scale, query)
     arguments.check_dropout(dropout_p)
     arguments.check_flag("return_lse", return_lse)
 

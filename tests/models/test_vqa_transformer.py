@@ -236,3 +236,13 @@ def test_bad_forward(change: dict[str, Any], error: type[Exception], text: str) 
     visual, words = features()
     with pytest.raises(error, match=text):
         model(**({"visual": visual, "text": words} | change))
+
+
+def test_an_empty_modality_has_mean_zero() -> None:
+    model = VQATransformer(8, 8, 2, 16, 1, 3)
+    assert model(torch.randn(1, 2, 8), torch.randn(1, 0, 8)).isfinite().all()
+
+
+def test_unknown_activation() -> None:
+    with pytest.raises(ValueError, match="activation"):
+        VQATransformer(8, 8, 2, 16, 1, 3, activation="foo")

@@ -10,6 +10,7 @@ from nn_cases import assert_same, hidden, option_id
 from torch import Tensor
 
 import fastfusion as ff
+import fastfusion.nn as nn
 
 BATCH, Q_LEN, KV_LEN = 2, 3, 5
 
@@ -326,3 +327,44 @@ def test_bad_cross_modal_input(case: str, need_weights: bool) -> None:
 def test_repr_names_the_sizes() -> None:
     assert "query_dim=8, context_dim=6, num_heads=2, head_dim=4" in repr(CROSS(8, 6, 2))
     assert "visual_dim=8, text_dim=6, num_heads=2, embed_dim=8" in repr(MODAL(8, 6, 2))
+
+
+def test_autocast_takes_mixed_dtypes() -> None:
+    words, regions = torch.randn(2, 5, 16), torch.randn(2, 7, 24).bfloat16()
+    mask = torch.zeros(5, 7).half()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = nn.CrossAttention(16, 24, 4)(words, regions, attn_mask=mask)
+        visual, text = nn.CrossModalAttention(24, 16, 4)(regions, words)
+        attended, _ = nn.MultiheadAttention(16, 4, batch_first=True)(
+            words, words, words, need_weights=False, attn_mask=torch.zeros(5, 5).half()
+        )
+    assert out.dtype == attended.dtype == torch.bfloat16
+    assert visual.shape == regions.shape and text.shape == words.shape
+
+
+def test_lowest_number_of_a_mask_is_not_minus_infinity() -> None:
+    module = nn.CrossAttention(16, 16, 2).bfloat16()
+    words, regions = torch.randn(1, 4, 16).bfloat16(), torch.randn(1, 6, 16).bfloat16()
+    lowest = torch.full((4, 6), torch.finfo(torch.float32).min)
+    mean = module.kv_proj(regions)[..., 16:].mean(1, keepdim=True)
+    out = module(words, regions, attn_mask=lowest)
+    torch.testing.assert_close(out, module.out_proj(mean).expand_as(out))
+    _, weights = module(words, regions, attn_mask=lowest, need_weights=True)
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / 6))
+
+
+@pytest.mark.parametrize(
+    ("module", "error", "name"),
+    [
+        (lambda: nn.CrossAttention(8, 8, 2)(*[torch.randn(1, 2, 8).double()] * 2), TypeError,
+         "query"),
+        (lambda: nn.CrossAttention(8, 8, 2, device="meta")(*[torch.randn(1, 2, 8)] * 2),
+         ValueError, "query"),
+        (lambda: nn.CrossModalAttention(8, 8, 2)(*[torch.randn(1, 2, 8).double()] * 2), TypeError,
+         "visual"),
+        (lambda: nn.CrossModalAttention(8, 8, 2, activation=[]), ValueError, "activation"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_the_weights(module: Any, error: type[Exception], name: str) -> None:
+    with pytest.raises(error, match=name):
+        module()

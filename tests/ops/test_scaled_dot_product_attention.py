@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accuracy import assert_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from suite import DTYPES, Case, OpSuite, Target, plain_attention
@@ -157,6 +158,31 @@ class TestScaledDotProductAttention(OpSuite):
                 call["attn_mask"][:, 0] = True
             torch.testing.assert_close(target.call(self.function, **call)[0], torch_sdpa(**call))
 
+    @pytest.mark.parametrize("mask", [(40,), (1, 1), (2, 1, 1, 40), (8, 1, 1)], ids=str)
+    def test_long_sums_in_gradients(self, mask: Any, target: Target) -> None:
+        """Terms of one sign from 4,096 rows of 8 query heads, added to few gradients: a single
+        float32 chain errs by ten times the plain formula."""
+        query, weight = torch.rand(2, 8, 4096, 8), torch.rand(2, 8, 4096, 8)
+        key = torch.rand(2, 1, 40, 8)
+        bias = torch.zeros(mask)
+
+        def gradients(function: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+            q, k, v, b, g = (t.to(dtype) for t in (query, key, key, bias, weight))
+            inputs = [t.clone().requires_grad_() for t in (k, v, b)]
+            out, lse = function(q, inputs[0], inputs[1], inputs[2], enable_gqa=True)
+            return torch.autograd.grad((out * g).sum() + lse.sum(), inputs)
+
+        exact = gradients(spec.reference, torch.float64)
+        plain = gradients(plain_attention, torch.float32)
+        actual = gradients(
+            lambda q, k, v, b, **kw: target.call(
+                self.function, query=q, key=k, value=v, attn_mask=b, return_lse=True, **kw
+            ),
+            torch.float32,
+        )
+        for triple in zip(actual, exact, plain, strict=True):
+            assert_accurate(*map(self.slices, triple))
+
     @settings(max_examples=60, deadline=None)
     @given(
         # Lengths and dims of a few numbers are among the cases above: on them the rounding of the
@@ -268,15 +294,41 @@ def test_autocast() -> None:
         out = ff.scaled_dot_product_attention(query, key, value, bias)
         by_reference = ff.scaled_dot_product_attention(query, key, value, bias, backend="reference")
     assert out.dtype == by_reference.dtype == torch.bfloat16
+    # The mask stays float32: in 16 bits its finfo.min would be -inf.
     expected = ff.scaled_dot_product_attention(
-        query.bfloat16(), key.bfloat16(), value.bfloat16(), bias.bfloat16()
+        query.bfloat16(), key.bfloat16(), value.bfloat16(), bias
     )
     assert torch.equal(out, expected)
     exact = ff.scaled_dot_product_attention(
-        *(t.bfloat16().double() for t in (query, key, value)), bias.bfloat16().double()
+        *(t.bfloat16().double() for t in (query, key, value)), bias.double()
     )
     # Autocast inside the reference would round the scores to bfloat16 and be ten times worse.
     rounding = (exact.bfloat16().double() - exact).norm()
     assert (by_reference.double() - exact).norm() < 1.5 * rounding
     out.float().sum().backward()
     assert query.grad is not None and query.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_autocast_takes_mixed_dtypes(backend: str | None) -> None:
+    query, key, value = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    mask = torch.randn(5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = ff.scaled_dot_product_attention(query, key, value, mask.half())
+        out = ff.scaled_dot_product_attention(
+            query, key.bfloat16(), value, mask.half(), backend=backend
+        )
+        packed = ff.varlen_attention(
+            *(t.transpose(1, 2).flatten(0, 1) for t in (query, key.bfloat16(), value)),
+            *[torch.tensor([0, 5, 10])] * 2, 5, 5, backend=backend,
+        )  # fmt: skip
+        both = ff.bidirectional_attention(query, key.bfloat16(), value, value, backend=backend)
+    torch.testing.assert_close(out, expected)
+    assert {t.dtype for t in (out, packed, *both)} == {torch.bfloat16}
+
+
+def test_vmap_over_nothing() -> None:
+    _, key, value = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    none = torch.randn(0, 2, 3, 4, 8)
+    out = torch.vmap(lambda q: ff.scaled_dot_product_attention(q, key, value))(none)
+    assert out.shape == none.shape
