@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A tuple of `is` comparisons would be faster than a set only for its first member.
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
