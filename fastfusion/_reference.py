@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastfusion import _philox
+from fastfusion._arguments import softmax_scale
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -118,7 +119,7 @@ def attention_reference(
 ) -> tuple[Tensor, Callable[[], Tensor]]:
     """out, and lse on demand, of normalised arguments; see `scaled_dot_product_attention`."""
     heads, acc = query.shape[1], accumulation_dtype(query.dtype)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = softmax_scale(scale, query.shape[-1])
     key = _grouped(hide(key, key_padding_mask), heads)
     value = _grouped(hide(value, key_padding_mask), heads)
     scores = masked_scores(query, key, attn_mask, key_padding_mask, is_causal, scale)
@@ -150,7 +151,7 @@ def attention_backward_reference(
     of this function is the second derivative of attention.
     """
     heads, kv_heads, acc = query.shape[1], key.shape[1], accumulation_dtype(query.dtype)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = softmax_scale(scale, query.shape[-1])
     key = _grouped(hide(key, key_padding_mask), heads)
     value = _grouped(hide(value, key_padding_mask), heads)
     scores = masked_scores(query, key, attn_mask, key_padding_mask, is_causal, scale)

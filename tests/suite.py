@@ -128,7 +128,7 @@ class OpSuite:
             # The weight in the result's own dtype: the gradient that arrives is then the same
             # number in every dtype.
             loss = loss + (finite * weight.to(torch.bfloat16).double()).sum()
-        names = [n for n in leaves(call)]
+        names = leaves(call)
         if not loss.requires_grad:
             return results, {}
         gradients = torch.autograd.grad(loss, [call[n] for n in names], allow_unused=True)
@@ -153,6 +153,8 @@ class OpSuite:
                 assert_accurate(*map(self.lse_slices, (a, e, p.float())))
             else:
                 assert_accurate(*map(self.slices, (a, e, p)))
+        # An implementation that lost its graph would have no gradients to be wrong.
+        assert gradients.keys() == (exact_gradients.keys() if target.differentiable else set())
         for name, gradient in gradients.items():
             assert gradient.dtype == call[name].dtype and gradient.shape == call[name].shape
             assert_accurate(
