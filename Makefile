@@ -10,14 +10,40 @@ BIN := $(VENV)/bin
 READ_GROUP := import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]])
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
+# `make gpu` and `make tune` need a torch that sees the GPU: that of GPU_PYTHON where it is set (fastfusion has to be
+# installed there), of .venv, or of $(PYTHON), with fastfusion in a thin environment on top. ARGS goes to the command.
+GPU_PYTHON ?=
+ARGS ?=
+GPU_VENV := .venv-gpu
+SEES_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
+# What $(PYTHON) imports from; it may be a virtual environment itself, whose packages another one does not inherit.
+LIST_SITES := import sys; [print(f"import site; site.addsitedir({p!r})") for p in sys.path if p.endswith("-packages")]
+BUILD := setup.py --quiet build_ext --inplace
+
+define on_gpu
+@set -e; python='$(GPU_PYTHON)'; \
+sees() { test -x "$$(command -v $$1)" && $$1 -c '$(SEES_GPU)' 2>/dev/null; }; \
+if [ -z "$$python" ] && [ ! -x $(BIN)/python ] && command -v nvidia-smi >/dev/null && ! sees $(PYTHON); then \
+	$(MAKE) -s --no-print-directory build; fi; \
+if [ -n "$$python" ]; then :; \
+elif sees $(BIN)/python; then $(MAKE) -s --no-print-directory build; python=$(BIN)/python; \
+elif sees $(PYTHON); then $(MAKE) -s --no-print-directory $(GPU_VENV)/install.stamp; python=$(GPU_VENV)/bin/python; \
+	$$python $(BUILD); \
+else echo "make $@ needs an NVIDIA GPU; torch sees none" >&2; exit 1; fi; \
+OMP_NUM_THREADS=1 exec $$python -m fastfusion.benchmarks.$@ $(ARGS)
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench build wheel clean
+.PHONY: help demo test lint format bench kernels gpu tune build wheel clean
 
 help:
 	@echo "make demo     answer questions about images, and compare with stock torch"
 	@echo "make test     run the tests"
 	@echo "make lint     ruff, mypy, clang-format      make format   apply them"
 	@echo "make bench    the microbenchmarks           make wheel    build a wheel into dist/"
+	@echo "make kernels  compile the Triton kernels for every GPU, and check them (ARGS=--quick: 3 minutes)"
+	@echo "make gpu      test and time everything on an NVIDIA GPU (ARGS=--quick: 10 minutes)"
+	@echo "make tune     find the kernels' tiles for that GPU"
 	@echo "make clean    remove what was built (.venv stays)"
 
 # One stamp for the environment, one for the editable install; both last until the files that define them change.
@@ -36,7 +62,7 @@ $(VENV)/install.stamp: $(VENV)/dependencies.stamp setup.py
 
 build: $(VENV)/install.stamp
 	@echo "building the native part (only what changed)"
-	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/python $(BUILD)
 
 demo: build
 	@$(BIN)/python -m fastfusion demo
@@ -59,6 +85,21 @@ format: $(VENV)/dependencies.stamp
 bench: build
 	@OMP_NUM_THREADS=1 $(BIN)/python -m fastfusion bench --quick
 
+# The committed table is that of all builds.
+kernels: build
+	@OMP_NUM_THREADS=1 $(BIN)/python -m fastfusion.benchmarks.kernels --jobs $(JOBS) \
+		$(if $(ARGS),$(ARGS),--json benchmarks/results/kernels-triton.json)
+
+$(GPU_VENV)/install.stamp: setup.py pyproject.toml
+	@echo "installing fastfusion into $(GPU_VENV), on top of the packages of $(PYTHON)"
+	@$(PYTHON) -m venv --clear --without-pip $(GPU_VENV)
+	@$(PYTHON) -c '$(LIST_SITES)' >"$$(echo $(GPU_VENV)/lib/python3*/site-packages)/below.pth"
+	@$(GPU_VENV)/bin/python -m pip install -qq --no-build-isolation --no-deps --editable .
+	@touch $@
+
+gpu tune:
+	$(on_gpu)
+
 wheel: $(VENV)/dependencies.stamp
 	@rm -rf build/lib* dist
 	@$(BIN)/python -m pip wheel -qq --no-build-isolation --no-deps --wheel-dir dist .
@@ -66,4 +107,5 @@ wheel: $(VENV)/dependencies.stamp
 
 clean:
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf $(GPU_VENV)
 	@rm -f fastfusion/*.so $(VENV)/install.stamp

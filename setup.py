@@ -270,6 +270,7 @@ setup(
         "fastfusion": ["py.typed"],
         "fastfusion.models": ["*.safetensors"],
         "fastfusion.benchmarks": ["*.json"],
+        "fastfusion.kernels": ["configs/*.json"],
     },
     include_package_data=False,
     ext_modules=native_extensions(),

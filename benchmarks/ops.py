@@ -104,7 +104,9 @@ def expected_results(op: Any, call: dict[str, Any], count: int, backward: bool) 
     results = as_tuple(op.reference(**exact))[:count]
     generator = torch.Generator().manual_seed(1)
     dtype = floating(call)[0].dtype
-    seeds = [torch.randn(t.shape, generator=generator).to(dtype) for t in results]
+    seeds = [
+        torch.randn(t.shape, generator=generator, device="cpu").to(t.device, dtype) for t in results
+    ]
     return torch.autograd.grad(results, leaves, [s.double() for s in seeds]), seeds
 
 

@@ -60,7 +60,13 @@ def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A mask in the form that is added to the scores."""
     if mask is None or mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+def lower_triangle(query: Tensor, key: Tensor) -> Tensor:
+    """The causal mask, True = attend, aligned top left."""
+    size = (query.shape[-2], key.shape[-2])
+    return torch.ones(size, dtype=torch.bool, device=query.device).tril()
 
 
 def unfused(call: Arguments) -> Callable[[], Tensor]:
@@ -68,9 +74,8 @@ def unfused(call: Arguments) -> Callable[[], Tensor]:
     query, key = call["query"], call["key"]
     bias = additive(attend_mask(call), query.dtype)
     if call.get("is_causal"):
-        lower = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
-        hidden = torch.zeros(lower.shape, dtype=query.dtype).masked_fill_(~lower, float("-inf"))
-        bias = hidden if bias is None else bias + hidden
+        hidden = additive(lower_triangle(query, key), query.dtype)
+        bias = hidden if bias is None or hidden is None else bias + hidden
     scale = call.get("scale", query.shape[-1] ** -0.5)
     return partial(unfused_formula, query, key, call["value"], bias, scale)
 

@@ -6,6 +6,7 @@
 `info()` says what this machine can run, `explain(op, ...)` what a call would run and why.
 """
 
+from fastfusion._cuda_graph import CudaGraphed, cuda_graph
 from fastfusion._info import Info, explain, info
 from fastfusion._op import BackendUnavailableError, Explanation, use_backend
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
@@ -18,9 +19,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
+    "CudaGraphed",
     "Explanation",
     "Info",
     "bidirectional_attention",
+    "cuda_graph",
     "explain",
     "info",
     "models",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastfusion import _library, _op, ops
+from fastfusion import _library, _op, _triton, ops
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,12 @@ def _cpu_name() -> str:
 
 def backend_reasons() -> dict[str, str | None]:
     """Each backend's reason for being unavailable on this machine, None where it is available."""
-    gpu = "kernels for GPUs are not part of this version"
-    return {"cuda": gpu, "triton": gpu, "cpu": _library.cpu_unavailable, "reference": None}
+    return {
+        "cuda": "CUDA kernels are not part of this version",
+        "triton": _triton.unavailable(),
+        "cpu": _library.cpu_unavailable,
+        "reference": None,
+    }
 
 
 def info() -> Info:

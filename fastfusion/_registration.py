@@ -1,4 +1,4 @@
-"""How torch sees the compiled attention op: shapes for tracing, gradients, vmap, FLOPs.
+"""How torch sees the compiled attention op: shapes for tracing, gradients, vmap.
 
 The C++ library defines one kernel under two schemas and its backward:
 
@@ -13,13 +13,13 @@ Function styles: `_Eager` for plain eager calls, `_Attention` for torch.func and
 Order of choice and reasons: see `attention`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils.flop_counter import register_flop_formula
 
 from fastfusion import _library
 from fastfusion._reference import attention_backward_reference, attention_reference
@@ -85,10 +85,15 @@ def attention(
     return result if return_lse else result[0]
 
 
-def refuses(query: Tensor, *others: Any) -> list[str]:
+_ON_GPU = ("the inputs are on a GPU",)
+
+
+def refuses(query: Tensor, *others: Any) -> Sequence[str]:
     """Why the compiled op cannot run a call with this query, one sentence per reason."""
     if query.is_cpu and query.dtype in DTYPES and _library.cpu_unavailable is None:
-        return []
+        return ()
+    if query.is_cuda:
+        return _ON_GPU  # asked before each call there
     reasons = []
     if _library.cpu_unavailable is not None:
         reasons.append(_library.cpu_unavailable)
@@ -298,7 +303,7 @@ class _Eager(Function):
         return _Attention.backward(ctx, grad_out, None)
 
 
-def _fake(
+def fake_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -330,10 +335,10 @@ def _fake(
 
 
 def _fake_out(*given: Any) -> Tensor:
-    return _fake(*given)[0]
+    return fake_attention(*given)[0]
 
 
-def _fake_backward(
+def fake_attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -363,20 +368,6 @@ def _graph_vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
     return _Attention.vmap(info, in_dims, *given)
 
 
-def _flops(query: Any, key: Any, value: Any, *given: Any, **kwargs: Any) -> int:
-    """FLOPs from shapes, as torch.utils.flop_counter asks for them."""
-    batch, heads, q_len, dim = query
-    return 2 * batch * heads * q_len * key[2] * (dim + value[3])
-
-
-def _backward_flops(
-    grad_out: Any, grad_lse: Any, query: Any, key: Any, value: Any, *given: Any, **kwargs: Any
-) -> int:
-    # Scores again, dP, dV, dQ and dK: five products against the forward's two.
-    batch, heads, q_len, dim = query
-    return 2 * batch * heads * q_len * key[2] * (3 * dim + 2 * value[3])
-
-
 def _register() -> None:
     global _out, _forward, _backward, _graph
     ops = torch.ops.fastfusion
@@ -385,16 +376,14 @@ def _register() -> None:
     _out = ops.attention_out.default
     _backward = ops.attention_backward.default
     for name, fake in (
-        ("attention", _fake),
-        ("attention_forward", _fake),
+        ("attention", fake_attention),
+        ("attention_forward", fake_attention),
         ("attention_out", _fake_out),
-        ("attention_backward", _fake_backward),
+        ("attention_backward", fake_attention_backward),
     ):
         torch.library.register_fake(f"fastfusion::{name}", fake)
     _IMPLEMENTATIONS.impl("attention", _autograd_kernel, "Autograd")
     torch.library.register_vmap("fastfusion::attention", _graph_vmap)
-    register_flop_formula([ops.attention, ops.attention_forward, ops.attention_out])(_flops)
-    register_flop_formula(ops.attention_backward)(_backward_flops)
 
 
 _IMPLEMENTATIONS = torch.library.Library("fastfusion", "IMPL")

@@ -1,11 +1,23 @@
-"""Seeds, thread counts and the generation of the shared op suite."""
+"""The device, seeds, thread counts and the generation of the shared op suite.
 
+`pytest --device cuda` runs on a GPU; the default is the CPU, where Triton kernels run in Triton's
+interpreter.
+"""
+
+import os
+import sys
 from collections.abc import Iterator
+
+# Read when Triton is imported, so it is set before any other import. pytest's workers do not see the
+# option so early, but inherit the variable.
+_ON_GPU = "cuda" in sys.argv or "--device=cuda" in sys.argv
+os.environ.setdefault("TRITON_INTERPRET", "0" if _ON_GPU else "1")
 
 import hypothesis
 import pytest
 import torch
-from suite import OpSuite
+import triton_interpreter
+from suite import DEVICE, OpSuite
 
 import fastfusion as ff
 
@@ -19,6 +31,17 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.differing_executors],
 )
 hypothesis.settings.load_profile("fastfusion")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if DEVICE == "cpu":
+        triton_interpreter.mend()
+    else:
+        torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -46,5 +69,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("target", suite.targets(), ids=str)
     if "native_target" in wanted:
         metafunc.parametrize("native_target", suite.native_targets(), ids=str)
+    if "threaded_target" in wanted:
+        metafunc.parametrize("threaded_target", suite.threaded_targets(), ids=str)
     if "dtype" in wanted:
         metafunc.parametrize("dtype", suite.dtypes, ids=lambda d: str(d).removeprefix("torch."))

@@ -57,9 +57,14 @@ def test_there_are_two_environment_variables() -> None:
 
 
 def test_the_library_reads_no_other_environment_variable() -> None:
+    """But Triton's own, which says that its interpreter takes CPU tensors."""
     read = re.compile(r"(?:getenv\(|environ(?:\.get\(|\[)|in os\.environ)\s*[\"'](\w+)[\"']")
     for path in files("fastfusion", "kernels", "csrc"):
-        others = set(read.findall(path.read_text())) - {"FASTFUSION_BACKEND", "FASTFUSION_CPU_ISA"}
+        others = set(read.findall(path.read_text())) - {
+            "FASTFUSION_BACKEND",
+            "FASTFUSION_CPU_ISA",
+            "TRITON_INTERPRET",
+        }
         assert not others, f"{relative(path)} reads {others}"
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfusion import _arguments as arguments
+from fastfusion.nn import _fused
 from fastfusion.nn._weights import attention_with_weights
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
@@ -109,14 +110,17 @@ class CrossAttention(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self._check(query, context, key_padding_mask, attn_mask)
+        if not need_weights:
+            if attn_mask is not None and attn_mask.dtype == torch.bool:
+                attn_mask = ~attn_mask
+            if _fused.cross_attention_fits(self, query, context):
+                return _fused.cross_attention(self, query, context, key_padding_mask, attn_mask)
         heads = (self.num_heads, self.head_dim)
         q = self.q_proj(query).unflatten(-1, heads).transpose(1, 2)
         k, v = self.kv_proj(context).unflatten(-1, (2, *heads)).unbind(2)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         dropout_p = self.dropout if self.training else 0.0
         if not need_weights:
-            if attn_mask is not None and attn_mask.dtype == torch.bool:
-                attn_mask = ~attn_mask
             out = scaled_dot_product_attention(
                 q, k, v, attn_mask, dropout_p, key_padding_mask=key_padding_mask
             )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfusion import _arguments as arguments
+from fastfusion.nn import _fused
 from fastfusion.nn._cross_attention import (
     ACTIVATIONS,
     check_activation,
@@ -131,6 +132,8 @@ class CrossModalAttention(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self._check(visual, text, visual_padding_mask, text_padding_mask)
+        if not need_weights and _fused.cross_modal_fits(self, visual, text):
+            return _fused.cross_modal(self, visual, text, visual_padding_mask, text_padding_mask)
         heads = (2, self.num_heads, self.head_dim)
         if self.norm_first:
             query, visual_value = self.visual.project(self.visual.norm1(visual), heads)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from fastfusion import _flops
 from fastfusion._op import Op
 from fastfusion.ops import bidirectional_attention as _bidirectional
 from fastfusion.ops import scaled_dot_product_attention as _attention
@@ -16,3 +17,5 @@ FUNCTIONS: dict[Callable[..., Any], Op] = {
     _bidirectional.bidirectional_attention: _bidirectional.OP,
     _varlen.varlen_attention: _varlen.OP,
 }
+
+_flops.register()

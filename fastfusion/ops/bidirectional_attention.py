@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastfusion import _arguments as arguments
-from fastfusion import _philox, _registration
+from fastfusion import _philox, _registration, _triton
 from fastfusion._op import Implementation, Op, never_refuses
 from fastfusion._reference import (
     accumulation_dtype,
@@ -232,12 +232,68 @@ def _run_cpu(
 
 
 def _cpu_refuses(query: Tensor, *others: Any) -> Sequence[str]:
-    reasons = _registration.refuses(query)
+    reasons = list(_registration.refuses(query))
     tensors = (query, *others[:4])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         # Each direction would round its part of the gradient of query and key before the sum.
         reasons.append("its gradients are left to the reference")
     return reasons
+
+
+def _fake(
+    query: Tensor, key: Tensor, value: Tensor, query_value: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    batch, heads, q_len, _ = query.shape
+    kv_len = key.shape[2]
+    out_q = query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
+    out_k = query.new_empty(batch, kv_len, heads, query_value.shape[3]).transpose(1, 2)
+    lse = (query.new_empty(batch, heads, n, dtype=torch.float32) for n in (q_len, kv_len))
+    return out_q, out_k, *lse
+
+
+def _fake_backward(*given: Any) -> tuple[Tensor, ...]:
+    query, attn_mask = given[4], given[8]
+    gradients = [
+        t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2)
+        for t in given[4:8]
+    ]
+    wanted = attn_mask is not None and given[-1]
+    return *gradients, attn_mask.new_empty(attn_mask.shape) if wanted else query.new_empty(0)
+
+
+def _triton_reference(*given: Any) -> tuple[Tensor, ...]:
+    run: Any = _run_reference
+    return run(*given, True)  # return_lse
+
+
+_TRITON = _triton.KernelOp(
+    "bidirectional",
+    tensors=(
+        "Tensor query", "Tensor key", "Tensor value", "Tensor query_value", "Tensor? attn_mask",
+        "Tensor? query_padding_mask", "Tensor? key_padding_mask", "Tensor? seed",
+    ),
+    options=("float dropout_p", "float? scale"),
+    outputs=4,
+    gradients=5,
+    masked=True,
+    forward="bidirectional:bidirectional_forward",
+    backward="bidirectional_backward:bidirectional_backward",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    reference=_triton_reference,
+)  # fmt: skip
+
+
+def _run_triton(*given: Any) -> tuple[Tensor, ...]:
+    results = _TRITON(given[-1], *given[:-1])
+    return results if given[-1] else results[:2]
+
+
+def _triton_refuses(
+    query: Tensor, key: Tensor, value: Tensor, query_value: Tensor, *others: Any
+) -> Sequence[str]:
+    reasons = _triton.refuses(query, key, value)
+    return reasons or _triton.refuses(query, key, query_value)
 
 
 def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -247,7 +303,7 @@ def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
 
 
 def inputs(
-    shape: Mapping[str, Any], dtype: torch.dtype, device: Any = "cpu", seed: int = 0
+    shape: Mapping[str, Any], dtype: torch.dtype, device: Any = None, seed: int = 0
 ) -> dict[str, Any]:
     """Keyword arguments of a legal call, normally distributed.
 
@@ -256,14 +312,15 @@ def inputs(
             mask: "both_padding" (the last quarter of each side of every second entry hidden),
             "bool", "bias" or None.
     """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    device = torch.get_default_device() if device is None else device
     batch, heads, head_dim = shape.get("batch", 1), shape.get("heads", 1), shape["head_dim"]
     q_len, kv_len = shape["q_len"], shape["kv_len"]
     value_dim = shape.get("value_dim", head_dim)
 
     def normal(length: int, dim: int) -> Tensor:
         size = (batch, heads, length, dim)
-        return torch.randn(size, generator=generator).to(device=device, dtype=dtype)
+        return torch.randn(size, generator=generator, device="cpu").to(device=device, dtype=dtype)
 
     call: dict[str, Any] = {
         "query": normal(q_len, head_dim),
@@ -274,14 +331,18 @@ def inputs(
     mask = shape.get("mask")
     if mask == "both_padding":
         for name, length in (("query_padding_mask", q_len), ("key_padding_mask", kv_len)):
-            hidden = torch.zeros(batch, length, dtype=torch.bool)
+            hidden = torch.zeros(batch, length, dtype=torch.bool, device="cpu")
             hidden[::2, length - length // 4 :] = True
             call[name] = hidden.to(device)
     elif mask == "bool":
-        call["attn_mask"] = (torch.rand(q_len, kv_len, generator=generator) > 0.2).to(device)
+        call["attn_mask"] = (torch.rand(q_len, kv_len, generator=generator, device="cpu") > 0.2).to(
+            device
+        )
     elif mask == "bias":
         size = (1, heads, q_len, kv_len)
-        call["attn_mask"] = torch.randn(size, generator=generator).to(device=device, dtype=dtype)
+        call["attn_mask"] = torch.randn(size, generator=generator, device="cpu").to(
+            device=device, dtype=dtype
+        )
     elif mask is not None:
         raise ValueError(f"mask must be both_padding, bool, bias or None, got {mask!r}")
     return call
@@ -307,6 +368,7 @@ OP = Op(
     cost=cost,
     implementations=(
         Implementation("cpu", _run_cpu, _cpu_refuses, differentiable=False),
+        Implementation("triton", _run_triton, _triton_refuses),
         Implementation("reference", _run_reference, never_refuses),
     ),
 )

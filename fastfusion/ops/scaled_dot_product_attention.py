@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastfusion import _arguments as arguments
-from fastfusion import _philox, _registration
+from fastfusion import _philox, _registration, _triton
 from fastfusion._op import Implementation, Op, never_refuses
 from fastfusion._philox import ROW_STREAM
 from fastfusion._reference import attention_reference
@@ -281,8 +281,97 @@ def _run_reference(
     return (out, lse()) if return_lse else out
 
 
+def _triton_reference(*given: Any) -> tuple[Tensor, Tensor]:
+    out, lse = attention_reference(*given)
+    return out, lse()
+
+
+def _triton_fake(*given: Any) -> tuple[Tensor, Tensor]:
+    fake: Any = _registration.fake_attention
+    return fake(*given, True)  # enable_gqa
+
+
+_TRITON = _triton.KernelOp(
+    "attention",
+    tensors=(
+        "Tensor query", "Tensor key", "Tensor value", "Tensor? attn_mask",
+        "Tensor? key_padding_mask", "Tensor? seed",
+    ),
+    options=("float dropout_p", "int dropout_stream", "bool is_causal", "float? scale"),
+    outputs=2,
+    gradients=4,
+    masked=True,
+    forward="attention:attention_forward",
+    backward="attention_backward:attention_backward",
+    fake=_triton_fake,
+    fake_backward=_registration.fake_attention_backward,
+    reference=_triton_reference,
+)  # fmt: skip
+
+
+def _run_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    return_lse: bool,
+) -> Any:
+    if not _is_compiling():
+        _require_fit(query, key, value, attn_mask, key_padding_mask, enable_gqa)
+    out, lse = _TRITON(
+        return_lse, query, key, value, attn_mask, key_padding_mask, seed, dropout_p, ROW_STREAM,
+        is_causal, scale,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _require_fit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    enable_gqa: bool,
+) -> None:
+    """What keeps the kernels inside their tensors, in 3 us; `check` finds the words."""
+    batch, heads, q_len, dim = query.shape
+    kv_batch, kv_heads, kv_len, value_dim = value.shape
+    fits = (
+        kv_batch == batch
+        and key.shape == (batch, kv_heads, kv_len, dim)
+        and (heads == kv_heads or (enable_gqa and kv_heads > 0 and heads % kv_heads == 0))
+        and key.dtype == value.dtype == query.dtype
+        and key.device == value.device == query.device
+    )
+    if attn_mask is not None:
+        whole = (batch, heads, q_len, kv_len)
+        sizes = attn_mask.shape
+        fits = (
+            fits
+            and attn_mask.dtype in (torch.bool, torch.float32, query.dtype)
+            and attn_mask.device == query.device
+            and len(sizes) <= 4
+            and all(m in (1, n) for m, n in zip(sizes[::-1], whole[::-1], strict=False))
+        )
+    if key_padding_mask is not None:
+        fits = (
+            fits
+            and key_padding_mask.dtype == torch.bool
+            and key_padding_mask.device == query.device
+            and key_padding_mask.shape == (batch, kv_len)
+        )
+    if not fits:
+        raise ValueError("the arguments do not fit each other")
+
+
 def inputs(
-    shape: Mapping[str, Any], dtype: torch.dtype, device: Any = "cpu", seed: int = 0
+    shape: Mapping[str, Any], dtype: torch.dtype, device: Any = None, seed: int = 0
 ) -> dict[str, Any]:
     """Keyword arguments of a legal call, normally distributed.
 
@@ -291,13 +380,14 @@ def inputs(
             and mask: "key_padding" (the last quarter of the keys of every second entry hidden),
             "bool", "bias" (a float per head and score) or None.
     """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    device = torch.get_default_device() if device is None else device
     batch, heads = shape.get("batch", 1), shape.get("heads", 1)
     kv_heads, head_dim = shape.get("kv_heads", heads), shape["head_dim"]
     q_len, kv_len = shape["q_len"], shape["kv_len"]
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(device=device, dtype=dtype)
+        return torch.randn(size, generator=generator, device="cpu").to(device=device, dtype=dtype)
 
     call: dict[str, Any] = {
         "query": normal(batch, heads, q_len, head_dim),
@@ -310,11 +400,13 @@ def inputs(
         call["enable_gqa"] = True
     mask = shape.get("mask")
     if mask == "key_padding":
-        hidden = torch.zeros(batch, kv_len, dtype=torch.bool)
+        hidden = torch.zeros(batch, kv_len, dtype=torch.bool, device="cpu")
         hidden[::2, kv_len - kv_len // 4 :] = True
         call["key_padding_mask"] = hidden.to(device)
     elif mask == "bool":
-        call["attn_mask"] = (torch.rand(q_len, kv_len, generator=generator) > 0.2).to(device)
+        call["attn_mask"] = (torch.rand(q_len, kv_len, generator=generator, device="cpu") > 0.2).to(
+            device
+        )
     elif mask == "bias":
         call["attn_mask"] = normal(1, heads, q_len, kv_len)
     elif mask is not None:
@@ -350,6 +442,7 @@ OP = Op(
     cost=cost,
     implementations=(
         Implementation("cpu", _registration.attention, _registration.refuses),
+        Implementation("triton", _run_triton, _triton.refuses),
         Implementation("reference", _run_reference, never_refuses),
     ),
 )

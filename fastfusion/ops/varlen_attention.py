@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastfusion import _arguments as arguments
-from fastfusion import _philox, _registration
+from fastfusion import _philox, _registration, _triton
 from fastfusion._op import Implementation, Op, never_refuses
 from fastfusion._reference import attention_reference
 
@@ -234,6 +234,57 @@ def _run_reference(*given: Any) -> Any:
     return (_packed(out, rows), _packed(lse(), rows)) if return_lse else _packed(out, rows)
 
 
+def _triton_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    given = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _run_reference(*given, *options, True)
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    total, heads = query.shape[:2]
+    out = query.new_empty(total, heads, value.shape[2])
+    return out, query.new_empty(total, heads, dtype=torch.float32)
+
+
+def _fake_backward(
+    grad_out: Any, grad_lse: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (query, key, value))
+
+
+_TRITON = _triton.KernelOp(
+    "varlen",
+    tensors=(
+        "Tensor query", "Tensor key", "Tensor value", "Tensor cu_seqlens_q", "Tensor cu_seqlens_k",
+    ),
+    options=(
+        "SymInt max_seqlen_q", "SymInt max_seqlen_k", "Tensor? seed", "float dropout_p",
+        "bool is_causal", "float? scale",
+    ),
+    outputs=2,
+    gradients=3,
+    masked=False,
+    forward="varlen:varlen_forward",
+    backward="varlen:varlen_backward",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    reference=_triton_reference,
+)  # fmt: skip
+
+
+def _run_triton(*given: Any) -> Any:
+    out, lse = _TRITON(given[-1], *given[:-1])
+    return (out, lse) if given[-1] else out
+
+
 def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """(out, lse) of a call with public arguments, by the definition in plain torch."""
     given = normalize(*args, **{**kwargs, "return_lse": True})
@@ -248,7 +299,7 @@ def _lengths(shape: Mapping[str, Any], side: str) -> list[int]:
 
 
 def inputs(
-    shape: Mapping[str, Any], dtype: torch.dtype, device: Any = "cpu", seed: int = 0
+    shape: Mapping[str, Any], dtype: torch.dtype, device: Any = None, seed: int = 0
 ) -> dict[str, Any]:
     """Keyword arguments of a legal call: lengths spread over half to all of q_len and kv_len.
 
@@ -256,12 +307,13 @@ def inputs(
         shape: q_len, kv_len (the longest sequences) and head_dim; optionally batch (the number of
             sequences), heads, kv_heads, value_dim, causal, or q_lens and kv_lens (the lengths).
     """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    device = torch.get_default_device() if device is None else device
     heads, head_dim = shape.get("heads", 1), shape["head_dim"]
     kv_heads = shape.get("kv_heads", heads)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(device=device, dtype=dtype)
+        return torch.randn(size, generator=generator, device="cpu").to(device=device, dtype=dtype)
 
     q_lens, kv_lens = _lengths(shape, "q"), _lengths(shape, "kv")
     call: dict[str, Any] = {
@@ -272,7 +324,9 @@ def inputs(
         "max_seqlen_k": max(kv_lens, default=0),
     }
     for name, sizes in (("cu_seqlens_q", q_lens), ("cu_seqlens_k", kv_lens)):
-        offsets = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        offsets = torch.tensor([0, *sizes], dtype=torch.int32, device="cpu").cumsum(
+            0, dtype=torch.int32
+        )
         call[name] = offsets.to(device)
     if shape.get("causal"):
         call["is_causal"] = True
@@ -302,6 +356,7 @@ OP = Op(
     cost=cost,
     implementations=(
         Implementation("cpu", _run_cpu, _registration.refuses),
+        Implementation("triton", _run_triton, _triton.refuses),
         Implementation("reference", _run_reference, never_refuses),
     ),
 )

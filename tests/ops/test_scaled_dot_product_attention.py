@@ -58,7 +58,9 @@ CASES = [
     Case("few_queries", "decoding, one at a time", shape(3, 40, 40, mask="bias", causal=True)),
     Case("past_a_panel", "tails of panels and key blocks", shape(49, 257)),
     Case("blocks", "several key blocks", shape(17, 600)),
-    *(Case(f"dim_{d}", "tails of registers", shape(13, 19, d)) for d in (1, 6, 14, 40, 77, 97)),
+    # Twelve entries: on slices of 13 numbers the plain formula's error is luck.
+    Case("dim_1", "tails of registers", shape(13, 19, 1, batch=12)),
+    *(Case(f"dim_{d}", "tails of registers", shape(13, 19, d)) for d in (6, 14, 40, 77, 97)),
     Case("dim_160", "wide heads", shape(9, 33, 160)),
     Case("value_dim", "value dim above key dim", shape(11, 23, 8, value_dim=33)),
     Case("value_dim_less", "value dim below key dim", shape(11, 23, 33, value_dim=5)),
@@ -111,9 +113,9 @@ class TestScaledDotProductAttention(OpSuite):
             alone = {k: v[b : b + 1] if torch.is_tensor(v) else v for k, v in whole.items()}
             out = native_target.call(self.function, **alone, key_padding_mask=hidden[b : b + 1])
             assert torch.equal(out[0], expected[b : b + 1])
-        rows = {**whole, "query": whole["query"][:, :, 7:20]}
+        rows = {**whole, "query": whole["query"][:, :, 7:44]}
         out = native_target.call(self.function, **rows, key_padding_mask=hidden)[0]
-        assert torch.equal(out, expected[:, :, 7:20])
+        assert torch.equal(out, expected[:, :, 7:44])
 
     def test_padding_equals_trimming(self, native_target: Target) -> None:
         call = spec.inputs(shape(20, 300), torch.float32)

@@ -1,0 +1,224 @@
+"""The steps of `make gpu` that check: the test suite on the device, and compute-sanitizer.
+
+Each runs in a process of its own with a time limit, so that one that hangs or crashes costs its own
+result only.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDED = ("pytest", "hypothesis")
+PROGRESS_SECONDS = 20.0
+SANITIZER_TOOLS = ("memcheck", "racecheck")
+FOUND = 86  # what compute-sanitizer returns where it found something
+
+
+@dataclass
+class Outcome:
+    """What became of a step.
+
+    Attributes:
+        status: "passed", "failed" or "left out".
+        summary: one line.
+        facts: more of it, for the JSON.
+    """
+
+    step: str
+    status: str
+    summary: str
+    seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.status:<9} {self.step}: {self.summary} ({self.seconds:.0f} s)"
+
+    def as_json(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that has ended: its exit code (None: out of time), and the end of what it said."""
+
+    code: int | None
+    tail: str
+    seconds: float
+
+
+def run(
+    command: list[str], log: Path, seconds: float, environment: dict[str, str] | None = None
+) -> Finished:
+    """Runs a command in the repository, its output into a file, and says how far that is."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = _wait(process, log, start, seconds)
+        finally:
+            if process.poll() is None:
+                # Its own session, so that the workers that it started go with it.
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return Finished(code, _tail(log), time.monotonic() - start)
+
+
+def _wait(process: subprocess.Popen[bytes], log: Path, start: float, seconds: float) -> int | None:
+    """The exit code, None where the time is up; the last line of the log now and then."""
+    while (left := start + seconds - time.monotonic()) > 0:
+        try:
+            return process.wait(timeout=min(left, PROGRESS_SECONDS))
+        except subprocess.TimeoutExpired:
+            took = time.monotonic() - start
+            print(f"  {took:.0f} s: {_last_line(_tail(log))[-100:]}", flush=True)
+    return None
+
+
+def _tail(log: Path) -> str:
+    with log.open(errors="replace") as lines:
+        return "".join(deque(lines, maxlen=40))
+
+
+# ---- tests
+
+
+def test_command(quick: bool, report: Path, workers: int) -> list[str]:
+    """pytest on the device; quick: what runs the kernels of the device."""
+    command = [sys.executable, "-m", "pytest", "--device", "cuda", f"--junitxml={report}"]
+    command += ["-p", "no:benchmark", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") is not None and workers > 1:
+        command += ["-n", str(workers)]
+    if quick:
+        places = ("tests/ops", "tests/kernels", "tests/test_cuda_graph.py")
+        command += [place for place in places if (ROOT / place).exists()]
+        command += ["-k", "triton or cuda or kernels"]
+    return command
+
+
+def test_workers() -> int:
+    """Processes that share the device: kernels compile on the cores, and contexts cost memory."""
+    return max(1, min(8, (os.cpu_count() or 1) // 2))
+
+
+def read_junit(report: Path) -> dict[str, Any]:
+    """Counts and the names of failures of a JUnit file."""
+    counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+    failed: list[str] = []
+    reasons: dict[str, int] = {}
+    for suite in ElementTree.parse(report).getroot().iter("testsuite"):
+        for name in counts:
+            counts[name] += int(suite.get(name, 0))
+        for case in suite.iter("testcase"):
+            for child in case:
+                if child.tag in ("failure", "error"):
+                    message = (child.get("message") or "").partition("\n")[0][:200]
+                    failed.append(f"{case.get('classname')}::{case.get('name')}: {message}")
+                elif child.tag == "skipped":
+                    why = (child.get("message") or "").partition("\n")[0][:200]
+                    reasons[why] = reasons.get(why, 0) + 1
+    return {**counts, "failed": failed, "skip reasons": reasons}
+
+
+def run_tests(folder: Path, quick: bool, seconds: float) -> Outcome:
+    """The suite with `--device cuda`; its summary stays in the folder."""
+    absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if absent:
+        return Outcome("tests", "left out", f"{' and '.join(absent)} not installed")
+    if not (ROOT / "tests/conftest.py").exists():
+        return Outcome("tests", "left out", "the tests are not installed; run in a checkout")
+    report = folder / "tests.xml"
+    report.unlink(missing_ok=True)
+    command = test_command(quick, report, test_workers())
+    # pytest's workers do not see the command line, by which conftest.py chooses the interpreter.
+    environment = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    finished = run(command, folder / "tests.log", seconds, environment)
+    facts: dict[str, Any] = {"command": " ".join(command[1:]), "exit code": finished.code}
+    if report.exists():
+        facts |= read_junit(report)
+        report.unlink()
+    if finished.code is None:
+        summary = f"out of time after {seconds:.0f} s; {_last_line(finished.tail)}"
+    elif "tests" in facts:
+        bad = facts["failures"] + facts["errors"]
+        passed = facts["tests"] - bad - facts["skipped"]
+        summary = f"{passed} passed, {bad} failed, {facts['skipped']} skipped"
+        for line in facts["failed"][:20]:
+            print(f"  {line}")
+    else:
+        summary = f"pytest ended with {finished.code}: {_last_line(finished.tail)}"
+    status = "passed" if finished.code == 0 else "failed"
+    return Outcome("tests", status, summary, finished.seconds, facts)
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+# ---- compute-sanitizer
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on the PATH, or in the toolkit's usual place."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [f"{home}/{where}" for home in homes if home for where in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=os.pathsep.join(places)
+    )
+
+
+def sanitizer_verdict(finished: Finished) -> tuple[str, str]:
+    """Status and summary of one tool, from its exit code and its last lines."""
+    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", finished.tail)
+    if finished.code is None:
+        return "left out", "out of time"
+    if not summaries:
+        unable = re.search(r".*(?:not supported|Unable to|Failed to|Error:).*", finished.tail)
+        why = unable.group().strip("= ") if unable else _last_line(finished.tail)
+        return "left out", f"it cannot run here: {why}"
+    if finished.code == 0:
+        return "passed", summaries[-1]
+    if finished.code == FOUND:
+        return "failed", summaries[-1]
+    return "failed", f"the calls failed with {finished.code}: {_last_line(finished.tail)}"
+
+
+def run_sanitizer(folder: Path, seconds: float) -> list[Outcome]:
+    """Every op once under each tool, forward and backward, at sizes that no tile divides."""
+    tool = find_sanitizer()
+    if tool is None:
+        return [Outcome("sanitizer", "left out", "compute-sanitizer is not installed")]
+    outcomes = []
+    for name in SANITIZER_TOOLS:
+        command = [
+            *(tool, "--tool", name, "--error-exitcode", str(FOUND), "--print-limit", "20"),
+            *(sys.executable, "-m", "fastfusion.benchmarks.sanitize"),
+        ]
+        # Without torch's cache every tensor is an allocation of its own, so that an access past
+        # the end of one is seen.
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
+        finished = run(command, folder / f"{name}.log", seconds / len(SANITIZER_TOOLS), environment)
+        status, summary = sanitizer_verdict(finished)
+        outcomes.append(Outcome(name, status, summary, finished.seconds))
+        print(outcomes[-1], flush=True)
+    return outcomes

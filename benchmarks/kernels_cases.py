@@ -1,0 +1,184 @@
+"""The calls whose kernels `make kernels` compiles, forward and backward.
+
+For every dtype and head dim a plain call and the heaviest: float mask with its gradient, padding
+and dropout. In bfloat16, at three head dims, also what the launchers treat apart. A row of a mask
+is no multiple of 16 elements, as in most calls of real models, and so cannot be read in vectors.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfusion.kernels import linear, norm
+from fastfusion.kernels.attention import attention_forward
+from fastfusion.kernels.attention_backward import attention_backward
+from fastfusion.kernels.bidirectional import ON_CHIP, bidirectional_forward
+from fastfusion.kernels.bidirectional_backward import bidirectional_backward
+from fastfusion.kernels.varlen import varlen_backward, varlen_forward
+
+DTYPES = ("bfloat16", "float16", "float32")
+# The padded widths, and one whose rows start at odd elements.
+HEAD_DIMS = (16, 32, 64, 128, 256, 77)
+EXTRA_HEAD_DIMS, QUICK_HEAD_DIMS = (64, 128, 256), (64, 128)
+BATCH, HEADS = 2, 4
+# As many keys of a bidirectional call as stay on chip.
+MOST = -1
+
+# variant -> (mask and options, Lq, Lk).
+ATTENTION = {
+    "plain": ("plain", 300, 300),
+    "heaviest": ("heaviest", 300, 300),
+    "masked": ("masked", 300, 300),
+    "bool": ("bool", 300, 300),
+    "causal": ("causal", 300, 300),
+    "small": ("plain", 20, 36),
+    "small heaviest": ("heaviest", 20, 36),
+    "few queries": ("plain", 8, 1100),
+    "few queries heaviest": ("heaviest", 8, 1100),
+    "many queries": ("plain", 1100, 36),
+    "many queries heaviest": ("heaviest", 1100, 36),
+    "shared mask": ("shared", 300, 300),
+}
+BIDIRECTIONAL = {
+    "plain": ("plain", 300, MOST),
+    "heaviest": ("heaviest", 300, MOST),
+    "masked": ("masked", 300, MOST),
+    "small": ("plain", 20, 36),
+    "small heaviest": ("heaviest", 20, 36),
+    "long": ("plain", 600, 600),
+    "long heaviest": ("heaviest", 600, 600),
+    "few queries": ("plain", 8, 2100),
+    "few queries heaviest": ("heaviest", 8, 2100),
+}
+VARLEN = ("plain", "heaviest", "causal")
+# variant -> rows; each with and without bias, activation and residual.
+LINEAR = {"single": 8, "few": 40, "some": 200, "many": 20000}
+# in_features, out_features: whole steps along the inner dimension, a rest, and unaligned rows.
+FEATURES = ((768, 768), (160, 768), (77, 97))
+ROW_WIDTHS = (77, 256, 768, 1024, 4096, 8192)
+EXTRA_SIZES = (*EXTRA_HEAD_DIMS, *ROW_WIDTHS, *(inner for inner, _ in FEATURES))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call that is recorded. `size` is the head dim, or the width of a row."""
+
+    variant: str
+    dtype: str
+    size: int
+    call: Callable[[], Any]
+
+
+def _heads(length: int, dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(BATCH, HEADS, length, dim, dtype=dtype)
+
+
+def _padding(length: int, kind: str) -> Tensor | None:
+    return None if kind in ("plain", "causal") else torch.empty(BATCH, length, dtype=torch.bool)
+
+
+def _mask(q_len: int, kv_len: int, kind: str, dtype: torch.dtype) -> Tensor | None:
+    if kind in ("plain", "causal"):
+        return None
+    shape = (1, 1, 1, kv_len) if kind == "shared" else (BATCH, HEADS, q_len, kv_len)
+    return torch.empty(shape, dtype=torch.bool if kind == "bool" else dtype)
+
+
+def _dropout(kind: str) -> tuple[Tensor | None, float]:
+    drops = kind in ("heaviest", "shared")
+    return torch.zeros(1, dtype=torch.int64) if drops else None, 0.1 if drops else 0.0
+
+
+def _attention(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dtype) -> None:
+    query, key = _heads(q_len, dim, dtype), _heads(kv_len, dim, dtype)
+    mask, causal = _mask(q_len, kv_len, kind, dtype), kind == "causal"
+    given = (query, key, key, mask, _padding(kv_len, kind), *_dropout(kind), 0, causal, None)
+    out, lse = attention_forward(*given, kind != "plain")
+    attention_backward(out, lse, *given, mask is not None and kind != "bool")
+
+
+def _bidirectional(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dtype) -> None:
+    if kv_len == MOST:
+        kv_len = min(256, ON_CHIP // (max(16, 1 << (dim - 1).bit_length()) * dtype.itemsize))
+    query, key = _heads(q_len, dim, dtype), _heads(kv_len, dim, dtype)
+    mask, paddings = (
+        _mask(q_len, kv_len, kind, dtype),
+        (_padding(q_len, kind), _padding(kv_len, kind)),
+    )
+    given = (query, key, key, query, mask, *paddings, *_dropout(kind), None)
+    results = bidirectional_forward(*given, kind != "plain")
+    bidirectional_backward(*results, *given, mask is not None and kind != "bool")
+
+
+def _varlen(kind: str, dim: int, dtype: torch.dtype) -> None:
+    tokens, offsets = torch.empty(300, HEADS, dim, dtype=dtype), torch.zeros(4, dtype=torch.int32)
+    options = (*_dropout(kind), kind == "causal", None)
+    given = (tokens, tokens, tokens, offsets, offsets, 300, 300, *options)
+    out, lse = varlen_forward(*given, kind != "plain")
+    varlen_backward(out, lse, *given, False)
+
+
+def _linear(rows: int, inner: int, features: int, heaviest: bool, dtype: torch.dtype) -> None:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    product = linear.Product(empty(rows, inner), empty(features, inner))
+    if heaviest:
+        product = product._replace(bias=empty(features), residual=empty(rows, features))
+    linear.linears((product,) * (1 + heaviest), "gelu" if heaviest else None)
+
+
+def _norm(width: int, heaviest: bool, dtype: torch.dtype) -> None:
+    rows = torch.empty(64, width, dtype=dtype, requires_grad=True)
+    weight = torch.empty(width, dtype=dtype, requires_grad=True)
+    if not heaviest:
+        torch.autograd.grad(norm.rms_norm(rows, weight), (rows, weight), rows.detach())
+        return
+    outs = norm.layer_norm(rows, weight, weight, residual=rows, return_sum=True)
+    torch.autograd.grad(outs, (rows, weight), [rows.detach()] * 2)
+    pair = norm.Rows(rows.detach(), weight.detach(), weight.detach(), 1e-5, rows.detach())
+    norm.layer_norms(pair, pair)
+
+
+def _tf32(call: Callable[[], Any]) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        call()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _calls(dtype: torch.dtype, head_dims: tuple[int, ...]) -> Iterator[tuple[str, int, Any]]:
+    """Variant, size and call, of all ops."""
+    for dim in head_dims:
+        for variant, (kind, q_len, kv_len) in ATTENTION.items():
+            yield variant, dim, partial(_attention, kind, q_len, kv_len, dim, dtype)
+        for variant, (kind, q_len, kv_len) in BIDIRECTIONAL.items():
+            yield variant, dim, partial(_bidirectional, kind, q_len, kv_len, dim, dtype)
+        for variant in VARLEN:
+            yield variant, dim, partial(_varlen, variant, dim, dtype)
+    for variant, rows in LINEAR.items():
+        for inner, features in FEATURES:
+            for name, heaviest in ((variant, False), (f"{variant} heaviest", True)):
+                yield name, inner, partial(_linear, rows, inner, features, heaviest, dtype)
+    for width in ROW_WIDTHS:
+        for name, heaviest in (("plain", False), ("heaviest", True)):
+            yield name, width, partial(_norm, width, heaviest, dtype)
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    """All cases, or with `quick` those that find most mistakes: the two variants in bfloat16."""
+    main = ("plain", "heaviest", "some", "some heaviest")
+    for dtype in DTYPES[:1] if quick else DTYPES:
+        element = getattr(torch, dtype)
+        for variant, size, call in _calls(element, QUICK_HEAD_DIMS if quick else HEAD_DIMS):
+            extra = dtype == "bfloat16" and size in EXTRA_SIZES
+            if variant in main or (extra and not quick):
+                yield Case(variant, dtype, size, call)
+            if dtype == "float32" and variant == "plain" and size in QUICK_HEAD_DIMS:
+                yield Case("tf32", dtype, size, partial(_tf32, call))

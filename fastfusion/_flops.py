@@ -1,0 +1,99 @@
+"""FLOP formulas of the ops, for torch.utils.flop_counter.
+
+They are registered when that module is imported, by whoever counts: it imports Triton where that is
+installed, 160 ms that every `import fastfusion` would pay.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_COUNTER = "torch.utils.flop_counter"
+
+Shape = Sequence[int]
+
+
+def attention(query: Shape, key: Shape, value: Shape, *given: Any, **kwargs: Any) -> int:
+    batch, heads, q_len, dim = query
+    return 2 * batch * heads * q_len * key[2] * (dim + value[3])
+
+
+def attention_backward(
+    grad_out: Any, grad_lse: Any, query: Shape, key: Shape, value: Shape, *given: Any, **kwargs: Any
+) -> int:
+    # Scores again, dP, dV, dQ and dK: five products against the forward's two.
+    batch, heads, q_len, dim = query
+    return 2 * batch * heads * q_len * key[2] * (3 * dim + 2 * value[3])
+
+
+def bidirectional(
+    query: Shape, key: Shape, value: Shape, query_value: Shape, *given: Any, **kwargs: Any
+) -> int:
+    batch, heads, q_len, dim = query
+    return 2 * batch * heads * q_len * key[2] * (dim + value[3] + query_value[3])
+
+
+def bidirectional_backward(*shapes: Any, **kwargs: Any) -> int:
+    # Scores, dP and the gradient of the values for each direction, dQ and dK: seven products.
+    query, key, value, query_value = shapes[4:8]
+    batch, heads, q_len, dim = query
+    return 2 * batch * heads * q_len * key[2] * (3 * dim + 2 * value[3] + 2 * query_value[3])
+
+
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "attention": attention,
+    "attention_forward": attention,
+    "attention_out": attention,
+    "attention_backward": attention_backward,
+    "triton_attention": attention,
+    "triton_attention_forward": attention,
+    "triton_attention_backward": attention_backward,
+    "triton_bidirectional": bidirectional,
+    "triton_bidirectional_forward": bidirectional,
+    "triton_bidirectional_backward": bidirectional_backward,
+}
+
+
+def _register(counter: Any) -> None:
+    for name, formula in _FORMULAS.items():
+        if hasattr(torch.ops.fastfusion, name):
+            op = getattr(torch.ops.fastfusion, name)
+            counter.register_flop_formula(op)(lambda *a, out_shape=None, f=formula, **k: f(*a, **k))
+
+
+class _Hook(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Calls `_register` behind the first import of the counter, and is gone."""
+
+    loader: importlib.abc.Loader
+
+    def find_spec(
+        self, fullname: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            self.loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _register(module)
+
+
+def register() -> None:
+    """Now if the counter is imported already, otherwise when it is."""
+    if _COUNTER in sys.modules:
+        _register(sys.modules[_COUNTER])
+    else:
+        sys.meta_path.insert(0, _Hook())

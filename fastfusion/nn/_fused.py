@@ -1,0 +1,210 @@
+"""The fusion modules in few launches: inference on a GPU.
+
+Launches of `CrossModalAttention` for both streams together, each kernel taking both at once:
+
+    norm_first                              otherwise
+    1  norm1                                1  in_proj, written as heads
+    2  in_proj, written as heads            2  attention
+    3  attention                            3  out_proj + bias + residual
+    4  out_proj + bias + residual           4  norm1
+    5  norm2                                5  linear1 + bias + activation
+    6  linear1 + bias + activation          6  linear2 + bias + residual
+    7  linear2 + bias + residual            7  norm2
+
+that is 7, and one more for each further kernel of the attention op; torch needs 9 a stream and the
+attention. `CrossAttention`: 3 (q_proj and kv_proj, attention, out_proj); torch needs 3 and the
+attention.
+
+A sum is rounded once where torch rounds after every step, so results differ by rounding only. Any
+circumstance in which a kernel would skip something that a user may count on (a gradient, dropout, a
+hook, another class of module, autocast, a transform, a mode) leaves the call to the modules.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._device import DeviceContext
+
+from fastfusion import _arguments as arguments
+from fastfusion import _triton
+from fastfusion._op import forced_backend
+from fastfusion.ops.bidirectional_attention import bidirectional_attention
+from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
+
+MAX_NORM_WIDTH = 16384  # kernels.norm.MAX_WIDTH, here without importing Triton
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def cross_modal_fits(module: Any, visual: Tensor, text: Tensor) -> bool:
+    """Whether a `CrossModalAttention` without weights may take `cross_modal` for this call."""
+    if not kernels_run_on(visual) or (module.training and module.dropout > 0.0):
+        return False
+    streams = (module.visual, module.text)
+    activation = streams[0].activation
+    if activation is not streams[1].activation or _name_of(activation) is None:
+        return False
+    return _plain_call((visual, text), [m for s in streams for m in s._modules.values()])
+
+
+def cross_attention_fits(module: Any, query: Tensor, context: Tensor) -> bool:
+    """Whether a `CrossAttention` without weights may take `cross_attention` for this call."""
+    if not kernels_run_on(query) or (module.training and module.dropout > 0.0):
+        return False
+    return _plain_call((query, context), module._modules.values())
+
+
+def cross_modal(
+    module: Any,
+    visual: Tensor,
+    text: Tensor,
+    visual_padding_mask: Tensor | None,
+    text_padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`CrossModalAttention.forward` where `cross_modal_fits`."""
+    streams = (module.visual, module.text)
+    both: Sequence[Tensor] = (visual, text)
+    first, second = [s.norm1 for s in streams], [s.norm2 for s in streams]
+    scored = _norms(first, both) if module.norm_first else both
+    (query, visual_value), (key, text_value) = _heads(
+        [s.in_proj for s in streams], scored, (2, 2), module.num_heads
+    )
+    attended = bidirectional_attention(
+        query, key, text_value, visual_value,
+        query_padding_mask=visual_padding_mask, key_padding_mask=text_padding_mask,
+    )  # fmt: skip
+    attended = [a.transpose(1, 2).flatten(2) for a in attended]
+    both = _linears([s.out_proj for s in streams], attended, residuals=both)
+    both = both if module.norm_first else _norms(first, both)
+    hidden = _norms(second, both) if module.norm_first else both
+    activation = _name_of(streams[0].activation)
+    hidden = _linears([s.linear1 for s in streams], hidden, activation)
+    both = _linears([s.linear2 for s in streams], hidden, residuals=both)
+    visual, text = both if module.norm_first else _norms(second, both)
+    return visual, text
+
+
+def cross_attention(
+    module: Any,
+    query: Tensor,
+    context: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+) -> Tensor:
+    """`CrossAttention.forward` where `cross_attention_fits`; a bool `attn_mask` is True where a
+    query attends."""
+    (q,), (k, v) = _heads(
+        [module.q_proj, module.kv_proj], (query, context), (1, 2), module.num_heads
+    )
+    out = scaled_dot_product_attention(q, k, v, attn_mask, key_padding_mask=key_padding_mask)
+    return _linears([module.out_proj], [out.transpose(1, 2).flatten(2)])[0]
+
+
+def kernels_run_on(tensor: Tensor) -> bool:
+    """Whether the Triton kernels are what runs on the device of `tensor`: always on a GPU that can
+    run them, on the CPU where they are asked for and interpreted."""
+    if torch.compiler.is_compiling():  # inductor fuses by itself
+        return False
+    # First what costs nothing: calls on a CPU end here.
+    forced = forced_backend()
+    if forced != "triton" and (forced is not None or _triton.INTERPRETED or not tensor.is_cuda):
+        return False
+    # `refuses` reads devices, dtypes and the last dimensions, which here are those of heads.
+    one_wide = tensor[..., :1]
+    return not _triton.refuses(one_wide, one_wide, one_wide)
+
+
+def _plain_call(inputs: tuple[Tensor, ...], modules: Iterable[Any]) -> bool:
+    """Whether calling these modules on plain tensors comes to nothing but their formulas.
+
+    Attributes come from dictionaries: 19 us for a fusion layer, 44 through nn.Module's getattr.
+    """
+    if (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or arguments.autocast_dtype(inputs[0].device.type) is not None
+        or any(getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS)
+    ):
+        return False
+    if torch._C._len_torch_function_stack() > 0 and any(
+        type(mode) is not DeviceContext  # torch.set_default_device
+        for mode in torch.overrides._get_current_function_mode_stack()
+    ):
+        return False
+    tensors: list[Any] = [*inputs]
+    for module in modules:
+        own = module.__dict__
+        if (
+            "forward" in own
+            or own["_forward_pre_hooks"]
+            or own["_forward_hooks"]
+            or own["_backward_pre_hooks"]
+            or own["_backward_hooks"]
+        ):
+            return False
+        kind = type(module)
+        if kind is nn.Dropout:
+            if own["training"] and own["p"] > 0.0:
+                return False
+        elif kind is nn.Linear or (
+            kind is nn.LayerNorm
+            and len(own["normalized_shape"]) == 1
+            and own["normalized_shape"][0] <= MAX_NORM_WIDTH
+        ):
+            tensors += own["_parameters"].values()
+        else:
+            return False
+    dtype, device, tracked = inputs[0].dtype, inputs[0].device, torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (
+            (tracked and tensor.requires_grad)
+            or type(tensor) not in _PLAIN_TENSORS
+            or tensor.dtype is not dtype
+            or tensor.device != device
+            or tensor.layout is not torch.strided
+            or tensor.is_neg()
+        ):
+            return False
+    return True
+
+
+def _name_of(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """The kernel's name for an activation that it has."""
+    if activation is F.relu:
+        return "relu"
+    return "gelu" if activation is F.gelu else None
+
+
+def _linears(
+    modules: Sequence[Any],
+    inputs: Sequence[Tensor],
+    activation: str | None = None,
+    residuals: Sequence[Tensor | None] = (None, None),
+) -> Sequence[Tensor]:
+    from fastfusion.kernels.linear import Product, linears
+
+    given = zip(modules, inputs, residuals, strict=False)
+    return linears(tuple(Product(x, m.weight, m.bias, r) for m, x, r in given), activation)
+
+
+def _heads(
+    modules: Sequence[Any], inputs: Sequence[Tensor], parts: tuple[int, ...], heads: int
+) -> Sequence[tuple[Tensor, ...]]:
+    from fastfusion.kernels.linear import Product, project_heads
+
+    given = zip(modules, inputs, strict=True)
+    return project_heads(tuple(Product(x, m.weight, m.bias) for m, x in given), parts, heads)
+
+
+def _norms(modules: Sequence[Any], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    from fastfusion.kernels.norm import Rows, layer_norms
+
+    first, second = (Rows(x, m.weight, m.bias, m.eps) for m, x in zip(modules, inputs, strict=True))
+    return layer_norms(first, second)

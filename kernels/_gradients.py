@@ -1,0 +1,236 @@
+"""Device functions of the backward kernels: dS of a tile, and what a tile's owner sums of it."""
+
+import triton
+import triton.language as tl
+
+from fastfusion.kernels._tile import (
+    add,
+    exponentials,
+    inverse,
+    kept,
+    load_rows,
+    multiply_add,
+    nothing_lost,
+    scores,
+    shift_of,
+    visible_keys,
+)
+
+
+@triton.jit
+def product_gradient(
+    grad, v, seed, slice_index, q_start, k_start, threshold, keep_scale,
+    DROPOUT: tl.constexpr, STREAM: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dP of a tile of scores, and the dropout factor's bits (True without dropout)."""
+    if KEYS_FIRST:
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+    else:
+        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    keep = dp == dp
+    if DROPOUT:
+        keep = kept(
+            seed, slice_index, q_start, k_start, threshold, grad.shape[0], v.shape[0], STREAM,
+            KEYS_FIRST,
+        )  # fmt: skip
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    return dp, keep
+
+
+@triton.jit
+def softmax_gradient(
+    x, dp, keep, shift, share, delta, grad_lse, factor, keep_scale, MASK: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """(P with dropout, dS) of a tile, from its scores and dP; statistics come broadcast.
+
+    Where P is 1 the row has no other key, and dP - delta is 0: said here, because delta may come
+    from a product with its operands exchanged, added in another order.
+    """
+    p = exponentials(x, shift, factor, MASK) * share
+    ds = p * (tl.where(p == 1.0, 0.0, dp - delta) + grad_lse)
+    if DROPOUT:
+        p = tl.where(keep, p * keep_scale, 0.0)
+    return p, ds
+
+
+@triton.jit
+def gradients(
+    q, k, v, grad, q_start, k_start, visible, shift, share, delta, grad_lse, q_len, kv_len,
+    mask_base, mask_row, mask_column, seed, slice_index, scale, factor, threshold, keep_scale,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
+    KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(P with dropout, dS) of a tile of scores; the statistics of its rows come broadcast."""
+    x = scores(
+        q, k, q_start, k_start, visible, q_len, kv_len, mask_base, mask_row, mask_column, scale,
+        True, CAUSAL, MASK, KEYS_FIRST, PRECISION,
+    )  # fmt: skip
+    dp, keep = product_gradient(
+        grad, v, seed, slice_index, q_start, k_start, threshold, keep_scale, DROPOUT, STREAM,
+        KEYS_FIRST, PRECISION,
+    )  # fmt: skip
+    return softmax_gradient(
+        x, dp, keep, shift, share, delta, grad_lse, factor, keep_scale, MASK, DROPOUT
+    )
+
+
+@triton.jit
+def load_statistics(statistics_ptr, grad_lse_ptr, at, present, LSE: tl.constexpr):
+    """(shift, 1 / sum, delta, d lse) of rows; 0 for those absent, which makes their P and dS 0."""
+    shift = tl.load(statistics_ptr + 3 * at, mask=present, other=0.0)
+    share = tl.load(statistics_ptr + 3 * at + 1, mask=present, other=0.0)
+    delta = tl.load(statistics_ptr + 3 * at + 2, mask=present, other=0.0)
+    return shift, share, delta, load_grad_lse(grad_lse_ptr, at, present, LSE)
+
+
+@triton.jit
+def load_grad_lse(grad_lse_ptr, at, present, LSE: tl.constexpr):
+    """d lse of rows; 0 where nobody asked for a gradient through lse."""
+    grad_lse = tl.zeros(present.shape, tl.float32)
+    if LSE:
+        grad_lse = tl.load(grad_lse_ptr + at, mask=present, other=0.0)
+    return grad_lse
+
+
+@triton.jit
+def store_statistics(statistics_ptr, at, present, shift, share, delta):
+    tl.store(statistics_ptr + 3 * at, shift, mask=present)
+    tl.store(statistics_ptr + 3 * at + 1, share, mask=present)
+    tl.store(statistics_ptr + 3 * at + 2, delta, mask=present)
+
+
+@triton.jit
+def row_statistics(
+    q, grad, q_start, k_base, k_row, v_base, v_row, mask_base, mask_row, mask_column, padding,
+    seed, slice_index, first, last, q_len, kv_len, scale, factor, threshold, keep_scale,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
+    DROPOUT: tl.constexpr, STREAM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(shift, 1 / sum, delta) of a tile of queries, in one pass over the keys [first, last)."""
+    maximum = tl.full([q.shape[0]], -float("inf"), tl.float32)
+    total = tl.zeros([q.shape[0]], tl.float32)
+    total_lost, weighted, weighted_lost = total, total, total
+    for start in range(first, last, LOOP):
+        visible = visible_keys(padding, start, kv_len, LOOP, PADDING)
+        k = load_rows(k_base, start, visible, k_row, DIM, WIDTH, DOT)
+        v = load_rows(v_base, start, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
+        x = scores(
+            q, k, q_start, start, visible, q_len, kv_len, mask_base, mask_row, mask_column,
+            scale, True, CAUSAL, MASK, False, PRECISION,
+        )  # fmt: skip
+        dp, _ = product_gradient(
+            grad, v, seed, slice_index, q_start, start, threshold, keep_scale, DROPOUT, STREAM,
+            False, PRECISION,
+        )  # fmt: skip
+        grown = tl.maximum(maximum, tl.max(x, 1))
+        shift = shift_of(grown)
+        p = exponentials(x, shift[:, None], factor, MASK)
+        alpha = exponentials(maximum, shift, factor, MASK)
+        total, total_lost = add(total * alpha, total_lost * alpha, tl.sum(p, 1))
+        weighted, weighted_lost = add(weighted * alpha, weighted_lost * alpha, tl.sum(p * dp, 1))
+        maximum = grown
+    share = inverse(total)
+    return shift_of(maximum), share, weighted * share
+
+
+@triton.jit
+def row_gradients(
+    q_base, q_row, q_start, k_base, k_row, v_base, v_row, grad_base, grad_row, grad_lse,
+    mask_base, mask_row, mask_column, padding, seed, slice_index, first, last, q_len, kv_len,
+    scale, factor, threshold, keep_scale,
+    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
+    SINGLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(dq / scale, shift, 1 / sum, delta) of OWN queries; SINGLE: their keys fit one tile."""
+    present = q_start + tl.arange(0, OWN) < q_len
+    q = load_rows(q_base, q_start, present, q_row, DIM, WIDTH, DOT)
+    if SIGN != 1:
+        q = q * SIGN
+    grad = load_rows(grad_base, q_start, present, grad_row, VALUE_DIM, VALUE_WIDTH, DOT)
+    if CAUSAL:
+        last = tl.minimum(last, q_start + OWN)
+    dq = tl.zeros([OWN, WIDTH], tl.float32)
+    dq_lost = nothing_lost(dq, DOT)
+    if SINGLE:
+        visible = visible_keys(padding, 0, kv_len, LOOP, PADDING)
+        k = load_rows(k_base, 0, visible, k_row, DIM, WIDTH, DOT)
+        v = load_rows(v_base, 0, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
+        x = scores(
+            q, k, q_start, 0, visible, q_len, kv_len, mask_base, mask_row, mask_column, scale,
+            True, CAUSAL, MASK, False, PRECISION,
+        )  # fmt: skip
+        dp, _ = product_gradient(
+            grad, v, seed, slice_index, q_start, 0, threshold, keep_scale, DROPOUT, STREAM, False,
+            PRECISION,
+        )  # fmt: skip
+        shift = shift_of(tl.max(x, 1))
+        p = exponentials(x, shift[:, None], factor, MASK)
+        share = inverse(tl.sum(p, 1))
+        p = p * share[:, None]
+        delta = tl.sum(p * dp, 1)
+        ds = p * ((dp - delta[:, None]) + grad_lse[:, None])
+        ds = ds.to(k_base.dtype.element_ty).to(DOT)
+        dq, dq_lost = multiply_add(dq, dq_lost, ds, k, PRECISION)
+    else:
+        shift, share, delta = row_statistics(
+            q, grad, q_start, k_base, k_row, v_base, v_row, mask_base, mask_row, mask_column,
+            padding, seed, slice_index, first, last, q_len, kv_len, scale, factor, threshold,
+            keep_scale, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, CAUSAL, MASK, PADDING, DROPOUT,
+            STREAM, DOT, PRECISION,
+        )  # fmt: skip
+        for start in range(first, last, LOOP):
+            visible = visible_keys(padding, start, kv_len, LOOP, PADDING)
+            k = load_rows(k_base, start, visible, k_row, DIM, WIDTH, DOT)
+            v = load_rows(v_base, start, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
+            _, ds = gradients(
+                q, k, v, grad, q_start, start, visible, shift[:, None], share[:, None],
+                delta[:, None], grad_lse[:, None], q_len, kv_len, mask_base, mask_row, mask_column,
+                seed, slice_index, scale, factor, threshold, keep_scale, CAUSAL, MASK, DROPOUT,
+                STREAM, False, PRECISION,
+            )  # fmt: skip
+            ds = ds.to(k_base.dtype.element_ty).to(DOT)
+            dq, dq_lost = multiply_add(dq, dq_lost, ds, k, PRECISION)
+    return dq, shift, share, delta
+
+
+@triton.jit
+def key_gradients(
+    state, k, v, visible, k_start, first, last, q_base, q_row, grad_base, grad_row,
+    statistics_ptr, grad_lse_ptr, at, mask_base, mask_row, mask_column, seed, slice_index, q_len,
+    kv_len, scale, factor, threshold, keep_scale,
+    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    DROPOUT: tl.constexpr, STREAM: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(dk / |scale|, dv) of a tile of keys, continued over the queries [first, last) of a head.
+
+    `at` is where the statistics of the head begin. The queries carry the sign of the scale. State:
+    dk and what its rounding lost, dv and what its rounding lost.
+    """
+    dk, dk_lost, dv, dv_lost = state
+    for start in range(first, last, LOOP):
+        rows = start + tl.arange(0, LOOP)
+        present = rows < q_len
+        q = load_rows(q_base, start, present, q_row, DIM, WIDTH, DOT)
+        if SIGN != 1:
+            q = q * SIGN
+        grad = load_rows(grad_base, start, present, grad_row, VALUE_DIM, VALUE_WIDTH, DOT)
+        shift, share, delta, grad_lse = load_statistics(
+            statistics_ptr, grad_lse_ptr, at + rows, present, LSE
+        )
+        p, ds = gradients(
+            q, k, v, grad, start, k_start, visible, shift[None, :], share[None, :],
+            delta[None, :], grad_lse[None, :], q_len, kv_len, mask_base, mask_row, mask_column,
+            seed, slice_index, scale, factor, threshold, keep_scale, CAUSAL, MASK, DROPOUT, STREAM,
+            True, PRECISION,
+        )  # fmt: skip
+        p = p.to(q_base.dtype.element_ty).to(DOT)
+        ds = ds.to(q_base.dtype.element_ty).to(DOT)
+        dv, dv_lost = multiply_add(dv, dv_lost, p, grad, PRECISION)
+        dk, dk_lost = multiply_add(dk, dk_lost, ds, q, PRECISION)
+    return dk, dk_lost, dv, dv_lost

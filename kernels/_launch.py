@@ -1,0 +1,201 @@
+"""What the launchers share: tile sizes, number formats, the device, and the grid's arithmetic."""
+
+import functools
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastfusion.kernels import _tiles
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+MAX_WIDTH = 256
+_CONFIGS = Path(__file__).with_name("configs")
+_ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut: rows that a program owns, rows that it loops over, warps, stages.
+
+    `loop` decides the order of sums and so the bits of a result; it is the same for every length
+    and device of a compute capability. The other three may be tuned.
+    """
+
+    own: int
+    loop: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# What `override` and `watch` set; nothing else does.
+_overrides: dict[str, Tile] = {}
+_watched: dict[str, Tile] | None = None
+
+
+def width(dim: int) -> int:
+    """The power of two that a head dim is padded to; 16 is the least that a dot takes."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@functools.cache
+def _tuned(device_name: str) -> dict[str, Any]:
+    path = _CONFIGS / f"{device_file(device_name)}.json"
+    return json.loads(path.read_text())["tiles"] if path.exists() else {}
+
+
+def device_file(device_name: str) -> str:
+    """The stem of a device's files: its name in lower case, with dashes for spaces."""
+    return "-".join(device_name.lower().split())
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability that tiles are chosen for; the interpreter has that of an A100."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+@functools.cache
+def tile(kernel: str, dtype: torch.dtype, widest: int, device: torch.device) -> Tile:
+    """The tile of a kernel for heads of `widest` padded elements on a device.
+
+    What tuning found for the device by that name, or the default of its compute capability.
+    """
+    default = Tile(*_tiles.default(kernel, dtype.itemsize, widest, capability(device)))
+    key = f"{kernel}/{8 * dtype.itemsize}/{widest}"
+    if _watched is not None:
+        _watched[key] = default
+    if key in _overrides:
+        return _overrides[key]
+    if device.type != "cuda":
+        return default
+    tuned = _tuned(torch.cuda.get_device_name(device)).get(key)
+    return default if tuned is None else default._replace(**tuned)
+
+
+@contextmanager
+def override(key: str, instead: Tile) -> Iterator[None]:
+    """Launch the kernel of a key, "kernel/bits/width", with another tile; for `make tune`."""
+    before = dict(_overrides)
+    _overrides[key] = instead
+    tile.cache_clear()
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+        tile.cache_clear()
+
+
+@contextmanager
+def watch() -> Iterator[dict[str, Tile]]:
+    """The keys of the tiles that are chosen in the block, each with its default tile."""
+    global _watched
+    before, _watched = _watched, {}
+    tile.cache_clear()
+    try:
+        yield _watched
+    finally:
+        _watched = before
+
+
+def numbers(dtype: torch.dtype) -> dict[str, Any]:
+    """Constants of the products: the dtype of operands, and how float32 ones are multiplied.
+
+    The interpreter multiplies the bit patterns of bfloat16, so there operands become float32 (after
+    the rounding to 16 bits that the hardware's operands have). float32 is multiplied exactly unless
+    torch is allowed tf32 (torch.set_float32_matmul_precision).
+    """
+    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return {
+        "DOT": tl.float32 if INTERPRETED else _ELEMENTS[dtype],
+        "PRECISION": "ieee" if exact else "tf32",
+    }
+
+
+def on(tensor: Tensor) -> Any:
+    """Makes the tensor's device the current one, on which Triton launches."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
+
+
+def rows_readable(tensor: Tensor) -> Tensor:
+    """The tensor itself if the elements of its last dimension lie side by side, else a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def score_options(
+    query: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    kv_len: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run-time and compile-time arguments that say how scores are made; the same in all kernels."""
+    batch, heads, q_len, dim = query.shape
+    scale = dim**-0.5 if scale is None else float(scale)
+    # Below 2^-100 no product of scores matters, and factor * -inf must stay -inf.
+    sign = 0 if abs(scale) < 2.0**-100 else (1 if scale > 0 else -1)
+    mask_kind = 0
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(batch, heads, q_len, kv_len)
+        mask_kind = 1 if attn_mask.dtype == torch.bool else 2
+    mask_strides = (0, 0, 0, 0) if attn_mask is None else attn_mask.stride()
+    run_time = {
+        "mask_ptr": query if attn_mask is None else attn_mask,
+        **dict(
+            zip(("mask_batch", "mask_head", "mask_row", "mask_column"), mask_strides, strict=True)
+        ),
+        "padding_ptr": query if key_padding_mask is None else key_padding_mask,
+        "padding_batch": 0 if key_padding_mask is None else key_padding_mask.stride(0),
+        "seed_ptr": query if seed is None else seed,
+        "threshold": min(round(dropout_p * 2**32), 2**32 - 1),
+        "keep_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
+        "scale": abs(scale) if sign else 0.0,
+        "factor": abs(scale) * math.log2(math.e) if sign else 1.0,
+    }
+    compile_time = {
+        "SIGN": sign or (0 if mask_kind != 2 else 1),
+        "MASK": mask_kind,
+        "PADDING": key_padding_mask is not None,
+        "DROPOUT": seed is not None,
+        **numbers(query.dtype),
+    }
+    return run_time, compile_time
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """Strides of batch, head and row, by the names that the kernels give them."""
+    parts = ("batch", "head", "row")
+    return {f"{n}_{p}": t.stride(i) for n, t in tensors.items() for i, p in enumerate(parts)}
+
+
+def rows_outside(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
+    """A new (batch, heads, length, dim) in memory (batch, length, heads, dim)."""
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+def readable(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else rows_readable(mask)
+
+
+def owned(chosen: Tile, rows: int) -> int:
+    """The rows that a program owns: no more than there are, 16 at least."""
+    return min(chosen.own, width(max(rows, 1)))

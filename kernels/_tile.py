@@ -1,0 +1,250 @@
+"""Device functions of the attention kernels: one tile of rows, of scores, of random bits.
+
+A tile of scores holds Q queries by K keys, or K by Q where a kernel wants the keys first (so that
+its second product takes the tile as it lies in registers). Offsets within a tile are 32-bit, the
+tile's own base is 64-bit: 32-bit offsets from the start of a head overflow at 2^31 elements, 64-bit
+ones per element cost registers (8-72 bytes of spills).
+
+Exponents are of base 2. Without a float mask scores stay raw products, and one fma per score,
+x * factor - shift, does scale, log2(e) and maximum; with one they are in natural units and the
+maximum is subtracted first, because a mask of finfo.min times log2(e) would be -inf.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+BOOL_MASK = tl.constexpr(1)
+FLOAT_MASK = tl.constexpr(2)
+
+
+@triton.jit
+def slice_base(ptr, batch, head, batch_stride, head_stride):
+    """Where the rows of one head of one batch entry begin."""
+    return ptr + tl.cast(batch, tl.int64) * batch_stride + tl.cast(head, tl.int64) * head_stride
+
+
+@triton.jit
+def load_rows(
+    base, start, present, stride, DIM: tl.constexpr, WIDTH: tl.constexpr, DOT: tl.constexpr
+):
+    """Rows start, start + 1, ...: (rows, WIDTH); those not `present` and columns past DIM are 0."""
+    rows = tl.arange(0, present.shape[0])
+    columns = tl.arange(0, WIDTH)
+    at = base + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+    if DIM == WIDTH:
+        tile = tl.load(at, mask=present[:, None], other=0.0)
+    else:
+        tile = tl.load(at, mask=present[:, None] & (columns[None, :] < DIM), other=0.0)
+    return tile.to(DOT)
+
+
+@triton.jit
+def store_rows(base, tile, start, present, stride, DIM: tl.constexpr):
+    rows = tl.arange(0, tile.shape[0])
+    columns = tl.arange(0, tile.shape[1])
+    at = base + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+    inside = present[:, None] & (columns[None, :] < DIM)
+    tl.store(at, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def visible_keys(padding_ptr, start, kv_len, KEYS: tl.constexpr, PADDING: tl.constexpr):
+    """Which of the keys start, start + 1, ... exist and are not hidden by the padding mask."""
+    at = start + tl.arange(0, KEYS)
+    visible = at < kv_len
+    if PADDING:
+        visible = visible & (tl.load(padding_ptr + at, mask=visible, other=1) == 0)
+    return visible
+
+
+@triton.jit
+def visible_range(padding_ptr, kv_len, KEYS: tl.constexpr, PADDING: tl.constexpr):
+    """[first, last) around all visible keys, first a multiple of KEYS; hidden ends cost nothing.
+
+    Bounds and no test inside the loop, since a branch there would keep loads from being pipelined.
+    """
+    if PADDING:
+        first, last = kv_len, 0
+        for start in range(0, kv_len, 1024):
+            at = start + tl.arange(0, 1024)
+            visible = visible_keys(padding_ptr, start, kv_len, 1024, True)
+            first = tl.minimum(first, tl.min(tl.where(visible, at, kv_len)))
+            last = tl.maximum(last, tl.max(tl.where(visible, at + 1, 0)))
+        return first // KEYS * KEYS, last
+    else:
+        return 0, kv_len
+
+
+@triton.jit
+def scores(
+    q, k, q_start, k_start, visible, q_len, kv_len, mask_ptr, mask_row, mask_column, scale,
+    EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of scores, -inf where hidden: raw products, or in natural units with a float mask.
+
+    EDGE says that the tile may hold keys that are absent, hidden or above the diagonal.
+    """
+    rows, keys = tl.arange(0, q.shape[0]), tl.arange(0, k.shape[0])
+    if KEYS_FIRST:
+        x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        rows, keys, shown = rows[None, :], keys[:, None], visible[:, None]
+    else:
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        rows, keys, shown = rows[:, None], keys[None, :], visible[None, :]
+    if MASK != 0:
+        base = mask_ptr + tl.cast(q_start, tl.int64) * mask_row
+        base += tl.cast(k_start, tl.int64) * mask_column
+        inside = (q_start + rows < q_len) & (k_start + keys < kv_len)
+        value = tl.load(base + (rows * mask_row + keys * mask_column), mask=inside, other=0)
+        if MASK == FLOAT_MASK:
+            x = tl.fma(x, tl.zeros_like(x) + scale, value.to(tl.float32))
+        else:
+            x = tl.where(value != 0, x, -float("inf"))
+    if EDGE:
+        if CAUSAL:
+            shown = shown & (q_start + rows >= k_start + keys)
+        x = tl.where(shown, x, -float("inf"))
+    return x
+
+
+@triton.jit
+def scaled_maximum(maximum, factor, MASK: tl.constexpr):
+    """A maximum of scores in the unit of exponents, in which the running maximum is kept."""
+    if MASK == FLOAT_MASK:
+        return maximum
+    else:
+        return maximum * factor
+
+
+@triton.jit
+def shift_of(maximum):
+    """What to subtract: the maximum, or 0 where no score is visible (-inf - -inf is NaN)."""
+    return tl.where(maximum == -float("inf"), 0.0, maximum)
+
+
+@triton.jit
+def weights(x, shift, factor, MASK: tl.constexpr):
+    """exp(scores - maximum), the shift broadcast to the tile by the caller."""
+    if MASK == FLOAT_MASK:
+        return tl.exp2((x - shift) * LOG2E)
+    else:
+        return tl.exp2(tl.fma(x, tl.zeros_like(x) + factor, tl.zeros_like(x) - shift))
+
+
+@triton.jit
+def rescale(before, shift, MASK: tl.constexpr):
+    """By what sums are multiplied when the maximum moves from `before` to `shift`."""
+    if MASK == FLOAT_MASK:
+        return tl.exp2((before - shift) * LOG2E)
+    else:
+        return tl.exp2(before - shift)
+
+
+@triton.jit
+def exponentials(x, maximum, factor, MASK: tl.constexpr):
+    """exp(scores - maximum) with the plain maximum, for gradients: the greatest is exactly 1, so
+    that a softmax over one key has exactly no gradient. One operation more than `weights`."""
+    if MASK == FLOAT_MASK:
+        return tl.exp2((x - maximum) * LOG2E)
+    else:
+        return tl.exp2((x - maximum) * factor)
+
+
+@triton.jit
+def log_sum(maximum, total, MASK: tl.constexpr):
+    """The natural log-sum-exp; -inf where no score is visible."""
+    lse = tl.log(tl.where(total == 0.0, 1.0, total))
+    if MASK == FLOAT_MASK:
+        return maximum + lse
+    else:
+        return maximum * LN2 + lse
+
+
+@triton.jit
+def inverse(total):
+    """1 / total; 0 where nothing is visible, so that such rows give 0."""
+    return 1.0 / tl.where(total == 0.0, float("inf"), total)
+
+
+@triton.jit
+def add(total, lost, value):
+    """(total + value, what its rounding lost), Kahan's sum.
+
+    One float32 chain over the tiles of 4,096 values of one sign errs by four times the plain
+    formula.
+    """
+    value = value - lost
+    grown = total + value
+    return grown, (grown - total) - value
+
+
+@triton.jit
+def nothing_lost(acc, DOT: tl.constexpr):
+    """The second half of an accumulator of products: see multiply_add."""
+    if tl.float32 == DOT:
+        return tl.zeros_like(acc)
+    else:
+        return 0.0
+
+
+@triton.jit
+def multiply_add(acc, lost, a, b, PRECISION: tl.constexpr):
+    """(acc + a @ b, what its rounding lost): Kahan's sum of tiles for float32 operands, which the
+    matrix units otherwise add as one chain over all keys. 16-bit operands lose more themselves."""
+    if a.dtype == tl.float32:
+        value = tl.dot(a, b, -lost, input_precision=PRECISION)
+        grown = acc + value
+        return grown, (grown - acc) - value
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION), lost
+
+
+@triton.jit
+def random_words(
+    seed,
+    slice_index,
+    i_start,
+    j_start,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STREAM: tl.constexpr,
+):
+    """Philox4x32-10 words of the scores (i, j), (ROWS, COLUMNS) of uint32; 4 divides j_start."""
+    zero = tl.zeros([ROWS, COLUMNS // 4], tl.uint32)
+    group = zero + (j_start // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)[None, :]
+    row = zero + (i_start + tl.arange(0, ROWS)).to(tl.uint32)[:, None]
+    entry = zero + tl.cast(slice_index, tl.uint32)
+    a, b, c, d = tl.philox(seed, group, row, entry, zero + STREAM)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [ROWS, COLUMNS])
+
+
+@triton.jit
+def kept_pair(
+    seed, slice_index, a_start, b_start, threshold, A: tl.constexpr, B: tl.constexpr,
+    STREAM: tl.constexpr, EXCHANGED: tl.constexpr,
+):  # fmt: skip
+    """Which scores of an (A, B) tile dropout keeps; EXCHANGED: the rows are keys, not queries."""
+    if EXCHANGED:
+        words = tl.trans(random_words(seed, slice_index, b_start, a_start, B, A, STREAM))
+    else:
+        words = random_words(seed, slice_index, a_start, b_start, A, B, STREAM)
+    return words >= threshold
+
+
+@triton.jit
+def kept(
+    seed, slice_index, q_start, k_start, threshold, Q: tl.constexpr, K: tl.constexpr,
+    STREAM: tl.constexpr, KEYS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Which scores of a tile of one attention dropout keeps.
+
+    Stream 1 is the softmax over queries of a bidirectional call: there the rows of a tile are its
+    keys, and bits count (query, key) as in the whole.
+    """
+    keep = kept_pair(seed, slice_index, q_start, k_start, threshold, Q, K, STREAM, STREAM == 1)
+    if KEYS_FIRST:
+        keep = tl.trans(keep)
+    return keep

@@ -1,0 +1,302 @@
+"""Attention forward: softmax(scale * Q K^T + bias) V without the score matrix.
+
+A program owns a tile of queries of one head and loops over the keys with an online softmax (Milakov
+and Gimelshein, 2018; Dao et al., FlashAttention, 2022). Few queries over many keys are split into
+ranges of a fixed number of keys, merged in ascending order by a second kernel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastfusion.kernels._launch import (
+    cdiv,
+    on,
+    owned,
+    readable,
+    rows_outside,
+    rows_readable,
+    score_options,
+    strides,
+    tile,
+    width,
+)
+from fastfusion.kernels._tile import (
+    add,
+    inverse,
+    kept,
+    load_rows,
+    log_sum,
+    multiply_add,
+    nothing_lost,
+    rescale,
+    scaled_maximum,
+    scores,
+    shift_of,
+    slice_base,
+    store_rows,
+    visible_keys,
+    visible_range,
+    weights,
+)
+
+
+@triton.jit
+def attend_range(
+    state, first, last, q, q_start, k_base, k_row, v_base, v_row, mask_base, mask_row, mask_column,
+    padding, seed, slice_index, q_len, kv_len, scale, factor, threshold, keep_scale,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    LOOP: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state of a tile of queries, continued over the keys [first, last).
+
+    State: running maximum, sum and what its rounding lost, weighted values and what theirs lost.
+    """
+    maximum, total, total_lost, acc, acc_lost = state
+    for start in range(first, last, LOOP):
+        visible = visible_keys(padding, start, kv_len, LOOP, PADDING)
+        k = load_rows(k_base, start, visible, k_row, DIM, WIDTH, DOT)
+        x = scores(
+            q, k, q_start, start, visible, q_len, kv_len, mask_base, mask_row, mask_column, scale,
+            EDGE, CAUSAL, MASK, False, PRECISION,
+        )  # fmt: skip
+        grown = tl.maximum(maximum, scaled_maximum(tl.max(x, 1), factor, MASK))
+        shift = shift_of(grown)
+        p = weights(x, shift[:, None], factor, MASK)
+        alpha = rescale(maximum, shift, MASK)
+        total, total_lost = add(total * alpha, total_lost * alpha, tl.sum(p, 1))
+        maximum = grown
+        if DROPOUT:
+            keep = kept(
+                seed, slice_index, q_start, start, threshold, q.shape[0], LOOP, STREAM, False
+            )
+            p = tl.where(keep, p * keep_scale, 0.0)
+        v = load_rows(v_base, start, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
+        p = p.to(v_base.dtype.element_ty).to(DOT)
+        if tl.float32 == DOT:
+            acc_lost = acc_lost * alpha[:, None]
+        acc, acc_lost = multiply_add(acc * alpha[:, None], acc_lost, p, v, PRECISION)
+    return maximum, total, total_lost, acc, acc_lost
+
+
+@triton.jit
+def attend(
+    q_base, q_row, q_start, k_base, k_row, v_base, v_row, mask_base, mask_row, mask_column,
+    padding, seed, slice_index, first, last, q_len, kv_len, scale, factor, threshold, keep_scale,
+    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(maximum, total, acc) of OWN queries of one head over the keys [first, last).
+
+    Tiles of keys that all queries see whole come first, without a comparison per score; the last
+    tile, the diagonal and whatever padding may hide follow.
+    """
+    present = q_start + tl.arange(0, OWN) < q_len
+    q = load_rows(q_base, q_start, present, q_row, DIM, WIDTH, DOT)
+    if SIGN != 1:
+        q = q * SIGN
+    if CAUSAL:
+        last = tl.minimum(last, q_start + OWN)
+    acc = tl.zeros([OWN, VALUE_WIDTH], tl.float32)
+    total = tl.zeros([OWN], tl.float32)
+    maximum = tl.full([OWN], -float("inf"), tl.float32)
+    state = (maximum, total, total, acc, nothing_lost(acc, DOT))
+    edge = first
+    if not PADDING:
+        edge = last // LOOP * LOOP
+        if CAUSAL:
+            edge = tl.minimum(edge, q_start // LOOP * LOOP)
+        state = attend_range(
+            state, first, edge, q, q_start, k_base, k_row, v_base, v_row, mask_base, mask_row,
+            mask_column, padding, seed, slice_index, q_len, kv_len, scale, factor, threshold,
+            keep_scale, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, False, False, MASK, False,
+            DROPOUT, STREAM, DOT, PRECISION,
+        )  # fmt: skip
+    maximum, total, _, acc, _ = attend_range(
+        state, edge, last, q, q_start, k_base, k_row, v_base, v_row, mask_base, mask_row,
+        mask_column, padding, seed, slice_index, q_len, kv_len, scale, factor, threshold,
+        keep_scale, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, True, CAUSAL, MASK, PADDING,
+        DROPOUT, STREAM, DOT, PRECISION,
+    )  # fmt: skip
+    return maximum, total, acc
+
+
+@triton.jit
+def attend_program(
+    index, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, padding_ptr, seed_ptr, partial_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    out_batch, out_head, out_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
+    heads, group, q_len, kv_len, splits, scale, factor, threshold, keep_scale,
+    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, SPLIT: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr,
+    STREAM: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries, one split of keys; (batch * heads, splits, tiles), the last fastest."""
+    tiles = tl.cdiv(q_len, OWN)
+    q_start = index % tiles * OWN
+    if CAUSAL:  # the longest rows first
+        q_start = (tiles - 1 - index % tiles) * OWN
+    slice_index = index // tiles // splits
+    batch, head = slice_index // heads, slice_index % heads
+    padding = padding_ptr + tl.cast(batch, tl.int64) * padding_batch
+    first, last = visible_range(padding, kv_len, LOOP, PADDING)
+    if SPLIT > 0:
+        split = index // tiles % splits
+        first = tl.maximum(first, split * SPLIT)
+        last = tl.minimum(last, (split + 1) * SPLIT)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    maximum, total, acc = attend(
+        slice_base(q_ptr, batch, head, q_batch, q_head), q_row, q_start,
+        slice_base(k_ptr, batch, head // group, k_batch, k_head), k_row,
+        slice_base(v_ptr, batch, head // group, v_batch, v_head), v_row,
+        slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column,
+        padding, seed, slice_index, first, last, q_len, kv_len, scale, factor, threshold,
+        keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, MASK, PADDING,
+        DROPOUT, STREAM, DOT, PRECISION,
+    )  # fmt: skip
+    if SPLIT > 0:
+        base = partial_ptr + tl.cast(index // tiles, tl.int64) * q_len * (VALUE_DIM + 2)
+        store_partial(base, maximum, total, acc, q_start, q_len, VALUE_DIM)
+    else:
+        rows = tl.arange(0, OWN)
+        present = q_start + rows < q_len
+        out = slice_base(out_ptr, batch, head, out_batch, out_head)
+        store_rows(out, acc * inverse(total)[:, None], q_start, present, out_row, VALUE_DIM)
+        if LSE:
+            at = lse_ptr + tl.cast(slice_index, tl.int64) * q_len + q_start + rows
+            tl.store(at, log_sum(maximum, total, MASK), mask=present)
+
+
+@triton.jit
+def store_partial(base, maximum, total, acc, start, length, DIM: tl.constexpr):
+    """What a split leaves for the merge: weighted values, then maximum and sum, of each row."""
+    rows = start + tl.arange(0, acc.shape[0])
+    present = rows < length
+    store_rows(base, acc, start, present, DIM + 2, DIM)
+    statistics = base + rows.to(tl.int64) * (DIM + 2) + DIM
+    tl.store(statistics, maximum, mask=present)
+    tl.store(statistics + 1, total, mask=present)
+
+
+LENGTHS = ["heads", "group", "q_len", "kv_len", "splits", "padding_batch", "threshold"]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def attention_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, padding_ptr, seed_ptr, partial_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    out_batch, out_head, out_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
+    heads, group, q_len, kv_len, splits, scale, factor, threshold, keep_scale,
+    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, SPLIT: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr,
+    STREAM: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    attend_program(
+        tl.program_id(0), q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, padding_ptr, seed_ptr,
+        partial_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+        out_batch, out_head, out_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
+        heads, group, q_len, kv_len, splits, scale, factor, threshold, keep_scale, SIGN, DIM,
+        WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, SPLIT, CAUSAL, MASK, PADDING, DROPOUT, STREAM,
+        LSE, DOT, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["heads", "q_len", "splits"])
+def merge_kernel(
+    partial_ptr, out_ptr, lse_ptr, out_batch, out_head, out_row, heads, q_len, splits,
+    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, MASK: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """One query of one head from the splits of its keys, in ascending order."""
+    index = tl.program_id(0)
+    slice_index, row = index // q_len, index % q_len
+    columns = tl.arange(0, VALUE_WIDTH)
+    partial_row = VALUE_DIM + 2
+    step = tl.cast(q_len, tl.int64) * partial_row
+    base = partial_ptr + tl.cast(slice_index, tl.int64) * splits * step + row * partial_row
+    maximum = -float("inf")
+    for split in range(0, splits):
+        maximum = tl.maximum(maximum, tl.load(base + split * step + VALUE_DIM))
+    shift = shift_of(maximum)
+    total = 0.0
+    acc = tl.zeros([VALUE_WIDTH], tl.float32)
+    for split in range(0, splits):
+        at = base + split * step
+        alpha = rescale(tl.load(at + VALUE_DIM), shift, MASK)
+        total += alpha * tl.load(at + VALUE_DIM + 1)
+        acc += alpha * tl.load(at + columns, mask=columns < VALUE_DIM, other=0.0)
+    batch, head = slice_index // heads, slice_index % heads
+    out = slice_base(out_ptr, batch, head, out_batch, out_head) + tl.cast(row, tl.int64) * out_row
+    acc = (acc * inverse(total)).to(out_ptr.dtype.element_ty)
+    tl.store(out + columns, acc, mask=columns < VALUE_DIM)
+    if LSE:
+        tl.store(lse_ptr + tl.cast(index, tl.int64), log_sum(maximum, total, MASK))
+
+
+def split_length(q_len: int, kv_len: int, is_causal: bool) -> int:
+    """Keys per split, a function of the shape alone so that bits are too; 0 for no splits.
+
+    Few queries leave most of a GPU idle: one row tile of one head is one program.
+    """
+    if is_causal or q_len > 512:
+        return 0
+    length = 256 if q_len <= 16 else 512 if q_len <= 64 else 2048
+    return length if kv_len >= 2 * length else 0
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    dropout_stream: int,
+    is_causal: bool,
+    scale: float | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """out (B, H, Lq, Dv) and lse (B, H, Lq), float32, or None, of normalised arguments."""
+    query, key, value = map(rows_readable, (query, key, value))
+    key_padding_mask = readable(key_padding_mask)
+    batch, heads, q_len, dim = query.shape
+    kv_len, value_dim = value.shape[2:]
+    out = rows_outside(query, batch, heads, q_len, value_dim)
+    lse = query.new_empty(batch, heads, q_len, dtype=torch.float32) if return_lse else None
+    if batch * heads * q_len == 0:
+        return out, lse
+    run_time, compile_time = score_options(
+        query, attn_mask, key_padding_mask, seed, dropout_p, scale, kv_len
+    )
+    chosen = tile("attention", query.dtype, max(width(dim), width(value_dim)), query.device)
+    split = split_length(q_len, kv_len, is_causal)
+    splits = cdiv(kv_len, split) if split else 1
+    own = owned(chosen, q_len)
+    partial = (
+        query.new_empty(batch * heads * splits * q_len * (value_dim + 2), dtype=torch.float32)
+        if split
+        else query
+    )
+    with on(query):
+        attention_kernel[(batch * heads * splits * cdiv(q_len, own),)](
+            query, key, value, out, query if lse is None else lse, partial_ptr=partial,
+            **strides(q=query, k=key, v=value, out=out), **run_time,
+            heads=heads, group=heads // key.shape[1], q_len=q_len, kv_len=kv_len, splits=splits,
+            DIM=dim, WIDTH=width(dim), VALUE_DIM=value_dim, VALUE_WIDTH=width(value_dim),
+            OWN=own, LOOP=chosen.loop, SPLIT=split, CAUSAL=is_causal, STREAM=dropout_stream,
+            LSE=return_lse, **compile_time, **chosen.options(),
+        )  # fmt: skip
+        if split:
+            merge_kernel[(batch * heads * q_len,)](
+                partial, out, query if lse is None else lse, **strides(out=out), heads=heads,
+                q_len=q_len, splits=splits, VALUE_DIM=value_dim, VALUE_WIDTH=width(value_dim),
+                MASK=compile_time["MASK"], LSE=return_lse, num_warps=4,
+            )  # fmt: skip
+    return out, lse

@@ -1,0 +1,350 @@
+"""Attention backward: dq, dk, dv and the gradient of a float mask, without atomics.
+
+Softmax statistics are taken anew and not from lse: the rounding of lse is common to a row and
+breaks the accuracy rule, and a row of finfo.min has no bits left in it. delta = rowsum(P * dP) and
+not rowsum(dO * out), whose 16-bit out has lost what the difference dP - delta needs. So the kernel
+of the rows makes two passes over the keys where they do not fit one tile, and leaves (maximum,
+1 / sum, delta) of each row to the others.
+
+Sums over queries are cut into ranges that depend on the shape alone and merged as a tree: one
+float32 chain over 8 heads of 4,096 queries errs by five times the plain formula.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastfusion.kernels._gradients import (
+    gradients,
+    key_gradients,
+    load_grad_lse,
+    load_statistics,
+    row_gradients,
+    store_statistics,
+)
+from fastfusion.kernels._launch import (
+    cdiv,
+    on,
+    owned,
+    readable,
+    rows_outside,
+    rows_readable,
+    score_options,
+    strides,
+    tile,
+    width,
+)
+from fastfusion.kernels._tile import (
+    add,
+    load_rows,
+    nothing_lost,
+    slice_base,
+    store_rows,
+    visible_keys,
+    visible_range,
+)
+
+LENGTHS = ["heads", "group", "q_len", "kv_len", "padding_batch", "threshold", "splits", "per_split"]
+
+
+@triton.jit(do_not_specialize=LENGTHS[:6])
+def rows_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dq_ptr, statistics_ptr, mask_ptr, padding_ptr,
+    seed_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    grad_batch, grad_head, grad_row, dq_batch, dq_head, dq_row,
+    mask_batch, mask_head, mask_row, mask_column, padding_batch,
+    heads, group, q_len, kv_len, scale, factor, threshold, keep_scale, gradient_scale,
+    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
+    SINGLE: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq and the statistics of the rows. Programs: (batch * heads, tiles of queries)."""
+    tiles = tl.cdiv(q_len, OWN)
+    index = tl.program_id(0)
+    q_start = index % tiles * OWN
+    if CAUSAL:  # the longest rows first
+        q_start = (tiles - 1 - index % tiles) * OWN
+    slice_index = index // tiles
+    batch, head = slice_index // heads, slice_index % heads
+    present = q_start + tl.arange(0, OWN) < q_len
+    at = tl.cast(slice_index, tl.int64) * q_len + q_start + tl.arange(0, OWN)
+    padding = padding_ptr + tl.cast(batch, tl.int64) * padding_batch
+    first, last = visible_range(padding, kv_len, LOOP, PADDING)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    dq, shift, share, delta = row_gradients(
+        slice_base(q_ptr, batch, head, q_batch, q_head), q_row, q_start,
+        slice_base(k_ptr, batch, head // group, k_batch, k_head), k_row,
+        slice_base(v_ptr, batch, head // group, v_batch, v_head), v_row,
+        slice_base(grad_ptr, batch, head, grad_batch, grad_head), grad_row,
+        load_grad_lse(grad_lse_ptr, at, present, LSE),
+        slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column,
+        padding, seed, slice_index, first, last, q_len, kv_len, scale, factor, threshold,
+        keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, MASK, PADDING,
+        DROPOUT, STREAM, SINGLE, DOT, PRECISION,
+    )  # fmt: skip
+    base = slice_base(dq_ptr, batch, head, dq_batch, dq_head)
+    store_rows(base, dq * gradient_scale, q_start, present, dq_row, DIM)
+    store_statistics(statistics_ptr, at, present, shift, share, delta)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def keys_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dk_ptr, dv_ptr, partial_ptr, statistics_ptr,
+    mask_ptr, padding_ptr, seed_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row,
+    v_batch, v_head, v_row, grad_batch, grad_head, grad_row, dk_batch, dk_head, dk_row,
+    dv_batch, dv_head, dv_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
+    heads, group, q_len, kv_len, splits, per_split, scale, factor, threshold, keep_scale,
+    gradient_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
+    SPLIT: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
+    DROPOUT: tl.constexpr, STREAM: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv. Programs: (batch * key heads, splits, tiles of keys).
+
+    A split is `per_split` tiles of queries of the heads that share the keys, one after the other.
+    """
+    tiles = tl.cdiv(kv_len, OWN)
+    index = tl.program_id(0)
+    k_start = index % tiles * OWN
+    slice_k = index // tiles // splits
+    kv_heads = heads // group
+    batch, kv_head = slice_k // kv_heads, slice_k % kv_heads
+    padding = padding_ptr + tl.cast(batch, tl.int64) * padding_batch
+    present = k_start + tl.arange(0, OWN) < kv_len
+    visible = visible_keys(padding, k_start, kv_len, OWN, PADDING)
+    k_base = slice_base(k_ptr, batch, kv_head, k_batch, k_head)
+    v_base = slice_base(v_ptr, batch, kv_head, v_batch, v_head)
+    k = load_rows(k_base, k_start, visible, k_row, DIM, WIDTH, DOT)
+    v = load_rows(v_base, k_start, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
+    dk = tl.zeros([OWN, WIDTH], tl.float32)
+    dv = tl.zeros([OWN, VALUE_WIDTH], tl.float32)
+    dk_lost, dv_lost = nothing_lost(dk, DOT), nothing_lost(dv, DOT)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    row_tiles = tl.cdiv(q_len, LOOP)
+    first = index // tiles % splits * per_split
+    last = tl.minimum(first + per_split, group * row_tiles)
+    if PADDING:  # a tile without a visible key loops over nothing
+        last = tl.where(tl.max(visible.to(tl.int32)) > 0, last, first)
+    lowest = 0
+    if CAUSAL:
+        lowest = k_start // LOOP
+    for g in range(first // row_tiles, tl.cdiv(last, row_tiles)):
+        head = kv_head * group + g
+        slice_index = batch * heads + head
+        dk, dk_lost, dv, dv_lost = key_gradients(
+            (dk, dk_lost, dv, dv_lost), k, v, visible, k_start,
+            tl.maximum(first - g * row_tiles, lowest) * LOOP,
+            tl.minimum(last - g * row_tiles, row_tiles) * LOOP,
+            slice_base(q_ptr, batch, head, q_batch, q_head), q_row,
+            slice_base(grad_ptr, batch, head, grad_batch, grad_head), grad_row,
+            statistics_ptr, grad_lse_ptr, tl.cast(slice_index, tl.int64) * q_len,
+            slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column,
+            seed, slice_index, q_len, kv_len, scale, factor, threshold, keep_scale, SIGN, DIM,
+            WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, CAUSAL, MASK, DROPOUT, STREAM, LSE, DOT, PRECISION,
+        )  # fmt: skip
+    if SPLIT:
+        row: tl.constexpr = DIM + VALUE_DIM
+        base = partial_ptr + tl.cast(index // tiles, tl.int64) * kv_len * row
+        store_rows(base, dk * gradient_scale, k_start, present, row, DIM)
+        store_rows(base + DIM, dv, k_start, present, row, VALUE_DIM)
+    else:
+        base = slice_base(dk_ptr, batch, kv_head, dk_batch, dk_head)
+        store_rows(base, dk * gradient_scale, k_start, present, dk_row, DIM)
+        base = slice_base(dv_ptr, batch, kv_head, dv_batch, dv_head)
+        store_rows(base, dv, k_start, present, dv_row, VALUE_DIM)
+
+
+@triton.jit(do_not_specialize=["kv_heads", "kv_len", "splits"])
+def merge_kernel(
+    partial_ptr, dk_ptr, dv_ptr, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
+    kv_heads, kv_len, splits, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One key of one head: the sum of its splits. Programs: (batch * key heads, keys)."""
+    index = tl.program_id(0)
+    slice_k, key = index // kv_len, index % kv_len
+    row: tl.constexpr = DIM + VALUE_DIM
+    step = tl.cast(kv_len, tl.int64) * row
+    base = partial_ptr + tl.cast(slice_k, tl.int64) * splits * step + tl.cast(key, tl.int64) * row
+    present = tl.arange(0, SPLITS) < splits
+    dk = tl.sum(load_rows(base, 0, present, step, DIM, WIDTH, tl.float32), 0)
+    dv = tl.sum(load_rows(base + DIM, 0, present, step, VALUE_DIM, VALUE_WIDTH, tl.float32), 0)
+    batch, head = slice_k // kv_heads, slice_k % kv_heads
+    at = slice_base(dk_ptr, batch, head, dk_batch, dk_head) + tl.cast(key, tl.int64) * dk_row
+    columns = tl.arange(0, WIDTH)
+    tl.store(at + columns, dk.to(dk_ptr.dtype.element_ty), mask=columns < DIM)
+    at = slice_base(dv_ptr, batch, head, dv_batch, dv_head) + tl.cast(key, tl.int64) * dv_row
+    columns = tl.arange(0, VALUE_WIDTH)
+    tl.store(at + columns, dv.to(dv_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
+
+
+@triton.jit
+def store_mask_gradient(dmask_ptr, tile, owner, row, column, rows_end, columns_end):
+    """A tile of the gradient of slice `owner` of a contiguous mask."""
+    rows, columns = row + tl.arange(0, tile.shape[0]), column + tl.arange(0, tile.shape[1])
+    at = dmask_ptr + tl.cast(owner, tl.int64) * rows_end * columns_end
+    at += rows.to(tl.int64)[:, None] * columns_end + columns[None, :]
+    inside = (rows < rows_end)[:, None] & (columns < columns_end)[None, :]
+    tl.store(at, tile.to(dmask_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=[*LENGTHS[:6], "batches", "mask_batches", "mask_heads"])
+def mask_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dmask_ptr, statistics_ptr, mask_ptr, padding_ptr,
+    seed_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    grad_batch, grad_head, grad_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
+    heads, group, q_len, kv_len, batches, mask_batches, mask_heads, scale, factor, threshold,
+    keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
+    SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
+    LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a float mask: a program owns a tile of it and adds up whatever shares it.
+
+    Programs: (batches and heads of the mask, tiles of rows, tiles of columns). One number may
+    take every score of the call, hence Kahan's sum.
+    """
+    columns_end = 1 if SHARED_COLUMNS else kv_len
+    rows_end = 1 if SHARED_ROWS else q_len
+    column_tiles, row_tiles = tl.cdiv(columns_end, LOOP), tl.cdiv(rows_end, OWN)
+    index = tl.program_id(0)
+    column, row = index % column_tiles * LOOP, index // column_tiles % row_tiles * OWN
+    owner = index // column_tiles // row_tiles
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    total = tl.zeros([OWN, LOOP], tl.float32)
+    lost = tl.zeros([OWN, LOOP], tl.float32)
+    for batch in range(owner // mask_heads, batches, mask_batches):
+        padding = padding_ptr + tl.cast(batch, tl.int64) * padding_batch
+        for head in range(owner % mask_heads, heads, mask_heads):
+            slice_index = batch * heads + head
+            q_base = slice_base(q_ptr, batch, head, q_batch, q_head)
+            k_base = slice_base(k_ptr, batch, head // group, k_batch, k_head)
+            v_base = slice_base(v_ptr, batch, head // group, v_batch, v_head)
+            grad_base = slice_base(grad_ptr, batch, head, grad_batch, grad_head)
+            mask_base = slice_base(mask_ptr, batch, head, mask_batch, mask_head)
+            for q_start in range(row, q_len if SHARED_ROWS else row + 1, OWN):
+                present = q_start + tl.arange(0, OWN) < q_len
+                q = load_rows(q_base, q_start, present, q_row, DIM, WIDTH, DOT)
+                if SIGN != 1:
+                    q = q * SIGN
+                grad = load_rows(grad_base, q_start, present, grad_row, VALUE_DIM, VALUE_WIDTH, DOT)
+                at = tl.cast(slice_index, tl.int64) * q_len + q_start + tl.arange(0, OWN)
+                shift, share, delta, grad_lse = load_statistics(
+                    statistics_ptr, grad_lse_ptr, at, present, LSE
+                )
+                for k_start in range(column, kv_len if SHARED_COLUMNS else column + 1, LOOP):
+                    visible = visible_keys(padding, k_start, kv_len, LOOP, PADDING)
+                    k = load_rows(k_base, k_start, visible, k_row, DIM, WIDTH, DOT)
+                    v = load_rows(v_base, k_start, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
+                    _, ds = gradients(
+                        q, k, v, grad, q_start, k_start, visible, shift[:, None], share[:, None],
+                        delta[:, None], grad_lse[:, None], q_len, kv_len, mask_base, mask_row,
+                        mask_column, seed, slice_index, scale, factor, threshold, keep_scale,
+                        CAUSAL, MASK, DROPOUT, STREAM, False, PRECISION,
+                    )  # fmt: skip
+                    total, lost = add(total, lost, ds)
+    if SHARED_ROWS:
+        total = tl.sum(total, 0, keep_dims=True)
+    if SHARED_COLUMNS:
+        total = tl.sum(total, 1, keep_dims=True)
+    store_mask_gradient(dmask_ptr, total, owner, row, column, rows_end, columns_end)
+
+
+def row_splits(row_tiles: int, group: int, loop: int) -> tuple[int, int]:
+    """(splits, tiles of queries per split) of the sums over queries.
+
+    About 1,024 queries each, for occupancy where keys are few and for short float32 chains; 16 at
+    most, so that the partial sums stay linear in the length.
+    """
+    units = row_tiles * group
+    splits = min(16, cdiv(units * loop, 1024))
+    per_split = cdiv(units, splits)
+    return cdiv(units, per_split), per_split
+
+
+def attention_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    dropout_stream: int,
+    is_causal: bool,
+    scale: float | None,
+    mask_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, d attn_mask) of normalised arguments; the last is empty if not wanted."""
+    if grad_out is None:
+        grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
+    grad_out, query, key, value = map(rows_readable, (grad_out, query, key, value))
+    key_padding_mask = readable(key_padding_mask)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    batch, heads, q_len, dim = query.shape
+    kv_heads, kv_len, value_dim = value.shape[1:]
+    dq = rows_outside(query, batch, heads, q_len, dim)
+    dk = rows_outside(query, batch, kv_heads, kv_len, dim)
+    dv = rows_outside(query, batch, kv_heads, kv_len, value_dim)
+    dmask = query.new_empty(0)
+    if mask_gradient and attn_mask is not None:
+        dmask = attn_mask.new_empty(attn_mask.shape)
+    if batch * heads * q_len == 0 or batch * kv_heads * kv_len == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_()
+    run_time, compile_time = score_options(
+        query, attn_mask, key_padding_mask, seed, dropout_p, scale, kv_len
+    )
+    scale = dim**-0.5 if scale is None else float(scale)
+    group, widest = heads // kv_heads, max(width(dim), width(value_dim))
+    common = {
+        "grad_lse_ptr": query if grad_lse is None else grad_lse,
+        "statistics_ptr": query.new_empty(batch * heads * q_len * 3, dtype=torch.float32),
+        **strides(q=query, k=key, v=value, grad=grad_out), **run_time,
+        "heads": heads, "group": group, "q_len": q_len, "kv_len": kv_len,
+        "DIM": dim, "WIDTH": width(dim), "VALUE_DIM": value_dim, "VALUE_WIDTH": width(value_dim),
+        "CAUSAL": is_causal, "STREAM": dropout_stream, "LSE": grad_lse is not None, **compile_time,
+    }  # fmt: skip
+
+    def chosen(kernel: str, rows: int) -> tuple[int, dict[str, int]]:
+        sizes = tile(f"attention_backward_{kernel}", query.dtype, widest, query.device)
+        own = owned(sizes, rows)
+        return own, {"OWN": own, "LOOP": sizes.loop, **sizes.options()}
+
+    with on(query):
+        own, sizes = chosen("rows", q_len)
+        rows_kernel[(batch * heads * cdiv(q_len, own),)](
+            query, key, value, grad_out, dq_ptr=dq, **strides(dq=dq), **common, **sizes,
+            gradient_scale=scale, SINGLE=kv_len <= sizes["LOOP"],
+        )  # fmt: skip
+        own, sizes = chosen("keys", kv_len)
+        splits, per_split = row_splits(cdiv(q_len, sizes["LOOP"]), group, sizes["LOOP"])
+        elements = batch * kv_heads * splits * kv_len * (dim + value_dim) if splits > 1 else 0
+        partial = query.new_empty(elements, dtype=torch.float32) if elements else query
+        keys_kernel[(batch * kv_heads * splits * cdiv(kv_len, own),)](
+            query, key, value, grad_out, dk_ptr=dk, dv_ptr=dv, partial_ptr=partial,
+            **strides(dk=dk, dv=dv), **common, **sizes, gradient_scale=abs(scale), splits=splits,
+            per_split=per_split, SPLIT=splits > 1,
+        )  # fmt: skip
+        if splits > 1:
+            merge_kernel[(batch * kv_heads * kv_len,)](
+                partial, dk, dv, **strides(dk=dk, dv=dv), kv_heads=kv_heads, kv_len=kv_len,
+                splits=splits, DIM=dim, WIDTH=width(dim), VALUE_DIM=value_dim,
+                VALUE_WIDTH=width(value_dim), SPLITS=width(splits), num_warps=4,
+            )  # fmt: skip
+        if dmask.numel():
+            shared = (1,) * (4 - dmask.dim()) + tuple(dmask.shape)
+            own, sizes = chosen("mask", shared[2])
+            grid = shared[0] * shared[1] * cdiv(shared[2], own) * cdiv(shared[3], sizes["LOOP"])
+            mask_kernel[(grid,)](
+                query, key, value, grad_out, dmask_ptr=dmask, **common, **sizes, batches=batch,
+                mask_batches=shared[0], mask_heads=shared[1],
+                SHARED_ROWS=shared[2] == 1 and q_len > 1,
+                SHARED_COLUMNS=shared[3] == 1 and kv_len > 1,
+            )  # fmt: skip
+    return dq, dk, dv, dmask

@@ -1,0 +1,364 @@
+"""Bidirectional attention forward: two softmax directions from one score matrix.
+
+Where one side is short, its keys, its values and the sums over the other side stay on chip: a
+program owns a range of the long side's rows, makes every score once, finishes the softmax of each
+row and carries the columns' on (three products instead of four). The ranges depend on the shape
+alone, and a second kernel merges them in order.
+
+Where it is not, one launch runs both directions as attention (column sums of 256 keys by 256
+values would be 256 KB per program; parts of them per tile of rows would be written and read again
+at twice the traffic of everything else).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastfusion.kernels._launch import (
+    cdiv,
+    on,
+    owned,
+    readable,
+    rows_outside,
+    rows_readable,
+    score_options,
+    strides,
+    tile,
+    width,
+)
+from fastfusion.kernels._tile import (
+    add,
+    inverse,
+    kept_pair,
+    load_rows,
+    log_sum,
+    multiply_add,
+    nothing_lost,
+    rescale,
+    scaled_maximum,
+    scores,
+    shift_of,
+    slice_base,
+    store_rows,
+    visible_keys,
+    weights,
+)
+from fastfusion.kernels.attention import (
+    attend_program,
+    merge_kernel,
+    split_length,
+    store_partial,
+)
+
+# Bytes of the column sums as operands; twice that as float32: the accumulators of 256 threads.
+ON_CHIP = 32768
+NAMES = ("q", "k", "v", "qv")
+
+
+LENGTHS = [
+    "heads", "q_len", "kv_len", "q_padding_batch", "k_padding_batch", "threshold", "splits",
+    "per_split", "q_splits", "k_splits", "q_programs",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=LENGTHS[:8])
+def shared_kernel(
+    q_ptr, k_ptr, v_ptr, qv_ptr, out_q_ptr, out_k_ptr, lse_q_ptr, lse_k_ptr, partial_ptr,
+    mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr, q_batch, q_head, q_row, k_batch, k_head,
+    k_row, v_batch, v_head, v_row, qv_batch, qv_head, qv_row, out_q_batch, out_q_head, out_q_row,
+    out_k_batch, out_k_head, out_k_row, mask_batch, mask_head, mask_row, mask_column,
+    q_padding_batch, k_padding_batch, heads, q_len, kv_len, splits, per_split, scale, factor,
+    threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, EXCHANGED: tl.constexpr,
+    MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr, DROPOUT: tl.constexpr,
+    LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Programs: (batch * heads, splits of the rows). All keys are one tile of KEYS."""
+    index = tl.program_id(0)
+    slice_index = index // splits
+    batch, head = slice_index // heads, slice_index % heads
+    q_base = slice_base(q_ptr, batch, head, q_batch, q_head)
+    qv_base = slice_base(qv_ptr, batch, head, qv_batch, qv_head)
+    out_q_base = slice_base(out_q_ptr, batch, head, out_q_batch, out_q_head)
+    mask_base = slice_base(mask_ptr, batch, head, mask_batch, mask_head)
+    q_padding = q_padding_ptr + tl.cast(batch, tl.int64) * q_padding_batch
+    k_padding = k_padding_ptr + tl.cast(batch, tl.int64) * k_padding_batch
+    keys = tl.arange(0, KEYS)
+    existing = keys < kv_len
+    k_visible = visible_keys(k_padding, 0, kv_len, KEYS, K_PADDING)
+    # A hidden key has scores still: its own output gathers from the queries.
+    k_base = slice_base(k_ptr, batch, head, k_batch, k_head)
+    k = load_rows(k_base, 0, existing, k_row, DIM, WIDTH, DOT)
+    if SIGN != 1:
+        k = k * SIGN
+    v_base = slice_base(v_ptr, batch, head, v_batch, v_head)
+    v = load_rows(v_base, 0, k_visible, v_row, V_DIM, V_WIDTH, DOT)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    maximum = tl.full([KEYS], -float("inf"), tl.float32)
+    total = tl.zeros([KEYS], tl.float32)
+    total_lost = total
+    acc = tl.zeros([KEYS, QV_WIDTH], tl.float32)
+    acc_lost = nothing_lost(acc, DOT)
+    first = index % splits * per_split
+    for start in range(first, tl.minimum(first + per_split, q_len), ROWS):
+        rows = start + tl.arange(0, ROWS)
+        present = rows < q_len
+        q_visible = visible_keys(q_padding, start, q_len, ROWS, Q_PADDING)
+        q = load_rows(q_base, start, present, q_row, DIM, WIDTH, DOT)
+        x = scores(
+            q, k, start, 0, existing, q_len, kv_len, mask_base, mask_row, mask_column, scale,
+            False, False, MASK, False, PRECISION,
+        )  # fmt: skip
+        by_row = tl.where(k_visible[None, :], x, -float("inf"))
+        row_maximum = scaled_maximum(tl.max(by_row, 1), factor, MASK)
+        p = weights(by_row, shift_of(row_maximum)[:, None], factor, MASK)
+        row_total = tl.sum(p, 1)
+        if LSE:
+            at = lse_q_ptr + tl.cast(slice_index, tl.int64) * q_len + rows
+            tl.store(at, log_sum(row_maximum, row_total, MASK), mask=present)
+        if DROPOUT:
+            keep = kept_pair(
+                seed, slice_index, start, 0, threshold, ROWS, KEYS, EXCHANGED, EXCHANGED
+            )
+            p = tl.where(keep, p * keep_scale, 0.0)
+        p = p.to(q_ptr.dtype.element_ty).to(DOT)
+        out = tl.dot(p, v, input_precision=PRECISION) * inverse(row_total)[:, None]
+        store_rows(out_q_base, out, start, present, out_q_row, V_DIM)
+
+        by_column = tl.where(q_visible[:, None], x, -float("inf"))
+        grown = tl.maximum(maximum, scaled_maximum(tl.max(by_column, 0), factor, MASK))
+        shift = shift_of(grown)
+        p = weights(by_column, shift[None, :], factor, MASK)
+        alpha = rescale(maximum, shift, MASK)
+        total, total_lost = add(total * alpha, total_lost * alpha, tl.sum(p, 0))
+        maximum = grown
+        if DROPOUT:
+            keep = kept_pair(
+                seed, slice_index, start, 0, threshold, ROWS, KEYS, not EXCHANGED, EXCHANGED
+            )
+            p = tl.where(keep, p * keep_scale, 0.0)
+        p = tl.trans(p.to(q_ptr.dtype.element_ty).to(DOT))
+        qv = load_rows(qv_base, start, q_visible, qv_row, QV_DIM, QV_WIDTH, DOT)
+        if tl.float32 == DOT:
+            acc_lost = acc_lost * alpha[:, None]
+        acc, acc_lost = multiply_add(acc * alpha[:, None], acc_lost, p, qv, PRECISION)
+    if SPLIT:
+        base = partial_ptr + tl.cast(index, tl.int64) * kv_len * (QV_DIM + 2)
+        store_partial(base, maximum, total, acc, 0, kv_len, QV_DIM)
+    else:
+        out_k_base = slice_base(out_k_ptr, batch, head, out_k_batch, out_k_head)
+        out = acc * inverse(total)[:, None]
+        store_rows(out_k_base, out, 0, existing, out_k_row, QV_DIM)
+        if LSE:
+            at = lse_k_ptr + tl.cast(slice_index, tl.int64) * kv_len + keys
+            tl.store(at, log_sum(maximum, total, MASK), mask=existing)
+
+
+@triton.jit(do_not_specialize=LENGTHS[:6] + LENGTHS[8:])
+def both_kernel(
+    q_ptr, k_ptr, v_ptr, qv_ptr, out_q_ptr, out_k_ptr, lse_q_ptr, lse_k_ptr, partial_q_ptr,
+    partial_k_ptr, mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr, q_batch, q_head, q_row,
+    k_batch, k_head, k_row, v_batch, v_head, v_row, qv_batch, qv_head, qv_row, out_q_batch,
+    out_q_head, out_q_row, out_k_batch, out_k_head, out_k_row, mask_batch, mask_head, mask_row,
+    mask_column, q_padding_batch, k_padding_batch, heads, q_len, kv_len, q_programs, q_splits,
+    k_splits, scale, factor, threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr,
+    QV_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, Q_SPLIT: tl.constexpr,
+    K_SPLIT: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr,
+    DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Programs: q_programs of the queries' direction, then those of the keys'."""
+    index = tl.program_id(0)
+    if index < q_programs:
+        attend_program(
+            index, q_ptr, k_ptr, v_ptr, out_q_ptr, lse_q_ptr, mask_ptr, k_padding_ptr, seed_ptr,
+            partial_q_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+            out_q_batch, out_q_head, out_q_row, mask_batch, mask_head, mask_row, mask_column,
+            k_padding_batch, heads, 1, q_len, kv_len, q_splits, scale, factor, threshold,
+            keep_scale, SIGN, DIM, WIDTH, V_DIM, V_WIDTH, OWN, LOOP, Q_SPLIT, False, MASK,
+            K_PADDING, DROPOUT, 0, LSE, DOT, PRECISION,
+        )  # fmt: skip
+    else:
+        attend_program(
+            index - q_programs, k_ptr, q_ptr, qv_ptr, out_k_ptr, lse_k_ptr, mask_ptr,
+            q_padding_ptr, seed_ptr, partial_k_ptr, k_batch, k_head, k_row, q_batch, q_head, q_row,
+            qv_batch, qv_head, qv_row, out_k_batch, out_k_head, out_k_row, mask_batch, mask_head,
+            mask_column, mask_row, q_padding_batch, heads, 1, kv_len, q_len, k_splits, scale,
+            factor, threshold, keep_scale, SIGN, DIM, WIDTH, QV_DIM, QV_WIDTH, OWN, LOOP, K_SPLIT,
+            False, MASK, Q_PADDING, DROPOUT, 1, LSE, DOT, PRECISION,
+        )  # fmt: skip
+
+
+def paddings(
+    query_padding_mask: Tensor | None, key_padding_mask: Tensor | None, dummy: Tensor
+) -> dict[str, Any]:
+    """Both padding masks as the kernels take them."""
+    options: dict[str, Any] = {}
+    for side, mask in (("q", query_padding_mask), ("k", key_padding_mask)):
+        options[f"{side}_padding_ptr"] = dummy if mask is None else mask
+        options[f"{side}_padding_batch"] = 0 if mask is None else mask.stride(0)
+        options[f"{side.upper()}_PADDING"] = mask is not None
+    return options
+
+
+def common_options(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_value: Tensor,
+    attn_mask: Tensor | None,
+    query_padding_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+) -> dict[str, Any]:
+    """Arguments of every bidirectional kernel, forward and backward."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    run_time, compile_time = score_options(query, attn_mask, None, seed, dropout_p, scale, kv_len)
+    for name in ("padding_ptr", "padding_batch"):
+        del run_time[name]
+    del compile_time["PADDING"]
+    dims = {"": query, "V_": value, "QV_": query_value}
+    return {
+        **{f"{n}_ptr": t for n, t in zip(NAMES, (query, key, value, query_value), strict=True)},
+        **strides(q=query, k=key, v=value, qv=query_value), **run_time, **compile_time,
+        **paddings(query_padding_mask, key_padding_mask, query),
+        **{f"{n}DIM": t.shape[3] for n, t in dims.items()},
+        **{f"{n}WIDTH": width(t.shape[3]) for n, t in dims.items()},
+        "heads": query.shape[1], "q_len": q_len, "kv_len": kv_len,
+    }  # fmt: skip
+
+
+def keys_on_chip(kv_len: int, widest: int, itemsize: int) -> bool:
+    return kv_len <= 256 and width(kv_len) * widest * itemsize <= ON_CHIP
+
+
+def row_ranges(q_len: int, rows: int) -> tuple[int, int]:
+    """(splits, rows per split) of the long side: 128 rows each, more where that makes over 32."""
+    if q_len <= 256:
+        return 1, max(q_len, 1)
+    per_split = cdiv(max(128, cdiv(q_len, 32)), rows) * rows
+    return cdiv(q_len, per_split), per_split
+
+
+def exchanged(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same call with queries and keys exchanged; `given` are the arguments of forward."""
+    query, key, value, query_value, mask, query_padding, key_padding, *options = given
+    turned = None if mask is None else torch.atleast_2d(mask).transpose(-1, -2)
+    return key, query, query_value, value, turned, key_padding, query_padding, *options
+
+
+class Results:
+    """out_q, out_k and their log-sum-exps, with what the kernels need to write and merge them."""
+
+    def __init__(self, given: tuple[Any, ...], return_lse: bool) -> None:
+        query, key, value, query_value = given[:4]
+        self.query = query
+        self.outs, self.statistics = [], []
+        for rows, values in ((query, value), (key, query_value)):
+            size = rows.shape[:3]
+            self.outs.append(rows_outside(query, *size, values.shape[3]))
+            lse = query.new_empty(size, dtype=torch.float32) if return_lse else None
+            self.statistics.append(lse)
+        out_q, out_k = self.outs
+        lse_q, lse_k = (query if s is None else s for s in self.statistics)
+        self.options = {
+            **strides(out_q=out_q, out_k=out_k), "out_q_ptr": out_q, "out_k_ptr": out_k,
+            "lse_q_ptr": lse_q, "lse_k_ptr": lse_k, "LSE": return_lse,
+        }  # fmt: skip
+
+    def partial(self, side: int, splits: int) -> Tensor:
+        """Where the splits of a side (0 queries, 1 keys) leave their sums."""
+        batch, heads, length, dim = self.outs[side].shape
+        elements = batch * heads * splits * length * (dim + 2) if splits > 1 else 0
+        return self.query.new_empty(elements, dtype=torch.float32) if elements else self.query
+
+    def merge(self, side: int, partial: Tensor, splits: int, mask_kind: int) -> None:
+        out, lse = self.outs[side], self.statistics[side]
+        batch, heads, length, dim = out.shape
+        if splits > 1 and length > 0:
+            merge_kernel[(batch * heads * length,)](
+                partial, out, self.query if lse is None else lse, **strides(out=out), heads=heads,
+                q_len=length, splits=splits, VALUE_DIM=dim, VALUE_WIDTH=width(dim),
+                MASK=mask_kind, LSE=lse is not None, num_warps=4,
+            )  # fmt: skip
+
+    def all(self) -> tuple[Any, ...]:
+        return (*self.outs, *self.statistics)
+
+
+def _shared(given: tuple[Any, ...], return_lse: bool, widest: int, turned: bool) -> tuple[Any, ...]:
+    """One score matrix, with keys no longer than queries."""
+    query, key = given[:2]
+    results = Results(given, return_lse)
+    chosen = tile("bidirectional", query.dtype, widest, query.device)
+    splits, per_split = row_ranges(query.shape[2], chosen.loop)
+    partial = results.partial(1, splits)
+    common = common_options(*given)
+    shared_kernel[(query.shape[0] * query.shape[1] * splits,)](
+        **common, **results.options, partial_ptr=partial, splits=splits, per_split=per_split,
+        ROWS=chosen.loop, KEYS=width(key.shape[2]), SPLIT=splits > 1, EXCHANGED=turned,
+        **chosen.options(),
+    )  # fmt: skip
+    results.merge(1, partial, splits, common["MASK"])
+    return results.all()
+
+
+def _both(given: tuple[Any, ...], return_lse: bool, widest: int) -> tuple[Any, ...]:
+    """Each direction as attention, in one launch."""
+    query, key = given[:2]
+    results = Results(given, return_lse)
+    (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
+    chosen = tile("attention", query.dtype, widest, query.device)
+    own = owned(chosen, max(q_len, kv_len))
+    lengths = split_length(q_len, kv_len, False), split_length(kv_len, q_len, False)
+    q_splits = cdiv(kv_len, lengths[0]) if lengths[0] else 1
+    k_splits = cdiv(q_len, lengths[1]) if lengths[1] else 1
+    partials = results.partial(0, q_splits), results.partial(1, k_splits)
+    programs = q_splits * cdiv(q_len, own), k_splits * cdiv(kv_len, own)
+    common = common_options(*given)
+    both_kernel[(batch * heads * sum(programs),)](
+        **common, **results.options, partial_q_ptr=partials[0], partial_k_ptr=partials[1],
+        q_programs=batch * heads * programs[0], q_splits=q_splits, k_splits=k_splits, OWN=own,
+        LOOP=chosen.loop, Q_SPLIT=lengths[0], K_SPLIT=lengths[1], **chosen.options(),
+    )  # fmt: skip
+    results.merge(0, partials[0], q_splits, common["MASK"])
+    results.merge(1, partials[1], k_splits, common["MASK"])
+    return results.all()
+
+
+def prepared(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with rows and padding masks that the kernels can read in place."""
+    return (*map(rows_readable, given[:4]), given[4], *map(readable, given[5:7]), *given[7:])
+
+
+def bidirectional_forward(*arguments: Any) -> tuple[Any, ...]:
+    """Both directions of normalised arguments.
+
+    Args:
+        arguments: query (B, H, Lq, D), key (B, H, Lk, D), value (B, H, Lk, Dv), query_value
+            (B, H, Lq, Dw), attn_mask, query_padding_mask, key_padding_mask, seed, dropout_p,
+            scale, return_lse.
+
+    Returns:
+        out_q (B, H, Lq, Dv), out_k (B, H, Lk, Dw), lse_q (B, H, Lq) and lse_k (B, H, Lk) in
+        float32, or None.
+    """
+    given, return_lse = prepared(arguments[:-1]), arguments[-1]
+    query, key = given[:2]
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if query.shape[0] * query.shape[1] * (q_len + kv_len) == 0:
+        return Results(given, return_lse).all()
+    widest = max(width(t.shape[3]) for t in (query, *given[2:4]))
+    with on(query):
+        if not keys_on_chip(min(q_len, kv_len), widest, query.element_size()):
+            return _both(given, return_lse, widest)
+        if q_len >= kv_len:
+            return _shared(given, return_lse, widest, False)
+        out_k, out_q, lse_k, lse_q = _shared(exchanged(given), return_lse, widest, True)
+        return out_q, out_k, lse_q, lse_k

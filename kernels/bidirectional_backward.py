@@ -1,0 +1,293 @@
+"""Bidirectional attention backward: dS is made of both softmaxes before it is rounded.
+
+With P and R the softmaxes over keys and over queries (Hiller et al., BiXT, 2024, have both):
+
+    dS = P * (dO_q value^T - delta_q + d lse_q) + R * (query_value dO_k^T - delta_k + d lse_k)
+    dq = scale * dS k     dk = scale * dS^T q     d value = P^T dO_q     d query_value = R dO_k
+
+One launch takes the statistics of both sides (see attention_backward), a second one the gradients:
+each side owns tiles of its own and loops over the other.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastfusion.kernels._gradients import load_statistics
+from fastfusion.kernels._launch import cdiv, on, owned, rows_outside, strides, tile, width
+from fastfusion.kernels._sides import both_gradients, side_gradients, side_statistics
+from fastfusion.kernels._tile import add, load_rows, slice_base, visible_keys
+from fastfusion.kernels.attention_backward import merge_kernel, store_mask_gradient
+from fastfusion.kernels.bidirectional import common_options, prepared
+
+LENGTHS = [
+    "heads", "q_len", "kv_len", "q_padding_batch", "k_padding_batch", "threshold", "q_programs",
+    "q_splits", "k_splits",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=LENGTHS[:7])
+def statistics_kernel(
+    q_ptr, k_ptr, v_ptr, qv_ptr, grad_q_ptr, grad_k_ptr, q_statistics_ptr, k_statistics_ptr,
+    mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr, q_batch, q_head, q_row, k_batch, k_head,
+    k_row, v_batch, v_head, v_row, qv_batch, qv_head, qv_row, grad_q_batch, grad_q_head, grad_q_row,
+    grad_k_batch, grad_k_head, grad_k_row, mask_batch, mask_head, mask_row, mask_column,
+    q_padding_batch, k_padding_batch, heads, q_len, kv_len, q_programs, scale, factor, threshold,
+    keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr,
+    V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr, OWN: tl.constexpr,
+    LOOP: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr,
+    DROPOUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Programs: q_programs tiles of queries, then those of keys."""
+    index = tl.program_id(0)
+    if index < q_programs:
+        side_statistics(
+            index, q_ptr, k_ptr, v_ptr, grad_q_ptr, q_statistics_ptr, mask_ptr, k_padding_ptr,
+            seed_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+            grad_q_batch, grad_q_head, grad_q_row, mask_batch, mask_head, mask_row, mask_column,
+            k_padding_batch, heads, q_len, kv_len, scale, factor, threshold, keep_scale, SIGN, DIM,
+            WIDTH, V_DIM, V_WIDTH, OWN, LOOP, MASK, K_PADDING, DROPOUT, 0, DOT, PRECISION,
+        )  # fmt: skip
+    else:
+        side_statistics(
+            index - q_programs, k_ptr, q_ptr, qv_ptr, grad_k_ptr, k_statistics_ptr, mask_ptr,
+            q_padding_ptr, seed_ptr, k_batch, k_head, k_row, q_batch, q_head, q_row, qv_batch,
+            qv_head, qv_row, grad_k_batch, grad_k_head, grad_k_row, mask_batch, mask_head,
+            mask_column, mask_row, q_padding_batch, heads, kv_len, q_len, scale, factor, threshold,
+            keep_scale, SIGN, DIM, WIDTH, QV_DIM, QV_WIDTH, OWN, LOOP, MASK, Q_PADDING, DROPOUT, 1,
+            DOT, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def gradients_kernel(
+    q_ptr, k_ptr, v_ptr, qv_ptr, grad_q_ptr, grad_k_ptr, q_statistics_ptr, k_statistics_ptr,
+    q_grad_lse_ptr, k_grad_lse_ptr, dq_ptr, dk_ptr, dv_ptr, dqv_ptr, q_partial_ptr, k_partial_ptr,
+    mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr, q_batch, q_head, q_row, k_batch, k_head,
+    k_row, v_batch, v_head, v_row, qv_batch, qv_head, qv_row, grad_q_batch, grad_q_head, grad_q_row,
+    grad_k_batch, grad_k_head, grad_k_row, dq_batch, dq_head, dq_row, dk_batch, dk_head, dk_row,
+    dv_batch, dv_head, dv_row, dqv_batch, dqv_head, dqv_row, mask_batch, mask_head, mask_row,
+    mask_column, q_padding_batch, k_padding_batch, heads, q_len, kv_len, q_programs, q_splits,
+    k_splits, scale, factor, threshold, keep_scale, gradient_scale, SIGN: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr,
+    QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
+    Q_SPLIT: tl.constexpr, K_SPLIT: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr,
+    K_PADDING: tl.constexpr, DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Programs: q_programs of the queries' side, then those of the keys'."""
+    index = tl.program_id(0)
+    if index < q_programs:
+        side_gradients(
+            index, q_ptr, k_ptr, qv_ptr, v_ptr, grad_q_ptr, grad_k_ptr, q_statistics_ptr,
+            k_statistics_ptr, q_grad_lse_ptr, k_grad_lse_ptr, dq_ptr, dqv_ptr, q_partial_ptr,
+            mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr, q_batch, q_head, q_row, k_batch,
+            k_head, k_row, qv_batch, qv_head, qv_row, v_batch, v_head, v_row, grad_q_batch,
+            grad_q_head, grad_q_row, grad_k_batch, grad_k_head, grad_k_row, dq_batch, dq_head,
+            dq_row, dqv_batch, dqv_head, dqv_row, mask_batch, mask_head, mask_row, mask_column,
+            q_padding_batch, k_padding_batch, heads, q_len, kv_len, q_splits, scale, factor,
+            threshold, keep_scale, gradient_scale, SIGN, DIM, WIDTH, QV_DIM, QV_WIDTH, V_DIM,
+            V_WIDTH, OWN, LOOP, Q_SPLIT, MASK, Q_PADDING, K_PADDING, DROPOUT, False, LSE, DOT,
+            PRECISION,
+        )  # fmt: skip
+    else:
+        side_gradients(
+            index - q_programs, k_ptr, q_ptr, v_ptr, qv_ptr, grad_k_ptr, grad_q_ptr,
+            k_statistics_ptr, q_statistics_ptr, k_grad_lse_ptr, q_grad_lse_ptr, dk_ptr, dv_ptr,
+            k_partial_ptr, mask_ptr, k_padding_ptr, q_padding_ptr, seed_ptr, k_batch, k_head, k_row,
+            q_batch, q_head, q_row, v_batch, v_head, v_row, qv_batch, qv_head, qv_row, grad_k_batch,
+            grad_k_head, grad_k_row, grad_q_batch, grad_q_head, grad_q_row, dk_batch, dk_head,
+            dk_row, dv_batch, dv_head, dv_row, mask_batch, mask_head, mask_column, mask_row,
+            k_padding_batch, q_padding_batch, heads, kv_len, q_len, k_splits, scale, factor,
+            threshold, keep_scale, gradient_scale, SIGN, DIM, WIDTH, V_DIM, V_WIDTH, QV_DIM,
+            QV_WIDTH, OWN, LOOP, K_SPLIT, MASK, K_PADDING, Q_PADDING, DROPOUT, True, LSE, DOT,
+            PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*LENGTHS[:6], "batches", "mask_batches", "mask_heads"])
+def mask_kernel(
+    q_ptr, k_ptr, v_ptr, qv_ptr, grad_q_ptr, grad_k_ptr, q_statistics_ptr, k_statistics_ptr,
+    q_grad_lse_ptr, k_grad_lse_ptr, dmask_ptr, mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, qv_batch, qv_head,
+    qv_row, grad_q_batch, grad_q_head, grad_q_row, grad_k_batch, grad_k_head, grad_k_row,
+    mask_batch, mask_head, mask_row, mask_column, q_padding_batch, k_padding_batch, heads, q_len,
+    kv_len, batches, mask_batches, mask_heads, scale, factor, threshold, keep_scale,
+    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr,
+    V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr, OWN: tl.constexpr,
+    LOOP: tl.constexpr, SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr,
+    MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr, DROPOUT: tl.constexpr,
+    LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a float mask, as in attention_backward."""
+    columns_end = 1 if SHARED_COLUMNS else kv_len
+    rows_end = 1 if SHARED_ROWS else q_len
+    column_tiles, row_tiles = tl.cdiv(columns_end, LOOP), tl.cdiv(rows_end, OWN)
+    index = tl.program_id(0)
+    column, row = index % column_tiles * LOOP, index // column_tiles % row_tiles * OWN
+    owner = index // column_tiles // row_tiles
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    total = tl.zeros([OWN, LOOP], tl.float32)
+    lost = tl.zeros([OWN, LOOP], tl.float32)
+    for batch in range(owner // mask_heads, batches, mask_batches):
+        q_padding = q_padding_ptr + tl.cast(batch, tl.int64) * q_padding_batch
+        k_padding = k_padding_ptr + tl.cast(batch, tl.int64) * k_padding_batch
+        for head in range(owner % mask_heads, heads, mask_heads):
+            slice_index = batch * heads + head
+            q_base = slice_base(q_ptr, batch, head, q_batch, q_head)
+            k_base = slice_base(k_ptr, batch, head, k_batch, k_head)
+            v_base = slice_base(v_ptr, batch, head, v_batch, v_head)
+            qv_base = slice_base(qv_ptr, batch, head, qv_batch, qv_head)
+            grad_q_base = slice_base(grad_q_ptr, batch, head, grad_q_batch, grad_q_head)
+            grad_k_base = slice_base(grad_k_ptr, batch, head, grad_k_batch, grad_k_head)
+            mask_base = slice_base(mask_ptr, batch, head, mask_batch, mask_head)
+            for q_start in range(row, q_len if SHARED_ROWS else row + 1, OWN):
+                present = q_start + tl.arange(0, OWN) < q_len
+                shown = visible_keys(q_padding, q_start, q_len, OWN, Q_PADDING)
+                q = load_rows(q_base, q_start, present, q_row, DIM, WIDTH, DOT)
+                if SIGN != 1:
+                    q = q * SIGN
+                qv = load_rows(qv_base, q_start, shown, qv_row, QV_DIM, QV_WIDTH, DOT)
+                grad_q = load_rows(grad_q_base, q_start, present, grad_q_row, V_DIM, V_WIDTH, DOT)
+                at = tl.cast(slice_index, tl.int64) * q_len + q_start + tl.arange(0, OWN)
+                of_q = load_statistics(q_statistics_ptr, q_grad_lse_ptr, at, present, LSE)
+                for k_start in range(column, kv_len if SHARED_COLUMNS else column + 1, LOOP):
+                    existing = k_start + tl.arange(0, LOOP) < kv_len
+                    visible = visible_keys(k_padding, k_start, kv_len, LOOP, K_PADDING)
+                    k = load_rows(k_base, k_start, existing, k_row, DIM, WIDTH, DOT)
+                    v = load_rows(v_base, k_start, visible, v_row, V_DIM, V_WIDTH, DOT)
+                    grad_k = load_rows(
+                        grad_k_base, k_start, existing, grad_k_row, QV_DIM, QV_WIDTH, DOT
+                    )
+                    at = tl.cast(slice_index, tl.int64) * kv_len + k_start + tl.arange(0, LOOP)
+                    of_k = load_statistics(k_statistics_ptr, k_grad_lse_ptr, at, existing, LSE)
+                    ds, _ = both_gradients(
+                        q, k, qv, v, grad_q, grad_k, q_start, k_start, shown, visible, of_q, of_k,
+                        q_len, kv_len, mask_base, mask_row, mask_column, seed, slice_index, scale,
+                        factor, threshold, keep_scale, MASK, DROPOUT, False, PRECISION,
+                    )  # fmt: skip
+                    total, lost = add(total, lost, ds)
+    if SHARED_ROWS:
+        total = tl.sum(total, 0, keep_dims=True)
+    if SHARED_COLUMNS:
+        total = tl.sum(total, 1, keep_dims=True)
+    store_mask_gradient(dmask_ptr, total, owner, row, column, rows_end, columns_end)
+
+
+def _split(own_len: int, other_len: int) -> tuple[int, int]:
+    """(splits, other side's rows per split), a function of the shape: 1,024 rows, 16 at most.
+
+    Few own rows mean few programs with long loops; many need none, and no partial sums either.
+    """
+    if own_len > 512 or other_len < 2048:
+        return 1, 0
+    length = cdiv(max(1024, cdiv(other_len, 16)), 64) * 64
+    return cdiv(other_len, length), length
+
+
+def _chosen(kernel: str, query: Tensor, widest: int, rows: int) -> tuple[int, dict[str, int]]:
+    sizes = tile(kernel, query.dtype, widest, query.device)
+    own = owned(sizes, rows)
+    return own, {"OWN": own, "LOOP": sizes.loop, **sizes.options()}
+
+
+def bidirectional_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """(dq, dk, d value, d query_value, d attn_mask) of normalised arguments.
+
+    Args:
+        arguments: the gradients of out_q, out_k, lse_q and lse_k (each may be None), the arguments
+            of the forward without return_lse, and whether the gradient of the mask is wanted (it
+            is empty if not).
+    """
+    grad_q, grad_k, *lse_grads = arguments[:4]
+    given, mask_gradient = prepared(arguments[4:-1]), arguments[-1]
+    query, key, value, query_value, attn_mask = given[:5]
+    (batch, heads, q_len, dim), kv_len = query.shape, key.shape[2]
+    v_dim, qv_dim = value.shape[3], query_value.shape[3]
+    zeros = [
+        (g if g is not None else query.new_zeros(batch, heads, n, d)).contiguous()
+        for g, n, d in ((grad_q, q_len, v_dim), (grad_k, kv_len, qv_dim))
+    ]
+    lengths = {
+        "dq": (q_len, dim),
+        "dk": (kv_len, dim),
+        "dv": (kv_len, v_dim),
+        "dqv": (q_len, qv_dim),
+    }
+    found = {n: rows_outside(query, batch, heads, *size) for n, size in lengths.items()}
+    dmask = query.new_empty(0)
+    if mask_gradient and attn_mask is not None:
+        dmask = attn_mask.new_empty(attn_mask.shape)
+    if batch * heads * (q_len + kv_len) == 0 or dim == 0:
+        return (*(g.zero_() for g in found.values()), dmask.zero_())
+    has_lse = any(g is not None for g in lse_grads)
+    if has_lse:
+        lse_grads = [
+            (
+                g if g is not None else query.new_zeros(batch, heads, n, dtype=torch.float32)
+            ).contiguous()
+            for g, n in zip(lse_grads, (q_len, kv_len), strict=True)
+        ]
+    scale = dim**-0.5 if given[-1] is None else float(given[-1])
+    widest = max(width(d) for d in (dim, v_dim, qv_dim))
+
+    def statistics(length: int) -> Tensor:
+        return query.new_empty(batch * heads * length * 3, dtype=torch.float32)
+
+    first = {
+        **common_options(*given), "grad_q_ptr": zeros[0], "grad_k_ptr": zeros[1],
+        **strides(grad_q=zeros[0], grad_k=zeros[1]),
+        "q_statistics_ptr": statistics(q_len), "k_statistics_ptr": statistics(kv_len),
+    }  # fmt: skip
+    second = {
+        **first, "LSE": has_lse,
+        "q_grad_lse_ptr": lse_grads[0] if has_lse else query,
+        "k_grad_lse_ptr": lse_grads[1] if has_lse else query,
+    }  # fmt: skip
+    with on(query):
+        own, sizes = _chosen("attention_backward_rows", query, widest, max(q_len, kv_len))
+        programs = batch * heads * cdiv(q_len, own), batch * heads * cdiv(kv_len, own)
+        statistics_kernel[(sum(programs),)](**first, q_programs=programs[0], **sizes)
+        own, sizes = _chosen("bidirectional_backward", query, widest, max(q_len, kv_len))
+        (q_splits, q_split), (k_splits, k_split) = _split(q_len, kv_len), _split(kv_len, q_len)
+        partials = [
+            query.new_empty(batch * heads * splits * n * d, dtype=torch.float32)
+            if splits > 1
+            else query
+            for splits, n, d in ((q_splits, q_len, dim + qv_dim), (k_splits, kv_len, dim + v_dim))
+        ]
+        programs = (
+            batch * heads * q_splits * cdiv(q_len, own),
+            batch * heads * k_splits * cdiv(kv_len, own),
+        )
+        gradients_kernel[(sum(programs),)](
+            **second, **sizes, **{f"{n}_ptr": g for n, g in found.items()}, **strides(**found),
+            q_partial_ptr=partials[0], k_partial_ptr=partials[1], q_programs=programs[0],
+            q_splits=q_splits, k_splits=k_splits, Q_SPLIT=q_split, K_SPLIT=k_split,
+            gradient_scale=scale,
+        )  # fmt: skip
+        for splits, partial, of_side, of_value in (
+            (q_splits, partials[0], found["dq"], found["dqv"]),
+            (k_splits, partials[1], found["dk"], found["dv"]),
+        ):
+            if splits > 1:
+                length, value_dim = of_value.shape[2:]
+                merge_kernel[(batch * heads * length,)](
+                    partial, of_side, of_value, **strides(dk=of_side, dv=of_value),
+                    kv_heads=heads, kv_len=length, splits=splits, DIM=dim, WIDTH=width(dim),
+                    VALUE_DIM=value_dim, VALUE_WIDTH=width(value_dim), SPLITS=width(splits),
+                    num_warps=4,
+                )  # fmt: skip
+        if dmask.numel():
+            shared = (1,) * (4 - dmask.dim()) + tuple(dmask.shape)
+            own, sizes = _chosen("bidirectional_backward", query, widest, shared[2])
+            grid = shared[0] * shared[1] * cdiv(shared[2], own) * cdiv(shared[3], sizes["LOOP"])
+            mask_kernel[(grid,)](
+                **second, **sizes, dmask_ptr=dmask, batches=batch, mask_batches=shared[0],
+                mask_heads=shared[1], SHARED_ROWS=shared[2] == 1 and q_len > 1,
+                SHARED_COLUMNS=shared[3] == 1 and kv_len > 1,
+            )  # fmt: skip
+    return (*found.values(), dmask)

@@ -1,0 +1,303 @@
+"""Attention over packed sequences, forward and backward, without a look at their lengths.
+
+The grid has one program per tile that the longest possible cut of the tokens could need, total /
+OWN + sequences of them, and each finds its sequence in the offsets by itself: nothing waits for the
+device to tell the host how long the sequences are. The programs that find none end at once.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastfusion.kernels._gradients import (
+    key_gradients,
+    load_grad_lse,
+    row_gradients,
+    store_statistics,
+)
+from fastfusion.kernels._launch import Tile, cdiv, on, rows_readable, score_options, tile, width
+from fastfusion.kernels._tile import (
+    inverse,
+    load_rows,
+    log_sum,
+    nothing_lost,
+    store_rows,
+)
+from fastfusion.kernels.attention import attend
+
+NAMES = ["heads", "group", "sequences", "q_total", "k_total", "threshold"]
+
+
+@triton.jit
+def find_tile(offsets_ptr, stride, sequences, total, index, OWN: tl.constexpr):
+    """(sequence, first row of the tile in it) of tile `index`, counting OWN rows a tile.
+
+    Behind the last tile the sequence is `sequences`. Offsets beyond the tokens end with them.
+    """
+    passed = 0
+    tiles_before = 0
+    seen = 0
+    for start in range(0, sequences, 128):
+        at = start + tl.arange(0, 128)
+        inside = at < sequences
+        begin = tl.load(offsets_ptr + at * stride, mask=inside, other=0)
+        end = tl.load(offsets_ptr + (at + 1) * stride, mask=inside, other=0)
+        tiles = tl.cdiv(tl.maximum(tl.minimum(end, total) - begin, 0), OWN).to(tl.int32)
+        upto = seen + tl.cumsum(tiles, 0)
+        before = inside & (upto <= index)
+        passed += tl.sum(before.to(tl.int32), 0)
+        tiles_before = tl.maximum(tiles_before, tl.max(tl.where(before, upto, 0), 0))
+        seen += tl.sum(tiles, 0)
+    return passed, (index - tiles_before) * OWN
+
+
+@triton.jit
+def bounds(offsets_ptr, stride, sequence, sequences, total):
+    """(first row, number of rows) of a sequence; none behind the last sequence."""
+    inside = sequence < sequences
+    begin = tl.load(offsets_ptr + sequence * stride, mask=inside, other=0).to(tl.int64)
+    end = tl.load(offsets_ptr + (sequence + 1) * stride, mask=inside, other=0).to(tl.int64)
+    begin = tl.minimum(tl.maximum(begin, 0), total)
+    end = tl.minimum(tl.maximum(end, begin), total)
+    return begin, (end - begin).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=NAMES)
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_offsets_ptr, k_offsets_ptr, seed_ptr,
+    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, q_offsets_step, k_offsets_step,
+    heads, group, sequences, q_total, k_total, scale, factor, threshold, keep_scale,
+    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Programs: (tiles of queries, heads), the last fastest."""
+    head = tl.program_id(0) % heads
+    sequence, q_start = find_tile(
+        q_offsets_ptr, q_offsets_step, sequences, q_total, tl.program_id(0) // heads, OWN
+    )
+    q_first, q_len = bounds(q_offsets_ptr, q_offsets_step, sequence, sequences, q_total)
+    k_first, kv_len = bounds(k_offsets_ptr, k_offsets_step, sequence, sequences, k_total)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    maximum, total, acc = attend(
+        q_ptr + q_first * q_row + head * q_head, q_row, q_start,
+        k_ptr + k_first * k_row + (head // group) * k_head, k_row,
+        v_ptr + k_first * v_row + (head // group) * v_head, v_row,
+        q_ptr, 0, 0, q_ptr, seed, sequence * heads + head, 0, kv_len, q_len, kv_len, scale, factor,
+        threshold, keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, 0,
+        False, DROPOUT, 0, DOT, PRECISION,
+    )  # fmt: skip
+    rows = q_start + tl.arange(0, OWN)
+    present = rows < q_len
+    out = out_ptr + q_first * out_row + head * out_head
+    store_rows(out, acc * inverse(total)[:, None], q_start, present, out_row, VALUE_DIM)
+    if LSE:
+        at = (q_first + rows) * heads + head
+        tl.store(lse_ptr + at, log_sum(maximum, total, 0), mask=present)
+
+
+@triton.jit(do_not_specialize=NAMES)
+def rows_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dq_ptr, statistics_ptr, q_offsets_ptr,
+    k_offsets_ptr, seed_ptr, q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+    dq_row, dq_head, q_offsets_step, k_offsets_step, heads, group, sequences, q_total, k_total,
+    scale, factor, threshold, keep_scale, gradient_scale, SIGN: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr,
+    LOOP: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, LSE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq and the statistics of the rows, (heads, tokens). Programs as in the forward."""
+    head = tl.program_id(0) % heads
+    sequence, q_start = find_tile(
+        q_offsets_ptr, q_offsets_step, sequences, q_total, tl.program_id(0) // heads, OWN
+    )
+    q_first, q_len = bounds(q_offsets_ptr, q_offsets_step, sequence, sequences, q_total)
+    k_first, kv_len = bounds(k_offsets_ptr, k_offsets_step, sequence, sequences, k_total)
+    present = q_start + tl.arange(0, OWN) < q_len
+    at = tl.cast(head, tl.int64) * q_total + q_first + q_start + tl.arange(0, OWN)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    dq, shift, share, delta = row_gradients(
+        q_ptr + q_first * q_row + head * q_head, q_row, q_start,
+        k_ptr + k_first * k_row + (head // group) * k_head, k_row,
+        v_ptr + k_first * v_row + (head // group) * v_head, v_row,
+        grad_ptr + q_first * grad_row + head * grad_head, grad_row,
+        load_grad_lse(grad_lse_ptr, at, present, LSE),
+        q_ptr, 0, 0, q_ptr, seed, sequence * heads + head, 0, kv_len, q_len, kv_len, scale, factor,
+        threshold, keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, 0,
+        False, DROPOUT, 0, False, DOT, PRECISION,
+    )  # fmt: skip
+    base = dq_ptr + q_first * dq_row + head * dq_head
+    store_rows(base, dq * gradient_scale, q_start, present, dq_row, DIM)
+    store_statistics(statistics_ptr, at, present, shift, share, delta)
+
+
+@triton.jit(do_not_specialize=NAMES)
+def keys_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dk_ptr, dv_ptr, statistics_ptr, q_offsets_ptr,
+    k_offsets_ptr, seed_ptr, q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
+    dk_row, dk_head, dv_row, dv_head, q_offsets_step, k_offsets_step, heads, group, sequences,
+    q_total, k_total, scale, factor, threshold, keep_scale, gradient_scale, SIGN: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv. Programs: (tiles of keys, key heads), the last fastest."""
+    kv_heads = heads // group
+    kv_head = tl.program_id(0) % kv_heads
+    sequence, k_start = find_tile(
+        k_offsets_ptr, k_offsets_step, sequences, k_total, tl.program_id(0) // kv_heads, OWN
+    )
+    q_first, q_len = bounds(q_offsets_ptr, q_offsets_step, sequence, sequences, q_total)
+    k_first, kv_len = bounds(k_offsets_ptr, k_offsets_step, sequence, sequences, k_total)
+    present = k_start + tl.arange(0, OWN) < kv_len
+    k_base = k_ptr + k_first * k_row + kv_head * k_head
+    v_base = v_ptr + k_first * v_row + kv_head * v_head
+    k = load_rows(k_base, k_start, present, k_row, DIM, WIDTH, DOT)
+    v = load_rows(v_base, k_start, present, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
+    dk = tl.zeros([OWN, WIDTH], tl.float32)
+    dv = tl.zeros([OWN, VALUE_WIDTH], tl.float32)
+    dk_lost, dv_lost = nothing_lost(dk, DOT), nothing_lost(dv, DOT)
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    lowest = 0
+    if CAUSAL:
+        lowest = k_start // LOOP * LOOP
+    for g in range(0, group):
+        head = kv_head * group + g
+        dk, dk_lost, dv, dv_lost = key_gradients(
+            (dk, dk_lost, dv, dv_lost), k, v, present, k_start, lowest, q_len,
+            q_ptr + q_first * q_row + head * q_head, q_row,
+            grad_ptr + q_first * grad_row + head * grad_head, grad_row, statistics_ptr,
+            grad_lse_ptr, tl.cast(head, tl.int64) * q_total + q_first, q_ptr, 0, 0, seed,
+            sequence * heads + head, q_len, kv_len, scale, factor, threshold, keep_scale, SIGN,
+            DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, CAUSAL, 0, DROPOUT, 0, LSE, DOT, PRECISION,
+        )  # fmt: skip
+    base = dk_ptr + k_first * dk_row + kv_head * dk_head
+    store_rows(base, dk * gradient_scale, k_start, present, dk_row, DIM)
+    base = dv_ptr + k_first * dv_row + kv_head * dv_head
+    store_rows(base, dv, k_start, present, dv_row, VALUE_DIM)
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """Strides of tokens and heads, by the names that the kernels give them."""
+    parts = ("row", "head")
+    return {f"{n}_{p}": t.stride(i) for n, t in tensors.items() for i, p in enumerate(parts)}
+
+
+def _common(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> dict[str, Any]:
+    """Arguments of all three kernels."""
+    heads, dim = query.shape[1:]
+    value_dim = value.shape[2]
+    run_time, compile_time = score_options(query[None], None, None, seed, dropout_p, scale, 0)
+    used = ("seed_ptr", "threshold", "keep_scale", "scale", "factor")
+    return {
+        "q_ptr": query, "k_ptr": key, "v_ptr": value, "q_offsets_ptr": q_offsets,
+        "k_offsets_ptr": k_offsets, "q_offsets_step": q_offsets.stride(0),
+        "k_offsets_step": k_offsets.stride(0), **{name: run_time[name] for name in used},
+        **_strides(q=query, k=key, v=value), "heads": heads, "group": heads // key.shape[1],
+        "sequences": q_offsets.shape[0] - 1, "q_total": query.shape[0], "k_total": key.shape[0],
+        "SIGN": compile_time["SIGN"], "DIM": dim, "WIDTH": width(dim), "VALUE_DIM": value_dim,
+        "VALUE_WIDTH": width(value_dim), "CAUSAL": is_causal, "DROPOUT": seed is not None,
+        "DOT": compile_time["DOT"], "PRECISION": compile_time["PRECISION"],
+    }  # fmt: skip
+
+
+def _sizes(chosen: Tile) -> dict[str, int]:
+    return {"OWN": chosen.own, "LOOP": chosen.loop, **chosen.options()}
+
+
+def varlen_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """out (total_q, H, Dv) and lse (total_q, H), float32, or None.
+
+    The longest lengths are not needed; rows that the offsets leave out would not be written.
+    """
+    query, key, value = map(rows_readable, (query, key, value))
+    total, heads, dim = query.shape
+    out = query.new_empty(total, heads, value.shape[2])
+    lse = query.new_empty(total, heads, dtype=torch.float32) if return_lse else None
+    sequences = q_offsets.shape[0] - 1
+    if total * heads == 0 or sequences == 0:
+        return out, lse
+    widest = max(width(dim), width(value.shape[2]))
+    chosen = tile("attention", query.dtype, widest, query.device)
+    with on(query):
+        forward_kernel[((cdiv(total, chosen.own) + sequences) * heads,)](
+            **_common(query, key, value, q_offsets, k_offsets, seed, dropout_p, is_causal, scale),
+            out_ptr=out, lse_ptr=query if lse is None else lse, LSE=return_lse,
+            **_strides(out=out), **_sizes(chosen),
+        )  # fmt: skip
+    return out, lse
+
+
+def varlen_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    mask_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) in the shapes of query, key and value; there is no mask."""
+    if grad_out is None:
+        grad_out = query.new_zeros(*query.shape[:2], value.shape[2])
+    grad_out, query, key, value = map(rows_readable, (grad_out, query, key, value))
+    dq, dk, dv = (t.new_empty(t.shape) for t in (query, key, value))
+    total, heads, dim = query.shape
+    sequences = q_offsets.shape[0] - 1
+    if total * heads == 0 or sequences == 0 or key.shape[0] == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    widest = max(width(dim), width(value.shape[2]))
+    # (heads, tokens), as the statistics lie: the rows of a head side by side.
+    grad_lse = None if grad_lse is None else grad_lse.t().contiguous()
+    scale_of_scores = dim**-0.5 if scale is None else float(scale)
+    common = {
+        **_common(query, key, value, q_offsets, k_offsets, seed, dropout_p, is_causal, scale),
+        "grad_ptr": grad_out, "grad_lse_ptr": query if grad_lse is None else grad_lse,
+        "LSE": grad_lse is not None, **_strides(grad=grad_out),
+        "statistics_ptr": query.new_empty(heads * total * 3, dtype=torch.float32),
+    }  # fmt: skip
+    with on(query):
+        chosen = tile("attention_backward_rows", query.dtype, widest, query.device)
+        rows_kernel[((cdiv(total, chosen.own) + sequences) * heads,)](
+            **common, dq_ptr=dq, **_strides(dq=dq), gradient_scale=scale_of_scores,
+            **_sizes(chosen),
+        )  # fmt: skip
+        chosen = tile("attention_backward_keys", query.dtype, widest, query.device)
+        keys_kernel[((cdiv(key.shape[0], chosen.own) + sequences) * key.shape[1],)](
+            **common, dk_ptr=dk, dv_ptr=dv, **_strides(dk=dk, dv=dv),
+            gradient_scale=abs(scale_of_scores), **_sizes(chosen),
+        )  # fmt: skip
+    return dq, dk, dv
