@@ -1,21 +1,19 @@
-"""What the launchers share: tile sizes, number formats, the device, and the grid's arithmetic."""
+"""What the launchers share: tile sizes, number formats, arguments common to all kernels."""
 
 import functools
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels import _tiles
-
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+from fastfusion.kernels import _plan, _tiles
+from fastfusion.kernels._plan import INTERPRETED, empty
 
 MAX_WIDTH = 256
 _CONFIGS = Path(__file__).with_name("configs")
@@ -87,18 +85,24 @@ def tile(kernel: str, dtype: torch.dtype, widest: int, device: torch.device) -> 
     return default if tuned is None else default._replace(**tuned)
 
 
+def forget() -> None:
+    """Choose tiles anew, because something that decides about them has changed."""
+    tile.cache_clear()
+    _plan.forget()
+
+
 @contextmanager
 def override(key: str, instead: Tile) -> Iterator[None]:
     """Launch the kernel of a key, "kernel/bits/width", with another tile; for `make tune`."""
     before = dict(_overrides)
     _overrides[key] = instead
-    tile.cache_clear()
+    forget()
     try:
         yield
     finally:
         _overrides.clear()
         _overrides.update(before)
-        tile.cache_clear()
+        forget()
 
 
 @contextmanager
@@ -106,11 +110,12 @@ def watch() -> Iterator[dict[str, Tile]]:
     """The keys of the tiles that are chosen in the block, each with its default tile."""
     global _watched
     before, _watched = _watched, {}
-    tile.cache_clear()
+    forget()
     try:
         yield _watched
     finally:
         _watched = before
+        forget()
 
 
 def numbers(dtype: torch.dtype) -> dict[str, Any]:
@@ -125,13 +130,6 @@ def numbers(dtype: torch.dtype) -> dict[str, Any]:
         "DOT": tl.float32 if INTERPRETED else _ELEMENTS[dtype],
         "PRECISION": "ieee" if exact else "tf32",
     }
-
-
-def on(tensor: Tensor) -> Any:
-    """Makes the tensor's device the current one, on which Triton launches."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return nullcontext()
 
 
 def rows_readable(tensor: Tensor) -> Tensor:
@@ -154,10 +152,10 @@ def score_options(
     # Below 2^-100 no product of scores matters, and factor * -inf must stay -inf.
     sign = 0 if abs(scale) < 2.0**-100 else (1 if scale > 0 else -1)
     mask_kind = 0
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(batch, heads, q_len, kv_len)
         mask_kind = 1 if attn_mask.dtype == torch.bool else 2
-    mask_strides = (0, 0, 0, 0) if attn_mask is None else attn_mask.stride()
+        mask_strides = attn_mask.expand(batch, heads, q_len, kv_len).stride()
     run_time = {
         "mask_ptr": query if attn_mask is None else attn_mask,
         **dict(
@@ -189,7 +187,7 @@ def strides(**tensors: Tensor) -> dict[str, int]:
 
 def rows_outside(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:
     """A new (batch, heads, length, dim) in memory (batch, length, heads, dim)."""
-    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+    return empty(like, (batch, heads, length, dim), order=(0, 2, 1, 3))
 
 
 def readable(mask: Tensor | None) -> Tensor | None:

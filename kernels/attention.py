@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastfusion.kernels._launch import (
     cdiv,
-    on,
     owned,
     readable,
     rows_outside,
@@ -22,6 +21,7 @@ from fastfusion.kernels._launch import (
     tile,
     width,
 )
+from fastfusion.kernels._plan import empty, launch, planned
 from fastfusion.kernels._tile import (
     add,
     inverse,
@@ -250,6 +250,7 @@ def split_length(q_len: int, kv_len: int, is_causal: bool) -> int:
     return length if kv_len >= 2 * length else 0
 
 
+@planned
 def attention_forward(
     query: Tensor,
     key: Tensor,
@@ -269,7 +270,7 @@ def attention_forward(
     batch, heads, q_len, dim = query.shape
     kv_len, value_dim = value.shape[2:]
     out = rows_outside(query, batch, heads, q_len, value_dim)
-    lse = query.new_empty(batch, heads, q_len, dtype=torch.float32) if return_lse else None
+    lse = empty(query, (batch, heads, q_len), torch.float32) if return_lse else None
     if batch * heads * q_len == 0:
         return out, lse
     run_time, compile_time = score_options(
@@ -280,23 +281,24 @@ def attention_forward(
     splits = cdiv(kv_len, split) if split else 1
     own = owned(chosen, q_len)
     partial = (
-        query.new_empty(batch * heads * splits * q_len * (value_dim + 2), dtype=torch.float32)
+        empty(query, (batch * heads * splits * q_len * (value_dim + 2),), torch.float32)
         if split
         else query
     )
-    with on(query):
-        attention_kernel[(batch * heads * splits * cdiv(q_len, own),)](
-            query, key, value, out, query if lse is None else lse, partial_ptr=partial,
-            **strides(q=query, k=key, v=value, out=out), **run_time,
-            heads=heads, group=heads // key.shape[1], q_len=q_len, kv_len=kv_len, splits=splits,
-            DIM=dim, WIDTH=width(dim), VALUE_DIM=value_dim, VALUE_WIDTH=width(value_dim),
-            OWN=own, LOOP=chosen.loop, SPLIT=split, CAUSAL=is_causal, STREAM=dropout_stream,
-            LSE=return_lse, **compile_time, **chosen.options(),
+    launch(
+            attention_kernel, batch * heads * splits * cdiv(q_len, own),
+        query, key, value, out, query if lse is None else lse, partial_ptr=partial,
+        **strides(q=query, k=key, v=value, out=out), **run_time,
+        heads=heads, group=heads // key.shape[1], q_len=q_len, kv_len=kv_len, splits=splits,
+        DIM=dim, WIDTH=width(dim), VALUE_DIM=value_dim, VALUE_WIDTH=width(value_dim),
+        OWN=own, LOOP=chosen.loop, SPLIT=split, CAUSAL=is_causal, STREAM=dropout_stream,
+        LSE=return_lse, **compile_time, **chosen.options(),
+    )  # fmt: skip
+    if split:
+        launch(
+            merge_kernel, batch * heads * q_len,
+            partial, out, query if lse is None else lse, **strides(out=out), heads=heads,
+            q_len=q_len, splits=splits, VALUE_DIM=value_dim, VALUE_WIDTH=width(value_dim),
+            MASK=compile_time["MASK"], LSE=return_lse, num_warps=4,
         )  # fmt: skip
-        if split:
-            merge_kernel[(batch * heads * q_len,)](
-                partial, out, query if lse is None else lse, **strides(out=out), heads=heads,
-                q_len=q_len, splits=splits, VALUE_DIM=value_dim, VALUE_WIDTH=width(value_dim),
-                MASK=compile_time["MASK"], LSE=return_lse, num_warps=4,
-            )  # fmt: skip
     return out, lse

@@ -25,7 +25,6 @@ from fastfusion.kernels._gradients import (
 )
 from fastfusion.kernels._launch import (
     cdiv,
-    on,
     owned,
     readable,
     rows_outside,
@@ -35,6 +34,7 @@ from fastfusion.kernels._launch import (
     tile,
     width,
 )
+from fastfusion.kernels._plan import empty, launch, planned
 from fastfusion.kernels._tile import (
     add,
     load_rows,
@@ -266,6 +266,7 @@ def row_splits(row_tiles: int, group: int, loop: int) -> tuple[int, int]:
     return cdiv(units, per_split), per_split
 
 
+@planned
 def attention_backward(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
@@ -292,9 +293,9 @@ def attention_backward(
     dq = rows_outside(query, batch, heads, q_len, dim)
     dk = rows_outside(query, batch, kv_heads, kv_len, dim)
     dv = rows_outside(query, batch, kv_heads, kv_len, value_dim)
-    dmask = query.new_empty(0)
+    dmask = empty(query, (0,))
     if mask_gradient and attn_mask is not None:
-        dmask = attn_mask.new_empty(attn_mask.shape)
+        dmask = empty(attn_mask, attn_mask.shape)
     if batch * heads * q_len == 0 or batch * kv_heads * kv_len == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_()
     run_time, compile_time = score_options(
@@ -304,7 +305,7 @@ def attention_backward(
     group, widest = heads // kv_heads, max(width(dim), width(value_dim))
     common = {
         "grad_lse_ptr": query if grad_lse is None else grad_lse,
-        "statistics_ptr": query.new_empty(batch * heads * q_len * 3, dtype=torch.float32),
+        "statistics_ptr": empty(query, (batch * heads * q_len * 3,), torch.float32),
         **strides(q=query, k=key, v=value, grad=grad_out), **run_time,
         "heads": heads, "group": group, "q_len": q_len, "kv_len": kv_len,
         "DIM": dim, "WIDTH": width(dim), "VALUE_DIM": value_dim, "VALUE_WIDTH": width(value_dim),
@@ -316,35 +317,38 @@ def attention_backward(
         own = owned(sizes, rows)
         return own, {"OWN": own, "LOOP": sizes.loop, **sizes.options()}
 
-    with on(query):
-        own, sizes = chosen("rows", q_len)
-        rows_kernel[(batch * heads * cdiv(q_len, own),)](
-            query, key, value, grad_out, dq_ptr=dq, **strides(dq=dq), **common, **sizes,
-            gradient_scale=scale, SINGLE=kv_len <= sizes["LOOP"],
+    own, sizes = chosen("rows", q_len)
+    launch(
+            rows_kernel, batch * heads * cdiv(q_len, own),
+        query, key, value, grad_out, dq_ptr=dq, **strides(dq=dq), **common, **sizes,
+        gradient_scale=scale, SINGLE=kv_len <= sizes["LOOP"],
+    )  # fmt: skip
+    own, sizes = chosen("keys", kv_len)
+    splits, per_split = row_splits(cdiv(q_len, sizes["LOOP"]), group, sizes["LOOP"])
+    elements = batch * kv_heads * splits * kv_len * (dim + value_dim) if splits > 1 else 0
+    partial = empty(query, (elements,), torch.float32) if elements else query
+    launch(
+            keys_kernel, batch * kv_heads * splits * cdiv(kv_len, own),
+        query, key, value, grad_out, dk_ptr=dk, dv_ptr=dv, partial_ptr=partial,
+        **strides(dk=dk, dv=dv), **common, **sizes, gradient_scale=abs(scale), splits=splits,
+        per_split=per_split, SPLIT=splits > 1,
+    )  # fmt: skip
+    if splits > 1:
+        launch(
+            merge_kernel, batch * kv_heads * kv_len,
+            partial, dk, dv, **strides(dk=dk, dv=dv), kv_heads=kv_heads, kv_len=kv_len,
+            splits=splits, DIM=dim, WIDTH=width(dim), VALUE_DIM=value_dim,
+            VALUE_WIDTH=width(value_dim), SPLITS=width(splits), num_warps=4,
         )  # fmt: skip
-        own, sizes = chosen("keys", kv_len)
-        splits, per_split = row_splits(cdiv(q_len, sizes["LOOP"]), group, sizes["LOOP"])
-        elements = batch * kv_heads * splits * kv_len * (dim + value_dim) if splits > 1 else 0
-        partial = query.new_empty(elements, dtype=torch.float32) if elements else query
-        keys_kernel[(batch * kv_heads * splits * cdiv(kv_len, own),)](
-            query, key, value, grad_out, dk_ptr=dk, dv_ptr=dv, partial_ptr=partial,
-            **strides(dk=dk, dv=dv), **common, **sizes, gradient_scale=abs(scale), splits=splits,
-            per_split=per_split, SPLIT=splits > 1,
+    if dmask.numel():
+        shared = (1,) * (4 - dmask.dim()) + tuple(dmask.shape)
+        own, sizes = chosen("mask", shared[2])
+        grid = shared[0] * shared[1] * cdiv(shared[2], own) * cdiv(shared[3], sizes["LOOP"])
+        launch(
+            mask_kernel, grid,
+            query, key, value, grad_out, dmask_ptr=dmask, **common, **sizes, batches=batch,
+            mask_batches=shared[0], mask_heads=shared[1],
+            SHARED_ROWS=shared[2] == 1 and q_len > 1,
+            SHARED_COLUMNS=shared[3] == 1 and kv_len > 1,
         )  # fmt: skip
-        if splits > 1:
-            merge_kernel[(batch * kv_heads * kv_len,)](
-                partial, dk, dv, **strides(dk=dk, dv=dv), kv_heads=kv_heads, kv_len=kv_len,
-                splits=splits, DIM=dim, WIDTH=width(dim), VALUE_DIM=value_dim,
-                VALUE_WIDTH=width(value_dim), SPLITS=width(splits), num_warps=4,
-            )  # fmt: skip
-        if dmask.numel():
-            shared = (1,) * (4 - dmask.dim()) + tuple(dmask.shape)
-            own, sizes = chosen("mask", shared[2])
-            grid = shared[0] * shared[1] * cdiv(shared[2], own) * cdiv(shared[3], sizes["LOOP"])
-            mask_kernel[(grid,)](
-                query, key, value, grad_out, dmask_ptr=dmask, **common, **sizes, batches=batch,
-                mask_batches=shared[0], mask_heads=shared[1],
-                SHARED_ROWS=shared[2] == 1 and q_len > 1,
-                SHARED_COLUMNS=shared[3] == 1 and kv_len > 1,
-            )  # fmt: skip
     return dq, dk, dv, dmask

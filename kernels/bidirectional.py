@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fastfusion.kernels._launch import (
     cdiv,
-    on,
     owned,
     readable,
     rows_outside,
@@ -29,6 +28,7 @@ from fastfusion.kernels._launch import (
     tile,
     width,
 )
+from fastfusion.kernels._plan import empty, launch, planned
 from fastfusion.kernels._tile import (
     add,
     inverse,
@@ -263,7 +263,7 @@ class Results:
         for rows, values in ((query, value), (key, query_value)):
             size = rows.shape[:3]
             self.outs.append(rows_outside(query, *size, values.shape[3]))
-            lse = query.new_empty(size, dtype=torch.float32) if return_lse else None
+            lse = empty(query, size, torch.float32) if return_lse else None
             self.statistics.append(lse)
         out_q, out_k = self.outs
         lse_q, lse_k = (query if s is None else s for s in self.statistics)
@@ -276,13 +276,14 @@ class Results:
         """Where the splits of a side (0 queries, 1 keys) leave their sums."""
         batch, heads, length, dim = self.outs[side].shape
         elements = batch * heads * splits * length * (dim + 2) if splits > 1 else 0
-        return self.query.new_empty(elements, dtype=torch.float32) if elements else self.query
+        return empty(self.query, (elements,), torch.float32) if elements else self.query
 
     def merge(self, side: int, partial: Tensor, splits: int, mask_kind: int) -> None:
         out, lse = self.outs[side], self.statistics[side]
         batch, heads, length, dim = out.shape
         if splits > 1 and length > 0:
-            merge_kernel[(batch * heads * length,)](
+            launch(
+                merge_kernel, batch * heads * length,
                 partial, out, self.query if lse is None else lse, **strides(out=out), heads=heads,
                 q_len=length, splits=splits, VALUE_DIM=dim, VALUE_WIDTH=width(dim),
                 MASK=mask_kind, LSE=lse is not None, num_warps=4,
@@ -300,7 +301,8 @@ def _shared(given: tuple[Any, ...], return_lse: bool, widest: int, turned: bool)
     splits, per_split = row_ranges(query.shape[2], chosen.loop)
     partial = results.partial(1, splits)
     common = common_options(*given)
-    shared_kernel[(query.shape[0] * query.shape[1] * splits,)](
+    launch(
+                shared_kernel, query.shape[0] * query.shape[1] * splits,
         **common, **results.options, partial_ptr=partial, splits=splits, per_split=per_split,
         ROWS=chosen.loop, KEYS=width(key.shape[2]), SPLIT=splits > 1, EXCHANGED=turned,
         **chosen.options(),
@@ -322,7 +324,8 @@ def _both(given: tuple[Any, ...], return_lse: bool, widest: int) -> tuple[Any, .
     partials = results.partial(0, q_splits), results.partial(1, k_splits)
     programs = q_splits * cdiv(q_len, own), k_splits * cdiv(kv_len, own)
     common = common_options(*given)
-    both_kernel[(batch * heads * sum(programs),)](
+    launch(
+                both_kernel, batch * heads * sum(programs),
         **common, **results.options, partial_q_ptr=partials[0], partial_k_ptr=partials[1],
         q_programs=batch * heads * programs[0], q_splits=q_splits, k_splits=k_splits, OWN=own,
         LOOP=chosen.loop, Q_SPLIT=lengths[0], K_SPLIT=lengths[1], **chosen.options(),
@@ -337,6 +340,7 @@ def prepared(given: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*map(rows_readable, given[:4]), given[4], *map(readable, given[5:7]), *given[7:])
 
 
+@planned
 def bidirectional_forward(*arguments: Any) -> tuple[Any, ...]:
     """Both directions of normalised arguments.
 
@@ -355,10 +359,9 @@ def bidirectional_forward(*arguments: Any) -> tuple[Any, ...]:
     if query.shape[0] * query.shape[1] * (q_len + kv_len) == 0:
         return Results(given, return_lse).all()
     widest = max(width(t.shape[3]) for t in (query, *given[2:4]))
-    with on(query):
-        if not keys_on_chip(min(q_len, kv_len), widest, query.element_size()):
-            return _both(given, return_lse, widest)
-        if q_len >= kv_len:
-            return _shared(given, return_lse, widest, False)
-        out_k, out_q, lse_k, lse_q = _shared(exchanged(given), return_lse, widest, True)
-        return out_q, out_k, lse_q, lse_k
+    if not keys_on_chip(min(q_len, kv_len), widest, query.element_size()):
+        return _both(given, return_lse, widest)
+    if q_len >= kv_len:
+        return _shared(given, return_lse, widest, False)
+    out_k, out_q, lse_k, lse_q = _shared(exchanged(given), return_lse, widest, True)
+    return out_q, out_k, lse_q, lse_k

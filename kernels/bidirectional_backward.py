@@ -6,7 +6,8 @@ With P and R the softmaxes over keys and over queries (Hiller et al., BiXT, 2024
     dq = scale * dS k     dk = scale * dS^T q     d value = P^T dO_q     d query_value = R dO_k
 
 One launch takes the statistics of both sides (see attention_backward), a second one the gradients:
-each side owns tiles of its own and loops over the other.
+each side owns tiles of its own and loops over the other. Short sides share their scores instead:
+see bidirectional_shared.
 """
 
 from typing import Any
@@ -17,11 +18,21 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels._gradients import load_statistics
-from fastfusion.kernels._launch import cdiv, on, owned, rows_outside, strides, tile, width
+from fastfusion.kernels._launch import (
+    cdiv,
+    owned,
+    rows_outside,
+    rows_readable,
+    strides,
+    tile,
+    width,
+)
+from fastfusion.kernels._plan import empty, launch, planned
 from fastfusion.kernels._sides import both_gradients, side_gradients, side_statistics
 from fastfusion.kernels._tile import add, load_rows, slice_base, visible_keys
 from fastfusion.kernels.attention_backward import merge_kernel, store_mask_gradient
-from fastfusion.kernels.bidirectional import common_options, prepared
+from fastfusion.kernels.bidirectional import common_options, exchanged, prepared
+from fastfusion.kernels.bidirectional_shared import keys_on_chip, shared_backward
 
 LENGTHS = [
     "heads", "q_len", "kv_len", "q_padding_batch", "k_padding_batch", "threshold", "q_programs",
@@ -194,6 +205,86 @@ def _chosen(kernel: str, query: Tensor, widest: int, rows: int) -> tuple[int, di
     return own, {"OWN": own, "LOOP": sizes.loop, **sizes.options()}
 
 
+def _common(
+    given: tuple[Any, ...], grads: list[Tensor], lse_grads: list[Tensor] | None
+) -> dict[str, Any]:
+    """Arguments of every gradient kernel, from those of the forward and the gradients."""
+    q_lse, k_lse = (given[0], given[0]) if lse_grads is None else lse_grads
+    return {
+        **common_options(*given), "grad_q_ptr": grads[0], "grad_k_ptr": grads[1],
+        **strides(grad_q=grads[0], grad_k=grads[1]), "LSE": lse_grads is not None,
+        "q_grad_lse_ptr": q_lse, "k_grad_lse_ptr": k_lse,
+    }  # fmt: skip
+
+
+def _take_statistics(common: dict[str, Any], widest: int) -> dict[str, Tensor]:
+    """(shift, 1 / sum, delta) of the rows of both sides."""
+    query, lengths = common["q_ptr"], (common["q_len"], common["kv_len"])
+    slices = query.shape[0] * query.shape[1]
+    own, sizes = _chosen("attention_backward_rows", query, widest, max(lengths))
+    programs = [slices * cdiv(n, own) for n in lengths]
+    found = {
+        f"{side}_statistics_ptr": empty(query, (slices * n * 3,), torch.float32)
+        for side, n in zip("qk", lengths, strict=True)
+    }
+    given = {**common, **found, **sizes, "q_programs": programs[0]}
+    names = {*statistics_kernel.arg_names, "num_warps", "num_stages"}
+    launch(statistics_kernel, sum(programs), **{n: x for n, x in given.items() if n in names})
+    return found
+
+
+def _sides(common: dict[str, Any], found: dict[str, Tensor], scale: float, widest: int) -> None:
+    """Fill `found`, each side by programs of its own."""
+    query, dim = common["q_ptr"], common["DIM"]
+    slices = query.shape[0] * query.shape[1]
+    own, sizes = _chosen(
+        "bidirectional_backward", query, widest, max(common["q_len"], common["kv_len"])
+    )
+    options: dict[str, Any] = {}
+    merges, programs = [], []
+    pairs = {"q": (found["dq"], found["dqv"]), "k": (found["dk"], found["dv"])}
+    for side, (of_side, of_value) in pairs.items():
+        length, value_dim = of_value.shape[2:]
+        other = common["kv_len" if side == "q" else "q_len"]
+        splits, split = _split(length, other)
+        partial = query
+        if splits > 1:
+            partial = empty(query, (slices * splits * length * (dim + value_dim),), torch.float32)
+            merges.append((partial, of_side, of_value, splits))
+        options |= {
+            f"{side}_partial_ptr": partial, f"{side}_splits": splits,
+            f"{side.upper()}_SPLIT": split,
+        }  # fmt: skip
+        programs.append(slices * splits * cdiv(length, own))
+    launch(
+        gradients_kernel, sum(programs), **common, **sizes, **options,
+        **{f"{n}_ptr": g for n, g in found.items()}, **strides(**found), q_programs=programs[0],
+        gradient_scale=scale,
+    )  # fmt: skip
+    for partial, of_side, of_value, splits in merges:
+        length, value_dim = of_value.shape[2:]
+        launch(
+            merge_kernel, slices * length, partial, of_side, of_value,
+            **strides(dk=of_side, dv=of_value), kv_heads=query.shape[1], kv_len=length,
+            splits=splits, DIM=dim, WIDTH=width(dim), VALUE_DIM=value_dim,
+            VALUE_WIDTH=width(value_dim), SPLITS=width(splits), num_warps=4,
+        )  # fmt: skip
+
+
+def _mask_gradient(common: dict[str, Any], dmask: Tensor, widest: int) -> None:
+    query = common["q_ptr"]
+    shared = (1,) * (4 - dmask.dim()) + tuple(dmask.shape)
+    own, sizes = _chosen("bidirectional_backward", query, widest, shared[2])
+    launch(
+        mask_kernel,
+        shared[0] * shared[1] * cdiv(shared[2], own) * cdiv(shared[3], sizes["LOOP"]),
+        **common, **sizes, dmask_ptr=dmask, batches=query.shape[0], mask_batches=shared[0],
+        mask_heads=shared[1], SHARED_ROWS=shared[2] == 1 and common["q_len"] > 1,
+        SHARED_COLUMNS=shared[3] == 1 and common["kv_len"] > 1,
+    )  # fmt: skip
+
+
+@planned
 def bidirectional_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """(dq, dk, d value, d query_value, d attn_mask) of normalised arguments.
 
@@ -202,92 +293,43 @@ def bidirectional_backward(*arguments: Any) -> tuple[Tensor, ...]:
             of the forward without return_lse, and whether the gradient of the mask is wanted (it
             is empty if not).
     """
-    grad_q, grad_k, *lse_grads = arguments[:4]
-    given, mask_gradient = prepared(arguments[4:-1]), arguments[-1]
-    query, key, value, query_value, attn_mask = given[:5]
+    given, wanted = prepared(arguments[4:-1]), arguments[-1]
+    query, key, value, query_value, attn_mask, *_, scale = given
     (batch, heads, q_len, dim), kv_len = query.shape, key.shape[2]
-    v_dim, qv_dim = value.shape[3], query_value.shape[3]
-    zeros = [
-        (g if g is not None else query.new_zeros(batch, heads, n, d)).contiguous()
-        for g, n, d in ((grad_q, q_len, v_dim), (grad_k, kv_len, qv_dim))
-    ]
-    lengths = {
-        "dq": (q_len, dim),
-        "dk": (kv_len, dim),
-        "dv": (kv_len, v_dim),
-        "dqv": (q_len, qv_dim),
+    found = {
+        name: rows_outside(query, *t.shape)
+        for name, t in (("dq", query), ("dk", key), ("dv", value), ("dqv", query_value))
     }
-    found = {n: rows_outside(query, batch, heads, *size) for n, size in lengths.items()}
-    dmask = query.new_empty(0)
-    if mask_gradient and attn_mask is not None:
-        dmask = attn_mask.new_empty(attn_mask.shape)
-    if batch * heads * (q_len + kv_len) == 0 or dim == 0:
+    dmask = empty(attn_mask, attn_mask.shape) if wanted else empty(query, (0,))
+    if batch * heads * (q_len + kv_len) == 0:
         return (*(g.zero_() for g in found.values()), dmask.zero_())
-    has_lse = any(g is not None for g in lse_grads)
-    if has_lse:
+    values = (value.shape[3], query_value.shape[3])
+    grads = [
+        query.new_zeros(batch, heads, n, d) if g is None else rows_readable(g)
+        for g, n, d in zip(arguments[:2], (q_len, kv_len), values, strict=True)
+    ]
+    lse_grads = None
+    if arguments[2] is not None or arguments[3] is not None:
         lse_grads = [
-            (
-                g if g is not None else query.new_zeros(batch, heads, n, dtype=torch.float32)
-            ).contiguous()
-            for g, n in zip(lse_grads, (q_len, kv_len), strict=True)
+            query.new_zeros(batch, heads, n, dtype=torch.float32) if g is None else g.contiguous()
+            for g, n in zip(arguments[2:4], (q_len, kv_len), strict=True)
         ]
-    scale = dim**-0.5 if given[-1] is None else float(given[-1])
-    widest = max(width(d) for d in (dim, v_dim, qv_dim))
-
-    def statistics(length: int) -> Tensor:
-        return query.new_empty(batch * heads * length * 3, dtype=torch.float32)
-
-    first = {
-        **common_options(*given), "grad_q_ptr": zeros[0], "grad_k_ptr": zeros[1],
-        **strides(grad_q=zeros[0], grad_k=zeros[1]),
-        "q_statistics_ptr": statistics(q_len), "k_statistics_ptr": statistics(kv_len),
-    }  # fmt: skip
-    second = {
-        **first, "LSE": has_lse,
-        "q_grad_lse_ptr": lse_grads[0] if has_lse else query,
-        "k_grad_lse_ptr": lse_grads[1] if has_lse else query,
-    }  # fmt: skip
-    with on(query):
-        own, sizes = _chosen("attention_backward_rows", query, widest, max(q_len, kv_len))
-        programs = batch * heads * cdiv(q_len, own), batch * heads * cdiv(kv_len, own)
-        statistics_kernel[(sum(programs),)](**first, q_programs=programs[0], **sizes)
-        own, sizes = _chosen("bidirectional_backward", query, widest, max(q_len, kv_len))
-        (q_splits, q_split), (k_splits, k_split) = _split(q_len, kv_len), _split(kv_len, q_len)
-        partials = [
-            query.new_empty(batch * heads * splits * n * d, dtype=torch.float32)
-            if splits > 1
-            else query
-            for splits, n, d in ((q_splits, q_len, dim + qv_dim), (k_splits, kv_len, dim + v_dim))
-        ]
-        programs = (
-            batch * heads * q_splits * cdiv(q_len, own),
-            batch * heads * k_splits * cdiv(kv_len, own),
-        )
-        gradients_kernel[(sum(programs),)](
-            **second, **sizes, **{f"{n}_ptr": g for n, g in found.items()}, **strides(**found),
-            q_partial_ptr=partials[0], k_partial_ptr=partials[1], q_programs=programs[0],
-            q_splits=q_splits, k_splits=k_splits, Q_SPLIT=q_split, K_SPLIT=k_split,
-            gradient_scale=scale,
+    scale = dim**-0.5 if scale is None else float(scale)
+    widest = max(width(d) for d in (dim, *values))
+    shared = keys_on_chip(min(q_len, kv_len), widest, query.element_size())
+    if shared and q_len >= kv_len:
+        shared_backward(_common(given, grads, lse_grads), found, scale, widest, False)
+    elif shared:
+        turned = {"dq": "dk", "dk": "dq", "dv": "dqv", "dqv": "dv"}
+        shared_backward(
+            _common(exchanged(given), grads[::-1], None if lse_grads is None else lse_grads[::-1]),
+            {name: found[other] for name, other in turned.items()}, scale, widest, True,
         )  # fmt: skip
-        for splits, partial, of_side, of_value in (
-            (q_splits, partials[0], found["dq"], found["dqv"]),
-            (k_splits, partials[1], found["dk"], found["dv"]),
-        ):
-            if splits > 1:
-                length, value_dim = of_value.shape[2:]
-                merge_kernel[(batch * heads * length,)](
-                    partial, of_side, of_value, **strides(dk=of_side, dv=of_value),
-                    kv_heads=heads, kv_len=length, splits=splits, DIM=dim, WIDTH=width(dim),
-                    VALUE_DIM=value_dim, VALUE_WIDTH=width(value_dim), SPLITS=width(splits),
-                    num_warps=4,
-                )  # fmt: skip
+    if not shared or dmask.numel():
+        common = _common(given, grads, lse_grads)
+        common |= _take_statistics(common, widest)
+        if not shared:
+            _sides(common, found, scale, widest)
         if dmask.numel():
-            shared = (1,) * (4 - dmask.dim()) + tuple(dmask.shape)
-            own, sizes = _chosen("bidirectional_backward", query, widest, shared[2])
-            grid = shared[0] * shared[1] * cdiv(shared[2], own) * cdiv(shared[3], sizes["LOOP"])
-            mask_kernel[(grid,)](
-                **second, **sizes, dmask_ptr=dmask, batches=batch, mask_batches=shared[0],
-                mask_heads=shared[1], SHARED_ROWS=shared[2] == 1 and q_len > 1,
-                SHARED_COLUMNS=shared[3] == 1 and kv_len > 1,
-            )  # fmt: skip
+            _mask_gradient(common, dmask, widest)
     return (*found.values(), dmask)

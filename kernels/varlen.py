@@ -18,7 +18,8 @@ from fastfusion.kernels._gradients import (
     row_gradients,
     store_statistics,
 )
-from fastfusion.kernels._launch import Tile, cdiv, on, rows_readable, score_options, tile, width
+from fastfusion.kernels._launch import Tile, cdiv, rows_readable, score_options, tile, width
+from fastfusion.kernels._plan import empty, launch, planned
 from fastfusion.kernels._tile import (
     inverse,
     load_rows,
@@ -218,6 +219,7 @@ def _sizes(chosen: Tile) -> dict[str, int]:
     return {"OWN": chosen.own, "LOOP": chosen.loop, **chosen.options()}
 
 
+@planned
 def varlen_forward(
     query: Tensor,
     key: Tensor,
@@ -238,22 +240,23 @@ def varlen_forward(
     """
     query, key, value = map(rows_readable, (query, key, value))
     total, heads, dim = query.shape
-    out = query.new_empty(total, heads, value.shape[2])
-    lse = query.new_empty(total, heads, dtype=torch.float32) if return_lse else None
+    out = empty(query, (total, heads, value.shape[2]))
+    lse = empty(query, (total, heads), torch.float32) if return_lse else None
     sequences = q_offsets.shape[0] - 1
     if total * heads == 0 or sequences == 0:
         return out, lse
     widest = max(width(dim), width(value.shape[2]))
     chosen = tile("attention", query.dtype, widest, query.device)
-    with on(query):
-        forward_kernel[((cdiv(total, chosen.own) + sequences) * heads,)](
-            **_common(query, key, value, q_offsets, k_offsets, seed, dropout_p, is_causal, scale),
-            out_ptr=out, lse_ptr=query if lse is None else lse, LSE=return_lse,
-            **_strides(out=out), **_sizes(chosen),
-        )  # fmt: skip
+    launch(
+            forward_kernel, (cdiv(total, chosen.own) + sequences) * heads,
+        **_common(query, key, value, q_offsets, k_offsets, seed, dropout_p, is_causal, scale),
+        out_ptr=out, lse_ptr=query if lse is None else lse, LSE=return_lse,
+        **_strides(out=out), **_sizes(chosen),
+    )  # fmt: skip
     return out, lse
 
 
+@planned
 def varlen_backward(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
@@ -274,7 +277,7 @@ def varlen_backward(
     if grad_out is None:
         grad_out = query.new_zeros(*query.shape[:2], value.shape[2])
     grad_out, query, key, value = map(rows_readable, (grad_out, query, key, value))
-    dq, dk, dv = (t.new_empty(t.shape) for t in (query, key, value))
+    dq, dk, dv = (empty(t, t.shape) for t in (query, key, value))
     total, heads, dim = query.shape
     sequences = q_offsets.shape[0] - 1
     if total * heads == 0 or sequences == 0 or key.shape[0] == 0:
@@ -287,17 +290,18 @@ def varlen_backward(
         **_common(query, key, value, q_offsets, k_offsets, seed, dropout_p, is_causal, scale),
         "grad_ptr": grad_out, "grad_lse_ptr": query if grad_lse is None else grad_lse,
         "LSE": grad_lse is not None, **_strides(grad=grad_out),
-        "statistics_ptr": query.new_empty(heads * total * 3, dtype=torch.float32),
+        "statistics_ptr": empty(query, (heads * total * 3,), torch.float32),
     }  # fmt: skip
-    with on(query):
-        chosen = tile("attention_backward_rows", query.dtype, widest, query.device)
-        rows_kernel[((cdiv(total, chosen.own) + sequences) * heads,)](
-            **common, dq_ptr=dq, **_strides(dq=dq), gradient_scale=scale_of_scores,
-            **_sizes(chosen),
-        )  # fmt: skip
-        chosen = tile("attention_backward_keys", query.dtype, widest, query.device)
-        keys_kernel[((cdiv(key.shape[0], chosen.own) + sequences) * key.shape[1],)](
-            **common, dk_ptr=dk, dv_ptr=dv, **_strides(dk=dk, dv=dv),
-            gradient_scale=abs(scale_of_scores), **_sizes(chosen),
-        )  # fmt: skip
+    chosen = tile("attention_backward_rows", query.dtype, widest, query.device)
+    launch(
+            rows_kernel, (cdiv(total, chosen.own) + sequences) * heads,
+        **common, dq_ptr=dq, **_strides(dq=dq), gradient_scale=scale_of_scores,
+        **_sizes(chosen),
+    )  # fmt: skip
+    chosen = tile("attention_backward_keys", query.dtype, widest, query.device)
+    launch(
+            keys_kernel, (cdiv(key.shape[0], chosen.own) + sequences) * key.shape[1],
+        **common, dk_ptr=dk, dv_ptr=dv, **_strides(dk=dk, dv=dv),
+        gradient_scale=abs(scale_of_scores), **_sizes(chosen),
+    )  # fmt: skip
     return dq, dk, dv

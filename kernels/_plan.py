@@ -1,0 +1,173 @@
+"""Plans: what a launcher did for a call, done again for calls of the same kind.
+
+A launcher works out tiles, grids and some sixty arguments per kernel in Python, and Triton looks
+the compiled kernel up by them: 40 us a call, several times what a short attention takes. The first
+call of a kind (same shapes, strides, dtypes, alignments and numbers) therefore leaves a plan: which
+tensors are allocated, and which compiled kernels run with which arguments. Later calls put their
+own tensors into it.
+
+A launcher that is `planned` allocates with `empty` and launches with `launch`, and its launches
+take no tensor but those and its own arguments. A call for which it makes others (a copy of a
+strided input, say) has no plan.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# Kinds of calls that a process may see before all plans are forgotten: each is some kilobytes.
+_MOST = 4096
+_plans: dict[Any, "_Plan | None"] = {}
+_local = threading.local()
+
+
+def forget() -> None:
+    """Drop all plans, because tiles have changed."""
+    _plans.clear()
+
+
+class _Plan:
+    """Allocations, launches and results; tensors stand as indices, those of the call first."""
+
+    def __init__(self, given: Sequence[Any]) -> None:
+        self.tensors = [t for t in given if isinstance(t, Tensor)]
+        self.count = len(self.tensors)
+        self.allocations: list[tuple[Any, ...]] = []
+        self.launches: list[tuple[Any, tuple[int], list[Any], list[tuple[int, int]], Any]] = []
+        self.results: list[int | None] = []
+        self.repeatable = True
+
+    def place(self, tensor: Tensor) -> int | None:
+        """Whose memory a tensor is: the first of the same address, as in every call of the kind."""
+        address = tensor.data_ptr()
+        for index, known in enumerate(self.tensors):
+            if known.data_ptr() == address:
+                return index
+        return None
+
+    def add_launch(
+        self, kernel: Any, compiled: Any, grid: tuple[int], given: dict[str, Any]
+    ) -> None:
+        values = [given[name] for name in kernel.arg_names]
+        places = []
+        for position, value in enumerate(values):
+            if isinstance(value, Tensor):
+                place = self.place(value)
+                if place is None:
+                    self.repeatable = False
+                    return
+                places.append((position, place))
+                values[position] = None
+        if INTERPRETED:
+            options = {k: v for k, v in given.items() if k in ("num_warps", "num_stages")}
+            self.launches.append((kernel, grid, values, places, options))
+        elif compiled is None:  # a tool that records launches gives none back
+            self.repeatable = False
+        else:
+            self.launches.append((compiled, grid, values, places, {}))
+
+    def finish(self, results: tuple[Any, ...]) -> None:
+        for result in results:
+            index = next((i for i, t in enumerate(self.tensors) if t is result), None)
+            if result is not None and index is None:
+                self.repeatable = False
+            self.results.append(index)
+        self.repeatable = self.repeatable and bool(self.launches)
+        self.tensors = []
+
+    def __call__(self, tensors: list[Tensor]) -> tuple[Any, ...]:
+        for size, stride, dtype in self.allocations:
+            tensors.append(torch.empty_strided(size, stride, dtype=dtype, device=tensors[0].device))
+        for kernel, grid, values, places, options in self.launches:
+            arguments = values.copy()
+            for position, place in places:
+                arguments[position] = tensors[place]
+            kernel[grid](*arguments, **options)
+        return tuple([None if i is None else tensors[i] for i in self.results])
+
+
+def empty(
+    like: Tensor,
+    size: Sequence[int],
+    dtype: torch.dtype | None = None,
+    order: Sequence[int] | None = None,
+) -> Tensor:
+    """A new tensor on the device of `like`, its dimensions in memory in the given order."""
+    order = range(len(size)) if order is None else order
+    strides, step = [0] * len(size), 1
+    for dimension in reversed(order):
+        strides[dimension] = step
+        step *= max(size[dimension], 1)
+    recipe = (tuple(size), tuple(strides), like.dtype if dtype is None else dtype)
+    tensor = torch.empty_strided(*recipe[:2], dtype=recipe[2], device=like.device)
+    plan = getattr(_local, "plan", None)
+    if plan is not None:
+        plan.allocations.append(recipe)
+        plan.tensors.append(tensor)
+    return tensor
+
+
+def launch(kernel: Any, programs: int, *leading: Any, **given: Any) -> None:
+    """Run a kernel with `programs` programs; num_warps and num_stages stand with its arguments."""
+    given.update(zip(kernel.arg_names, leading, strict=False))
+    compiled = kernel[(programs,)](**given)
+    plan = getattr(_local, "plan", None)
+    if plan is not None and plan.repeatable:
+        plan.add_launch(kernel, compiled, (programs,), given)
+
+
+def on(tensor: Tensor) -> Any:
+    """Makes the tensor's device the current one, on which Triton launches."""
+    return torch.cuda.device(tensor.device)
+
+
+def planned(launcher: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """The launcher, with plans. Its arguments are tensors, numbers and None, its results tensors
+    that it allocated and None."""
+
+    def run(*given: Any) -> tuple[Any, ...]:
+        tensors: list[Tensor] = []
+        addresses: list[int] = []
+        kind: list[Any] = [launcher]
+        for value in given:
+            if isinstance(value, Tensor):
+                address = value.data_ptr()
+                tensors.append(value)
+                addresses.append(address)
+                kind += (value.shape, value.stride(), value.dtype, address % 16)
+            else:
+                kind.append(value)
+        # Which tensors are one: in another call of these shapes they may differ.
+        if len(set(addresses)) < len(addresses):
+            kind += [addresses.index(a) for a in addresses]
+        first = tensors[0]
+        kind += (first.get_device(), torch.get_float32_matmul_precision())
+        key = tuple(kind)
+        plan = _plans.get(key)
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():
+            with on(first):
+                return plan(tensors) if plan is not None else record(key, given)
+        return plan(tensors) if plan is not None else record(key, given)
+
+    def record(key: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        if key in _plans or getattr(_local, "plan", None) is not None:
+            return launcher(*given)
+        plan = _local.plan = _Plan(given)
+        try:
+            results = launcher(*given)
+        finally:
+            _local.plan = None
+        plan.finish(results)
+        if len(_plans) >= _MOST:
+            _plans.clear()
+        _plans[key] = plan if plan.repeatable else None
+        return results
+
+    return functools.update_wrapper(run, launcher)
