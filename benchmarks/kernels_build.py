@@ -121,13 +121,13 @@ def target(arch: int) -> Iterator[None]:
     """In it Triton and the choice of tiles believe in a GPU; Triton goes on to do so afterwards."""
     capability = _launch.capability
     setattr(_launch, "capability", lambda device: divmod(arch, 10))  # noqa: B010
-    _launch.tile.cache_clear()
+    _launch.forget()
     triton.runtime.driver.set_active(_Driver(arch))
     try:
         yield
     finally:
         setattr(_launch, "capability", capability)  # noqa: B010
-        _launch.tile.cache_clear()
+        _launch.forget()
 
 
 def record(call: Callable[[], Any], arch: int, variant: str, dtype: str, size: int) -> list[Build]:

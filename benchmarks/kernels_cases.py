@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfusion.kernels import linear, norm
+from fastfusion.kernels import bidirectional, bidirectional_shared, linear, norm
+from fastfusion.kernels._launch import width
 from fastfusion.kernels.attention import attention_forward
 from fastfusion.kernels.attention_backward import attention_backward
-from fastfusion.kernels.bidirectional import ON_CHIP, bidirectional_forward
 from fastfusion.kernels.bidirectional_backward import bidirectional_backward
 from fastfusion.kernels.varlen import varlen_backward, varlen_forward
 
@@ -37,6 +37,7 @@ ATTENTION = {
     "causal": ("causal", 300, 300),
     "small": ("plain", 20, 36),
     "small heaviest": ("heaviest", 20, 36),
+    "tiny": ("plain", 8, 10),
     "few queries": ("plain", 8, 1100),
     "few queries heaviest": ("heaviest", 8, 1100),
     "many queries": ("plain", 1100, 36),
@@ -49,6 +50,7 @@ BIDIRECTIONAL = {
     "masked": ("masked", 300, MOST),
     "small": ("plain", 20, 36),
     "small heaviest": ("heaviest", 20, 36),
+    "tiny": ("plain", 8, 10),
     "long": ("plain", 600, 600),
     "long heaviest": ("heaviest", 600, 600),
     "few queries": ("plain", 8, 2100),
@@ -102,16 +104,32 @@ def _attention(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dtype)
 
 
 def _bidirectional(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dtype) -> None:
-    if kv_len == MOST:
-        kv_len = min(256, ON_CHIP // (max(16, 1 << (dim - 1).bit_length()) * dtype.itemsize))
-    query, key = _heads(q_len, dim, dtype), _heads(kv_len, dim, dtype)
-    mask, paddings = (
-        _mask(q_len, kv_len, kind, dtype),
-        (_padding(q_len, kind), _padding(kv_len, kind)),
+    def given(part: Any) -> tuple[Any, ...]:
+        keys = kv_len
+        if kv_len == MOST:
+            lengths = (256, 128, 64, 32, 16)
+            fits = (n for n in lengths if part.keys_on_chip(n, width(dim), dtype.itemsize))
+            keys = next(fits)
+        query, key = _heads(q_len, dim, dtype), _heads(keys, dim, dtype)
+        mask = _mask(q_len, keys, kind, dtype)
+        paddings = (_padding(q_len, kind), _padding(keys, kind))
+        return (query, key, key, query, mask, *paddings, *_dropout(kind), None)
+
+    bidirectional.bidirectional_forward(*given(bidirectional), kind != "plain")
+    query, key, _, _, mask, *options = given(bidirectional_shared)
+    lse = (None, None) if kind == "plain" else (query.new_empty(query.shape[:3]).float(), None)
+    bidirectional_backward(
+        query,
+        key,
+        *lse,
+        query,
+        key,
+        key,
+        query,
+        mask,
+        *options,
+        mask is not None and kind != "bool",
     )
-    given = (query, key, key, query, mask, *paddings, *_dropout(kind), None)
-    results = bidirectional_forward(*given, kind != "plain")
-    bidirectional_backward(*results, *given, mask is not None and kind != "bool")
 
 
 def _varlen(kind: str, dim: int, dtype: torch.dtype) -> None:

@@ -18,7 +18,6 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 MAX_DIM = 256
@@ -29,6 +28,8 @@ _is_exporting = torch.compiler.is_exporting
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state  # of torch.jit.trace, in which sizes are tensors
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 # Triton's own variable. Its interpreter runs the kernels on CPU tensors, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -149,7 +150,6 @@ class KernelOp:
             getattr(torch.ops.fastfusion, name + suffix).default
             for suffix in ("", "_forward", "_backward")
         )
-        self.launch_backward = launch_backward
         self.function = _functions(self)
         _LIBRARY.impl(name, self._autograd_kernel, "Autograd")
 
@@ -162,7 +162,7 @@ class KernelOp:
             if _transforms_active():
                 return self.reference(*given)
             return (self.graph if needs_gradient or _is_exporting() else self.raw)(*given)
-        if _transforms_active() or forward_ad._current_level >= 0:
+        if _transforms_active() or forward_ad._current_level >= 0 or _tracing() is not None:
             return self.reference(*given)
         if needs_gradient:
             return self.function.apply(*given)
@@ -170,10 +170,9 @@ class KernelOp:
 
     def run(self, lse: bool, *given: Any) -> tuple[Any, ...]:
         """Without a gradient: by the launcher, or by the op where somebody watches ops."""
-        return self.raw(*given) if _dispatch_modes() else self.launch(*given, lse)
-
-    def run_backward(self, *given: Any) -> tuple[Tensor, ...]:
-        return self.backward(*given) if _dispatch_modes() else self.launch_backward(*given)
+        if _dispatch_modes() or not _PLAIN.issuperset(map(type, given[: self.tensors])):
+            return self.raw(*given)
+        return self.launch(*given, lse)
 
     def _autograd_kernel(self, *given: Any) -> tuple[Tensor, ...]:
         leading = given[: self.gradients]
@@ -192,37 +191,40 @@ def _functions(op: KernelOp) -> type[Function]:
             ctx.save_for_backward(*given[: op.outputs + op.tensors])
             ctx.options = given[op.outputs + op.tensors :]
             ctx.set_materialize_grads(False)
-            return op.run_backward(*given)
+            return op.backward(*given)
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *second: Tensor | None) -> Any:
-            """By differentiating the reference twice."""
+            """The derivative of the reference's own gradient, itself differentiable."""
             *options, mask_gradient = ctx.options
-            saved = [None if t is None else t.detach() for t in ctx.saved_tensors]
-            grads, tensors = saved[: op.outputs], saved[op.outputs :]
-            leading = tensors[: op.gradients]
-            if op.masked and not mask_gradient:
-                leading[-1] = None
-            wanted = [t.requires_grad_() for t in (*grads, *leading) if t is not None]
-            with torch.enable_grad():
-                outputs = op.reference(*tensors, *options)
-                pairs = [
-                    (o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if g is not None
-                ]
-                inputs = [t for t in leading if t is not None]
-                first = torch.autograd.grad(
-                    [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True
+            grads, tensors = ctx.saved_tensors[: op.outputs], ctx.saved_tensors[op.outputs :]
+            last = op.gradients - (op.masked and not mask_gradient)
+            given = [i for i, g in enumerate(grads) if g is not None]
+
+            def gradient(*primals: Tensor) -> tuple[Tensor, ...]:
+                def outputs(*leading: Tensor) -> tuple[Tensor, ...]:
+                    results = op.reference(*leading, *tensors[last:], *options)
+                    return tuple(results[i] for i in given)
+
+                linearized: Any = torch.func.vjp(outputs, *primals[len(given) :])
+                results, pullback = linearized
+                pairs = zip(primals, results, strict=False)
+                return pullback(tuple(g.to(r.dtype) for g, r in pairs))
+
+            linearized: Any = torch.func.vjp(gradient, *(grads[i] for i in given), *tensors[:last])
+            first, pullback = linearized
+            pulled = pullback(
+                tuple(
+                    torch.zeros_like(f) if s is None else s.to(f.dtype)
+                    for f, s in zip(first, second, strict=False)
                 )
-                second = tuple(g for g, t in zip(second, leading, strict=True) if t is not None)
-                used = [(f, s) for f, s in zip(first, second, strict=True) if s is not None]
-                results = iter(
-                    torch.autograd.grad(
-                        [f for f, _ in used], wanted, [s for _, s in used], allow_unused=True
-                    )
-                )
-            found = [None if t is None else next(results) for t in (*grads, *leading)]
-            return (*found, *[None] * (op.tensors - op.gradients + len(ctx.options)))
+            )
+            found: list[Any] = [None] * (op.outputs + op.tensors + len(ctx.options))
+            for i, value in zip(
+                (*given, *range(op.outputs, op.outputs + last)), pulled, strict=True
+            ):
+                found[i] = value
+            return tuple(found)
 
     class Forward(Function):
         @staticmethod
@@ -239,7 +241,8 @@ def _functions(op: KernelOp) -> type[Function]:
             if all(g is None for g in grads):
                 return (*[None] * count, *nothing)
             mask_gradient = op.masked and ctx.needs_input_grad[count - 1]
-            run = Backward.apply if _is_grad_enabled() else op.run_backward
+            # By the op: batched gradients (is_grads_batched) have no memory to launch on.
+            run = Backward.apply if _is_grad_enabled() else op.backward
             found = run(*grads, *tensors, *ctx.options, mask_gradient)
             if op.masked and not mask_gradient:
                 found = (*found[:-1], None)

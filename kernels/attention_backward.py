@@ -294,7 +294,7 @@ def attention_backward(
     dk = rows_outside(query, batch, kv_heads, kv_len, dim)
     dv = rows_outside(query, batch, kv_heads, kv_len, value_dim)
     dmask = empty(query, (0,))
-    if mask_gradient and attn_mask is not None:
+    if mask_gradient and attn_mask is not None and attn_mask.is_floating_point():
         dmask = empty(attn_mask, attn_mask.shape)
     if batch * heads * q_len == 0 or batch * kv_heads * kv_len == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_()

@@ -300,6 +300,7 @@ def bidirectional_backward(*arguments: Any) -> tuple[Tensor, ...]:
         name: rows_outside(query, *t.shape)
         for name, t in (("dq", query), ("dk", key), ("dv", value), ("dqv", query_value))
     }
+    wanted = wanted and attn_mask is not None and attn_mask.is_floating_point()
     dmask = empty(attn_mask, attn_mask.shape) if wanted else empty(query, (0,))
     if batch * heads * (q_len + kv_len) == 0:
         return (*(g.zero_() for g in found.values()), dmask.zero_())

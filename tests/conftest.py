@@ -8,18 +8,18 @@ import os
 import sys
 from collections.abc import Iterator
 
-# Read when Triton is imported, so it is set before any other import. pytest's workers do not see the
-# option so early, but inherit the variable.
+# Read when Triton is imported, so it is set before any other import. pytest's workers do not see
+# the option so early, but inherit the variable.
 _ON_GPU = "cuda" in sys.argv or "--device=cuda" in sys.argv
 os.environ.setdefault("TRITON_INTERPRET", "0" if _ON_GPU else "1")
 
-import hypothesis
-import pytest
-import torch
-import triton_interpreter
-from suite import DEVICE, OpSuite
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import triton_interpreter  # noqa: E402
+from suite import DEVICE, OpSuite  # noqa: E402
 
-import fastfusion as ff
+import fastfusion as ff  # noqa: E402
 
 # The same examples in every run: a red run must be red again. To search with fresh ones, run
 # pytest --hypothesis-profile=default.

@@ -120,3 +120,34 @@ run(300)
 assert resident() - before < 24 << 20, "a large call keeps its memory"
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_bad_calls_of_the_raw_ops_raise() -> None:
+    """Compiled graphs call the ops without Python: what is unsafe must be refused in C++."""
+    op = torch.ops.fastfusion.attention_forward.default
+    query = torch.randn(2, 3, 5, 8)
+    key, value = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 6)
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    rest = (None, None, None, 0.0, 0, False, None, False)
+    bad = [
+        (query[0], key, value, *rest),
+        (query[..., :7], key, value, *rest),
+        (query, key[:1], value, *rest),
+        (query, key, value[:, :, :6], *rest),
+        (query, key[:, :2], value[:, :2], *rest),
+        (query, key.double(), value, *rest),
+        (query.double(), key.double(), value.double(), *rest),
+        (query, key, value, torch.randn(6, 7), *rest[1:]),
+        (query, key, value, torch.randn(5, 7).double(), *rest[1:]),
+        (query, key, value, torch.ones(5, 7, dtype=torch.int32), *rest[1:]),
+        (query, key, value, None, padding[:, :6], *rest[2:]),
+        (query, key, value, None, padding.float(), *rest[2:]),
+        (query, key, value, None, None, None, 0.5, *rest[4:]),
+        (query, key, value, None, None, torch.tensor([1.0]), 0.5, *rest[4:]),
+        (query, key, value, None, None, torch.tensor([1]), 1.5, *rest[4:]),
+        (query, key, value, None, None, torch.tensor([1]), 0.5, 2, *rest[5:]),
+        (query, key, value, *rest[:6], float("nan"), False),
+    ]
+    for arguments in bad:
+        with pytest.raises(RuntimeError, match="fastfusion"):
+            op(*arguments)

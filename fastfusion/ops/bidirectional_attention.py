@@ -257,7 +257,7 @@ def _fake_backward(*given: Any) -> tuple[Tensor, ...]:
         t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2)
         for t in given[4:8]
     ]
-    wanted = attn_mask is not None and given[-1]
+    wanted = given[-1] and attn_mask is not None and attn_mask.is_floating_point()
     return *gradients, attn_mask.new_empty(attn_mask.shape) if wanted else query.new_empty(0)
 
 

@@ -1,0 +1,234 @@
+"""The Triton kernels as torch ops, and the calls that they refuse.
+
+Attention itself goes through tests/test_registration.py; here are the other two ops.
+"""
+
+import warnings
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from suite import DEVICE
+from torch import Tensor
+from torch.testing import assert_close
+
+import fastfusion as ff
+from fastfusion import _triton
+from fastfusion.ops import bidirectional_attention, varlen_attention
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def both(gradient: bool = False, **more: Any) -> dict[str, Any]:
+    shape = {"batch": 2, "heads": 2, "q_len": 5, "kv_len": 7, "head_dim": 8, "value_dim": 6}
+    call = bidirectional_attention.inputs({**shape, "query_value_dim": 4, "mask": "bias"},
+                                          torch.float32, DEVICE)  # fmt: skip
+    call["key_padding_mask"] = torch.tensor([[False] * 5 + [True] * 2, [False] * 7], device=DEVICE)
+    return _with_gradient({**call, **more}, gradient)
+
+
+def packed(gradient: bool = False, **more: Any) -> dict[str, Any]:
+    shape = {"heads": 4, "kv_heads": 2, "q_lens": [3, 0, 5], "kv_lens": [4, 2, 6], "head_dim": 8}
+    call = varlen_attention.inputs(shape, torch.float32, DEVICE)
+    return _with_gradient({**call, **more}, gradient)
+
+
+def _with_gradient(call: dict[str, Any], gradient: bool) -> dict[str, Any]:
+    floating = (t for t in call.values() if torch.is_tensor(t) and t.is_floating_point())
+    for tensor in floating:
+        tensor.requires_grad_(gradient)
+    return call
+
+
+def run_both(backend: str, **call: Any) -> tuple[Tensor, ...]:
+    return ff.bidirectional_attention(**call, return_lse=True, backend=backend)
+
+
+def run_packed(backend: str, **call: Any) -> tuple[Tensor, ...]:
+    return ff.varlen_attention(**call, return_lse=True, backend=backend)
+
+
+RUNS = [pytest.param(run_both, both, id="both"), pytest.param(run_packed, packed, id="packed")]
+each_op = pytest.mark.parametrize(("run", "make"), RUNS)
+
+
+def finite(result: Tensor) -> Tensor:
+    return result.masked_fill(result.isinf(), 0.0)
+
+
+def gradients(results: tuple[Tensor, ...], call: dict[str, Any], **options: Any) -> Any:
+    loss = sum(finite(r).sin().sum() for r in results)
+    leaves = [t for t in call.values() if torch.is_tensor(t) and t.requires_grad]
+    return torch.autograd.grad(loss, leaves, **options)
+
+
+def raw_arguments(make: Any, dropout_p: float, gradient: bool) -> tuple[str, tuple[Any, ...]]:
+    call = make(gradient)
+    seed = torch.tensor([7], device=DEVICE) if dropout_p else None
+    if make is both:
+        names = ("query", "key", "value", "query_value", "attn_mask")
+        tensors = [call[n] for n in names]
+        return "bidirectional", (*tensors, None, call["key_padding_mask"], seed, dropout_p, None)
+    names = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k")
+    return "varlen", (*[call[n] for n in names], 5, 6, seed, dropout_p, True, None)
+
+
+@each_op
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_opcheck(run: Any, make: Any, dropout_p: float, gradient: bool) -> None:
+    name, arguments = raw_arguments(make, dropout_p, gradient)
+    for suffix in ("",) if gradient else ("", "_forward"):
+        torch.library.opcheck(
+            getattr(torch.ops.fastfusion, f"triton_{name}{suffix}").default, arguments
+        )
+
+
+@each_op
+@pytest.mark.parametrize("mask_gradient", [False, True])
+def test_opcheck_backward(run: Any, make: Any, mask_gradient: bool) -> None:
+    name, arguments = raw_arguments(make, 0.0, False)
+    outputs = getattr(torch.ops.fastfusion, f"triton_{name}_forward").default(*arguments)
+    grads = [torch.randn_like(o) for o in outputs]
+    op = getattr(torch.ops.fastfusion, f"triton_{name}_backward").default
+    torch.library.opcheck(op, (*grads, *arguments, mask_gradient))
+    torch.library.opcheck(op, (grads[0], *[None] * (len(grads) - 1), *arguments, mask_gradient))
+
+
+@each_op
+@pytest.mark.parametrize("gradient", [False, True])
+def test_compile(run: Any, make: Any, gradient: bool) -> None:
+    """One graph, with the op in it."""
+    targets: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(run, fullgraph=True, backend=backend)("triton", **make(gradient))
+    ours = [t for t in targets if "triton" in t]
+    assert len(ours) == 1 and ours[0].endswith("_forward.default") != gradient
+    torch._dynamo.reset()
+    call, expected = make(gradient), make(gradient)
+    results = torch.compile(run, fullgraph=True, backend="aot_eager")("triton", **call)
+    assert_close(results, run("triton", **expected))
+    if gradient:
+        assert_close(gradients(results, call), gradients(run("triton", **expected), expected))
+
+
+@each_op
+def test_double_backward(run: Any, make: Any) -> None:
+    found = []
+    for backend in ("triton", "reference"):
+        call = make(True)
+        first = gradients(run(backend, **call), call, create_graph=True)
+        found.append(gradients(first, call))
+    assert_close(*found)
+
+
+@each_op
+def test_third_derivatives(run: Any, make: Any) -> None:
+    found = []
+    for backend in ("triton", "reference"):
+        call = make(True)
+        first = gradients(run(backend, **call), call, create_graph=True)
+        second = gradients(first, call, create_graph=True)
+        found.append(gradients(second, call))
+    assert_close(*found)
+
+
+@each_op
+def test_transforms(run: Any, make: Any) -> None:
+    call = make()
+    query = call.pop("query")
+
+    def loss(query: Tensor, backend: str) -> Tensor:
+        return sum(finite(r).sin().sum() for r in run(backend, query=query, **call))
+
+    assert_close(torch.func.grad(loss)(query, "triton"), torch.func.grad(loss)(query, "reference"))
+    stacked = torch.stack([query, query + 1])
+    assert_close(
+        torch.vmap(lambda q: loss(q, "triton"))(stacked),
+        torch.stack([loss(q, "reference") for q in stacked]),
+    )
+
+
+@each_op
+def test_flops_are_counted(run: Any, make: Any) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    call = make(True)
+    with FlopCounterMode(display=False) as counter:
+        results = run("triton", **call)
+    # Packed lengths are values, which formulas do not see.
+    forward = 2 * 2 * 2 * 5 * 7 * (8 + 6 + 4) if make is both else 0
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        gradients(results, call)
+    backward = 2 * 2 * 2 * 5 * 7 * (3 * 8 + 2 * 6 + 2 * 4) if make is both else 0
+    assert counter.get_total_flops() == backward
+
+
+@each_op
+def test_a_dispatch_mode_sees_the_op(run: Any, make: Any) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        run("triton", **make())
+    assert any(name.startswith("fastfusion.triton") for name in seen)
+
+
+def reasons(call: dict[str, Any]) -> str:
+    explanation = ff.explain(ff.bidirectional_attention, **call)
+    return " ".join(dict(explanation.rows)["triton"])
+
+
+def test_refuses_what_the_kernels_cannot_do() -> None:
+    call = both()
+    assert reasons(call) == ""
+    wide = {n: torch.randn(1, 1, 3, 257 if n != "value" else 8, device=DEVICE)
+            for n in ("query", "key", "value", "query_value")}  # fmt: skip
+    assert "head dims above 256" in reasons(wide)
+    wide = {**wide, **{n: wide["value"] for n in ("query", "key")}}
+    assert "head dims above 256" in reasons(wide)
+    double = {k: t.double() if t.is_floating_point() else t for k, t in call.items()}
+    assert "float64" in reasons(double)
+
+
+def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cpu = {k: t.cpu() for k, t in both().items()}
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    assert "TRITON_INTERPRET=1" in reasons(on_cpu)
+    with pytest.raises(ff.BackendUnavailableError, match="the inputs are on the CPU"):
+        ff.bidirectional_attention(**on_cpu, backend="triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ff.info().backends["triton"] == "torch sees no NVIDIA GPU"
+    monkeypatch.setattr(_triton, "INTERPRETED", True)
+    monkeypatch.setattr(_triton, "_MISSING", "Triton is not installed (pip install triton)")
+    assert "not installed" in reasons(on_cpu)
+    assert ff.info().backends["triton"] == _triton._MISSING
+
+
+def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    turing = SimpleNamespace(
+        is_cpu=False, is_cuda=True, get_device=lambda: 0, dtype=torch.float16, shape=(1, 1, 4, 8)
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert "older than Ampere" in " ".join(_triton.refuses(turing, turing, turing))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 7))
+    assert not _triton.refuses(turing, turing, turing)
