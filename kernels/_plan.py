@@ -14,6 +14,7 @@ strided input, say) has no plan.
 import functools
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 _MOST = 4096
 _plans: dict[Any, "_Plan | None"] = {}
 _local = threading.local()
+_NOTHING = nullcontext()
 
 
 def forget() -> None:
@@ -125,7 +127,9 @@ def launch(kernel: Any, programs: int, *leading: Any, **given: Any) -> None:
 
 def on(tensor: Tensor) -> Any:
     """Makes the tensor's device the current one, on which Triton launches."""
-    return torch.cuda.device(tensor.device)
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _NOTHING
 
 
 def planned(launcher: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -151,10 +155,8 @@ def planned(launcher: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any
         kind += (first.get_device(), torch.get_float32_matmul_precision())
         key = tuple(kind)
         plan = _plans.get(key)
-        if first.is_cuda and first.get_device() != torch.cuda.current_device():
-            with on(first):
-                return plan(tensors) if plan is not None else record(key, given)
-        return plan(tensors) if plan is not None else record(key, given)
+        with on(first):
+            return plan(tensors) if plan is not None else record(key, given)
 
     def record(key: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
         if key in _plans or getattr(_local, "plan", None) is not None:

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels._launch import cdiv, numbers, on, rows_readable
+from fastfusion.kernels._launch import cdiv, numbers, rows_readable
+from fastfusion.kernels._plan import on
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = (None, "relu", "gelu")

@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastfusion.kernels._launch import cdiv, on, rows_readable, width
+from fastfusion.kernels._launch import cdiv, rows_readable, width
+from fastfusion.kernels._plan import on
 
 # Float32 values that the 512 threads of a row hold without spilling: 32 each, or 16 where the
 # backward pass has a gradient and the sums of two more to hold.

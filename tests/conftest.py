@@ -65,11 +65,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     wanted = set(metafunc.fixturenames)
     if "case" in wanted:
         metafunc.parametrize("case", suite.cases, ids=lambda case: case.name)
-    if "target" in wanted:
-        metafunc.parametrize("target", suite.targets(), ids=str)
-    if "native_target" in wanted:
-        metafunc.parametrize("native_target", suite.native_targets(), ids=str)
-    if "threaded_target" in wanted:
-        metafunc.parametrize("threaded_target", suite.threaded_targets(), ids=str)
+    for name in ("target", "native_target", "threaded_target", "fast_target", "slow_target"):
+        if name in wanted:
+            metafunc.parametrize(name, getattr(suite, f"{name}s")(), ids=str)
     if "dtype" in wanted:
         metafunc.parametrize("dtype", suite.dtypes, ids=lambda d: str(d).removeprefix("torch."))

@@ -36,6 +36,10 @@ class Target:
     def __str__(self) -> str:
         return f"{self.backend}-{self.isa}" if self.isa else self.backend
 
+    @property
+    def interpreted(self) -> bool:
+        return self.backend == "triton" and DEVICE == "cpu"
+
     def call(self, function: Callable[..., Any], **kwargs: Any) -> tuple[Tensor, ...]:
         if self.isa is not None and _library.native is not None:
             _library.native.select_isa(self.isa)
@@ -96,6 +100,15 @@ class OpSuite:
     @classmethod
     def native_targets(cls) -> list[Target]:
         return [t for t in cls.targets() if t.backend != "reference"]
+
+    @classmethod
+    def fast_targets(cls) -> list[Target]:
+        """All but kernels in Triton's interpreter, which is a thousand times slower."""
+        return [t for t in cls.targets() if not t.interpreted]
+
+    @classmethod
+    def slow_targets(cls) -> list[Target]:
+        return [t for t in cls.targets() if t.interpreted]
 
     @classmethod
     def threaded_targets(cls) -> list[Target]:

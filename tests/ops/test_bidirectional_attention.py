@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from suite import DTYPES, Case, OpSuite, Target, plain_lse
+from suite import DEVICE, DTYPES, Case, OpSuite, Target, plain_lse
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -146,6 +146,17 @@ CASES = [
 ]  # fmt: skip
 
 
+ANY_CALL = given(
+    sizes=st.tuples(*[st.integers(0, n) for n in (2, 3, 70, 90)]),
+    dims=st.tuples(*[st.integers(1, 40)] * 3),
+    mask=st.sampled_from([None, "bool", "bias", "both_padding"]),
+    holes=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.0, 0.4]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+
+
 class TestBidirectionalAttention(OpSuite):
     op = spec.OP
     function = staticmethod(ff.bidirectional_attention)
@@ -265,16 +276,16 @@ class TestBidirectionalAttention(OpSuite):
             assert all(torch.equal(r, e.squeeze(0)) for r, e in zip(results, expected, strict=True))
 
     @settings(max_examples=40, deadline=None)
-    @given(
-        sizes=st.tuples(*[st.integers(0, n) for n in (2, 3, 70, 90)]),
-        dims=st.tuples(*[st.integers(1, 40)] * 3),
-        mask=st.sampled_from([None, "bool", "bias", "both_padding"]),
-        holes=st.booleans(),
-        dropout_p=st.sampled_from([0.0, 0.0, 0.4]),
-        dtype=st.sampled_from(DTYPES),
-        seed=st.integers(0, 99),
-    )
-    def test_any_shape(
+    @ANY_CALL
+    def test_any_shape(self, fast_target: Target, **drawn: Any) -> None:
+        self.check_any_shape(fast_target, **drawn)
+
+    @settings(max_examples=12, deadline=None)
+    @ANY_CALL
+    def test_any_shape_interpreted(self, slow_target: Target, **drawn: Any) -> None:
+        self.check_any_shape(slow_target, **drawn)
+
+    def check_any_shape(
         self, target: Target, sizes: Any, dims: Any, mask: Any, holes: bool, dropout_p: float,
         dtype: torch.dtype, seed: int,
     ) -> None:  # fmt: skip
@@ -282,10 +293,10 @@ class TestBidirectionalAttention(OpSuite):
         call = spec.inputs(
             {"batch": batch, "heads": heads, "q_len": q_len, "kv_len": kv_len, "mask": mask,
              "head_dim": dims[0], "value_dim": dims[1], "query_value_dim": dims[2]},
-            dtype, "cpu", seed,
+            dtype, seed=seed,
         )  # fmt: skip
         if holes:
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator(DEVICE).manual_seed(seed)
             call["query_padding_mask"] = torch.rand(batch, q_len, generator=generator) < 0.4
             call["key_padding_mask"] = torch.rand(batch, kv_len, generator=generator) < 0.4
         self.compare(target, {**call, "dropout_p": dropout_p})

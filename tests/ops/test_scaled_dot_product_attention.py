@@ -95,6 +95,25 @@ CASES = [
 ]  # fmt: skip
 
 
+ANY_CALL = given(
+    # Lengths and dims of a few numbers are among the cases above: on them the rounding of the
+    # plain formula is luck, and a search finds the unlucky ones.
+    sizes=st.tuples(
+        st.integers(0, 2),
+        st.integers(0, 2),
+        st.integers(4, 60) | st.just(0),
+        st.integers(4, 270) | st.just(0),
+    ),
+    dims=st.tuples(st.integers(3, 40), st.integers(3, 40)),
+    group=st.integers(1, 2),
+    mask=st.sampled_from([None, "bool", "bias"]),
+    padding=st.booleans(),
+    causal=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+
+
 class TestScaledDotProductAttention(OpSuite):
     op = spec.OP
     function = staticmethod(ff.scaled_dot_product_attention)
@@ -160,13 +179,15 @@ class TestScaledDotProductAttention(OpSuite):
                 call["attn_mask"][:, 0] = True
             torch.testing.assert_close(target.call(self.function, **call)[0], torch_sdpa(**call))
 
-    @pytest.mark.parametrize("mask", [(40,), (1, 1), (2, 1, 1, 40), (8, 1, 1)], ids=str)
+    @pytest.mark.parametrize("mask", ["keys", "one", "entries", "heads"])
     def test_long_sums_in_gradients(self, mask: Any, target: Target) -> None:
-        """Terms of one sign from 4,096 rows of 8 query heads, added to few gradients: a single
-        float32 chain errs by ten times the plain formula."""
-        query, weight = torch.rand(2, 8, 4096, 8), torch.rand(2, 8, 4096, 8)
-        key = torch.rand(2, 1, 40, 8)
-        bias = torch.zeros(mask)
+        """Terms of one sign from thousands of rows of several heads, added to few gradients: a
+        single float32 chain errs by ten times the plain formula."""
+        batch, heads, length = (1, 4, 2048) if target.interpreted else (2, 8, 4096)
+        query, weight = torch.rand(2, batch, heads, length, 8)
+        key = torch.rand(batch, 1, 40, 8)
+        sizes = {"keys": (40,), "one": (1, 1), "entries": (batch, 1, 1, 40), "heads": (heads, 1, 1)}
+        bias = torch.zeros(sizes[mask])
 
         def gradients(function: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
             q, k, v, b, g = (t.to(dtype) for t in (query, key, key, bias, weight))
@@ -186,38 +207,30 @@ class TestScaledDotProductAttention(OpSuite):
             assert_accurate(*map(self.slices, triple))
 
     @settings(max_examples=60, deadline=None)
-    @given(
-        # Lengths and dims of a few numbers are among the cases above: on them the rounding of the
-        # plain formula is luck, and a search finds the unlucky ones.
-        sizes=st.tuples(
-            st.integers(0, 2),
-            st.integers(0, 2),
-            st.integers(4, 60) | st.just(0),
-            st.integers(4, 270) | st.just(0),
-        ),
-        dims=st.tuples(st.integers(3, 40), st.integers(3, 40)),
-        group=st.integers(1, 2),
-        mask=st.sampled_from([None, "bool", "bias"]),
-        padding=st.booleans(),
-        causal=st.booleans(),
-        dtype=st.sampled_from(DTYPES),
-        seed=st.integers(0, 99),
-    )
-    def test_any_shape(
-        self, sizes: Any, dims: Any, group: int, mask: Any, padding: bool, causal: bool,
-        dtype: torch.dtype, seed: int,
+    @ANY_CALL
+    def test_any_shape(self, **drawn: Any) -> None:
+        for target in self.fast_targets()[:1]:
+            self.check_any_shape(target, **drawn)
+
+    @settings(max_examples=12, deadline=None)
+    @ANY_CALL
+    def test_any_shape_interpreted(self, slow_target: Target, **drawn: Any) -> None:
+        self.check_any_shape(slow_target, **drawn)
+
+    def check_any_shape(
+        self, target: Target, sizes: Any, dims: Any, group: int, mask: Any, padding: bool,
+        causal: bool, dtype: torch.dtype, seed: int,
     ) -> None:  # fmt: skip
         batch, kv_heads, q_len, kv_len = sizes
         batch *= 6  # enough slices for the plain formula to show its error on tiny shapes
         call = spec.inputs(
             {"batch": batch, "heads": kv_heads * group, "kv_heads": kv_heads, "q_len": q_len,
              "kv_len": kv_len, "head_dim": dims[0], "value_dim": dims[1], "mask": mask,
-             "causal": causal}, dtype, "cpu", seed,
+             "causal": causal}, dtype, seed=seed,
         )  # fmt: skip
         if padding:
             call["key_padding_mask"] = torch.rand(batch, kv_len) < 0.4
-        for target in self.native_targets()[:1]:
-            self.compare(target, call)
+        self.compare(target, call)
 
 
 def test_long_sequences_need_little_memory() -> None:

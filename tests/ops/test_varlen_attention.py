@@ -124,6 +124,18 @@ CASES = [
 ]  # fmt: skip
 
 
+ANY_CALL = given(
+    lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 70)), max_size=5),
+    dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    heads=st.tuples(st.integers(0, 2), st.integers(1, 3)),
+    causal=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.0, 0.4]),
+    slack=st.integers(0, 20),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+
+
 class TestVarlenAttention(OpSuite):
     op = spec.OP
     function = staticmethod(ff.varlen_attention)
@@ -237,24 +249,23 @@ class TestVarlenAttention(OpSuite):
         assert lse.shape == (60, 2) and lse.dtype == torch.float32
 
     @settings(max_examples=40, deadline=None)
-    @given(
-        lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 70)), max_size=5),
-        dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-        heads=st.tuples(st.integers(0, 2), st.integers(1, 3)),
-        causal=st.booleans(),
-        dropout_p=st.sampled_from([0.0, 0.0, 0.4]),
-        slack=st.integers(0, 20),
-        dtype=st.sampled_from(DTYPES),
-        seed=st.integers(0, 99),
-    )
-    def test_any_shape(
+    @ANY_CALL
+    def test_any_shape(self, fast_target: Target, **drawn: Any) -> None:
+        self.check_any_shape(fast_target, **drawn)
+
+    @settings(max_examples=12, deadline=None)
+    @ANY_CALL
+    def test_any_shape_interpreted(self, slow_target: Target, **drawn: Any) -> None:
+        self.check_any_shape(slow_target, **drawn)
+
+    def check_any_shape(
         self, target: Target, lengths: Any, dims: Any, heads: Any, causal: bool,
         dropout_p: float, slack: int, dtype: torch.dtype, seed: int,
     ) -> None:  # fmt: skip
         q_lens, kv_lens = [q for q, _ in lengths], [k for _, k in lengths]
         sizes = shape(q_lens, kv_lens, dims[0], value_dim=dims[1], causal=causal)
         sizes.update(heads=heads[0] * heads[1], kv_heads=heads[0])
-        call = spec.inputs(sizes, dtype, "cpu", seed)
+        call = spec.inputs(sizes, dtype, seed=seed)
         call["max_seqlen_k"] += slack
         self.compare(target, {**call, "dropout_p": dropout_p})
 
