@@ -150,8 +150,8 @@ def side_gradients(
         b = load_rows(b_base, b_start, existing, b_row, DIM, WIDTH, DOT)
         bv = load_rows(bv_base, b_start, b_visible, bv_row, BV_DIM, BV_WIDTH, DOT)
         grad_b = load_rows(grad_b_base, b_start, existing, grad_b_row, AV_DIM, AV_WIDTH, DOT)
-        at = tl.cast(slice_index, tl.int64) * b_len + b_start + tl.arange(0, LOOP)
-        b_statistics = load_statistics(b_statistics_ptr, b_grad_lse_ptr, at, existing, LSE)
+        b_at = tl.cast(slice_index, tl.int64) * b_len + b_start + tl.arange(0, LOOP)
+        b_statistics = load_statistics(b_statistics_ptr, b_grad_lse_ptr, b_at, existing, LSE)
         signed = b
         if SIGN != 1:
             signed = b * SIGN

@@ -286,7 +286,7 @@ def attention_forward(
         else query
     )
     launch(
-            attention_kernel, batch * heads * splits * cdiv(q_len, own),
+        attention_kernel, batch * heads * splits * cdiv(q_len, own),
         query, key, value, out, query if lse is None else lse, partial_ptr=partial,
         **strides(q=query, k=key, v=value, out=out), **run_time,
         heads=heads, group=heads // key.shape[1], q_len=q_len, kv_len=kv_len, splits=splits,

@@ -319,7 +319,7 @@ def attention_backward(
 
     own, sizes = chosen("rows", q_len)
     launch(
-            rows_kernel, batch * heads * cdiv(q_len, own),
+        rows_kernel, batch * heads * cdiv(q_len, own),
         query, key, value, grad_out, dq_ptr=dq, **strides(dq=dq), **common, **sizes,
         gradient_scale=scale, SINGLE=kv_len <= sizes["LOOP"],
     )  # fmt: skip
@@ -328,7 +328,7 @@ def attention_backward(
     elements = batch * kv_heads * splits * kv_len * (dim + value_dim) if splits > 1 else 0
     partial = empty(query, (elements,), torch.float32) if elements else query
     launch(
-            keys_kernel, batch * kv_heads * splits * cdiv(kv_len, own),
+        keys_kernel, batch * kv_heads * splits * cdiv(kv_len, own),
         query, key, value, grad_out, dk_ptr=dk, dv_ptr=dv, partial_ptr=partial,
         **strides(dk=dk, dv=dv), **common, **sizes, gradient_scale=abs(scale), splits=splits,
         per_split=per_split, SPLIT=splits > 1,

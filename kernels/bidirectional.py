@@ -77,7 +77,11 @@ def shared_kernel(
     MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr, DROPOUT: tl.constexpr,
     LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (batch * heads, splits of the rows). All keys are one tile of KEYS."""
+    """Programs: (batch * heads, splits of the rows). All keys are one tile of KEYS.
+
+    Keys come first in a tile of scores: the warps share them, and the rows may be few. With rows
+    first, each warp would hold 16 rows of all keys, twice the registers there are.
+    """
     index = tl.program_id(0)
     slice_index = index // splits
     batch, head = slice_index // heads, slice_index % heads
@@ -111,37 +115,37 @@ def shared_kernel(
         q = load_rows(q_base, start, present, q_row, DIM, WIDTH, DOT)
         x = scores(
             q, k, start, 0, existing, q_len, kv_len, mask_base, mask_row, mask_column, scale,
-            False, False, MASK, False, PRECISION,
+            False, False, MASK, True, PRECISION,
         )  # fmt: skip
-        by_row = tl.where(k_visible[None, :], x, -float("inf"))
-        row_maximum = scaled_maximum(tl.max(by_row, 1), factor, MASK)
-        p = weights(by_row, shift_of(row_maximum)[:, None], factor, MASK)
-        row_total = tl.sum(p, 1)
+        by_row = tl.where(k_visible[:, None], x, -float("inf"))
+        row_maximum = scaled_maximum(tl.max(by_row, 0), factor, MASK)
+        p = weights(by_row, shift_of(row_maximum)[None, :], factor, MASK)
+        row_total = tl.sum(p, 0)
         if LSE:
             at = lse_q_ptr + tl.cast(slice_index, tl.int64) * q_len + rows
             tl.store(at, log_sum(row_maximum, row_total, MASK), mask=present)
         if DROPOUT:
             keep = kept_pair(
-                seed, slice_index, start, 0, threshold, ROWS, KEYS, EXCHANGED, EXCHANGED
+                seed, slice_index, 0, start, threshold, KEYS, ROWS, EXCHANGED, not EXCHANGED
             )
             p = tl.where(keep, p * keep_scale, 0.0)
         p = p.to(q_ptr.dtype.element_ty).to(DOT)
-        out = tl.dot(p, v, input_precision=PRECISION) * inverse(row_total)[:, None]
-        store_rows(out_q_base, out, start, present, out_q_row, V_DIM)
+        out = tl.dot(tl.trans(v), p, input_precision=PRECISION) * inverse(row_total)[None, :]
+        store_rows(out_q_base, tl.trans(out), start, present, out_q_row, V_DIM)
 
-        by_column = tl.where(q_visible[:, None], x, -float("inf"))
-        grown = tl.maximum(maximum, scaled_maximum(tl.max(by_column, 0), factor, MASK))
+        by_column = tl.where(q_visible[None, :], x, -float("inf"))
+        grown = tl.maximum(maximum, scaled_maximum(tl.max(by_column, 1), factor, MASK))
         shift = shift_of(grown)
-        p = weights(by_column, shift[None, :], factor, MASK)
+        p = weights(by_column, shift[:, None], factor, MASK)
         alpha = rescale(maximum, shift, MASK)
-        total, total_lost = add(total * alpha, total_lost * alpha, tl.sum(p, 0))
+        total, total_lost = add(total * alpha, total_lost * alpha, tl.sum(p, 1))
         maximum = grown
         if DROPOUT:
             keep = kept_pair(
-                seed, slice_index, start, 0, threshold, ROWS, KEYS, not EXCHANGED, EXCHANGED
+                seed, slice_index, 0, start, threshold, KEYS, ROWS, not EXCHANGED, not EXCHANGED
             )
             p = tl.where(keep, p * keep_scale, 0.0)
-        p = tl.trans(p.to(q_ptr.dtype.element_ty).to(DOT))
+        p = p.to(q_ptr.dtype.element_ty).to(DOT)
         qv = load_rows(qv_base, start, q_visible, qv_row, QV_DIM, QV_WIDTH, DOT)
         if tl.float32 == DOT:
             acc_lost = acc_lost * alpha[:, None]
@@ -234,8 +238,17 @@ def common_options(
     }  # fmt: skip
 
 
-def keys_on_chip(kv_len: int, widest: int, itemsize: int) -> bool:
-    return kv_len <= 256 and width(kv_len) * widest * itemsize <= ON_CHIP
+def keys_on_chip(kv_len: int, widest: int, itemsize: int, extras: int) -> bool:
+    """Whether the sums over the columns of all keys fit on chip; each of `extras` halves the room,
+    as it needs registers of its own."""
+    return kv_len <= 256 and width(kv_len) * widest * itemsize <= ON_CHIP >> extras
+
+
+def extras(given: tuple[Any, ...]) -> int:
+    """A mask, random bits, and rows that are read one element at a time."""
+    query, _, value, query_value, mask, _, _, seed, *_ = given
+    unaligned = any(t.shape[3] % 8 for t in (query, value, query_value))
+    return (mask is not None) + (seed is not None) + unaligned
 
 
 def row_ranges(q_len: int, rows: int) -> tuple[int, int]:
@@ -295,17 +308,20 @@ class Results:
 
 def _shared(given: tuple[Any, ...], return_lse: bool, widest: int, turned: bool) -> tuple[Any, ...]:
     """One score matrix, with keys no longer than queries."""
-    query, key = given[:2]
+    query, keys = given[0], width(given[1].shape[2])
     results = Results(given, return_lse)
     chosen = tile("bidirectional", query.dtype, widest, query.device)
     splits, per_split = row_ranges(query.shape[2], chosen.loop)
     partial = results.partial(1, splits)
+    # A warp owns 16 keys or more; more warps would hold the same keys twice.
+    few = keys <= 64 and keys * widest * query.element_size() <= ON_CHIP // 2
+    warps = min(4, chosen.warps) if few else chosen.warps
     common = common_options(*given)
     launch(
-                shared_kernel, query.shape[0] * query.shape[1] * splits,
+        shared_kernel, query.shape[0] * query.shape[1] * splits,
         **common, **results.options, partial_ptr=partial, splits=splits, per_split=per_split,
-        ROWS=chosen.loop, KEYS=width(key.shape[2]), SPLIT=splits > 1, EXCHANGED=turned,
-        **chosen.options(),
+        ROWS=chosen.loop, KEYS=keys, SPLIT=splits > 1, EXCHANGED=turned, num_warps=warps,
+        num_stages=chosen.stages,
     )  # fmt: skip
     results.merge(1, partial, splits, common["MASK"])
     return results.all()
@@ -325,7 +341,7 @@ def _both(given: tuple[Any, ...], return_lse: bool, widest: int) -> tuple[Any, .
     programs = q_splits * cdiv(q_len, own), k_splits * cdiv(kv_len, own)
     common = common_options(*given)
     launch(
-                both_kernel, batch * heads * sum(programs),
+        both_kernel, batch * heads * sum(programs),
         **common, **results.options, partial_q_ptr=partials[0], partial_k_ptr=partials[1],
         q_programs=batch * heads * programs[0], q_splits=q_splits, k_splits=k_splits, OWN=own,
         LOOP=chosen.loop, Q_SPLIT=lengths[0], K_SPLIT=lengths[1], **chosen.options(),
@@ -359,7 +375,7 @@ def bidirectional_forward(*arguments: Any) -> tuple[Any, ...]:
     if query.shape[0] * query.shape[1] * (q_len + kv_len) == 0:
         return Results(given, return_lse).all()
     widest = max(width(t.shape[3]) for t in (query, *given[2:4]))
-    if not keys_on_chip(min(q_len, kv_len), widest, query.element_size()):
+    if not keys_on_chip(min(q_len, kv_len), widest, query.element_size(), extras(given)):
         return _both(given, return_lse, widest)
     if q_len >= kv_len:
         return _shared(given, return_lse, widest, False)

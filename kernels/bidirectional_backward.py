@@ -173,8 +173,8 @@ def mask_kernel(
                     grad_k = load_rows(
                         grad_k_base, k_start, existing, grad_k_row, QV_DIM, QV_WIDTH, DOT
                     )
-                    at = tl.cast(slice_index, tl.int64) * kv_len + k_start + tl.arange(0, LOOP)
-                    of_k = load_statistics(k_statistics_ptr, k_grad_lse_ptr, at, existing, LSE)
+                    k_at = tl.cast(slice_index, tl.int64) * kv_len + k_start + tl.arange(0, LOOP)
+                    of_k = load_statistics(k_statistics_ptr, k_grad_lse_ptr, k_at, existing, LSE)
                     ds, _ = both_gradients(
                         q, k, qv, v, grad_q, grad_k, q_start, k_start, shown, visible, of_q, of_k,
                         q_len, kv_len, mask_base, mask_row, mask_column, seed, slice_index, scale,

@@ -171,44 +171,44 @@ def gradients_kernel(
         grad_q = load_rows(grad_q_base, start, present, grad_q_row, V_DIM, V_WIDTH, DOT)
         x = scores(
             q, signed, start, 0, existing, q_len, kv_len, mask_base, mask_row, mask_column, scale,
-            False, False, MASK, False, PRECISION,
+            False, False, MASK, True, PRECISION,
         )  # fmt: skip
-        over_keys = tl.dot(grad_q, tl.trans(v), input_precision=PRECISION)
-        over_rows = tl.dot(qv, tl.trans(grad_k), input_precision=PRECISION)
+        over_keys = tl.dot(v, tl.trans(grad_q), input_precision=PRECISION)
+        over_rows = tl.dot(grad_k, tl.trans(qv), input_precision=PRECISION)
         keep_keys, keep_rows = over_keys == over_keys, over_rows == over_rows
         if DROPOUT:
             keep_keys = kept_pair(
-                seed, slice_index, start, 0, threshold, ROWS, KEYS, EXCHANGED, EXCHANGED
+                seed, slice_index, 0, start, threshold, KEYS, ROWS, EXCHANGED, not EXCHANGED
             )
             keep_rows = kept_pair(
-                seed, slice_index, start, 0, threshold, ROWS, KEYS, not EXCHANGED, EXCHANGED
+                seed, slice_index, 0, start, threshold, KEYS, ROWS, not EXCHANGED, not EXCHANGED
             )
             over_keys = tl.where(keep_keys, over_keys * keep_scale, 0.0)
             over_rows = tl.where(keep_rows, over_rows * keep_scale, 0.0)
         p_rows, ds = softmax_gradient(
-            tl.where(visible[:, None], x, -float("inf")), over_rows, keep_rows, k_shift[None, :],
-            k_share[None, :], k_delta[None, :], k_grad_lse[None, :], factor, keep_scale, MASK,
+            tl.where(visible[None, :], x, -float("inf")), over_rows, keep_rows, k_shift[:, None],
+            k_share[:, None], k_delta[:, None], k_grad_lse[:, None], factor, keep_scale, MASK,
             DROPOUT,
         )  # fmt: skip
-        x = tl.where(k_visible[None, :], x, -float("inf"))
-        p = exponentials(x, shift_of(tl.max(x, 1))[:, None], factor, MASK)
-        p = p * inverse(tl.sum(p, 1))[:, None]
-        delta = tl.sum(p * over_keys, 1)
-        at = tl.cast(slice_index, tl.int64) * q_len + rows
-        grad_lse = load_grad_lse(q_grad_lse_ptr, at, present, LSE)
-        ds += p * ((over_keys - delta[:, None]) + grad_lse[:, None])
+        x = tl.where(k_visible[:, None], x, -float("inf"))
+        p = exponentials(x, shift_of(tl.max(x, 0))[None, :], factor, MASK)
+        p = p * inverse(tl.sum(p, 0))[None, :]
+        delta = tl.sum(p * over_keys, 0)
+        q_at = tl.cast(slice_index, tl.int64) * q_len + rows
+        grad_lse = load_grad_lse(q_grad_lse_ptr, q_at, present, LSE)
+        ds += p * ((over_keys - delta[None, :]) + grad_lse[None, :])
         if DROPOUT:
             p = tl.where(keep_keys, p * keep_scale, 0.0)
         ds = ds.to(q_ptr.dtype.element_ty).to(DOT)
         p = p.to(q_ptr.dtype.element_ty).to(DOT)
         p_rows = p_rows.to(q_ptr.dtype.element_ty).to(DOT)
-        dq = tl.dot(ds, k, input_precision=PRECISION) * gradient_scale
-        store_rows(dq_base, dq, start, present, dq_row, DIM)
-        dqv = tl.dot(p_rows, grad_k, input_precision=PRECISION)
-        store_rows(dqv_base, dqv, start, present, dqv_row, QV_DIM)
-        dk, dk_lost = multiply_add(dk, dk_lost, tl.trans(ds), q, PRECISION)
+        dq = tl.dot(tl.trans(k), ds, input_precision=PRECISION) * gradient_scale
+        store_rows(dq_base, tl.trans(dq), start, present, dq_row, DIM)
+        dqv = tl.dot(tl.trans(grad_k), p_rows, input_precision=PRECISION)
+        store_rows(dqv_base, tl.trans(dqv), start, present, dqv_row, QV_DIM)
+        dk, dk_lost = multiply_add(dk, dk_lost, ds, q, PRECISION)
         # Rows that do not exist have a softmax too; their gradient is 0.
-        dv, dv_lost = multiply_add(dv, dv_lost, tl.trans(p), grad_q, PRECISION)
+        dv, dv_lost = multiply_add(dv, dv_lost, p, grad_q, PRECISION)
     if SPLIT:
         row: tl.constexpr = DIM + V_DIM
         base = partial_ptr + tl.cast(index, tl.int64) * kv_len * row
@@ -222,8 +222,9 @@ def gradients_kernel(
 
 
 def keys_on_chip(kv_len: int, widest: int, itemsize: int) -> bool:
-    """Whether dk and d value of all keys fit the registers of 256 threads beside the tiles."""
-    return kv_len <= 256 and width(kv_len) * widest * itemsize <= 16384
+    """Whether dk and d value of all keys fit the registers of 256 threads beside the tiles: 128
+    keys by 64. Wider heads spill even with fewer keys."""
+    return widest <= 64 and width(kv_len) * widest * itemsize <= 16384 and kv_len <= 128
 
 
 def shared_backward(

@@ -248,7 +248,7 @@ def varlen_forward(
     widest = max(width(dim), width(value.shape[2]))
     chosen = tile("attention", query.dtype, widest, query.device)
     launch(
-            forward_kernel, (cdiv(total, chosen.own) + sequences) * heads,
+        forward_kernel, (cdiv(total, chosen.own) + sequences) * heads,
         **_common(query, key, value, q_offsets, k_offsets, seed, dropout_p, is_causal, scale),
         out_ptr=out, lse_ptr=query if lse is None else lse, LSE=return_lse,
         **_strides(out=out), **_sizes(chosen),
@@ -294,13 +294,13 @@ def varlen_backward(
     }  # fmt: skip
     chosen = tile("attention_backward_rows", query.dtype, widest, query.device)
     launch(
-            rows_kernel, (cdiv(total, chosen.own) + sequences) * heads,
+        rows_kernel, (cdiv(total, chosen.own) + sequences) * heads,
         **common, dq_ptr=dq, **_strides(dq=dq), gradient_scale=scale_of_scores,
         **_sizes(chosen),
     )  # fmt: skip
     chosen = tile("attention_backward_keys", query.dtype, widest, query.device)
     launch(
-            keys_kernel, (cdiv(key.shape[0], chosen.own) + sequences) * key.shape[1],
+        keys_kernel, (cdiv(key.shape[0], chosen.own) + sequences) * key.shape[1],
         **common, dk_ptr=dk, dv_ptr=dv, **_strides(dk=dk, dv=dv),
         gradient_scale=abs(scale_of_scores), **_sizes(chosen),
     )  # fmt: skip

@@ -26,6 +26,7 @@ from fastfusion._reference import attention_reference
 
 _is_compiling = torch.compiler.is_compiling
 _any_autocast = torch._C._is_any_autocast_enabled
+_MAX_SCALE = torch.finfo(torch.float32).max
 
 
 def scaled_dot_product_attention(
@@ -323,7 +324,7 @@ def _run_triton(
     return_lse: bool,
 ) -> Any:
     if not _is_compiling():
-        _require_fit(query, key, value, attn_mask, key_padding_mask, enable_gqa)
+        _require_fit(query, key, value, attn_mask, key_padding_mask, scale, enable_gqa)
     out, lse = _TRITON(
         return_lse, query, key, value, attn_mask, key_padding_mask, seed, dropout_p, ROW_STREAM,
         is_causal, scale,
@@ -337,6 +338,7 @@ def _require_fit(
     value: Tensor,
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
+    scale: float | None,
     enable_gqa: bool,
 ) -> None:
     """What keeps the kernels inside their tensors, in 3 us; `check` finds the words."""
@@ -348,6 +350,7 @@ def _require_fit(
         and (heads == kv_heads or (enable_gqa and kv_heads > 0 and heads % kv_heads == 0))
         and key.dtype == value.dtype == query.dtype
         and key.device == value.device == query.device
+        and (scale is None or abs(scale) <= _MAX_SCALE)
     )
     if attn_mask is not None:
         whole = (batch, heads, q_len, kv_len)
