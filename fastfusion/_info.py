@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,14 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _version(package: str) -> str:
+    """Of an installed package, without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def backend_reasons() -> dict[str, str | None]:
     """Each backend's reason for being unavailable on this machine, None where it is available."""
     return {
@@ -65,6 +74,7 @@ def info() -> Info:
     facts = {
         "fastfusion": __version__,
         "torch": str(torch.__version__),
+        "triton": _version("triton"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),

@@ -274,7 +274,7 @@ def _sides(common: dict[str, Any], found: dict[str, Tensor], scale: float, wides
 def _mask_gradient(common: dict[str, Any], dmask: Tensor, widest: int) -> None:
     query = common["q_ptr"]
     shared = (1,) * (4 - dmask.dim()) + tuple(dmask.shape)
-    own, sizes = _chosen("bidirectional_backward", query, widest, shared[2])
+    own, sizes = _chosen("bidirectional_mask", query, widest, shared[2])
     launch(
         mask_kernel,
         shared[0] * shared[1] * cdiv(shared[2], own) * cdiv(shared[3], sizes["LOOP"]),

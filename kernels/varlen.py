@@ -246,7 +246,7 @@ def varlen_forward(
     if total * heads == 0 or sequences == 0:
         return out, lse
     widest = max(width(dim), width(value.shape[2]))
-    chosen = tile("attention", query.dtype, widest, query.device)
+    chosen = tile("varlen", query.dtype, widest, query.device)
     launch(
         forward_kernel, (cdiv(total, chosen.own) + sequences) * heads,
         **_common(query, key, value, q_offsets, k_offsets, seed, dropout_p, is_causal, scale),
@@ -292,13 +292,13 @@ def varlen_backward(
         "LSE": grad_lse is not None, **_strides(grad=grad_out),
         "statistics_ptr": empty(query, (heads * total * 3,), torch.float32),
     }  # fmt: skip
-    chosen = tile("attention_backward_rows", query.dtype, widest, query.device)
+    chosen = tile("varlen_rows", query.dtype, widest, query.device)
     launch(
         rows_kernel, (cdiv(total, chosen.own) + sequences) * heads,
         **common, dq_ptr=dq, **_strides(dq=dq), gradient_scale=scale_of_scores,
         **_sizes(chosen),
     )  # fmt: skip
-    chosen = tile("attention_backward_keys", query.dtype, widest, query.device)
+    chosen = tile("varlen_keys", query.dtype, widest, query.device)
     launch(
         keys_kernel, (cdiv(key.shape[0], chosen.own) + sequences) * key.shape[1],
         **common, dk_ptr=dk, dv_ptr=dv, **_strides(dk=dk, dv=dv),
