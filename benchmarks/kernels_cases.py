@@ -21,8 +21,8 @@ from fastfusion.kernels.bidirectional_backward import bidirectional_backward
 from fastfusion.kernels.varlen import varlen_backward, varlen_forward
 
 DTYPES = ("bfloat16", "float16", "float32")
-# The padded widths, and one whose rows start at odd elements.
-HEAD_DIMS = (16, 32, 64, 128, 256, 77)
+# The padded widths.
+HEAD_DIMS = (16, 32, 64, 128, 256)
 EXTRA_HEAD_DIMS, QUICK_HEAD_DIMS = (64, 128, 256), (64, 128)
 BATCH, HEADS = 2, 4
 # As many keys of a bidirectional call as stay on chip.
@@ -32,7 +32,6 @@ MOST = -1
 ATTENTION = {
     "plain": ("plain", 300, 300),
     "heaviest": ("heaviest", 300, 300),
-    "masked": ("masked", 300, 300),
     "bool": ("bool", 300, 300),
     "causal": ("causal", 300, 300),
     "small": ("plain", 20, 36),
@@ -47,7 +46,6 @@ ATTENTION = {
 BIDIRECTIONAL = {
     "plain": ("plain", 300, MOST),
     "heaviest": ("heaviest", 300, MOST),
-    "masked": ("masked", 300, MOST),
     "small": ("plain", 20, 36),
     "small heaviest": ("heaviest", 20, 36),
     "tiny": ("plain", 8, 10),

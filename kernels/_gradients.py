@@ -215,7 +215,7 @@ def key_gradients(
     dk, dk_lost, dv, dv_lost = state
     for start in range(first, last, LOOP):
         rows = start + tl.arange(0, LOOP)
-        present = rows < q_len
+        present = tl.arange(0, LOOP) < q_len - start
         q = load_rows(q_base, start, present, q_row, DIM, WIDTH, DOT)
         if SIGN != 1:
             q = q * SIGN

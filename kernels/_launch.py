@@ -46,6 +46,11 @@ def width(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+def aligned(*dims: int) -> bool:
+    """Whether Triton knows that rows of these dims start at multiples of 16 elements."""
+    return all(dim % 16 == 0 for dim in dims)
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -68,11 +73,17 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 @functools.cache
-def tile(kernel: str, dtype: torch.dtype, widest: int, device: torch.device) -> Tile:
+def tile(
+    kernel: str, dtype: torch.dtype, widest: int, device: torch.device, aligned: bool = True
+) -> Tile:
     """The tile of a kernel for heads of `widest` padded elements on a device.
 
-    What tuning found for the device by that name, or the default of its compute capability.
+    What tuning found for the device by that name, or the default of its compute capability; half
+    of it for rows that are not `aligned`, whose single elements take more registers.
     """
+    if not aligned:
+        chosen = tile(kernel, dtype, widest, device)
+        return chosen._replace(own=max(16, chosen.own // 2))
     default = Tile(*_tiles.default(kernel, dtype.itemsize, widest, capability(device)))
     key = f"{kernel}/{8 * dtype.itemsize}/{widest}"
     if _watched is not None:

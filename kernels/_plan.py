@@ -22,6 +22,8 @@ import triton
 from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+# Said in every launch, since the default is to change: products and sums fuse where LLVM sees them.
+FUSION: dict[str, Any] = {} if INTERPRETED else {"enable_fp_fusion": True}
 
 # Kinds of calls that a process may see before all plans are forgotten: each is some kilobytes.
 _MOST = 4096
@@ -119,7 +121,7 @@ def empty(
 def launch(kernel: Any, programs: int, *leading: Any, **given: Any) -> None:
     """Run a kernel with `programs` programs; num_warps and num_stages stand with its arguments."""
     given.update(zip(kernel.arg_names, leading, strict=False))
-    compiled = kernel[(programs,)](**given)
+    compiled = kernel[(programs,)](**given, **FUSION)
     plan = getattr(_local, "plan", None)
     if plan is not None and plan.repeatable:
         plan.add_launch(kernel, compiled, (programs,), given)

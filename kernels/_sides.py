@@ -145,7 +145,7 @@ def side_gradients(
         first = index // tiles % splits * SPLIT
         last = tl.minimum(first + SPLIT, b_len)
     for b_start in range(first, last, LOOP):
-        existing = b_start + tl.arange(0, LOOP) < b_len
+        existing = tl.arange(0, LOOP) < b_len - b_start
         b_visible = visible_keys(b_padding, b_start, b_len, LOOP, B_PADDING)
         b = load_rows(b_base, b_start, existing, b_row, DIM, WIDTH, DOT)
         bv = load_rows(bv_base, b_start, b_visible, bv_row, BV_DIM, BV_WIDTH, DOT)

@@ -53,7 +53,7 @@ def store_rows(base, tile, start, present, stride, DIM: tl.constexpr):
 def visible_keys(padding_ptr, start, kv_len, KEYS: tl.constexpr, PADDING: tl.constexpr):
     """Which of the keys start, start + 1, ... exist and are not hidden by the padding mask."""
     at = start + tl.arange(0, KEYS)
-    visible = at < kv_len
+    visible = tl.arange(0, KEYS) < kv_len - start
     if PADDING:
         visible = visible & (tl.load(padding_ptr + at, mask=visible, other=1) == 0)
     return visible
@@ -97,7 +97,7 @@ def scores(
     if MASK != 0:
         base = mask_ptr + tl.cast(q_start, tl.int64) * mask_row
         base += tl.cast(k_start, tl.int64) * mask_column
-        inside = (q_start + rows < q_len) & (k_start + keys < kv_len)
+        inside = (rows < q_len - q_start) & (keys < kv_len - k_start)
         value = tl.load(base + (rows * mask_row + keys * mask_column), mask=inside, other=0)
         if MASK == FLOAT_MASK:
             x = tl.fma(x, tl.zeros_like(x) + scale, value.to(tl.float32))
@@ -105,7 +105,7 @@ def scores(
             x = tl.where(value != 0, x, -float("inf"))
     if EDGE:
         if CAUSAL:
-            shown = shown & (q_start + rows >= k_start + keys)
+            shown = shown & (rows - keys >= k_start - q_start)
         x = tl.where(shown, x, -float("inf"))
     return x
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels._launch import (
+    aligned,
     cdiv,
     owned,
     readable,
@@ -276,7 +277,8 @@ def attention_forward(
     run_time, compile_time = score_options(
         query, attn_mask, key_padding_mask, seed, dropout_p, scale, kv_len
     )
-    chosen = tile("attention", query.dtype, max(width(dim), width(value_dim)), query.device)
+    widest = max(width(dim), width(value_dim))
+    chosen = tile("attention", query.dtype, widest, query.device, aligned(dim, value_dim))
     split = split_length(q_len, kv_len, is_causal)
     splits = cdiv(kv_len, split) if split else 1
     own = owned(chosen, q_len)

@@ -24,6 +24,7 @@ from fastfusion.kernels._gradients import (
     store_statistics,
 )
 from fastfusion.kernels._launch import (
+    aligned,
     cdiv,
     owned,
     readable,
@@ -227,7 +228,7 @@ def mask_kernel(
             grad_base = slice_base(grad_ptr, batch, head, grad_batch, grad_head)
             mask_base = slice_base(mask_ptr, batch, head, mask_batch, mask_head)
             for q_start in range(row, q_len if SHARED_ROWS else row + 1, OWN):
-                present = q_start + tl.arange(0, OWN) < q_len
+                present = tl.arange(0, OWN) < q_len - q_start
                 q = load_rows(q_base, q_start, present, q_row, DIM, WIDTH, DOT)
                 if SIGN != 1:
                     q = q * SIGN
@@ -313,7 +314,8 @@ def attention_backward(
     }  # fmt: skip
 
     def chosen(kernel: str, rows: int) -> tuple[int, dict[str, int]]:
-        sizes = tile(f"attention_backward_{kernel}", query.dtype, widest, query.device)
+        name, even = f"attention_backward_{kernel}", aligned(dim, value_dim)
+        sizes = tile(name, query.dtype, widest, query.device, even)
         own = owned(sizes, rows)
         return own, {"OWN": own, "LOOP": sizes.loop, **sizes.options()}
 

@@ -110,7 +110,7 @@ def shared_kernel(
     first = index % splits * per_split
     for start in range(first, tl.minimum(first + per_split, q_len), ROWS):
         rows = start + tl.arange(0, ROWS)
-        present = rows < q_len
+        present = tl.arange(0, ROWS) < q_len - start
         q_visible = visible_keys(q_padding, start, q_len, ROWS, Q_PADDING)
         q = load_rows(q_base, start, present, q_row, DIM, WIDTH, DOT)
         x = scores(
@@ -313,15 +313,12 @@ def _shared(given: tuple[Any, ...], return_lse: bool, widest: int, turned: bool)
     chosen = tile("bidirectional", query.dtype, widest, query.device)
     splits, per_split = row_ranges(query.shape[2], chosen.loop)
     partial = results.partial(1, splits)
-    # A warp owns 16 keys or more; more warps would hold the same keys twice.
-    few = keys <= 64 and keys * widest * query.element_size() <= ON_CHIP // 2
-    warps = min(4, chosen.warps) if few else chosen.warps
     common = common_options(*given)
     launch(
         shared_kernel, query.shape[0] * query.shape[1] * splits,
         **common, **results.options, partial_ptr=partial, splits=splits, per_split=per_split,
-        ROWS=chosen.loop, KEYS=keys, SPLIT=splits > 1, EXCHANGED=turned, num_warps=warps,
-        num_stages=chosen.stages,
+        ROWS=chosen.loop, KEYS=keys, SPLIT=splits > 1, EXCHANGED=turned,
+        **chosen.options(),
     )  # fmt: skip
     results.merge(1, partial, splits, common["MASK"])
     return results.all()

@@ -156,7 +156,7 @@ def mask_kernel(
             grad_k_base = slice_base(grad_k_ptr, batch, head, grad_k_batch, grad_k_head)
             mask_base = slice_base(mask_ptr, batch, head, mask_batch, mask_head)
             for q_start in range(row, q_len if SHARED_ROWS else row + 1, OWN):
-                present = q_start + tl.arange(0, OWN) < q_len
+                present = tl.arange(0, OWN) < q_len - q_start
                 shown = visible_keys(q_padding, q_start, q_len, OWN, Q_PADDING)
                 q = load_rows(q_base, q_start, present, q_row, DIM, WIDTH, DOT)
                 if SIGN != 1:
@@ -166,7 +166,7 @@ def mask_kernel(
                 at = tl.cast(slice_index, tl.int64) * q_len + q_start + tl.arange(0, OWN)
                 of_q = load_statistics(q_statistics_ptr, q_grad_lse_ptr, at, present, LSE)
                 for k_start in range(column, kv_len if SHARED_COLUMNS else column + 1, LOOP):
-                    existing = k_start + tl.arange(0, LOOP) < kv_len
+                    existing = tl.arange(0, LOOP) < kv_len - k_start
                     visible = visible_keys(k_padding, k_start, kv_len, LOOP, K_PADDING)
                     k = load_rows(k_base, k_start, existing, k_row, DIM, WIDTH, DOT)
                     v = load_rows(v_base, k_start, visible, v_row, V_DIM, V_WIDTH, DOT)

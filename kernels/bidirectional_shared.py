@@ -69,7 +69,7 @@ def columns_kernel(
     first = index % splits * per_split
     for start in range(first, tl.minimum(first + per_split, q_len), ROWS):
         visible = visible_keys(q_padding, start, q_len, ROWS, Q_PADDING)
-        q = load_rows(q_base, start, start + tl.arange(0, ROWS) < q_len, q_row, DIM, WIDTH, DOT)
+        q = load_rows(q_base, start, tl.arange(0, ROWS) < q_len - start, q_row, DIM, WIDTH, DOT)
         qv = load_rows(qv_base, start, visible, qv_row, QV_DIM, QV_WIDTH, DOT)
         x = scores(
             q, k, start, 0, existing, q_len, kv_len, mask_base, mask_row, mask_column, scale,
@@ -164,7 +164,7 @@ def gradients_kernel(
     first = index % splits * per_split
     for start in range(first, tl.minimum(first + per_split, q_len), ROWS):
         rows = start + tl.arange(0, ROWS)
-        present = rows < q_len
+        present = tl.arange(0, ROWS) < q_len - start
         visible = visible_keys(q_padding, start, q_len, ROWS, Q_PADDING)
         q = load_rows(q_base, start, present, q_row, DIM, WIDTH, DOT)
         qv = load_rows(qv_base, start, visible, qv_row, QV_DIM, QV_WIDTH, DOT)
@@ -222,9 +222,8 @@ def gradients_kernel(
 
 
 def keys_on_chip(kv_len: int, widest: int, itemsize: int) -> bool:
-    """Whether dk and d value of all keys fit the registers of 256 threads beside the tiles: 128
-    keys by 64. Wider heads spill even with fewer keys."""
-    return widest <= 64 and width(kv_len) * widest * itemsize <= 16384 and kv_len <= 128
+    """Whether dk and d value of all keys fit the registers beside the tiles: 64 keys by 64."""
+    return kv_len <= 128 and width(kv_len) * widest * itemsize <= 8192
 
 
 def shared_backward(

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels._launch import cdiv, numbers, rows_readable
-from fastfusion.kernels._plan import on
+from fastfusion.kernels._plan import FUSION, on
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = (None, "relu", "gelu")
@@ -248,7 +248,7 @@ def linears(products: tuple[Product, ...], activation: str | None = None) -> lis
             linear_kernel[(programs,)](
                 *arguments, two, activation, even, tile.rows, tile.features, tile.inner,
                 tile.swapped, _GROUP, **numbers(dtype), CHAINED=dtype != torch.float32,
-                num_warps=tile.warps, num_stages=tile.stages,
+                num_warps=tile.warps, num_stages=tile.stages, **FUSION,
             )  # fmt: skip
     return outs
 

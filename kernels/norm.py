@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastfusion.kernels._launch import cdiv, rows_readable, width
-from fastfusion.kernels._plan import on
+from fastfusion.kernels._plan import FUSION, on
 
 # Float32 values that the 512 threads of a row hold without spilling: 32 each, or 16 where the
 # backward pass has a gradient and the sums of two more to hold.
@@ -331,7 +331,7 @@ def _launch_forward(
         cuts += [0, 0]
     if blocks:
         with on(outs[0]):
-            norm_kernel[(blocks,)](*arguments, rms, *cuts, num_warps=warps)
+            norm_kernel[(blocks,)](*arguments, rms, *cuts, num_warps=warps, **FUSION)
     return tuple(outs), tuple(sums)
 
 
@@ -366,10 +366,10 @@ def _launch_backward(
             norm_backward_kernel[(blocks,)](
                 grad, extra, h, None if weight is None else weight.contiguous(), grad_h, *parts,
                 rows, columns, grad.stride(0), 0 if extra is None else extra.stride(0),
-                h.stride(0), eps, steps, rms, own, padded, num_warps=warps,
+                h.stride(0), eps, steps, rms, own, padded, num_warps=warps, **FUSION,
             )  # fmt: skip
         if any(t is not None for t in sums):
             norm_backward_merge_kernel[(cdiv(columns, 32),)](
-                *parts, *sums, blocks, columns, 64, 32, num_warps=4
+                *parts, *sums, blocks, columns, 64, 32, num_warps=4, **FUSION
             )
     return grad_h, sums[0], sums[1]

@@ -18,7 +18,15 @@ from fastfusion.kernels._gradients import (
     row_gradients,
     store_statistics,
 )
-from fastfusion.kernels._launch import Tile, cdiv, rows_readable, score_options, tile, width
+from fastfusion.kernels._launch import (
+    Tile,
+    aligned,
+    cdiv,
+    rows_readable,
+    score_options,
+    tile,
+    width,
+)
 from fastfusion.kernels._plan import empty, launch, planned
 from fastfusion.kernels._tile import (
     inverse,
@@ -246,7 +254,7 @@ def varlen_forward(
     if total * heads == 0 or sequences == 0:
         return out, lse
     widest = max(width(dim), width(value.shape[2]))
-    chosen = tile("varlen", query.dtype, widest, query.device)
+    chosen = tile("varlen", query.dtype, widest, query.device, aligned(dim, value.shape[2]))
     launch(
         forward_kernel, (cdiv(total, chosen.own) + sequences) * heads,
         **_common(query, key, value, q_offsets, k_offsets, seed, dropout_p, is_causal, scale),
@@ -292,13 +300,13 @@ def varlen_backward(
         "LSE": grad_lse is not None, **_strides(grad=grad_out),
         "statistics_ptr": empty(query, (heads * total * 3,), torch.float32),
     }  # fmt: skip
-    chosen = tile("varlen_rows", query.dtype, widest, query.device)
+    chosen = tile("varlen_rows", query.dtype, widest, query.device, aligned(dim, value.shape[2]))
     launch(
         rows_kernel, (cdiv(total, chosen.own) + sequences) * heads,
         **common, dq_ptr=dq, **_strides(dq=dq), gradient_scale=scale_of_scores,
         **_sizes(chosen),
     )  # fmt: skip
-    chosen = tile("varlen_keys", query.dtype, widest, query.device)
+    chosen = tile("varlen_keys", query.dtype, widest, query.device, aligned(dim, value.shape[2]))
     launch(
         keys_kernel, (cdiv(key.shape[0], chosen.own) + sequences) * key.shape[1],
         **common, dk_ptr=dk, dv_ptr=dv, **_strides(dk=dk, dv=dv),
