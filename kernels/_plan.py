@@ -44,7 +44,7 @@ class _Plan:
         self.tensors = [t for t in given if isinstance(t, Tensor)]
         self.count = len(self.tensors)
         self.allocations: list[tuple[Any, ...]] = []
-        self.launches: list[tuple[Any, tuple[int], list[Any], list[tuple[int, int]], Any]] = []
+        self.launches: list[tuple[Any, tuple[int, ...], list[Any], list[tuple[int, int]], Any]] = []
         self.results: list[int | None] = []
         self.repeatable = True
 
@@ -57,7 +57,7 @@ class _Plan:
         return None
 
     def add_launch(
-        self, kernel: Any, compiled: Any, grid: tuple[int], given: dict[str, Any]
+        self, kernel: Any, compiled: Any, grid: tuple[int, ...], given: dict[str, Any]
     ) -> None:
         values = [given[name] for name in kernel.arg_names]
         places = []
@@ -121,10 +121,11 @@ def empty(
 def launch(kernel: Any, programs: int, *leading: Any, **given: Any) -> None:
     """Run a kernel with `programs` programs; num_warps and num_stages stand with its arguments."""
     given.update(zip(kernel.arg_names, leading, strict=False))
-    compiled = kernel[(programs,)](**given, **FUSION)
+    grid = (programs, 1, 1)  # whole: a compiled kernel does not fill it up
+    compiled = kernel[grid](**given, **FUSION)
     plan = getattr(_local, "plan", None)
     if plan is not None and plan.repeatable:
-        plan.add_launch(kernel, compiled, (programs,), given)
+        plan.add_launch(kernel, compiled, grid, given)
 
 
 def on(tensor: Tensor) -> Any:

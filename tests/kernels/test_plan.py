@@ -159,6 +159,37 @@ def test_offsets_are_read_when_the_kernel_runs() -> None:
     assert len(_plan._plans) == 1
 
 
+def test_compiled_kernels_get_every_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Triton's own launch passes them: all by position, constants too, and a grid of three."""
+    monkeypatch.setattr(_plan, "INTERPRETED", False)
+    seen: list[Any] = []
+
+    class Compiled:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *given: seen.append((grid[0], grid[1], grid[2], *given))
+
+    class Kernel:
+        arg_names = ("x_ptr", "out_ptr", "length", "SIZE")
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda **given: Compiled()
+
+    @_plan.planned
+    def launcher(x: Tensor, scale: float) -> tuple[Tensor]:
+        out = _plan.empty(x, x.shape)
+        _plan.launch(Kernel(), 7, x, out, SIZE=16, length=x.shape[0], num_warps=4)
+        return (out,)
+
+    first, second = tensors(2, 5, 3)
+    launcher(first, 0.5)
+    assert seen == [] and repeatable() == [True]
+    (out,) = launcher(second, 0.5)
+    ((*grid, x, written, length, size),) = seen
+    assert grid == [7, 1, 1] and x is second and written is out and (length, size) == (5, 16)
+    launcher(second, 0.25)
+    assert len(seen) == 1 and len(_plan._plans) == 2
+
+
 def test_another_tile_is_another_plan() -> None:
     q, k, v = tensors(3, 1, 2, 70, 16)
     with _launch.watch() as seen:
