@@ -67,12 +67,15 @@ class Implementation:
         run: called with the op's normalised arguments.
         refuses: called with the same arguments; returns one sentence per reason, or nothing.
         differentiable: False where it refuses inputs that require a gradient.
+        on_request: called with the same arguments; True where it could run the call but is not
+            to be chosen for it, as an interpreter.
     """
 
     backend: str
     run: Callable[..., Any]
     refuses: Callable[..., Sequence[str]]
     differentiable: bool = True
+    on_request: Callable[..., bool] | None = None
 
 
 def never_refuses(*arguments: Any) -> Sequence[str]:
@@ -107,7 +110,9 @@ class Op:
         wanted = _forced if backend is None else _validated(backend)
         if wanted is None:
             for implementation in self.implementations:
-                if not implementation.refuses(*arguments):
+                if not implementation.refuses(*arguments) and not (
+                    implementation.on_request and implementation.on_request(*arguments)
+                ):
                     return implementation
         for implementation in self.implementations:
             if implementation.backend == wanted:

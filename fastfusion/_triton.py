@@ -94,6 +94,11 @@ def _launcher(path: str) -> Callable[..., Any]:
     return launch
 
 
+def interprets(query: Tensor, *others: Any) -> bool:
+    """Whether the kernels would run in Triton's interpreter: for who asks for them by name."""
+    return not query.is_cuda
+
+
 class KernelOp:
     """A kernel with its gradient, as torch ops.
 

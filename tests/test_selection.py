@@ -67,7 +67,7 @@ class TestEveryOp:
     def test_list_of_implementations(self, op: Op) -> None:
         names = [i.backend for i in op.implementations]
         assert names[-1] == "reference"
-        assert names == sorted(set(names), key=BACKENDS.index)
+        assert len(set(names)) == len(names) and set(names) <= set(BACKENDS)
         assert FUNCTIONS[op.name].__name__ == op.name and ops.FUNCTIONS[FUNCTIONS[op.name]] is op
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -187,9 +187,9 @@ def test_explanation_reads_as_a_table() -> None:
     assert [line.split()[0] for line in lines[:1] + lines[-1:]] == ["cpu", "reference"]
     assert lines[0].split(maxsplit=1)[1].startswith("no: ")
     assert lines[-1].endswith("chosen") and "not chosen" not in lines[-1]
-    forced = ff.explain(ff.scaled_dot_product_attention, query, key, value, backend="triton")
+    forced = ff.explain(ff.scaled_dot_product_attention, query, key, value, backend="cuda")
     assert forced.chosen is None and repr(forced) == str(forced)
-    assert str(forced).splitlines()[-1] == "  triton     no: it has no implementation of this op"
+    assert str(forced).splitlines()[-1] == "  cuda       no: it has no implementation of this op"
 
 
 def test_explain_computes_nothing() -> None:
@@ -225,7 +225,7 @@ def test_blocks_restore_after_an_error() -> None:
         with pytest.raises(KeyError), ff.use_backend("cuda"):
             raise KeyError
         assert _op.forced_backend() == "reference"
-        with pytest.raises(ff.BackendUnavailableError), ff.use_backend("triton"):
+        with pytest.raises(ff.BackendUnavailableError), ff.use_backend("cuda"):
             ff.scaled_dot_product_attention(**call_of(ops.ALL[0]))
         with pytest.raises(ValueError, match="backend must be one of"), ff.use_backend("gpu"):
             pass
@@ -281,7 +281,7 @@ def test_compiled_code_follows_the_block(gradients: bool) -> None:
         run(query)
     run(query)
     assert graphs == [True, False]
-    with ff.use_backend("triton"), pytest.raises(RuntimeError, match="no implementation there"):
+    with ff.use_backend("cuda"), pytest.raises(RuntimeError, match="no implementation there"):
         run(query)
     run(query)
     assert graphs == [True, False]

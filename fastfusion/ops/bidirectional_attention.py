@@ -368,7 +368,7 @@ OP = Op(
     cost=cost,
     implementations=(
         Implementation("cpu", _run_cpu, _cpu_refuses, differentiable=False),
-        Implementation("triton", _run_triton, _triton_refuses),
+        Implementation("triton", _run_triton, _triton_refuses, on_request=_triton.interprets),
         Implementation("reference", _run_reference, never_refuses),
     ),
 )

@@ -445,7 +445,7 @@ OP = Op(
     cost=cost,
     implementations=(
         Implementation("cpu", _registration.attention, _registration.refuses),
-        Implementation("triton", _run_triton, _triton.refuses),
+        Implementation("triton", _run_triton, _triton.refuses, on_request=_triton.interprets),
         Implementation("reference", _run_reference, never_refuses),
     ),
 )

@@ -313,7 +313,7 @@ def test_compiled_modules_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> No
                 out = compiled(*tokens())
             assert launched == [] and out is not None
     finally:
-        torch.set_default_device(DEVICE)
+        torch.set_default_device(None if DEVICE == "cpu" else DEVICE)
 
 
 def test_where_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
