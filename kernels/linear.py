@@ -54,7 +54,7 @@ class LinearTile(NamedTuple):
 TILES = {
     2: {
         "single": LinearTile(16, 64, 128, 4, 4, True),
-        "few": LinearTile(32, 64, 128, 4, 4, True),
+        "few": LinearTile(32, 64, 64, 4, 4, True),
         "some": LinearTile(64, 64, 64, 4, 4, False),
         "many": LinearTile(128, 128, 64, 8, 3, False),
         "unaligned": LinearTile(64, 64, 32, 4, 2, False),
