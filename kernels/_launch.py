@@ -15,7 +15,6 @@ from torch import Tensor
 from fastfusion.kernels import _plan, _tiles
 from fastfusion.kernels._plan import INTERPRETED, empty
 
-MAX_WIDTH = 256
 _CONFIGS = Path(__file__).with_name("configs")
 _ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -208,3 +207,12 @@ def readable(mask: Tensor | None) -> Tensor | None:
 def owned(chosen: Tile, rows: int) -> int:
     """The rows that a program owns: no more than there are, 16 at least."""
     return min(chosen.own, width(max(rows, 1)))
+
+
+def cut(
+    kernel: str, query: Tensor, widest: int, rows: int, even: bool = True
+) -> tuple[int, dict[str, int]]:
+    """The rows that a program owns, and the arguments that say how a kernel is cut."""
+    chosen = tile(kernel, query.dtype, widest, query.device, even)
+    own = owned(chosen, rows)
+    return own, {"OWN": own, "LOOP": chosen.loop, **chosen.options()}

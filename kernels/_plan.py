@@ -1,7 +1,7 @@
 """Plans: what a launcher did for a call, done again for calls of the same kind.
 
 A launcher works out tiles, grids and some sixty arguments per kernel in Python, and Triton looks
-the compiled kernel up by them: 40 us a call, several times what a short attention takes. The first
+the compiled kernel up by them, which takes longer than a short attention does. The first
 call of a kind (same shapes, strides, dtypes, alignments and numbers) therefore leaves a plan: which
 tensors are allocated, and which compiled kernels run with which arguments. Later calls put their
 own tensors into it.
@@ -42,7 +42,6 @@ class _Plan:
 
     def __init__(self, given: Sequence[Any]) -> None:
         self.tensors = [t for t in given if isinstance(t, Tensor)]
-        self.count = len(self.tensors)
         self.allocations: list[tuple[Any, ...]] = []
         self.launches: list[tuple[Any, tuple[int, ...], list[Any], list[tuple[int, int]], Any]] = []
         self.results: list[int | None] = []
@@ -126,6 +125,12 @@ def launch(kernel: Any, programs: int, *leading: Any, **given: Any) -> None:
     plan = getattr(_local, "plan", None)
     if plan is not None and plan.repeatable:
         plan.add_launch(kernel, compiled, grid, given)
+
+
+def accepted(kernel: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a kernel takes, with the options of its launch."""
+    names = {*kernel.arg_names, "num_warps", "num_stages"}
+    return {name: value for name, value in given.items() if name in names}
 
 
 def on(tensor: Tensor) -> Any:

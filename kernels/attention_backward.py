@@ -26,13 +26,12 @@ from fastfusion.kernels._gradients import (
 from fastfusion.kernels._launch import (
     aligned,
     cdiv,
-    owned,
+    cut,
     readable,
     rows_outside,
     rows_readable,
     score_options,
     strides,
-    tile,
     width,
 )
 from fastfusion.kernels._plan import empty, launch, planned
@@ -267,6 +266,17 @@ def row_splits(row_tiles: int, group: int, loop: int) -> tuple[int, int]:
     return cdiv(units, per_split), per_split
 
 
+def merge_splits(partial: Tensor, of_side: Tensor, of_value: Tensor, splits: int) -> None:
+    """Fill the gradients of keys (or queries) and of their values from the splits' parts."""
+    (batch, heads, length, dim), value_dim = of_side.shape, of_value.shape[3]
+    launch(
+        merge_kernel, batch * heads * length, partial, of_side, of_value,
+        **strides(dk=of_side, dv=of_value), kv_heads=heads, kv_len=length, splits=splits,
+        DIM=dim, WIDTH=width(dim), VALUE_DIM=value_dim, VALUE_WIDTH=width(value_dim),
+        SPLITS=width(splits), num_warps=4,
+    )  # fmt: skip
+
+
 @planned
 def attention_backward(
     grad_out: Tensor | None,
@@ -314,10 +324,8 @@ def attention_backward(
     }  # fmt: skip
 
     def chosen(kernel: str, rows: int) -> tuple[int, dict[str, int]]:
-        name, even = f"attention_backward_{kernel}", aligned(dim, value_dim)
-        sizes = tile(name, query.dtype, widest, query.device, even)
-        own = owned(sizes, rows)
-        return own, {"OWN": own, "LOOP": sizes.loop, **sizes.options()}
+        name = f"attention_backward_{kernel}"
+        return cut(name, query, widest, rows, aligned(dim, value_dim))
 
     own, sizes = chosen("rows", q_len)
     launch(
@@ -336,12 +344,7 @@ def attention_backward(
         per_split=per_split, SPLIT=splits > 1,
     )  # fmt: skip
     if splits > 1:
-        launch(
-            merge_kernel, batch * kv_heads * kv_len,
-            partial, dk, dv, **strides(dk=dk, dv=dv), kv_heads=kv_heads, kv_len=kv_len,
-            splits=splits, DIM=dim, WIDTH=width(dim), VALUE_DIM=value_dim,
-            VALUE_WIDTH=width(value_dim), SPLITS=width(splits), num_warps=4,
-        )  # fmt: skip
+        merge_splits(partial, dk, dv, splits)
     if dmask.numel():
         shared = (1,) * (4 - dmask.dim()) + tuple(dmask.shape)
         own, sizes = chosen("mask", shared[2])

@@ -20,17 +20,16 @@ from torch import Tensor
 from fastfusion.kernels._gradients import load_statistics
 from fastfusion.kernels._launch import (
     cdiv,
-    owned,
+    cut,
     rows_outside,
     rows_readable,
     strides,
-    tile,
     width,
 )
-from fastfusion.kernels._plan import empty, launch, planned
+from fastfusion.kernels._plan import accepted, empty, launch, planned
 from fastfusion.kernels._sides import both_gradients, side_gradients, side_statistics
 from fastfusion.kernels._tile import add, load_rows, slice_base, visible_keys
-from fastfusion.kernels.attention_backward import merge_kernel, store_mask_gradient
+from fastfusion.kernels.attention_backward import merge_splits, store_mask_gradient
 from fastfusion.kernels.bidirectional import common_options, exchanged, prepared
 from fastfusion.kernels.bidirectional_shared import keys_on_chip, shared_backward
 
@@ -199,12 +198,6 @@ def _split(own_len: int, other_len: int) -> tuple[int, int]:
     return cdiv(other_len, length), length
 
 
-def _chosen(kernel: str, query: Tensor, widest: int, rows: int) -> tuple[int, dict[str, int]]:
-    sizes = tile(kernel, query.dtype, widest, query.device)
-    own = owned(sizes, rows)
-    return own, {"OWN": own, "LOOP": sizes.loop, **sizes.options()}
-
-
 def _common(
     given: tuple[Any, ...], grads: list[Tensor], lse_grads: list[Tensor] | None
 ) -> dict[str, Any]:
@@ -221,15 +214,14 @@ def _take_statistics(common: dict[str, Any], widest: int) -> dict[str, Tensor]:
     """(shift, 1 / sum, delta) of the rows of both sides."""
     query, lengths = common["q_ptr"], (common["q_len"], common["kv_len"])
     slices = query.shape[0] * query.shape[1]
-    own, sizes = _chosen("attention_backward_rows", query, widest, max(lengths))
+    own, sizes = cut("attention_backward_rows", query, widest, max(lengths))
     programs = [slices * cdiv(n, own) for n in lengths]
     found = {
         f"{side}_statistics_ptr": empty(query, (slices * n * 3,), torch.float32)
         for side, n in zip("qk", lengths, strict=True)
     }
     given = {**common, **found, **sizes, "q_programs": programs[0]}
-    names = {*statistics_kernel.arg_names, "num_warps", "num_stages"}
-    launch(statistics_kernel, sum(programs), **{n: x for n, x in given.items() if n in names})
+    launch(statistics_kernel, sum(programs), **accepted(statistics_kernel, given))
     return found
 
 
@@ -237,7 +229,7 @@ def _sides(common: dict[str, Any], found: dict[str, Tensor], scale: float, wides
     """Fill `found`, each side by programs of its own."""
     query, dim = common["q_ptr"], common["DIM"]
     slices = query.shape[0] * query.shape[1]
-    own, sizes = _chosen(
+    own, sizes = cut(
         "bidirectional_backward", query, widest, max(common["q_len"], common["kv_len"])
     )
     options: dict[str, Any] = {}
@@ -262,19 +254,13 @@ def _sides(common: dict[str, Any], found: dict[str, Tensor], scale: float, wides
         gradient_scale=scale,
     )  # fmt: skip
     for partial, of_side, of_value, splits in merges:
-        length, value_dim = of_value.shape[2:]
-        launch(
-            merge_kernel, slices * length, partial, of_side, of_value,
-            **strides(dk=of_side, dv=of_value), kv_heads=query.shape[1], kv_len=length,
-            splits=splits, DIM=dim, WIDTH=width(dim), VALUE_DIM=value_dim,
-            VALUE_WIDTH=width(value_dim), SPLITS=width(splits), num_warps=4,
-        )  # fmt: skip
+        merge_splits(partial, of_side, of_value, splits)
 
 
 def _mask_gradient(common: dict[str, Any], dmask: Tensor, widest: int) -> None:
     query = common["q_ptr"]
     shared = (1,) * (4 - dmask.dim()) + tuple(dmask.shape)
-    own, sizes = _chosen("bidirectional_mask", query, widest, shared[2])
+    own, sizes = cut("bidirectional_mask", query, widest, shared[2])
     launch(
         mask_kernel,
         shared[0] * shared[1] * cdiv(shared[2], own) * cdiv(shared[3], sizes["LOOP"]),

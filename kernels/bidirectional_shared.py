@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastfusion.kernels._gradients import load_grad_lse, softmax_gradient
 from fastfusion.kernels._launch import strides, tile, width
-from fastfusion.kernels._plan import empty, launch
+from fastfusion.kernels._plan import accepted, empty, launch
 from fastfusion.kernels._tile import (
     add,
     exponentials,
@@ -29,7 +29,7 @@ from fastfusion.kernels._tile import (
     store_rows,
     visible_keys,
 )
-from fastfusion.kernels.attention_backward import merge_kernel
+from fastfusion.kernels.attention_backward import merge_splits
 from fastfusion.kernels.bidirectional import row_ranges
 
 LENGTHS = ["heads", "q_len", "kv_len", "q_padding_batch", "k_padding_batch", "threshold"]
@@ -242,8 +242,7 @@ def shared_backward(
         **chosen.options(),
     }  # fmt: skip
     given = {**given, **sizes}
-    names = set(columns_kernel.arg_names) | {"num_warps", "num_stages"}
-    launch(columns_kernel, programs, **{n: x for n, x in given.items() if n in names})
+    launch(columns_kernel, programs, **accepted(columns_kernel, given))
     partial = query
     if splits > 1:
         partial = empty(query, (programs * kv_len * (dim + v_dim),), torch.float32)
@@ -252,9 +251,4 @@ def shared_backward(
         **strides(**found), partial_ptr=partial, SPLIT=splits > 1, gradient_scale=scale,
     )  # fmt: skip
     if splits > 1 and kv_len:
-        launch(
-            merge_kernel, batch * heads * kv_len, partial, found["dk"], found["dv"],
-            **strides(dk=found["dk"], dv=found["dv"]), kv_heads=heads, kv_len=kv_len,
-            splits=splits, DIM=dim, WIDTH=width(dim), VALUE_DIM=v_dim, VALUE_WIDTH=width(v_dim),
-            SPLITS=width(splits), num_warps=4,
-        )  # fmt: skip
+        merge_splits(partial, found["dk"], found["dv"], splits)

@@ -341,7 +341,8 @@ def _require_fit(
     scale: float | None,
     enable_gqa: bool,
 ) -> None:
-    """What keeps the kernels inside their tensors, in 3 us; `check` finds the words."""
+    """What keeps the kernels inside their tensors, asked before every call; `check` finds the
+    words."""
     batch, heads, q_len, dim = query.shape
     kv_batch, kv_heads, kv_len, value_dim = value.shape
     fits = (

@@ -111,6 +111,8 @@ CASES = [
     Case("one_key", "the same on the other side", shape(45, 1, 64)),
     Case("past_a_panel", "tails of panels and key blocks", shape(49, 257)),
     Case("tall", "columns longer than rows", shape(257, 49)),
+    Case("wide_and_long", "few keys against many queries, too wide to stay on chip", shape(
+        2100, 20, 160, batch=1, heads=1, mask="bias")),
     Case("blocks", "several blocks both ways", shape(270, 530, batch=1)),
     *(Case(f"dim_{d}", "tails of registers", shape(13, 19, d)) for d in (1, 6, 14, 40, 77, 97)),
     Case("dim_160", "wide heads", shape(9, 33, 160)),
