@@ -58,7 +58,10 @@ _DEFAULTS: dict[str, dict[int, dict[int, Sizes]]] = {
 
 
 # Where Hopper's own matrix instructions want another one; `loop` is the same, and with it the bits.
-_HOPPER: dict[tuple[str, int, int], Sizes] = {("attention", 2, 256): (64, 32, 8, 2)}
+_HOPPER: dict[tuple[str, int, int], Sizes] = {
+    ("attention", 2, 256): (64, 32, 8, 2),
+    ("bidirectional_backward", 2, 256): (16, 32, 8, 2),
+}
 
 
 def default(kernel: str, itemsize: int, width: int, capability: tuple[int, int]) -> Sizes:

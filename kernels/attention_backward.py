@@ -347,7 +347,8 @@ def attention_backward(
         merge_splits(partial, dk, dv, splits)
     if dmask.numel():
         shared = (1,) * (4 - dmask.dim()) + tuple(dmask.shape)
-        own, sizes = chosen("mask", shared[2])
+        # 16 rows at a time spill 128 bytes on sm_80.
+        own, sizes = chosen("mask", max(shared[2], 32))
         grid = shared[0] * shared[1] * cdiv(shared[2], own) * cdiv(shared[3], sizes["LOOP"])
         launch(
             mask_kernel, grid,
