@@ -30,7 +30,9 @@ ROOT = Path(__file__).resolve().parent
 
 # GCC 12 takes the deliberately undefined operands in its own AVX-512 header for a mistake (its bug
 # 105593); clang does not know this warning, and is not to complain about that.
-QUIET = "-Wno-maybe-uninitialized -Wno-unknown-warning-option"
+QUIET = "-Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option"
+
+AVX512 = f"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c {QUIET}"
 
 # csrc/cpu/isa_<name>.cpp is compiled with the flags of its row, slowest ISA first. A row whose file
 # does not exist is left out.
@@ -38,7 +40,8 @@ ISA_FLAGS = {
     "x86_64": {
         "scalar": "",
         "avx2": "-mavx2 -mfma -mf16c",
-        "avx512": f"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c {QUIET}",
+        "avx512": AVX512,
+        "avx512bf16": f"{AVX512} -mavx512bf16",
     },
     "aarch64": {
         "scalar": "",

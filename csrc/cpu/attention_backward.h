@@ -13,243 +13,335 @@
 // softmax and sum_j P dP; with one block of keys (up to 256) it is the only one.
 //
 // A task is a key head: it adds up dK and dV over its query heads and panels in a fixed order, so
-// the bits do not depend on threads. Where the gradient of a mask is summed over heads or batch
-// entries, all that share an entry are one task.
+// the bits do not depend on threads. Four panels at a time walk the keys together and share what is
+// made of a block. Where the gradient of a mask is summed over heads or batch entries, all that
+// share an entry are one task.
 #pragma once
 
 #include "dropout.h"
-#include "tile.h"
+#include "panels.h"
+#include "softmax.h"
+#include "task.h"
 
 namespace ff {
 namespace {
 
-struct BackwardScratch {
-  float *query_t, *grad_t, *query, *grad, *scores, *grad_scores, *factor, *key, *value;
-  float *grad_query, *part, *weighted, *grad_lse;
-  // One float32 chain over all panels and query heads would grow wrong with their number.
-  double *grad_key, *grad_value;
-  Statistics statistics;
-  int32_t* list;
+// to = to + product.
+struct Add {
+  float* to;
+  int64_t stride;
 
-  bool allocate(const Attention& p) {
-    const int64_t columns = padded(kPanel);
-    const int64_t dim = padded(p.head_dim), value_dim = padded(p.value_dim);
+  template <int R, int N>
+  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        float* at = to + (row + r) * stride + column + n * Vec::kLanes;
+        (Vec::load(at) + sum[r][n]).store(at);
+      }
+  }
+};
+
+// P c and dS, keys down and queries across, as left operands.
+template <class Math>
+struct Gradients;
+
+template <>
+struct Gradients<Float32Math> {
+  static void pack(int64_t, int64_t, float*, float*, float*) {}
+
+  static Left<Float32Math> by_key(const float* scores, int64_t columns) {
+    return {scores, columns, 1};
+  }
+
+  static Left<Float32Math> by_query(const float* scores, const float*, int64_t columns) {
+    return {scores, 1, columns};
+  }
+};
+
+struct BackwardPanel : Panel {
+  float *query_t, *grad_t, *query, *grad, *grad_query;
+  float *weighted, *grad_lse;  // sum_j P dP, then delta; d lse
+};
+
+template <class Math>
+class BackwardTask {
+ public:
+  static constexpr int64_t kPanels = 4;  // that share the preparation of a block
+
+  explicit BackwardTask(const AttentionBackward& p)
+      : p_(p),
+        dim_(padded(p.head_dim)),
+        value_dim_(padded(p.value_dim)),
+        unit_(Math::kDepth > 1 ? std::fabs(p.scale) : 1.0f) {}
+
+  bool allocate() {
+    constexpr int64_t kMost = Panels::kMost;
     float *key_sums, *value_sums;
-    const bool enough = carve(p,
-                              {{&query_t, p.head_dim * columns},
-                               {&grad_t, p.value_dim * columns},
-                               {&query, kPanel * dim},
-                               {&grad, kPanel * value_dim},
-                               {&scores, kBlock * columns},
-                               {&grad_scores, kBlock * columns},
-                               {&factor, p.dropout ? kBlock * columns : 0},
-                               {&key, kBlock * dim},
-                               {&value, kBlock * p.value_dim},
-                               {&grad_query, kPanel * dim},
-                               {&key_sums, 2 * p.kv_len * dim},
-                               {&value_sums, 2 * p.kv_len * value_dim},
-                               {&part, kBlock * (dim > value_dim ? dim : value_dim)},
-                               {&weighted, columns},
-                               {&grad_lse, columns},
-                               {&statistics.maximum, columns},
-                               {&statistics.sum, columns},
-                               {&statistics.rescale, columns}},
-                              &list);
-    grad_key = reinterpret_cast<double*>(key_sums);
-    grad_value = reinterpret_cast<double*>(value_sums);
+    const bool enough = carve(p_,
+                              {{&panels_, kPanels * panel_floats()},
+                               {&maximum_, kMost},
+                               {&scores_, kBlock * kMost},
+                               {&grad_scores_, kBlock * kMost},
+                               {&pairs_, Math::kDepth > 1 ? kBlock / 2 * kMost : 0},
+                               {&factor_, p_.dropout ? kBlock * kMost : 0},
+                               {&key_, kBlock * dim_},
+                               {&key_columns_, kBlock * dim_},
+                               {&value_, kBlock * value_dim_},
+                               {&grad_key_, kBlock * dim_},
+                               {&grad_value_, kBlock * value_dim_},
+                               {&key_sums, 2 * p_.kv_len * dim_},
+                               {&value_sums, 2 * p_.kv_len * value_dim_}},
+                              &list_);
+    key_sums_ = reinterpret_cast<double*>(key_sums);
+    value_sums_ = reinterpret_cast<double*>(value_sums);
     return enough;
   }
-};
 
-inline void add(double* total, const float* part, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) total[i] += double(part[i]);
-}
-
-struct Panel {
-  int64_t b, h, first, queries, columns;
-  Rows query, grad;  // padded rows, the second operand of dK and dV
-};
-
-// S and dP of one block of keys, the latter with its dropout factors. Returns the keys' rows.
-inline Rows block_products(const AttentionBackward& p, const Panel& at, const Keys& keys,
-                           int64_t block, int64_t count, const BackwardScratch& s) {
-  const int64_t group = at.h / (p.heads / p.kv_heads), columns = at.columns;
-  const Rows key = rows(p.key, p.type, at.b * p.key.batch + group * p.key.head, keys, block, count,
-                        p.head_dim, padded(p.head_dim), s.key);
-  const Rows value = rows(p.value, p.type, at.b * p.value.batch + group * p.value.head, keys, block,
-                          count, p.value_dim, p.value_dim, s.value);
-  multiply(key.data, key.stride, 1, s.query_t, columns, count, columns, p.head_dim, s.scores,
-           columns, false);
-  multiply(value.data, value.stride, 1, s.grad_t, columns, count, columns, p.value_dim,
-           s.grad_scores, columns, false);
-  mask_scores(p, at.b, at.h, at.first, at.queries, keys, block, count, columns, s.scores);
-  if (p.dropout) {
-    dropout_factors(p, at.b, at.h, at.first, keys, block, count, columns, s.factor);
-    for (int64_t j = 0; j < count * columns; j += Vec::kLanes)
-      (Vec::load(s.grad_scores + j) * Vec::load(s.factor + j)).store(s.grad_scores + j);
-  }
-  return key;
-}
-
-// weighted[i] = sum_j exp(S - m) dP over the blocks so far; the scores become exp(S - m).
-inline void gather_statistics(int64_t count, int64_t columns, const BackwardScratch& s) {
-  online_softmax(count, columns, s.scores, s.statistics);
-  for (int64_t i = 0; i < columns; i += Vec::kLanes) {
-    FourSums sum;
-    for (int64_t j = 0; j < count; ++j)
-      sum.part[j % 4] = Vec::fma(Vec::load(s.scores + j * columns + i),
-                                 Vec::load(s.grad_scores + j * columns + i), sum.part[j % 4]);
-    Vec::fma(Vec::load(s.weighted + i), Vec::load(s.statistics.rescale + i), sum.total())
-        .store(s.weighted + i);
-  }
-}
-
-// From sums to what the gradients divide by and subtract: l in `sum`, delta in `weighted`.
-inline void finish_statistics(const AttentionBackward& p, const Panel& at,
-                              const BackwardScratch& s) {
-  for (int64_t i = 0; i < at.columns; ++i) {
-    const float sum = s.statistics.sum[i];
-    const bool dead = sum == 0.0f || i >= at.queries;  // then P = 0
-    s.weighted[i] = dead ? 0.0f : s.weighted[i] / sum;
-    s.grad_lse[i] = 0.0f;
-    if (p.grad_lse && !dead) {
-      s.grad_lse[i] = p.grad_lse[at.b * p.grad_lse_batch + at.h * p.grad_lse_head +
-                                 (at.first + i) * p.grad_lse_row];
+  void run(int64_t b, int64_t group) {
+    const Keys keys = visible_keys(p_, b, p_.kv_len, list_);
+    for (int64_t i = 0; i < keys.count * dim_; ++i) key_sums_[i] = 0.0;
+    for (int64_t i = 0; i < keys.count * value_dim_; ++i) value_sums_[i] = 0.0;
+    const int64_t members = p_.heads / p_.kv_heads;
+    const Panels panels(p_.q_len);
+    const int64_t total = members * panels.count;
+    for (int64_t first = 0; first < total; first += count_) {
+      count_ = total - first < kPanels ? total - first : kPanels;
+      for (int64_t i = 0; i < count_; ++i) {
+        const int64_t at = (first + i) % panels.count;
+        start(b, group * members + (first + i) / panels.count, panels.first(at), panels.end(at), i);
+      }
+      walk(b, group, keys);
     }
-    if (dead) s.statistics.sum[i] = kInfinity;
+    write(b, group, keys);
   }
-}
 
-// P c in the place of the scores and dS in that of dP.
-inline void block_gradients(const AttentionBackward& p, const Panel& at, const Keys& keys,
-                            int64_t block, int64_t count, bool exponentials,
-                            const BackwardScratch& s) {
-  const int64_t columns = at.columns;
-  for (int64_t i = 0; i < columns; i += Vec::kLanes) {
-    const Vec sum = Vec::load(s.statistics.sum + i), delta = Vec::load(s.weighted + i);
-    const Vec grad_lse = Vec::load(s.grad_lse + i);
-    const Vec offset = finite(s.statistics.maximum + i);
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t e = j * columns + i;
-      Vec weight = Vec::load(s.scores + e);
-      weight = (exponentials ? weight : exp(weight - offset)) / sum;
-      const Vec grad = (Vec::load(s.grad_scores + e) - delta) + grad_lse;
-      (weight * grad).store(s.grad_scores + e);
-      (p.dropout ? weight * Vec::load(s.factor + e) : weight).store(s.scores + e);
+ private:
+  int64_t panel_floats() const {
+    return Panels::kMost * (3 * dim_ + 2 * value_dim_ + 2 * Vec::kLanes + 5);
+  }
+
+  int64_t visible(const Keys& keys, const Panel& panel) const {
+    return p_.causal ? keys.before(panel.first + panel.queries) : keys.count;
+  }
+
+  void start(int64_t b, int64_t h, int64_t first, int64_t end, int64_t i) {
+    constexpr int64_t kMost = Panels::kMost;
+    BackwardPanel& panel = panel_[i];
+    float* next = panels_ + i * panel_floats();
+    const auto take = [&](int64_t floats) { return (next += floats) - floats; };
+    panel.h = h, panel.first = first, panel.queries = end - first;
+    panel.columns = padded(end - first);
+    panel.query_t = take(kMost * (dim_ + Vec::kLanes));
+    panel.grad_t = take(kMost * (value_dim_ + Vec::kLanes));
+    panel.query = take(kMost * dim_), panel.grad = take(kMost * value_dim_);
+    panel.grad_query = take(kMost * dim_);
+    panel.statistics = {take(kMost), take(kMost), take(kMost)};
+    panel.weighted = take(kMost), panel.grad_lse = take(kMost);
+    const Slice query(p_.query, p_.type, b, h), grad(p_.grad_out, p_.type, b, h);
+    const Block rows{{p_.q_len, nullptr}, first, panel.queries};
+    query_t_[i] =
+        Operands<Math>::lanes(query, first, panel.queries, p_.head_dim, p_.scale, panel.query_t);
+    grad_t_[i] =
+        Operands<Math>::lanes(grad, first, panel.queries, p_.value_dim, 1.0f, panel.grad_t);
+    query_[i] = Operands<Math>::columns(query, rows, p_.head_dim, panel.query);
+    grad_[i] = Operands<Math>::columns(grad, rows, p_.value_dim, panel.grad);
+    for (int64_t e = 0; e < panel.queries * dim_; ++e) panel.grad_query[e] = 0.0f;
+    for (int64_t e = 0; e < panel.columns; ++e) panel.weighted[e] = 0.0f;
+    panel.statistics.clear(panel.columns);
+  }
+
+  // All blocks for the panels at hand: twice, unless one block holds the keys of all of them.
+  void walk(int64_t b, int64_t group, const Keys& keys) {
+    const Slice key(p_.key, p_.type, b, group), value(p_.value, p_.type, b, group);
+    const bool one_block = keys.count <= kBlock;
+    for (int pass = one_block; pass < 2; ++pass) {
+      for (int64_t done = 0; done < keys.count; done += kBlock) {
+        const Block block{keys, done, keys.count - done < kBlock ? keys.count - done : kBlock};
+        const auto key_rows = Operands<Math>::rows(key, block, p_.head_dim, key_);
+        const auto value_rows = Operands<Math>::rows(value, block, p_.value_dim, value_);
+        Right<Math> key_columns{};
+        if (pass == 1) {
+          key_columns = Operands<Math>::columns(key, block, p_.head_dim, key_columns_);
+          for (int64_t e = 0; e < block.count * dim_; ++e) grad_key_[e] = 0.0f;
+          for (int64_t e = 0; e < block.count * value_dim_; ++e) grad_value_[e] = 0.0f;
+        }
+        for (int64_t i = 0; i < count_; ++i) {
+          const int64_t left = visible(keys, panel_[i]) - done;
+          if (left <= 0) continue;
+          const Block some{keys, done, left < block.count ? left : block.count};
+          const float unit = products(b, i, some, key_rows, value_rows);
+          if (pass == 0 || one_block) gather(panel_[i], some, unit);
+          if (one_block) finish_statistics(b, panel_[i]);
+          if (pass == 1) gradients(b, i, some, one_block, unit, key_columns);
+        }
+        if (pass == 1) {
+          add(key_sums_ + done * dim_, grad_key_, block.count * dim_);
+          add(value_sums_ + done * value_dim_, grad_value_, block.count * value_dim_);
+        }
+      }
+      for (int64_t i = 0; i < count_ && pass == 0; ++i) finish_statistics(b, panel_[i]);
+    }
+    for (int64_t i = 0; i < count_; ++i) {
+      const BackwardPanel& panel = panel_[i];
+      const MutableView& to = p_.grad_query;
+      for (int64_t row = 0; row < panel.queries; ++row)
+        store(to.data, p_.type, b * to.batch + panel.h * to.head + (panel.first + row) * to.row,
+              to.column, p_.head_dim, p_.scale, panel.grad_query + row * dim_);
     }
   }
-  const int64_t offset =
-      at.b * p.grad_mask_batch + at.h * p.grad_mask_head + at.first * p.grad_mask_row;
-  for (int64_t j = 0; j < count && (p.grad_mask || p.grad_mask_sums); ++j) {
-    const int64_t column = offset + keys[block + j] * p.grad_mask_column;
-    const float* grad = s.grad_scores + j * columns;
-    for (int64_t i = 0; i < at.queries; ++i) {
-      if (p.grad_mask) {
-        p.grad_mask[column + i * p.grad_mask_row] = grad[i];
-      } else {
-        p.grad_mask_sums[column + i * p.grad_mask_row] += double(grad[i]);
+
+  // S and dP of a block, the latter with its dropout factors. Returns the unit of S.
+  float products(int64_t b, int64_t i, const Block& block, const Left<Math>& key,
+                 const Left<Math>& value) {
+    const BackwardPanel& panel = panel_[i];
+    const int64_t columns = panel.columns;
+    for (int64_t e = 0; e < columns; ++e) maximum_[e] = -kInfinity;
+    multiply(key, query_t_[i], block.count, columns, Operands<Math>::steps(p_.head_dim),
+             StoreMaximum{scores_, columns, maximum_});
+    multiply(value, grad_t_[i], block.count, columns, Operands<Math>::steps(p_.value_dim),
+             Store{grad_scores_, columns});
+    const Scores scores{p_, b, panel.h, panel.first, panel.queries, columns, scores_};
+    if (p_.dropout) {
+      dropout_factors(scores, block, factor_);
+      for (int64_t e = 0; e < block.count * columns; e += Vec::kLanes)
+        (Vec::load(grad_scores_ + e) * Vec::load(factor_ + e)).store(grad_scores_ + e);
+    }
+    if (!p_.mask.data && !crosses_diagonal(scores, block)) return unit_;
+    mask_scores(scores, block, unit_, maximum_);
+    return 1.0f;
+  }
+
+  // weighted = sum_j exp(S - m) dP over the blocks so far; the scores become exp(S - m).
+  void gather(const BackwardPanel& panel, const Block& block, float unit) {
+    const int64_t columns = panel.columns;
+    online_softmax<Float32Math>(block, columns, unit, maximum_, nullptr, scores_, panel.statistics);
+    for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
+      FourSums sum;
+      for (int64_t j = 0; j < block.count; ++j)
+        sum.part[j % 4] = Vec::fma(Vec::load(scores_ + j * columns + lane),
+                                   Vec::load(grad_scores_ + j * columns + lane), sum.part[j % 4]);
+      Vec::fma(Vec::load(panel.weighted + lane), Vec::load(panel.statistics.rescale + lane),
+               sum.total())
+          .store(panel.weighted + lane);
+    }
+  }
+
+  // From sums to what the gradients multiply and subtract: 1 / l in `sum`, delta in `weighted`.
+  void finish_statistics(int64_t b, const BackwardPanel& panel) {
+    for (int64_t i = 0; i < panel.columns; ++i) {
+      float& sum = panel.statistics.sum[i];
+      const bool dead = sum == 0.0f || i >= panel.queries;  // then P = 0
+      panel.weighted[i] = dead ? 0.0f : panel.weighted[i] / sum;
+      panel.grad_lse[i] = 0.0f;
+      if (p_.grad_lse && !dead) {
+        panel.grad_lse[i] = p_.grad_lse[b * p_.grad_lse_batch + panel.h * p_.grad_lse_head +
+                                        (panel.first + i) * p_.grad_lse_row];
+      }
+      sum = dead ? 0.0f : inverse(sum);
+    }
+  }
+
+  // P c in the place of the scores, dS in that of dP, and what they add to the gradients.
+  void gradients(int64_t b, int64_t i, const Block& block, bool exponentials, float unit,
+                 const Right<Math>& key) {
+    const BackwardPanel& panel = panel_[i];
+    const int64_t columns = panel.columns;
+    for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
+      const Vec inverse = Vec::load(panel.statistics.sum + lane);
+      const Vec delta = Vec::load(panel.weighted + lane);
+      const Vec grad_lse = Vec::load(panel.grad_lse + lane);
+      const Vec offset = finite(Vec::load(panel.statistics.maximum + lane));
+      for (int64_t j = 0; j < block.count; ++j) {
+        const int64_t e = j * columns + lane;
+        Vec weight = Vec::load(scores_ + e);
+        weight = (exponentials ? weight : exponential(weight, unit, offset)) * inverse;
+        const Vec grad = (Vec::load(grad_scores_ + e) - delta) + grad_lse;
+        (weight * grad).store(grad_scores_ + e);
+        (p_.dropout ? weight * Vec::load(factor_ + e) : weight).store(scores_ + e);
+      }
+    }
+    if (p_.grad_mask || p_.grad_mask_sums) mask_gradient(b, panel, block);
+
+    Gradients<Math>::pack(block.count, columns, scores_, grad_scores_, pairs_);
+    const int64_t steps = Operands<Math>::steps(panel.queries);
+    multiply(Gradients<Math>::by_key(scores_, columns), grad_[i], block.count, value_dim_, steps,
+             Add{grad_value_, value_dim_});
+    const auto by_key = Gradients<Math>::by_key(grad_scores_, columns);
+    multiply(by_key, query_[i], block.count, dim_, steps, Add{grad_key_, dim_});
+    multiply(Gradients<Math>::by_query(grad_scores_, pairs_, columns), key, panel.queries, dim_,
+             Operands<Math>::steps(block.count), Add{panel.grad_query, dim_});
+  }
+
+  void mask_gradient(int64_t b, const BackwardPanel& panel, const Block& block) {
+    const int64_t offset =
+        b * p_.grad_mask_batch + panel.h * p_.grad_mask_head + panel.first * p_.grad_mask_row;
+    for (int64_t j = 0; j < block.count; ++j) {
+      const int64_t column = offset + block[j] * p_.grad_mask_column;
+      const float* grad = grad_scores_ + j * panel.columns;
+      for (int64_t i = 0; i < panel.queries; ++i) {
+        if (p_.grad_mask) {
+          p_.grad_mask[column + i * p_.grad_mask_row] = grad[i];
+        } else {
+          p_.grad_mask_sums[column + i * p_.grad_mask_row] += double(grad[i]);
+        }
       }
     }
   }
-}
 
-inline void backward_panel(const AttentionBackward& p, int64_t b, int64_t h, int64_t first,
-                           Keys keys, const BackwardScratch& s) {
-  const int64_t queries = p.q_len - first < kPanel ? p.q_len - first : kPanel;
-  const int64_t columns = padded(queries);
-  const int64_t dim = padded(p.head_dim), value_dim = padded(p.value_dim);
-  const int64_t query_offset = b * p.query.batch + h * p.query.head;
-  const int64_t grad_offset = b * p.grad_out.batch + h * p.grad_out.head;
-  const Keys every{p.q_len, nullptr};
-  transpose(p.query, p.type, query_offset, first, queries, p.head_dim, columns, s.query_t);
-  transpose(p.grad_out, p.type, grad_offset, first, queries, p.value_dim, columns, s.grad_t);
-  const Panel at{
-      b,
-      h,
-      first,
-      queries,
-      columns,
-      rows(p.query, p.type, query_offset, every, first, queries, p.head_dim, dim, s.query),
-      rows(p.grad_out, p.type, grad_offset, every, first, queries, p.value_dim, value_dim, s.grad)};
-  for (int64_t i = 0; i < queries * dim; ++i) s.grad_query[i] = 0.0f;
-  for (int64_t i = 0; i < columns; ++i) s.weighted[i] = 0.0f;
-  s.statistics.clear(columns);
-
-  while (p.causal && keys.count > 0 && keys[keys.count - 1] >= first + queries)
-    keys.count = keys.list ? keys.count - 1 : first + queries;
-  const bool one_block = keys.count <= kBlock;
-  for (int64_t block = 0; block < keys.count && !one_block; block += kBlock) {
-    const int64_t count = keys.count - block < kBlock ? keys.count - block : kBlock;
-    block_products(p, at, keys, block, count, s);
-    gather_statistics(count, columns, s);
+  static void add(double* total, const float* part, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) total[i] += double(part[i]);
   }
-  if (!one_block) finish_statistics(p, at, s);
-  for (int64_t block = 0; block < keys.count; block += kBlock) {
-    const int64_t count = keys.count - block < kBlock ? keys.count - block : kBlock;
-    const Rows key = block_products(p, at, keys, block, count, s);
-    if (one_block) {
-      gather_statistics(count, columns, s);
-      finish_statistics(p, at, s);
+
+  void write(int64_t b, int64_t group, const Keys& keys) {
+    const auto row = [&](const MutableView& to, int64_t j, int64_t count, const double* from,
+                         double factor, float* buffer) {
+      for (int64_t i = 0; i < count; ++i) buffer[i] = from ? float(from[i] * factor) : 0.0f;
+      store(to.data, p_.type, b * to.batch + group * to.head + j * to.row, to.column, count, 1.0f,
+            buffer);
+    };
+    int64_t next = 0;
+    for (int64_t j = 0; j < p_.kv_len; ++j) {
+      const bool visible = next < keys.count && keys[next] == j;
+      row(p_.grad_key, j, p_.head_dim, visible ? key_sums_ + next * dim_ : nullptr,
+          double(p_.scale), grad_key_);
+      row(p_.grad_value, j, p_.value_dim, visible ? value_sums_ + next * value_dim_ : nullptr, 1.0,
+          grad_value_);
+      next += visible;
     }
-    block_gradients(p, at, keys, block, count, one_block, s);
-    multiply(s.scores, columns, 1, at.grad.data, at.grad.stride, count, value_dim, queries, s.part,
-             value_dim, false);
-    add(s.grad_value + block * value_dim, s.part, count * value_dim);
-    multiply(s.grad_scores, columns, 1, at.query.data, at.query.stride, count, dim, queries, s.part,
-             dim, false);
-    add(s.grad_key + block * dim, s.part, count * dim);
-    multiply(s.grad_scores, 1, columns, key.data, key.stride, queries, dim, count, s.grad_query,
-             dim, true);
   }
-  for (int64_t i = 0; i < queries; ++i) {
-    const MutableView& to = p.grad_query;
-    scale_row(s.grad_query + i * dim, dim, p.scale);
-    store(to.data, p.type, b * to.batch + h * to.head + (first + i) * to.row, to.column, p.head_dim,
-          s.grad_query + i * dim);
-  }
-}
 
-inline void backward_key_head(const AttentionBackward& p, int64_t b, int64_t group,
-                              const BackwardScratch& s) {
-  const int64_t dim = padded(p.head_dim), value_dim = padded(p.value_dim);
-  const Keys keys = visible_keys(p, b, p.kv_len, s.list);
-  for (int64_t i = 0; i < p.kv_len * dim; ++i) s.grad_key[i] = 0.0;
-  for (int64_t i = 0; i < p.kv_len * value_dim; ++i) s.grad_value[i] = 0.0;
-  const int64_t members = p.heads / p.kv_heads;
-  for (int64_t h = group * members; h < (group + 1) * members; ++h)
-    for (int64_t first = 0; first < p.q_len; first += kPanel)
-      backward_panel(p, b, h, first, keys, s);
-
-  const auto write = [&](const MutableView& to, int64_t j, int64_t count, const double* from,
-                         double factor) {
-    for (int64_t i = 0; i < count; ++i) s.part[i] = float(from[i] * factor);
-    store(to.data, p.type, b * to.batch + group * to.head + j * to.row, to.column, count, s.part);
-  };
-  // Rows past keys.count are still 0: what hidden keys get.
-  int64_t next = 0, hidden = keys.count;
-  for (int64_t j = 0; j < p.kv_len; ++j) {
-    const bool visible = next < keys.count && keys[next] == j;
-    const int64_t from = visible ? next++ : hidden++;
-    write(p.grad_key, j, p.head_dim, s.grad_key + from * dim, double(p.scale));
-    write(p.grad_value, j, p.value_dim, s.grad_value + from * value_dim, 1.0);
-  }
-}
+  const AttentionBackward& p_;
+  int64_t dim_, value_dim_, count_ = 0;
+  float unit_;
+  float *panels_, *maximum_, *scores_, *grad_scores_, *pairs_, *factor_;
+  float *key_, *key_columns_, *value_, *grad_key_, *grad_value_;  // of a block
+  // One float32 chain over all panels and query heads would grow wrong with their number.
+  double *key_sums_, *value_sums_;
+  int32_t* list_;
+  BackwardPanel panel_[kPanels];
+  Right<Math> query_t_[kPanels], grad_t_[kPanels], query_[kPanels], grad_[kPanels];
+};
 
 struct BackwardTasks {
   const AttentionBackward* p;
   int64_t key_heads;  // of a task
 };
 
-inline void backward_tasks(int64_t begin, int64_t end, const void* context) {
+template <class Math>
+void backward_tasks(int64_t begin, int64_t end, const void* context) {
   const auto& tasks = *static_cast<const BackwardTasks*>(context);
   const AttentionBackward& p = *tasks.p;
-  BackwardScratch s;
-  if (!s.allocate(p)) return;
+  BackwardTask<Math> task(p);
+  if (!task.allocate()) return;
   for (int64_t i = begin * tasks.key_heads; i < end * tasks.key_heads; ++i)
-    backward_key_head(p, i / p.kv_heads, i % p.kv_heads, s);
+    task.run(i / p.kv_heads, i % p.kv_heads);
 }
 
-inline void attention_backward(const AttentionBackward& p, ParallelFor parallel) {
+// `HalfMath` is how bfloat16 operands are multiplied; others are converted to float32.
+template <class HalfMath>
+void attention_backward(const AttentionBackward& p, ParallelFor parallel) {
   const int64_t slices = p.batch * p.kv_heads;
   if (slices == 0) return;
   int64_t key_heads = 1;
@@ -260,7 +352,10 @@ inline void attention_backward(const AttentionBackward& p, ParallelFor parallel)
   }
   const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
                        double(3 * p.head_dim + 2 * p.value_dim);
-  run(parallel, slices / key_heads, flops, backward_tasks, BackwardTasks{&p, key_heads});
+  const bool half = p.type == Type::kBFloat16;
+  ff::run(parallel, slices / key_heads, flops,
+          half ? backward_tasks<HalfMath> : backward_tasks<Float32Math>,
+          BackwardTasks{&p, key_heads});
 }
 
 }  // namespace

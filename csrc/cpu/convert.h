@@ -1,4 +1,4 @@
-// Loads and stores of the three element types as float32.
+// Numbers of any element type, at any stride, as registers of float32.
 #pragma once
 
 #include <cstdint>
@@ -9,71 +9,92 @@
 namespace ff {
 namespace {
 
+struct Float32 {
+  using Element = float;
+  static float load(float value) { return value; }
+  static Vec load(const float* p, int64_t count) {
+    return count == Vec::kLanes ? Vec::load(p) : Vec::load(p, count);
+  }
+  static float store(float value) { return value; }
+  static void store(float* p, Vec value, int64_t count) {
+    count == Vec::kLanes ? value.store(p) : value.store(p, count);
+  }
+};
+
 struct BFloat16 {
+  using Element = uint16_t;
   static float load(uint16_t value) { return bfloat16_to_float(value); }
-  static Vec load(const uint16_t* p) { return Vec::load_bfloat16(p); }
+  static Vec load(const uint16_t* p, int64_t count) { return Vec::load_bfloat16(p, count); }
   static uint16_t store(float value) { return float_to_bfloat16(value); }
-  static void store(uint16_t* p, Vec value) { value.store_bfloat16(p); }
+  static void store(uint16_t* p, Vec value, int64_t count) { value.store_bfloat16(p, count); }
 };
 
 struct Half {
+  using Element = uint16_t;
   static float load(uint16_t value) { return half_to_float(value); }
-  static Vec load(const uint16_t* p) { return Vec::load_half(p); }
+  static Vec load(const uint16_t* p, int64_t count) { return Vec::load_half(p, count); }
   static uint16_t store(float value) { return float_to_half(value); }
-  static void store(uint16_t* p, Vec value) { value.store_half(p); }
+  static void store(uint16_t* p, Vec value, int64_t count) { value.store_half(p, count); }
 };
 
-template <class T>
-void load_16_bit(const uint16_t* from, int64_t stride, int64_t count, float* out,
-                 int64_t out_stride) {
-  int64_t i = 0;
-  for (; stride == 1 && i + Vec::kLanes <= count; i += Vec::kLanes) {
-    const Vec values = T::load(from + i);
-    if (out_stride == 1) {
-      values.store(out + i);
-    } else {
-      float lanes[Vec::kLanes];
-      values.store(lanes);
-      for (int l = 0; l < Vec::kLanes; ++l) out[(i + l) * out_stride] = lanes[l];
-    }
-  }
-  for (; i < count; ++i) out[i * out_stride] = T::load(from[i * stride]);
+// Calls `body` with the class above that belongs to a floating type.
+template <class Body>
+inline auto with_type(Type type, const Body& body) {
+  if (type == Type::kBFloat16) return body(BFloat16{});
+  if (type == Type::kFloat16) return body(Half{});
+  return body(Float32{});
 }
 
+// Elements p[0], p[stride], ...; lanes past `count`, which is at most kLanes, are 0.
 template <class T>
-void store_16_bit(uint16_t* to, int64_t stride, int64_t count, const float* in) {
-  int64_t i = 0;
-  for (; stride == 1 && i + Vec::kLanes <= count; i += Vec::kLanes)
-    T::store(to + i, Vec::load(in + i));
-  for (; i < count; ++i) to[i * stride] = T::store(in[i]);
+inline Vec load_lanes(const typename T::Element* p, int64_t stride, int64_t count) {
+  if (stride == 1) return T::load(p, count);
+  float lanes[Vec::kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = T::load(p[i * stride]);
+  return Vec::load(lanes);
 }
 
-// out[i * out_stride] = element offset + i * stride of an array of `type`.
+// p[0], p[stride], ... = the first `count` lanes.
+template <class T>
+inline void store_lanes(typename T::Element* p, int64_t stride, int64_t count, Vec values) {
+  if (stride == 1) return T::store(p, values, count);
+  float lanes[Vec::kLanes];
+  values.store(lanes);
+  for (int64_t i = 0; i < count; ++i) p[i * stride] = T::store(lanes[i]);
+}
+
+// out[i] = element offset + i * stride of an array, for i < count; 0 up to `columns`.
 inline void load(const void* data, Type type, int64_t offset, int64_t stride, int64_t count,
-                 float* out, int64_t out_stride = 1) {
-  if (type == Type::kFloat32) {
-    const float* from = static_cast<const float*>(data) + offset;
-    for (int64_t i = 0; i < count; ++i) out[i * out_stride] = from[i * stride];
-  } else if (type == Type::kBFloat16) {
-    const uint16_t* from = static_cast<const uint16_t*>(data) + offset;
-    load_16_bit<BFloat16>(from, stride, count, out, out_stride);
-  } else {
-    const uint16_t* from = static_cast<const uint16_t*>(data) + offset;
-    load_16_bit<Half>(from, stride, count, out, out_stride);
-  }
+                 int64_t columns, float* out) {
+  with_type(type, [&](auto kind) {
+    using T = decltype(kind);
+    const auto* from = static_cast<const typename T::Element*>(data) + offset;
+    int64_t i = 0;
+    for (; i < count; i += Vec::kLanes) {
+      const int64_t some = count - i < Vec::kLanes ? count - i : Vec::kLanes;
+      const Vec values = load_lanes<T>(from + i * stride, stride, some);
+      Float32::store(out + i, values, columns - i < Vec::kLanes ? columns - i : Vec::kLanes);
+    }
+    for (; i < columns; ++i) out[i] = 0.0f;
+  });
 }
 
-// Element offset + i * stride of an array of `type` = in[i].
+// Element offset + i * stride of an array = factor * in[i].
 inline void store(void* data, Type type, int64_t offset, int64_t stride, int64_t count,
-                  const float* in) {
-  if (type == Type::kFloat32) {
-    float* to = static_cast<float*>(data) + offset;
-    for (int64_t i = 0; i < count; ++i) to[i * stride] = in[i];
-  } else if (type == Type::kBFloat16) {
-    store_16_bit<BFloat16>(static_cast<uint16_t*>(data) + offset, stride, count, in);
-  } else {
-    store_16_bit<Half>(static_cast<uint16_t*>(data) + offset, stride, count, in);
-  }
+                  float factor, const float* in) {
+  with_type(type, [&](auto kind) {
+    using T = decltype(kind);
+    auto* to = static_cast<typename T::Element*>(data) + offset;
+    for (int64_t i = 0; i < count; i += Vec::kLanes) {
+      const int64_t some = count - i < Vec::kLanes ? count - i : Vec::kLanes;
+      const Vec values = Float32::load(in + i, some) * Vec::set(factor);
+      store_lanes<T>(to + i * stride, stride, some, values);
+    }
+  });
+}
+
+inline void convert(const float* from, void* to, Type type, int64_t count) {
+  store(to, type, 0, 1, count, 1.0f, from);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ extern const KernelTable scalar_kernels;
 #if defined(__x86_64__)
 extern const KernelTable avx2_kernels;
 extern const KernelTable avx512_kernels;
+extern const KernelTable avx512bf16_kernels;
 #endif
 
 namespace {
@@ -28,6 +29,8 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 struct Row {
@@ -38,6 +41,7 @@ struct Row {
 // Best first.
 const Row kTables[] = {
 #if defined(__x86_64__)
+    {&avx512bf16_kernels, has_avx512bf16},
     {&avx512_kernels, has_avx512},
     {&avx2_kernels, has_avx2},
 #endif

@@ -2,7 +2,7 @@
 // (fastfusion/_philox.py has the definition).
 #pragma once
 
-#include "tile.h"
+#include "softmax.h"
 
 namespace ff {
 namespace {
@@ -29,17 +29,17 @@ struct Philox {
 };
 
 // factor[j][i] = keep_scale where dropout keeps the score of query + i and the block's key j.
-inline void dropout_factors(const Attention& p, int64_t b, int64_t h, int64_t query,
-                            const Keys& keys, int64_t first, int64_t count, int64_t columns,
-                            float* factor) {
-  const uint32_t slice = uint32_t(b * p.heads + h);
+inline void dropout_factors(const Scores& scores, const Block& block, float* factor) {
+  const Attention& p = scores.p;
+  const int64_t query = scores.query, columns = scores.columns, count = block.count;
+  const uint32_t slice = uint32_t(scores.b * p.heads + scores.h);
   const auto keep = [&](uint32_t word) { return word >= p.threshold ? p.keep_scale : 0.0f; };
   Philox random;
   if (p.dropout_stream == 0) {  // a counter is a query and four keys
     for (int64_t j = 0; j < count;) {
-      const int64_t group = keys[first + j] / 4;
+      const int64_t group = block[j] / 4;
       int64_t end = j;
-      while (end < count && keys[first + end] / 4 == group) ++end;
+      while (end < count && block[end] / 4 == group) ++end;
       for (int64_t i = 0; i < columns; i += Philox::kWide) {
         const int64_t wide = columns - i < Philox::kWide ? columns - i : Philox::kWide;
         for (int64_t l = 0; l < Philox::kWide; ++l) {
@@ -49,17 +49,17 @@ inline void dropout_factors(const Attention& p, int64_t b, int64_t h, int64_t qu
         random.run(p.seed);
         for (int64_t k = j; k < end; ++k)
           for (int64_t l = 0; l < wide; ++l)
-            factor[k * columns + i + l] = keep(random.c[keys[first + k] % 4][l]);
+            factor[k * columns + i + l] = keep(random.c[block[k] % 4][l]);
       }
       j = end;
     }
     return;
   }
   // The other direction of a bidirectional call: a counter is a key and four queries.
-  static_assert(kPanel / 4 + 1 <= Philox::kWide);
+  // A panel of up to 48 queries has at most 13 such counters.
   for (int64_t j = 0; j < count; ++j) {
     for (int64_t l = 0; l < Philox::kWide; ++l) {
-      random.c[0][l] = uint32_t(query / 4 + l), random.c[1][l] = uint32_t(keys[first + j]);
+      random.c[0][l] = uint32_t(query / 4 + l), random.c[1][l] = uint32_t(block[j]);
       random.c[2][l] = slice, random.c[3][l] = 1;
     }
     random.run(p.seed);

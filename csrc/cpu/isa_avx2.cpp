@@ -6,6 +6,7 @@
 namespace ff {
 
 extern const KernelTable avx2_kernels;
-const KernelTable avx2_kernels{"avx2", Vec::kLanes, attention_forward, attention_backward, convert};
+const KernelTable avx2_kernels{"avx2", Vec::kLanes, attention_forward<Float32Math>,
+                               attention_backward<Float32Math>, convert};
 
 }  // namespace ff

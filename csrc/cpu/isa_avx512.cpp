@@ -6,7 +6,7 @@
 namespace ff {
 
 extern const KernelTable avx512_kernels;
-const KernelTable avx512_kernels{"avx512", Vec::kLanes, attention_forward, attention_backward,
-                                 convert};
+const KernelTable avx512_kernels{"avx512", Vec::kLanes, attention_forward<Float32Math>,
+                                 attention_backward<Float32Math>, convert};
 
 }  // namespace ff

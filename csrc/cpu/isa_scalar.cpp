@@ -6,7 +6,7 @@
 namespace ff {
 
 extern const KernelTable scalar_kernels;
-const KernelTable scalar_kernels{"scalar", Vec::kLanes, attention_forward, attention_backward,
-                                 convert};
+const KernelTable scalar_kernels{"scalar", Vec::kLanes, attention_forward<Float32Math>,
+                                 attention_backward<Float32Math>, convert};
 
 }  // namespace ff

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace ff {
 namespace {
@@ -13,27 +14,28 @@ struct Vec {
   static constexpr int kRegisters = 16;
   __m256 v;
 
+  static __m256i first(int64_t count) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lanes);
+  }
+
   static Vec zero() { return {_mm256_setzero_ps()}; }
   static Vec set(float x) { return {_mm256_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load(const float* p, int64_t count) { return {_mm256_maskload_ps(p, first(count))}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(float* p, int64_t count) const { _mm256_maskstore_ps(p, first(count), v); }
 
-  float total() const {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-  }
-
-  static Vec load_bfloat16(const uint16_t* p) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  static Vec load_bfloat16(const uint16_t* p, int64_t count) {
+    const __m256i wide = _mm256_cvtepu16_epi32(load_16_bit(p, count));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
   }
 
-  static Vec load_half(const uint16_t* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))};
+  static Vec load_half(const uint16_t* p, int64_t count) {
+    return {_mm256_cvtph_ps(load_16_bit(p, count))};
   }
 
-  void store_bfloat16(uint16_t* p) const {
+  void store_bfloat16(uint16_t* p, int64_t count) const {
     const __m256i bits = _mm256_castps_si256(v), high = _mm256_srli_epi32(bits, 16);
     const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
     const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
@@ -42,11 +44,65 @@ struct Vec {
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i kept = _mm256_blendv_epi8(rounded, quiet, nan);
     const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x08);
-    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(pairs));
+    store_16_bit(p, count, _mm256_castsi256_si128(pairs));
   }
 
-  void store_half(uint16_t* p) const {
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  void store_half(uint16_t* p, int64_t count) const {
+    store_16_bit(p, count, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  // All bits set where p[i] is true, none elsewhere.
+  static Vec load_bool(const bool* p, int64_t count) {
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, p, size_t(count));
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes)));
+    return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(wide, _mm256_setzero_si256()))};
+  }
+
+  // Bit by bit a where `bits` has ones, else b.
+  static Vec select(Vec bits, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, bits.v)}; }
+
+  // All bits set in the lanes where |a| > bound; not in those of a NaN.
+  static Vec larger(Vec a, Vec bound) {
+    const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v);
+    return {_mm256_cmp_ps(size, bound.v, _CMP_GT_OQ)};
+  }
+
+  static bool any(Vec bits) { return _mm256_movemask_ps(bits.v) != 0; }
+
+  float total() const {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+
+  // Lane i: the sum of r[i], all in the same order.
+  static Vec totals(const Vec* r) {
+    const __m256 low =
+        _mm256_hadd_ps(_mm256_hadd_ps(r[0].v, r[1].v), _mm256_hadd_ps(r[2].v, r[3].v));
+    const __m256 high =
+        _mm256_hadd_ps(_mm256_hadd_ps(r[4].v, r[5].v), _mm256_hadd_ps(r[6].v, r[7].v));
+    return {_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
+                          _mm256_permute2f128_ps(low, high, 0x31))};
+  }
+
+  // Rows become columns.
+  static void transpose(Vec* r) {
+    __m256 pairs[8], fours[8];
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
+      pairs[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      fours[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+      fours[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+      fours[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+      fours[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+    }
+    for (int j = 0; j < 4; ++j) {
+      r[j].v = _mm256_permute2f128_ps(fours[j], fours[j + 4], 0x20);
+      r[j + 4].v = _mm256_permute2f128_ps(fours[j], fours[j + 4], 0x31);
+    }
   }
 
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -54,19 +110,39 @@ struct Vec {
   friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
   friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  // The second operand where either is NaN.
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 
   static Vec round(Vec a) {
     return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
   }
 
-  static Vec scale(Vec a, Vec n) {
-    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  // x - floor(x), which rounding may make 1; some number from 0 to 1 for -inf.
+  static Vec fraction(Vec x) {
+    const Vec bounded = max(set(-127.0f), x);
+    return bounded - Vec{_mm256_floor_ps(bounded.v)};
+  }
+
+  // a * 2^floor(x) for x up to 127; 0 below -126, where the numbers become subnormal.
+  static Vec scale(Vec a, Vec x) {
+    const __m256 n = _mm256_floor_ps(max(set(-127.0f), x).v);
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
   }
 
-  static Vec zero_below(Vec a, Vec bound, Vec b) {
-    return {_mm256_andnot_ps(_mm256_cmp_ps(a.v, bound.v, _CMP_LT_OQ), b.v)};
+ private:
+  static __m128i load_16_bit(const uint16_t* p, int64_t count) {
+    if (count == kLanes) return _mm_loadu_si128((const __m128i*)p);
+    uint16_t some[kLanes] = {};
+    std::memcpy(some, p, size_t(count) * sizeof *p);
+    return _mm_loadu_si128((const __m128i*)some);
+  }
+
+  static void store_16_bit(uint16_t* p, int64_t count, __m128i values) {
+    if (count == kLanes) return _mm_storeu_si128((__m128i*)p, values);
+    uint16_t all[kLanes];
+    _mm_storeu_si128((__m128i*)all, values);
+    std::memcpy(p, all, size_t(count) * sizeof *p);
   }
 };
 

@@ -1,4 +1,4 @@
-// Sixteen float lanes: AVX-512 F.
+// Sixteen float lanes: AVX-512 F, BW, DQ, VL.
 #pragma once
 
 #include <immintrin.h>
@@ -13,23 +13,30 @@ struct Vec {
   static constexpr int kRegisters = 32;
   __m512 v;
 
+  static __mmask16 first(int64_t count) { return __mmask16((1u << count) - 1); }
+
   static Vec zero() { return {_mm512_setzero_ps()}; }
   static Vec set(float x) { return {_mm512_set1_ps(x)}; }
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load(const float* p, int64_t count) {
+    return {_mm512_maskz_loadu_ps(first(count), p)};
+  }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(float* p, int64_t count) const { _mm512_mask_storeu_ps(p, first(count), v); }
 
-  float total() const { return _mm512_reduce_add_ps(v); }
-
-  static Vec load_bfloat16(const uint16_t* p) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+  static Vec load_bfloat16(const uint16_t* p, int64_t count) {
+    const __m512i wide = _mm512_cvtepu16_epi32(load_16_bit(p, count));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
   }
 
-  static Vec load_half(const uint16_t* p) {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
+  static Vec load_half(const uint16_t* p, int64_t count) {
+    return {_mm512_cvtph_ps(load_16_bit(p, count))};
   }
 
-  void store_bfloat16(uint16_t* p) const {
+  void store_bfloat16(uint16_t* p, int64_t count) const {
+#ifdef __AVX512BF16__
+    store_16_bit(p, count, (__m256i)_mm512_cvtneps_pbh(v));
+#else
     const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
     const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
     const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
@@ -37,11 +44,79 @@ struct Vec {
     const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, quiet);
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(kept));
+    store_16_bit(p, count, _mm512_cvtepi32_epi16(kept));
+#endif
   }
 
-  void store_half(uint16_t* p) const {
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  void store_half(uint16_t* p, int64_t count) const {
+    store_16_bit(p, count, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  // All bits set where p[i] is true, none elsewhere.
+  static Vec load_bool(const bool* p, int64_t count) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(first(count), p);
+    return {_mm512_castsi512_ps(_mm512_movm_epi32(_mm_test_epi8_mask(bytes, bytes)))};
+  }
+
+  // Bit by bit a where `bits` has ones, else b.
+  static Vec select(Vec bits, Vec a, Vec b) {
+    const __m512i chosen = _mm512_ternarylogic_epi32(
+        _mm512_castps_si512(bits.v), _mm512_castps_si512(a.v), _mm512_castps_si512(b.v), 0xca);
+    return {_mm512_castsi512_ps(chosen)};
+  }
+
+  // All bits set in the lanes where |a| > bound; not in those of a NaN.
+  static Vec larger(Vec a, Vec bound) {
+    const __mmask16 found = _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), bound.v, _CMP_GT_OQ);
+    return {_mm512_castsi512_ps(_mm512_movm_epi32(found))};
+  }
+
+  static bool any(Vec bits) { return _mm512_movepi32_mask(_mm512_castps_si512(bits.v)) != 0; }
+
+  float total() const { return _mm512_reduce_add_ps(v); }
+
+  // Lane i: the sum of r[i], all in the same order.
+  static Vec totals(const Vec* r) {
+    __m512 eight[8], four[4];
+    for (int i = 0; i < 8; ++i)
+      eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(r[i].v, r[i + 8].v, 0x44),
+                               _mm512_shuffle_f32x4(r[i].v, r[i + 8].v, 0xee));
+    for (int i = 0; i < 4; ++i)
+      four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(eight[i], eight[i + 4], 0x88),
+                              _mm512_shuffle_f32x4(eight[i], eight[i + 4], 0xdd));
+    const __m512d even = _mm512_castps_pd(
+        _mm512_add_ps(_mm512_unpacklo_ps(four[0], four[1]), _mm512_unpackhi_ps(four[0], four[1])));
+    const __m512d odd = _mm512_castps_pd(
+        _mm512_add_ps(_mm512_unpacklo_ps(four[2], four[3]), _mm512_unpackhi_ps(four[2], four[3])));
+    const __m512 sums = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)),
+                                      _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+    return {_mm512_shuffle_f32x4(sums, sums, 0xd8)};  // fours of rows stood as 0, 2, 1, 3
+  }
+
+  // Rows become columns.
+  static void transpose(Vec* r) {
+    __m512d pairs[16];
+    for (int i = 0; i < 16; i += 2) {
+      pairs[i] = _mm512_castps_pd(_mm512_unpacklo_ps(r[i].v, r[i + 1].v));
+      pairs[i + 1] = _mm512_castps_pd(_mm512_unpackhi_ps(r[i].v, r[i + 1].v));
+    }
+    __m512 fours[16];  // fours[4 * i + j]: rows 4 i .. 4 i + 3 of columns j, j + 4, j + 8, j + 12
+    for (int i = 0; i < 16; i += 4) {
+      fours[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[i], pairs[i + 2]));
+      fours[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[i], pairs[i + 2]));
+      fours[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[i + 1], pairs[i + 3]));
+      fours[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[i + 1], pairs[i + 3]));
+    }
+    for (int j = 0; j < 4; ++j) {
+      const __m512 even = _mm512_shuffle_f32x4(fours[j], fours[j + 4], 0x88);
+      const __m512 odd = _mm512_shuffle_f32x4(fours[j], fours[j + 4], 0xdd);
+      const __m512 even2 = _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0x88);
+      const __m512 odd2 = _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0xdd);
+      r[j].v = _mm512_shuffle_f32x4(even, even2, 0x88);
+      r[j + 4].v = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+      r[j + 8].v = _mm512_shuffle_f32x4(even, even2, 0xdd);
+      r[j + 12].v = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+    }
   }
 
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -49,12 +124,25 @@ struct Vec {
   friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
   friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  // The second operand where either is NaN.
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-  static Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, 0)}; }
-  static Vec scale(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 
-  static Vec zero_below(Vec a, Vec bound, Vec b) {
-    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, bound.v, _CMP_NLT_UQ), b.v)};
+  static Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
+  // x - floor(x), which rounding may make 1; 0 for -inf.
+  static Vec fraction(Vec x) { return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF)}; }
+  // a * 2^floor(x) for x up to 127; 0 for -inf.
+  static Vec scale(Vec a, Vec x) { return {_mm512_scalef_ps(a.v, x.v)}; }
+
+ private:
+  static __m256i load_16_bit(const uint16_t* p, int64_t count) {
+    if (count == kLanes) return _mm256_loadu_si256((const __m256i*)p);
+    return _mm256_maskz_loadu_epi16(first(count), p);
+  }
+
+  // A store with a mask takes several times as long as one without (AMD).
+  static void store_16_bit(uint16_t* p, int64_t count, __m256i values) {
+    if (count == kLanes) return _mm256_storeu_si256((__m256i*)p, values);
+    _mm256_mask_storeu_epi16(p, first(count), values);
   }
 };
 

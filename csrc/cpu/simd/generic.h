@@ -60,25 +60,77 @@ struct Vec {
   static Vec load(const float* p) { return {*reinterpret_cast<const Native*>(p)}; }
   void store(float* p) const { *reinterpret_cast<Native*>(p) = v; }
 
-  static Vec load_bfloat16(const uint16_t* p) {
-    return {Native{bfloat16_to_float(p[0]), bfloat16_to_float(p[1]), bfloat16_to_float(p[2]),
-                   bfloat16_to_float(p[3])}};
+  static Vec load(const float* p, int64_t count) {
+    Vec result = zero();
+    for (int64_t i = 0; i < count; ++i) result.v[i] = p[i];
+    return result;
   }
 
-  static Vec load_half(const uint16_t* p) {
-    return {
-        Native{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])}};
+  void store(float* p, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) p[i] = v[i];
   }
 
-  void store_bfloat16(uint16_t* p) const {
-    for (int i = 0; i < kLanes; ++i) p[i] = float_to_bfloat16(v[i]);
+  static Vec load_bfloat16(const uint16_t* p, int64_t count) {
+    Vec result = zero();
+    for (int64_t i = 0; i < count; ++i) result.v[i] = bfloat16_to_float(p[i]);
+    return result;
   }
 
-  void store_half(uint16_t* p) const {
-    for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(v[i]);
+  static Vec load_half(const uint16_t* p, int64_t count) {
+    Vec result = zero();
+    for (int64_t i = 0; i < count; ++i) result.v[i] = half_to_float(p[i]);
+    return result;
+  }
+
+  void store_bfloat16(uint16_t* p, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) p[i] = float_to_bfloat16(v[i]);
+  }
+
+  void store_half(uint16_t* p, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) p[i] = float_to_half(v[i]);
+  }
+
+  // All bits set where p[i] is true, none elsewhere.
+  static Vec load_bool(const bool* p, int64_t count) {
+    Integers bits{};
+    for (int64_t i = 0; i < count; ++i) bits[i] = p[i] ? -1 : 0;
+    return {reinterpret_cast<Native>(bits)};
+  }
+
+  // Bit by bit a where `bits` has ones, else b.
+  static Vec select(Vec bits, Vec a, Vec b) {
+    const Integers chosen = reinterpret_cast<Integers>(bits.v);
+    return {reinterpret_cast<Native>((reinterpret_cast<Integers>(a.v) & chosen) |
+                                     (reinterpret_cast<Integers>(b.v) & ~chosen))};
+  }
+
+  // All bits set in the lanes where |a| > bound; not in those of a NaN.
+  static Vec larger(Vec a, Vec bound) {
+    const Integers size = reinterpret_cast<Integers>(a.v) & 0x7fffffff;
+    return {reinterpret_cast<Native>(reinterpret_cast<Native>(size) > bound.v)};
+  }
+
+  static bool any(Vec bits) {
+    const Integers lanes = reinterpret_cast<Integers>(bits.v);
+    return (lanes[0] | lanes[1] | lanes[2] | lanes[3]) != 0;
   }
 
   float total() const { return (v[0] + v[1]) + (v[2] + v[3]); }
+
+  // Lane i: the sum of r[i], all in the same order.
+  static Vec totals(const Vec* r) {
+    return {Native{r[0].total(), r[1].total(), r[2].total(), r[3].total()}};
+  }
+
+  // Rows become columns.
+  static void transpose(Vec* r) {
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < i; ++j) {
+        const float below = r[i].v[j];
+        r[i].v[j] = r[j].v[i];
+        r[j].v[i] = below;
+      }
+  }
 
   friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
@@ -96,24 +148,29 @@ struct Vec {
   // The second operand where either is NaN, as the x86 instruction.
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 
+  // For |a| below 2^22.
   static Vec round(Vec a) {
     const Native magic = set(12582912.0f).v;  // 1.5 * 2^23 pushes the fraction out
     return {(a.v + magic) - magic};
   }
 
-  // a * 2^n for an integral n in [-126, 127].
-  static Vec scale(Vec a, Vec n) {
-    Integers bits = __builtin_convertvector(n.v, Integers);
-    bits = (bits + 127) << 23;
-    Native power;
-    std::memcpy(&power, &bits, sizeof power);
-    return {a.v * power};
+  // x - floor(x), which rounding may make 1; some number from 0 to 1 for -inf.
+  static Vec fraction(Vec x) {
+    const Vec bounded = max(set(-127.0f), x);
+    return bounded - floor(bounded);
   }
 
-  // 0 where a < bound, else b; a NaN in a keeps b.
-  static Vec zero_below(Vec a, Vec bound, Vec b) {
-    const Native zeros{};
-    return {a.v < bound.v ? zeros : b.v};
+  // a * 2^floor(x) for x up to 127; 0 below -126, where the numbers become subnormal.
+  static Vec scale(Vec a, Vec x) {
+    Integers bits = __builtin_convertvector(floor(max(set(-127.0f), x)).v, Integers);
+    bits = (bits + 127) << 23;
+    return {a.v * reinterpret_cast<Native>(bits)};
+  }
+
+ private:
+  static Vec floor(Vec a) {
+    const Native nearest = round(a).v;
+    return {nearest > a.v ? nearest - 1.0f : nearest};
   }
 };
 

@@ -1,0 +1,13 @@
+#include "simd/avx512bf16.h"
+
+#include "attention.h"
+#include "attention_backward.h"
+#include "operands_bfloat16.h"
+
+namespace ff {
+
+extern const KernelTable avx512bf16_kernels;
+const KernelTable avx512bf16_kernels{"avx512bf16", Vec::kLanes, attention_forward<BFloat16Math>,
+                                     attention_backward<BFloat16Math>, convert};
+
+}  // namespace ff

@@ -1,0 +1,182 @@
+// Products of matrices in register tiles, over the arithmetic of an element type.
+//
+// A row's result must not depend on its neighbours, on threads or on where a tile ends: each
+// element is one chain of fused multiply-adds in ascending order, whatever tile computes it.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "kernels.h"
+
+namespace ff {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+inline int64_t padded(int64_t n) { return (n + Vec::kLanes - 1) / Vec::kLanes * Vec::kLanes; }
+
+// Products of float32 operands. An arithmetic says how many elements of the summed dimension a
+// lane takes at once, kDepth; `BFloat16Math` takes two.
+struct Float32Math {
+  using Element = float;
+  static constexpr int kDepth = 1;
+  using Operand = Vec;
+
+  static Operand broadcast(const float* p) { return Vec::set(*p); }
+  static Operand load(const float* p) { return Vec::load(p); }
+  static Vec add_product(Operand a, Operand b, Vec sum) { return Vec::fma(a, b, sum); }
+};
+
+// The left operand: kDepth elements of row r and step s stand at data + r * row + s * step.
+template <class Math>
+struct Left {
+  const typename Math::Element* data;
+  int64_t row, step;
+};
+
+// The right operand: the lanes of step s, kDepth elements each, stand at data + s * step.
+template <class Math>
+struct Right {
+  const typename Math::Element* data;
+  int64_t step;
+};
+
+// What becomes of a product: the sums of rows `row` to `row + R` and of N vectors of columns.
+
+struct Store {
+  float* to;
+  int64_t stride;
+
+  template <int R, int N>
+  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n)
+        sum[r][n].store(to + (row + r) * stride + column + n * Vec::kLanes);
+  }
+};
+
+// Stores, and takes the maximum of every column. A NaN is passed over.
+struct StoreMaximum {
+  float* to;
+  int64_t stride;
+  float* maximum;
+
+  template <int R, int N>
+  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const int64_t lane = column + n * Vec::kLanes;
+      Vec largest = Vec::load(maximum + lane);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        sum[r][n].store(to + (row + r) * stride + lane);
+        largest = Vec::max(sum[r][n], largest);
+      }
+      largest.store(maximum + lane);
+    }
+  }
+};
+
+// to = to * factor[row] + product, or the product alone if it is the first.
+struct Rescale {
+  float* to;
+  int64_t stride;
+  const float* factor;
+  bool first;
+
+  template <int R, int N>
+  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
+    if (first) return Store{to, stride}(row, column, sum);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec scale = Vec::set(factor[row + r]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        float* at = to + (row + r) * stride + column + n * Vec::kLanes;
+        Vec::fma(Vec::load(at), scale, sum[r][n]).store(at);
+      }
+    }
+  }
+};
+
+template <class Math, int R, int N, class Finish>
+__attribute__((noinline)) void multiply_tile(const typename Math::Element* a, int64_t a_row,
+                                             int64_t a_step, const typename Math::Element* b,
+                                             int64_t b_step, int64_t steps, int64_t row,
+                                             int64_t column, const Finish& finish) {
+  Vec sum[R][N];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) sum[r][n] = Vec::zero();
+  for (int64_t s = 0; s < steps; ++s) {
+    typename Math::Operand lanes[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) lanes[n] = Math::load(b + n * Vec::kLanes * Math::kDepth);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const typename Math::Operand x = Math::broadcast(a + r * a_row);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sum[r][n] = Math::add_product(x, lanes[n], sum[r][n]);
+    }
+    a += a_step;
+    b += b_step;
+  }
+  finish(row, column, sum);
+}
+
+// As many rows as leave registers for N columns and one broadcast; beyond 8 rows of K at a stride
+// of 4 KiB their lines compete for the same 8 ways of the cache, which narrow tiles have to bear.
+template <int N>
+constexpr int kTileRows = Vec::kRegisters == 32 ? (N == 4   ? 6
+                                                   : N == 3 ? 8
+                                                            : 12)
+                                                : (N == 3   ? 4
+                                                   : N == 2 ? 6
+                                                            : 12);
+
+template <class Math, int N, class Finish, int... R>
+void multiply_columns(const Left<Math>& a, const Right<Math>& b, int64_t rows, int64_t steps,
+                      int64_t column, const Finish& finish, std::integer_sequence<int, R...>) {
+  using Tile =
+      void (*)(const typename Math::Element*, int64_t, int64_t, const typename Math::Element*,
+               int64_t, int64_t, int64_t, int64_t, const Finish&);
+  static constexpr Tile kTiles[] = {multiply_tile<Math, R + 1, N, Finish>...};
+  constexpr int64_t kMost = sizeof...(R);
+  int64_t row = 0;
+  for (int64_t parts = (rows + kMost - 1) / kMost; parts > 0; --parts) {
+    const int64_t some = (rows - row + parts - 1) / parts;
+    kTiles[some - 1](a.data + row * a.row, a.row, a.step, b.data + column * Math::kDepth, b.step,
+                     steps, row, column, finish);
+    row += some;
+  }
+}
+
+// A B, `columns` a multiple of the lanes.
+template <class Math, class Finish>
+void multiply(const Left<Math>& a, const Right<Math>& b, int64_t rows, int64_t columns,
+              int64_t steps, const Finish& finish) {
+  constexpr int64_t kWidest = Vec::kRegisters == 32 ? 4 : 3;
+  const int64_t vectors = columns / Vec::kLanes;
+  int64_t done = 0;
+  for (int64_t parts = (vectors + kWidest - 1) / kWidest; parts > 0; --parts) {
+    const int64_t n = (vectors - done + parts - 1) / parts;
+    const auto run = [&]<int N>() {
+      multiply_columns<Math, N>(a, b, rows, steps, done * Vec::kLanes, finish,
+                                std::make_integer_sequence<int, kTileRows<N>>{});
+    };
+    if (n == 1) run.template operator()<1>();
+    if (n == 2) run.template operator()<2>();
+    if (n == 3) run.template operator()<3>();
+    if constexpr (kWidest == 4) {
+      if (n == 4) run.template operator()<4>();
+    }
+    done += n;
+  }
+}
+
+}  // namespace
+}  // namespace ff

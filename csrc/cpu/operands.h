@@ -1,0 +1,144 @@
+// The operands of the products: rows of K and V, in place where they can be read as they are, and
+// queries turned round so that lanes are queries.
+#pragma once
+
+#include <cstring>
+
+#include "convert.h"
+#include "matrix.h"
+
+namespace ff {
+namespace {
+
+// The keys that a batch entry attends to: all of the first `count`, or those of a list.
+struct Keys {
+  int64_t count;
+  const int32_t* list;
+
+  int64_t operator[](int64_t i) const { return list ? list[i] : i; }
+
+  // Whether `some` keys from the `first` on follow each other in memory.
+  bool adjacent(int64_t first, int64_t some) const {
+    return !list || some == 0 || list[first + some - 1] - list[first] == some - 1;
+  }
+
+  // How many of them come before `limit`.
+  int64_t before(int64_t limit) const {
+    int64_t low = 0, high = count;
+    if (!list) return limit < count ? limit : count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (list[middle] < limit) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+};
+
+// The keys of batch entry b below `limit`, into `list` if some are hidden.
+inline Keys visible_keys(const Attention& p, int64_t b, int64_t limit, int32_t* list) {
+  if (!p.padding) return {limit, nullptr};
+  int64_t count = 0;
+  for (int64_t j = 0; j < limit; ++j) {
+    list[count] = int32_t(j);
+    count += !p.padding[b * p.padding_batch + j * p.padding_column];
+  }
+  return {count, count == limit ? nullptr : list};
+}
+
+// Some of the keys: `count` from the `first` on.
+struct Block {
+  Keys keys;
+  int64_t first, count;
+
+  int64_t operator[](int64_t i) const { return keys[first + i]; }
+  bool adjacent() const { return keys.adjacent(first, count); }
+};
+
+// A (rows, columns) matrix: one head of an operand.
+struct Slice {
+  const void* data;
+  Type type;
+  int64_t offset, row, column;  // elements
+
+  Slice(const View& view, Type type, int64_t b, int64_t h)
+      : data(view.data),
+        type(type),
+        offset(b * view.batch + h * view.head),
+        row(view.row),
+        column(view.column) {}
+
+  template <class T>
+  const T* at(int64_t i) const {
+    return static_cast<const T*>(data) + offset + i * row;
+  }
+};
+
+inline void convert_rows(const Slice& from, const Block& block, int64_t dim, int64_t columns,
+                         float* buffer) {
+  for (int64_t i = 0; i < block.count; ++i)
+    load(from.data, from.type, from.offset + block[i] * from.row, from.column, dim, columns,
+         buffer + i * columns);
+}
+
+// What each arithmetic makes of an operand. Buffers hold `rows` x padded(dim) floats.
+template <class Math>
+struct Operands;
+
+template <>
+struct Operands<Float32Math> {
+  static constexpr int64_t steps(int64_t depth) { return depth; }
+
+  // Rows as the left operand, summed over the dim.
+  static Left<Float32Math> rows(const Slice& from, const Block& block, int64_t dim, float* buffer) {
+    if (from.type == Type::kFloat32 && from.column == 1 && block.adjacent()) {
+      return {from.at<float>(block[0]), from.row, 1};
+    }
+    convert_rows(from, block, dim, dim, buffer);
+    return {buffer, dim, 1};
+  }
+
+  // Rows as the right operand, summed over the rows; zeros from `dim` up to the next register.
+  static Right<Float32Math> columns(const Slice& from, const Block& block, int64_t dim,
+                                    float* buffer) {
+    const int64_t width = padded(dim);
+    if (from.type == Type::kFloat32 && from.column == 1 && block.adjacent() && width == dim) {
+      return {from.at<float>(block[0]), from.row};
+    }
+    convert_rows(from, block, dim, width, buffer);
+    return {buffer, width};
+  }
+
+  // Rows first .. first + count of `from`, times `factor`, as the right operand that is summed
+  // over the dim: lanes are rows, zeros past `count`.
+  static Right<Float32Math> lanes(const Slice& from, int64_t first, int64_t count, int64_t dim,
+                                  float factor, float* buffer) {
+    constexpr int64_t kLanes = Vec::kLanes;
+    const int64_t width = padded(count);
+    with_type(from.type, [&](auto kind) {
+      using T = decltype(kind);
+      for (int64_t i = 0; i < width; i += kLanes)
+        for (int64_t d = 0; d < dim; d += kLanes) {
+          const int64_t some = dim - d < kLanes ? dim - d : kLanes;
+          Vec tile[kLanes];
+#pragma GCC unroll 16
+          for (int64_t r = 0; r < kLanes; ++r) {
+            tile[r] = Vec::zero();
+            if (i + r < count) {
+              const auto* row = from.at<typename T::Element>(first + i + r);
+              tile[r] = load_lanes<T>(row + d * from.column, from.column, some) * Vec::set(factor);
+            }
+          }
+          Vec::transpose(tile);
+          for (int64_t c = 0; c < some; ++c) tile[c].store(buffer + (d + c) * width + i);
+        }
+    });
+    return {buffer, width};
+  }
+};
+
+}  // namespace
+}  // namespace ff

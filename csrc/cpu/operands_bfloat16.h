@@ -1,0 +1,137 @@
+// Operands of bfloat16 products: pairs along the summed dimension.
+#pragma once
+
+#include "attention_backward.h"
+#include "softmax.h"
+
+namespace ff {
+namespace {
+
+template <>
+struct Operands<BFloat16Math> {
+  static constexpr int64_t steps(int64_t depth) { return (depth + 1) / 2; }
+
+  static Left<BFloat16Math> rows(const Slice& from, const Block& block, int64_t dim,
+                                 float* buffer) {
+    if (from.column == 1 && block.adjacent() && dim % 2 == 0) {
+      return {from.at<uint16_t>(block[0]), from.row, 2};
+    }
+    auto* copy = reinterpret_cast<uint16_t*>(buffer);
+    const int64_t stride = 2 * steps(dim);
+    for (int64_t i = 0; i < block.count; ++i)
+      copy_row(from, block[i], 0, dim, stride, copy + i * stride);
+    return {copy, stride, 2};
+  }
+
+  static Right<BFloat16Math> columns(const Slice& from, const Block& block, int64_t dim,
+                                     float* buffer) {
+    constexpr int64_t kWide = 2 * Vec::kLanes;
+    const int64_t width = padded(dim);
+    auto* pairs = reinterpret_cast<uint16_t*>(buffer);
+    uint16_t copies[2][kWide];
+    const bool as_it_is = from.column == 1;
+    for (int64_t d = 0; d < dim; d += kWide) {
+      const int64_t some = dim - d < kWide ? dim - d : kWide;
+      const int64_t lanes = width - d < kWide ? width - d : kWide;
+      for (int64_t i = 0; i < block.count; i += 2) {
+        const uint16_t* row[2] = {nullptr, nullptr};
+        for (int64_t k = 0; k < 2 && i + k < block.count; ++k) {
+          row[k] = as_it_is ? from.at<uint16_t>(block[i + k]) + d : copies[k];
+          if (!as_it_is) copy_row(from, block[i + k], d, some, kWide, copies[k]);
+        }
+        BFloat16Math::store_pairs(pairs + i * width + 2 * d, row[0], row[1], some, lanes);
+      }
+    }
+    return {pairs, 2 * width};
+  }
+
+  // The sign of `factor` is all that is multiplied in: the rest would round.
+  static Right<BFloat16Math> lanes(const Slice& from, int64_t first, int64_t count, int64_t dim,
+                                   float factor, float* buffer) {
+    constexpr int64_t kLanes = Vec::kLanes;
+    const int64_t width = padded(count), pairs = steps(dim);
+    const bool as_it_is = from.column == 1 && dim % 2 == 0 && !(factor < 0.0f);
+    uint16_t copy[2 * kLanes];
+    for (int64_t i = 0; i < width; i += kLanes)
+      for (int64_t d = 0; d < pairs; d += kLanes) {
+        const int64_t some = pairs - d < kLanes ? pairs - d : kLanes;
+        Vec tile[kLanes];
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kLanes; ++r) {
+          tile[r] = Vec::zero();
+          if (i + r >= count) continue;
+          const uint16_t* row = from.at<uint16_t>(first + i + r) + 2 * d;
+          if (!as_it_is) {
+            const int64_t left = dim - 2 * d < 2 * some ? dim - 2 * d : 2 * some;
+            copy_row(from, first + i + r, 2 * d, left, 2 * some, copy);
+            for (int64_t k = 0; k < left && factor < 0.0f; ++k) copy[k] ^= 0x8000u;
+            row = copy;
+          }
+          tile[r] = BFloat16Math::load_pairs(row, some);
+        }
+        Vec::transpose(tile);
+        for (int64_t c = 0; c < some; ++c) tile[c].store(buffer + (d + c) * width + i);
+      }
+    return {reinterpret_cast<const uint16_t*>(buffer), 2 * width};
+  }
+
+ private:
+  // to[c] = row i, columns first .. first + count, and zeros up to `columns`.
+  static void copy_row(const Slice& from, int64_t i, int64_t first, int64_t count, int64_t columns,
+                       uint16_t* to) {
+    const uint16_t* row = from.at<uint16_t>(i) + first * from.column;
+    for (int64_t c = 0; c < count; ++c) to[c] = row[c * from.column];
+    for (int64_t c = count; c < columns; ++c) to[c] = 0;
+  }
+};
+
+template <>
+struct Weights<BFloat16Math> {
+  static constexpr Precision kPrecision = Precision::kBFloat16;
+
+  // Over the scores: pair k / 2 stands where score k / 2 stood, which has been read by then.
+  static void store(float* scores, int64_t key, int64_t columns, const Vec* weights,
+                    int64_t count) {
+    for (int64_t k = 0; k < count; k += 2) {
+      auto* to = reinterpret_cast<uint16_t*>(scores + (key + k) / 2 * columns);
+      BFloat16Math::store_pairs(to, weights[k], k + 1 < count ? weights[k + 1] : Vec::zero());
+    }
+  }
+
+  static Left<BFloat16Math> operand(const float* scores, int64_t columns) {
+    return {reinterpret_cast<const uint16_t*>(scores), 2, 2 * columns};
+  }
+};
+
+template <>
+struct Gradients<BFloat16Math> {
+  // Rounds both to bfloat16, each row in its place, and dS once more as pairs of keys.
+  static void pack(int64_t count, int64_t columns, float* scores, float* grad_scores,
+                   float* pairs) {
+    for (int64_t j = 0; j < count; j += 2) {
+      for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
+        const float* row = grad_scores + j * columns + lane;
+        const Vec next = j + 1 < count ? Vec::load(row + columns) : Vec::zero();
+        auto* to = reinterpret_cast<uint16_t*>(pairs + j / 2 * columns + lane);
+        BFloat16Math::store_pairs(to, Vec::load(row), next);
+      }
+    }
+    for (float* part : {scores, grad_scores})
+      for (int64_t j = 0; j < count; ++j)
+        for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
+          float* row = part + j * columns;
+          BFloat16Math::store(reinterpret_cast<uint16_t*>(row) + lane, Vec::load(row + lane));
+        }
+  }
+
+  static Left<BFloat16Math> by_key(const float* scores, int64_t columns) {
+    return {reinterpret_cast<const uint16_t*>(scores), 2 * columns, 2};
+  }
+
+  static Left<BFloat16Math> by_query(const float*, const float* pairs, int64_t columns) {
+    return {reinterpret_cast<const uint16_t*>(pairs), 2, 2 * columns};
+  }
+};
+
+}  // namespace
+}  // namespace ff

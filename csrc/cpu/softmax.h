@@ -1,0 +1,210 @@
+// Scores of one block, keys down and queries across, from products to exponentials.
+#pragma once
+
+#include <cmath>
+
+#include "operands.h"
+
+namespace ff {
+namespace {
+
+constexpr int64_t kBlock = 256;  // keys in one accumulation chain: longer ones lose accuracy
+
+// How finely the weights of a softmax are computed: float32 is what sums over float32 deserve, with
+// errors of 7e-8; kBFloat16 is for weights that are rounded to bfloat16 next, which errs by 2e-3.
+enum class Precision { kFloat32, kBFloat16 };
+
+// exp(x) for x <= 0 (a little above is fine) by minimax polynomials for 2^f; NaN stays, -inf
+// gives 0.
+template <Precision kPrecision>
+inline Vec exp(Vec x) {
+  const Vec log2e = Vec::set(1.44269504f);
+  if constexpr (kPrecision == Precision::kBFloat16) {
+    const Vec y = x * log2e, f = Vec::fraction(y);  // in [0, 1]: degree 3 errs by 9e-5
+    Vec p = Vec::set(7.706704736e-02f);
+    p = Vec::fma(p, f, Vec::set(2.276449949e-01f));
+    p = Vec::fma(p, f, Vec::set(6.951167583e-01f));
+    return Vec::scale(Vec::fma(p, f, Vec::set(1.0f)), y);
+  }
+  // The fraction by an fma with the same x: that of a rounded product would err by 2e-7 at x = -5.
+  const Vec bounded = Vec::max(Vec::set(-200.0f), x);
+  const Vec n = Vec::round(bounded * log2e);
+  const Vec f = Vec::fma(bounded, log2e, Vec::zero() - n);  // in [-1/2, 1/2]
+  Vec p = Vec::set(1.535336196e-04f);  // degree 6 errs by 2e-9; 5 would add 8e-8, too much where a
+  p = Vec::fma(p, f, Vec::set(1.339887502e-03f));  // softmax has a handful of keys
+  p = Vec::fma(p, f, Vec::set(9.618436918e-03f));
+  p = Vec::fma(p, f, Vec::set(5.550332367e-02f));
+  p = Vec::fma(p, f, Vec::set(2.402264774e-01f));
+  p = Vec::fma(p, f, Vec::set(6.931471825e-01f));
+  return Vec::scale(Vec::fma(p, f, Vec::set(1.0f)), n);
+}
+
+// A sum over keys in four chains: one chain of 256 positive terms errs by 4e-7, and that error is
+// common to a whole row of weights.
+struct FourSums {
+  Vec part[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+
+  Vec total() const { return (part[0] + part[1]) + (part[2] + part[3]); }
+};
+
+// The running maximum, sum and factor of the online softmax, one value per query.
+struct Statistics {
+  float *maximum, *sum, *rescale;
+
+  void clear(int64_t columns) const {
+    for (int64_t i = 0; i < columns; ++i) maximum[i] = -kInfinity, sum[i] = 0.0f;
+  }
+};
+
+// The maximum with 0 in place of -inf, a row without a key so far: -inf - -inf would be NaN.
+inline Vec finite(Vec maximum) {
+  const Vec endless = Vec::larger(maximum, Vec::set(3.4028235e38f));
+  return Vec::select(endless, Vec::max(maximum, Vec::zero()), maximum);
+}
+
+// exp(unit * score - maximum), exactly 1 at the maximum if the unit is 1. The maximum goes first:
+// masks of finfo.min would overflow when multiplied.
+template <Precision kPrecision = Precision::kFloat32>
+inline Vec exponential(Vec score, float unit, Vec maximum) {
+  return exp<kPrecision>(Vec::fma(score, Vec::set(unit), Vec::zero() - maximum));
+}
+
+// 1 / sum; 0 for a row without a key.
+inline float inverse(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+
+// maximum + log(sum); -inf for a row without a key.
+inline float log_sum(float maximum, float sum) {
+  return sum == 0.0f ? -kInfinity : float(double(maximum) + std::log(double(sum)));
+}
+
+// Bits or numbers of a mask: kLanes of them along its rows or columns.
+inline Vec mask_lanes(const void* data, Type type, int64_t offset, int64_t stride, int64_t count) {
+  if (type != Type::kBool) {
+    return with_type(type, [&](auto kind) {
+      using T = decltype(kind);
+      const auto* from = static_cast<const typename T::Element*>(data) + offset;
+      return load_lanes<T>(from, stride, count);
+    });
+  }
+  const bool* from = static_cast<const bool*>(data) + offset;
+  if (stride == 1) return Vec::load_bool(from, count);
+  bool lanes[Vec::kLanes];
+  for (int64_t i = 0; i < count; ++i) lanes[i] = from[i * stride];
+  return Vec::load_bool(lanes, count);
+}
+
+// Scores of `queries` from `query` on, against a block of keys. They count in units: the product
+// of a query and a key is `unit` times what stands there.
+struct Scores {
+  const Attention& p;
+  int64_t b, h, query, queries, columns;
+  float* data;
+};
+
+// Whether the diagonal hides some of a block's keys from some queries.
+inline bool crosses_diagonal(const Scores& s, const Block& block) {
+  return s.p.causal && block.count > 0 && block[block.count - 1] > s.query;
+}
+
+// Multiplies by `unit`, adds the mask, puts -inf where it or the diagonal hides a score, and takes
+// the maximum of every query.
+inline void mask_scores(const Scores& s, const Block& block, float unit, float* maximum) {
+  constexpr int64_t kLanes = Vec::kLanes;
+  const Attention& p = s.p;
+  const bool causal = crosses_diagonal(s, block);
+  const bool turned = p.mask.column == 1 && p.mask.row != 0 && block.adjacent();
+  const Vec hidden = Vec::set(-kInfinity), scale = Vec::set(unit);
+  const int64_t head = s.b * p.mask.batch + s.h * p.mask.head;
+  for (int64_t lane = 0; lane < s.columns; lane += kLanes) {
+    const int64_t query = s.query + lane;
+    const int64_t some = s.queries - lane < kLanes ? s.queries - lane : kLanes;
+    Vec largest = hidden;
+    for (int64_t first = 0; first < block.count; first += kLanes) {
+      const int64_t count = block.count - first < kLanes ? block.count - first : kLanes;
+      Vec bias[kLanes];
+      if (p.mask.data && turned) {
+        for (int64_t i = 0; i < kLanes; ++i)
+          bias[i] = i < some ? mask_lanes(p.mask.data, p.mask_type,
+                                          head + (query + i) * p.mask.row + block[first], 1, count)
+                             : Vec::zero();
+        Vec::transpose(bias);
+      } else if (p.mask.data) {
+        for (int64_t k = 0; k < count; ++k)
+          bias[k] = mask_lanes(p.mask.data, p.mask_type,
+                               head + query * p.mask.row + block[first + k] * p.mask.column,
+                               p.mask.row, some);
+      }
+      for (int64_t k = 0; k < count; ++k) {
+        float* at = s.data + (first + k) * s.columns + lane;
+        Vec score = Vec::load(at) * scale;
+        if (p.mask.data) {
+          score =
+              p.mask_type == Type::kBool ? Vec::select(bias[k], score, hidden) : score + bias[k];
+        }
+        score.store(at);
+        if (causal) {
+          const int64_t earlier = block[first + k] - query;  // queries before this key
+          for (int64_t i = 0; i < (earlier < kLanes ? earlier : kLanes); ++i) at[i] = -kInfinity;
+          score = Vec::load(at);
+        }
+        largest = Vec::max(score, largest);
+      }
+    }
+    largest.store(maximum + lane);
+  }
+}
+
+// How exponentials are kept as the left operand of their product with the values.
+template <class Math>
+struct Weights;
+
+template <>
+struct Weights<Float32Math> {
+  static constexpr Precision kPrecision = Precision::kFloat32;
+
+  static void store(float* scores, int64_t key, int64_t columns, const Vec* weights,
+                    int64_t count) {
+    for (int64_t k = 0; k < count; ++k) weights[k].store(scores + (key + k) * columns);
+  }
+
+  static Left<Float32Math> operand(const float* scores, int64_t columns) {
+    return {scores, 1, columns};
+  }
+};
+
+// One step of the online softmax of Milakov and Gimelshein (2018). The block's scores become
+// exp(S - m') as the left operand of the product with the values, times the factors of dropout if
+// there are any; the statistics move on, and rescale = exp(m - m') is what earlier sums have to be
+// multiplied by. `maximum` holds that of the block, in units.
+template <class Math>
+inline void online_softmax(const Block& block, int64_t columns, float unit, const float* maximum,
+                           const float* dropout, float* scores, const Statistics& s) {
+  constexpr Precision kPrecision = Weights<Math>::kPrecision;
+  for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
+    float* column = scores + lane;
+    const Vec before = Vec::load(s.maximum + lane);
+    const Vec now = Vec::max(Vec::load(maximum + lane) * Vec::set(unit), before);
+    now.store(s.maximum + lane);
+    const Vec offset = finite(now);
+    FourSums sum;
+    const auto step = [&](int64_t j, int64_t count) __attribute__((always_inline)) {
+      Vec weights[4];
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < count; ++k) {
+        weights[k] = exponential<kPrecision>(Vec::load(column + (j + k) * columns), unit, offset);
+        sum.part[k] = sum.part[k] + weights[k];
+        if (dropout) weights[k] = weights[k] * Vec::load(dropout + (j + k) * columns + lane);
+      }
+      Weights<Math>::store(column, j, columns, weights, count);
+    };
+    int64_t j = 0;
+    for (; j + 4 <= block.count; j += 4) step(j, 4);
+    if (j < block.count) step(j, block.count - j);
+    const Vec rescale = exponential(before, 1.0f, offset);
+    rescale.store(s.rescale + lane);
+    Vec::fma(Vec::load(s.sum + lane), rescale, sum.total()).store(s.sum + lane);
+  }
+}
+
+}  // namespace
+}  // namespace ff
