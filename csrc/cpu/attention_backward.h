@@ -19,6 +19,7 @@
 #pragma once
 
 #include "dropout.h"
+#include "few_backward.h"
 #include "panels.h"
 #include "softmax.h"
 #include "task.h"
@@ -262,7 +263,8 @@ class BackwardTask {
         (p_.dropout ? weight * Vec::load(factor_ + e) : weight).store(scores_ + e);
       }
     }
-    if (p_.grad_mask || p_.grad_mask_sums) mask_gradient(b, panel, block);
+    for (int64_t row = 0; row < panel.queries && (p_.grad_mask || p_.grad_mask_sums); ++row)
+      add_mask_gradient(p_, b, panel.h, panel.first + row, block, grad_scores_ + row, columns);
 
     Gradients<Math>::pack(block.count, columns, scores_, grad_scores_, pairs_);
     const int64_t steps = Operands<Math>::steps(panel.queries);
@@ -272,22 +274,6 @@ class BackwardTask {
     multiply(by_key, query_[i], block.count, dim_, steps, Add{grad_key_, dim_});
     multiply(Gradients<Math>::by_query(grad_scores_, pairs_, columns), key, panel.queries, dim_,
              Operands<Math>::steps(block.count), Add{panel.grad_query, dim_});
-  }
-
-  void mask_gradient(int64_t b, const BackwardPanel& panel, const Block& block) {
-    const int64_t offset =
-        b * p_.grad_mask_batch + panel.h * p_.grad_mask_head + panel.first * p_.grad_mask_row;
-    for (int64_t j = 0; j < block.count; ++j) {
-      const int64_t column = offset + block[j] * p_.grad_mask_column;
-      const float* grad = grad_scores_ + j * panel.columns;
-      for (int64_t i = 0; i < panel.queries; ++i) {
-        if (p_.grad_mask) {
-          p_.grad_mask[column + i * p_.grad_mask_row] = grad[i];
-        } else {
-          p_.grad_mask_sums[column + i * p_.grad_mask_row] += double(grad[i]);
-        }
-      }
-    }
   }
 
   static void add(double* total, const float* part, int64_t count) {
@@ -329,14 +315,27 @@ struct BackwardTasks {
   int64_t key_heads;  // of a task
 };
 
-template <class Math>
-void backward_tasks(int64_t begin, int64_t end, const void* context) {
+template <class Task, class Run>
+void backward_task(int64_t begin, int64_t end, const void* context, const Run& run) {
   const auto& tasks = *static_cast<const BackwardTasks*>(context);
   const AttentionBackward& p = *tasks.p;
-  BackwardTask<Math> task(p);
+  Task task(p);
   if (!task.allocate()) return;
   for (int64_t i = begin * tasks.key_heads; i < end * tasks.key_heads; ++i)
-    task.run(i / p.kv_heads, i % p.kv_heads);
+    run(task, i / p.kv_heads, i % p.kv_heads);
+}
+
+template <class Math>
+void backward_tasks(int64_t begin, int64_t end, const void* context) {
+  backward_task<BackwardTask<Math>>(
+      begin, end, context, [](auto& task, int64_t b, int64_t group) { task.run(b, group); });
+}
+
+template <class T>
+void few_backward_tasks(int64_t begin, int64_t end, const void* context) {
+  backward_task<FewBackwardTask>(begin, end, context, [](auto& task, int64_t b, int64_t group) {
+    task.template run<T>(b, group);
+  });
 }
 
 // `HalfMath` is how bfloat16 operands are multiplied; others are converted to float32.
@@ -353,9 +352,11 @@ void attention_backward(const AttentionBackward& p, ParallelFor parallel) {
   const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
                        double(3 * p.head_dim + 2 * p.value_dim);
   const bool half = p.type == Type::kBFloat16;
-  ff::run(parallel, slices / key_heads, flops,
-          half ? backward_tasks<HalfMath> : backward_tasks<Float32Math>,
-          BackwardTasks{&p, key_heads});
+  auto* body = half ? backward_tasks<HalfMath> : backward_tasks<Float32Math>;
+  if (few_rows(p)) {
+    body = with_type(p.type, [](auto kind) { return &few_backward_tasks<decltype(kind)>; });
+  }
+  ff::run(parallel, slices / key_heads, flops, body, BackwardTasks{&p, key_heads});
 }
 
 }  // namespace
