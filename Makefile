@@ -34,11 +34,12 @@ OMP_NUM_THREADS=1 exec $$python -m fastfusion.benchmarks.$@ $(ARGS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench kernels gpu tune build wheel clean
+.PHONY: help demo test asan lint format bench kernels gpu tune build wheel clean
 
 help:
 	@echo "make demo     answer questions about images, and compare with stock torch"
 	@echo "make test     run the tests"
+	@echo "make asan     run the CPU kernels' tests on a build with sanitizers of memory and undefined behaviour"
 	@echo "make lint     ruff, mypy, clang-format      make format   apply them"
 	@echo "make bench    the microbenchmarks           make wheel    build a wheel into dist/"
 	@echo "make kernels  compile the Triton kernels for every GPU, and check them (ARGS=--quick: 3 minutes)"
@@ -70,6 +71,17 @@ demo: build
 # One thread per process: the processes share the cores already.
 test: build
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -p no:benchmark
+
+# A copy of the package, since its libraries load with the sanitizers alone. Python's own leaks do not count, and
+# freed memory stays with them for a while (scratch_memory).
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
+SANITIZED := build/sanitized/lib
+RUNTIME = $$($${CXX:-g++} -print-file-name=libasan.so):$$($${CXX:-g++} -print-file-name=libubsan.so)
+asan: $(VENV)/dependencies.stamp
+	@echo "building with $(SANITIZERS)"
+	@CXXFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet build --build-base build/sanitized --build-lib $(SANITIZED)
+	@cd $(SANITIZED) && LD_PRELOAD="$(RUNTIME)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python \
+		-m pytest -n $(JOBS) -p no:benchmark -k "not triton and not scratch_memory" $(CURDIR)/tests/ops $(CURDIR)/tests/test_native.py
 
 lint: $(VENV)/dependencies.stamp
 	@$(BIN)/ruff check --quiet

@@ -62,10 +62,8 @@ class ForwardTask {
       const auto key_rows = Operands<Math>::rows(key, block, p_.head_dim, key_);
       const auto value_columns = Operands<Math>::columns(value, block, p_.value_dim, value_);
       for (int64_t i = 0; i < count_; ++i) {
-        const int64_t left = panel_[i].visible - done;
-        if (left <= 0) continue;
-        const Block some{keys, done, left < block.count ? left : block.count};
-        attend(b, i, some, key_rows, value_columns);
+        const Block some = seen(panel_[i], block);
+        if (some.count > 0) attend(b, i, some, key_rows, value_columns);
       }
     }
     for (int64_t i = 0; i < count_; ++i) finish(b, i);

@@ -10,12 +10,13 @@
 // into every weight of a row (5e-7 at lse = 8, three times the plain formula's error) and is wrong
 // for rows of finfo.min, where lse has no bits left for log(count); rowsum(dO * out) carries the
 // rounding of a 16-bit out. So a first pass over the keys takes the statistics of the online
-// softmax and sum_j P dP; with one block of keys (up to 256) it is the only one.
+// softmax and sum_j P dP; it keeps exp(S - m) and dP of a panel for the second, 384 bytes a key,
+// which is faster than to compute them again even from the third cache.
 //
 // A task is a key head: it adds up dK and dV over its query heads and panels in a fixed order, so
-// the bits do not depend on threads. Four panels at a time walk the keys together and share what is
-// made of a block. Where the gradient of a mask is summed over heads or batch entries, all that
-// share an entry are one task.
+// the bits do not depend on threads. Up to four panels at a time walk the keys together and share
+// what is made of a block. Where the gradient of a mask is summed over heads or batch entries, all
+// that share an entry are one task.
 #pragma once
 
 #include "dropout.h"
@@ -69,22 +70,25 @@ struct BackwardPanel : Panel {
 template <class Math>
 class BackwardTask {
  public:
-  static constexpr int64_t kPanels = 4;  // that share the preparation of a block
-
   explicit BackwardTask(const AttentionBackward& p)
       : p_(p),
         dim_(padded(p.head_dim)),
         value_dim_(padded(p.value_dim)),
-        unit_(Math::kDepth > 1 ? std::fabs(p.scale) : 1.0f) {}
+        unit_(Math::kDepth > 1 ? std::fabs(p.scale) : 1.0f),
+        blocks_((p.kv_len + kBlock - 1) / kBlock) {
+    const int64_t fitting = kKept / (2 * Panels::kMost * (p.kv_len + 1));
+    most_ = fitting < 1 ? 1 : fitting < kPanels ? fitting : kPanels;
+  }
 
   bool allocate() {
     constexpr int64_t kMost = Panels::kMost;
     float *key_sums, *value_sums;
     const bool enough = carve(p_,
-                              {{&panels_, kPanels * panel_floats()},
+                              {{&panels_, most_ * panel_floats()},
                                {&maximum_, kMost},
-                               {&scores_, kBlock * kMost},
-                               {&grad_scores_, kBlock * kMost},
+                               {&scores_, most_ * p_.kv_len * kMost},
+                               {&grad_scores_, most_ * p_.kv_len * kMost},
+                               {&maxima_, most_ * blocks_ * kMost},
                                {&pairs_, Math::kDepth > 1 ? kBlock / 2 * kMost : 0},
                                {&factor_, p_.dropout ? kBlock * kMost : 0},
                                {&key_, kBlock * dim_},
@@ -108,7 +112,7 @@ class BackwardTask {
     const Panels panels(p_.q_len);
     const int64_t total = members * panels.count;
     for (int64_t first = 0; first < total; first += count_) {
-      count_ = total - first < kPanels ? total - first : kPanels;
+      count_ = total - first < most_ ? total - first : most_;
       for (int64_t i = 0; i < count_; ++i) {
         const int64_t at = (first + i) % panels.count;
         start(b, group * members + (first + i) / panels.count, panels.first(at), panels.end(at), i);
@@ -119,12 +123,11 @@ class BackwardTask {
   }
 
  private:
+  static constexpr int64_t kPanels = 4;      // that share the preparation of a block
+  static constexpr int64_t kKept = 1 << 18;  // floats that more than one panel may keep: 1 MB
+
   int64_t panel_floats() const {
     return Panels::kMost * (3 * dim_ + 2 * value_dim_ + 2 * Vec::kLanes + 5);
-  }
-
-  int64_t visible(const Keys& keys, const Panel& panel) const {
-    return p_.causal ? keys.before(panel.first + panel.queries) : keys.count;
   }
 
   void start(int64_t b, int64_t h, int64_t first, int64_t end, int64_t i) {
@@ -153,36 +156,43 @@ class BackwardTask {
     panel.statistics.clear(panel.columns);
   }
 
-  // All blocks for the panels at hand: twice, unless one block holds the keys of all of them.
+  // All blocks for the panels at hand, for the statistics and then for the gradients; a block that
+  // is the only one stays in the first cache in between, panel by panel.
   void walk(int64_t b, int64_t group, const Keys& keys) {
     const Slice key(p_.key, p_.type, b, group), value(p_.value, p_.type, b, group);
+    for (int64_t i = 0; i < count_; ++i) {
+      BackwardPanel& panel = panel_[i];
+      panel.visible = p_.causal ? keys.before(panel.first + panel.queries) : keys.count;
+    }
     const bool one_block = keys.count <= kBlock;
-    for (int pass = one_block; pass < 2; ++pass) {
+    for (int pass = 0; pass < 2 - one_block; ++pass) {
+      const bool first = pass == 0, last = pass == 1 || one_block;
       for (int64_t done = 0; done < keys.count; done += kBlock) {
         const Block block{keys, done, keys.count - done < kBlock ? keys.count - done : kBlock};
-        const auto key_rows = Operands<Math>::rows(key, block, p_.head_dim, key_);
-        const auto value_rows = Operands<Math>::rows(value, block, p_.value_dim, value_);
+        Left<Math> key_rows{}, value_rows{};
         Right<Math> key_columns{};
-        if (pass == 1) {
+        if (first) {
+          key_rows = Operands<Math>::rows(key, block, p_.head_dim, key_);
+          value_rows = Operands<Math>::rows(value, block, p_.value_dim, value_);
+        }
+        if (last) {
           key_columns = Operands<Math>::columns(key, block, p_.head_dim, key_columns_);
           for (int64_t e = 0; e < block.count * dim_; ++e) grad_key_[e] = 0.0f;
           for (int64_t e = 0; e < block.count * value_dim_; ++e) grad_value_[e] = 0.0f;
         }
         for (int64_t i = 0; i < count_; ++i) {
-          const int64_t left = visible(keys, panel_[i]) - done;
-          if (left <= 0) continue;
-          const Block some{keys, done, left < block.count ? left : block.count};
-          const float unit = products(b, i, some, key_rows, value_rows);
-          if (pass == 0 || one_block) gather(panel_[i], some, unit);
+          const Block some = seen(panel_[i], block);
+          const Kept at = kept(one_block ? 0 : i, panel_[i], block);
+          if (first && some.count > 0) products(b, i, some, at, key_rows, value_rows);
           if (one_block) finish_statistics(b, panel_[i]);
-          if (pass == 1) gradients(b, i, some, one_block, unit, key_columns);
+          if (last && some.count > 0) gradients(b, i, some, at, key_columns);
         }
-        if (pass == 1) {
+        if (last) {
           add(key_sums_ + done * dim_, grad_key_, block.count * dim_);
           add(value_sums_ + done * value_dim_, grad_value_, block.count * value_dim_);
         }
       }
-      for (int64_t i = 0; i < count_ && pass == 0; ++i) finish_statistics(b, panel_[i]);
+      for (int64_t i = 0; i < count_ && !last; ++i) finish_statistics(b, panel_[i]);
     }
     for (int64_t i = 0; i < count_; ++i) {
       const BackwardPanel& panel = panel_[i];
@@ -193,36 +203,47 @@ class BackwardTask {
     }
   }
 
-  // S and dP of a block, the latter with its dropout factors. Returns the unit of S.
-  float products(int64_t b, int64_t i, const Block& block, const Left<Math>& key,
-                 const Left<Math>& value) {
+  // What a panel keeps of a block.
+  struct Kept {
+    float *scores, *grad_scores, *maxima;
+  };
+
+  Kept kept(int64_t i, const Panel& panel, const Block& block) const {
+    const int64_t at = i * p_.kv_len * Panels::kMost + block.first * panel.columns;
+    return {scores_ + at, grad_scores_ + at,
+            maxima_ + (i * blocks_ + block.first / kBlock) * Panels::kMost};
+  }
+
+  // exp(S - m) and dP of a block, the latter with its dropout factors, and the statistics so far:
+  // m, l and sum_j exp(S - m) dP.
+  void products(int64_t b, int64_t i, const Block& block, const Kept& to, const Left<Math>& key,
+                const Left<Math>& value) {
     const BackwardPanel& panel = panel_[i];
     const int64_t columns = panel.columns;
     for (int64_t e = 0; e < columns; ++e) maximum_[e] = -kInfinity;
     multiply(key, query_t_[i], block.count, columns, Operands<Math>::steps(p_.head_dim),
-             StoreMaximum{scores_, columns, maximum_});
+             StoreMaximum{to.scores, columns, maximum_});
     multiply(value, grad_t_[i], block.count, columns, Operands<Math>::steps(p_.value_dim),
-             Store{grad_scores_, columns});
-    const Scores scores{p_, b, panel.h, panel.first, panel.queries, columns, scores_};
+             Store{to.grad_scores, columns});
+    const Scores scores{p_, b, panel.h, panel.first, panel.queries, columns, to.scores};
     if (p_.dropout) {
       dropout_factors(scores, block, factor_);
       for (int64_t e = 0; e < block.count * columns; e += Vec::kLanes)
-        (Vec::load(grad_scores_ + e) * Vec::load(factor_ + e)).store(grad_scores_ + e);
+        (Vec::load(to.grad_scores + e) * Vec::load(factor_ + e)).store(to.grad_scores + e);
     }
-    if (!p_.mask.data && !crosses_diagonal(scores, block)) return unit_;
-    mask_scores(scores, block, unit_, maximum_);
-    return 1.0f;
-  }
-
-  // weighted = sum_j exp(S - m) dP over the blocks so far; the scores become exp(S - m).
-  void gather(const BackwardPanel& panel, const Block& block, float unit) {
-    const int64_t columns = panel.columns;
-    online_softmax<Float32Math>(block, columns, unit, maximum_, nullptr, scores_, panel.statistics);
+    float unit = unit_;
+    if (p_.mask.data || crosses_diagonal(scores, block)) {
+      mask_scores(scores, block, unit, maximum_);
+      unit = 1.0f;
+    }
+    online_softmax<Float32Math>(block, columns, unit, maximum_, nullptr, to.scores,
+                                panel.statistics);
     for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
+      Vec::load(panel.statistics.maximum + lane).store(to.maxima + lane);
       FourSums sum;
       for (int64_t j = 0; j < block.count; ++j)
-        sum.part[j % 4] = Vec::fma(Vec::load(scores_ + j * columns + lane),
-                                   Vec::load(grad_scores_ + j * columns + lane), sum.part[j % 4]);
+        sum.part[j % 4] = Vec::fma(Vec::load(to.scores + j * columns + lane),
+                                   Vec::load(to.grad_scores + j * columns + lane), sum.part[j % 4]);
       Vec::fma(Vec::load(panel.weighted + lane), Vec::load(panel.statistics.rescale + lane),
                sum.total())
           .store(panel.weighted + lane);
@@ -244,35 +265,38 @@ class BackwardTask {
     }
   }
 
-  // P c in the place of the scores, dS in that of dP, and what they add to the gradients.
-  void gradients(int64_t b, int64_t i, const Block& block, bool exponentials, float unit,
-                 const Right<Math>& key) {
+  // P c in the place of exp(S - m), dS in that of dP, and what they add to the gradients.
+  void gradients(int64_t b, int64_t i, const Block& block, const Kept& at, const Right<Math>& key) {
     const BackwardPanel& panel = panel_[i];
     const int64_t columns = panel.columns;
+    if (p_.dropout) {
+      dropout_factors({p_, b, panel.h, panel.first, panel.queries, columns, at.scores}, block,
+                      factor_);
+    }
     for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
-      const Vec inverse = Vec::load(panel.statistics.sum + lane);
+      const Vec offset = finite(Vec::load(panel.statistics.maximum + lane));
+      const Vec since = exponential(Vec::load(at.maxima + lane), 1.0f, offset);
+      const Vec factor = since * Vec::load(panel.statistics.sum + lane);
       const Vec delta = Vec::load(panel.weighted + lane);
       const Vec grad_lse = Vec::load(panel.grad_lse + lane);
-      const Vec offset = finite(Vec::load(panel.statistics.maximum + lane));
       for (int64_t j = 0; j < block.count; ++j) {
         const int64_t e = j * columns + lane;
-        Vec weight = Vec::load(scores_ + e);
-        weight = (exponentials ? weight : exponential(weight, unit, offset)) * inverse;
-        const Vec grad = (Vec::load(grad_scores_ + e) - delta) + grad_lse;
-        (weight * grad).store(grad_scores_ + e);
-        (p_.dropout ? weight * Vec::load(factor_ + e) : weight).store(scores_ + e);
+        const Vec weight = Vec::load(at.scores + e) * factor;
+        const Vec grad = (Vec::load(at.grad_scores + e) - delta) + grad_lse;
+        (weight * grad).store(at.grad_scores + e);
+        (p_.dropout ? weight * Vec::load(factor_ + e) : weight).store(at.scores + e);
       }
     }
     for (int64_t row = 0; row < panel.queries && (p_.grad_mask || p_.grad_mask_sums); ++row)
-      add_mask_gradient(p_, b, panel.h, panel.first + row, block, grad_scores_ + row, columns);
+      add_mask_gradient(p_, b, panel.h, panel.first + row, block, at.grad_scores + row, columns);
 
-    Gradients<Math>::pack(block.count, columns, scores_, grad_scores_, pairs_);
+    Gradients<Math>::pack(block.count, columns, at.scores, at.grad_scores, pairs_);
     const int64_t steps = Operands<Math>::steps(panel.queries);
-    multiply(Gradients<Math>::by_key(scores_, columns), grad_[i], block.count, value_dim_, steps,
+    multiply(Gradients<Math>::by_key(at.scores, columns), grad_[i], block.count, value_dim_, steps,
              Add{grad_value_, value_dim_});
-    const auto by_key = Gradients<Math>::by_key(grad_scores_, columns);
+    const auto by_key = Gradients<Math>::by_key(at.grad_scores, columns);
     multiply(by_key, query_[i], block.count, dim_, steps, Add{grad_key_, dim_});
-    multiply(Gradients<Math>::by_query(grad_scores_, pairs_, columns), key, panel.queries, dim_,
+    multiply(Gradients<Math>::by_query(at.grad_scores, pairs_, columns), key, panel.queries, dim_,
              Operands<Math>::steps(block.count), Add{panel.grad_query, dim_});
   }
 
@@ -301,7 +325,8 @@ class BackwardTask {
   const AttentionBackward& p_;
   int64_t dim_, value_dim_, count_ = 0;
   float unit_;
-  float *panels_, *maximum_, *scores_, *grad_scores_, *pairs_, *factor_;
+  int64_t blocks_, most_;  // blocks of keys, panels at a time
+  float *panels_, *maximum_, *scores_, *grad_scores_, *maxima_, *pairs_, *factor_;
   float *key_, *key_columns_, *value_, *grad_key_, *grad_value_;  // of a block
   // One float32 chain over all panels and query heads would grow wrong with their number.
   double *key_sums_, *value_sums_;

@@ -30,5 +30,11 @@ struct Panel {
   Statistics statistics;
 };
 
+// What a panel sees of a block; its count may be 0 or less.
+inline Block seen(const Panel& panel, const Block& block) {
+  const int64_t left = panel.visible - block.first;
+  return {block.keys, block.first, left < block.count ? left : block.count};
+}
+
 }  // namespace
 }  // namespace ff

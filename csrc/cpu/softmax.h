@@ -112,7 +112,9 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
   constexpr int64_t kLanes = Vec::kLanes;
   const Attention& p = s.p;
   const bool causal = crosses_diagonal(s, block);
+  const bool logical = p.mask_type == Type::kBool;
   const bool turned = p.mask.column == 1 && p.mask.row != 0 && block.adjacent();
+  const bool by_bits = p.mask.data && logical && turned;
   const Vec hidden = Vec::set(-kInfinity), scale = Vec::set(unit);
   const int64_t head = s.b * p.mask.batch + s.h * p.mask.head;
   for (int64_t lane = 0; lane < s.columns; lane += kLanes) {
@@ -122,7 +124,12 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
     for (int64_t first = 0; first < block.count; first += kLanes) {
       const int64_t count = block.count - first < kLanes ? block.count - first : kLanes;
       Vec bias[kLanes];
-      if (p.mask.data && turned) {
+      uint32_t truths[kLanes] = {};
+      if (by_bits) {
+        const bool* mask = static_cast<const bool*>(p.mask.data) + head + block[first];
+        for (int64_t i = 0; i < some; ++i)
+          truths[i] = Vec::truths(mask + (query + i) * p.mask.row, count);
+      } else if (p.mask.data && turned) {
         for (int64_t i = 0; i < kLanes; ++i)
           bias[i] = i < some ? mask_lanes(p.mask.data, p.mask_type,
                                           head + (query + i) * p.mask.row + block[first], 1, count)
@@ -137,9 +144,10 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
       for (int64_t k = 0; k < count; ++k) {
         float* at = s.data + (first + k) * s.columns + lane;
         Vec score = Vec::load(at) * scale;
-        if (p.mask.data) {
-          score =
-              p.mask_type == Type::kBool ? Vec::select(bias[k], score, hidden) : score + bias[k];
+        if (by_bits) {
+          score = Vec::select(truths, k, score, hidden);
+        } else if (p.mask.data) {
+          score = logical ? Vec::select(bias[k], score, hidden) : score + bias[k];
         }
         score.store(at);
         if (causal) {

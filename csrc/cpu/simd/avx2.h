@@ -59,6 +59,18 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(wide, _mm256_setzero_si256()))};
   }
 
+  // Bit i: p[i].
+  static uint32_t truths(const bool* p, int64_t count) {
+    return uint32_t(_mm256_movemask_ps(load_bool(p, count).v));
+  }
+
+  // a where bit `index` of the lane of `truths` is set, else b.
+  static Vec select(const uint32_t* truths, int64_t index, Vec a, Vec b) {
+    const __m256i bits = _mm256_loadu_si256((const __m256i*)truths);
+    const __m256i sign = _mm256_sll_epi32(bits, _mm_cvtsi64_si128(31 - index));
+    return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(sign))};
+  }
+
   // Bit by bit a where `bits` has ones, else b.
   static Vec select(Vec bits, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, bits.v)}; }
 

@@ -58,6 +58,19 @@ struct Vec {
     return {_mm512_castsi512_ps(_mm512_movm_epi32(_mm_test_epi8_mask(bytes, bytes)))};
   }
 
+  // Bit i: p[i].
+  static uint32_t truths(const bool* p, int64_t count) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(first(count), p);
+    return _mm_test_epi8_mask(bytes, bytes);
+  }
+
+  // a where bit `index` of the lane of `truths` is set, else b.
+  static Vec select(const uint32_t* truths, int64_t index, Vec a, Vec b) {
+    const __m512i bits = _mm512_loadu_si512(truths);
+    const __mmask16 set = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << index));
+    return {_mm512_mask_blend_ps(set, b.v, a.v)};
+  }
+
   // Bit by bit a where `bits` has ones, else b.
   static Vec select(Vec bits, Vec a, Vec b) {
     const __m512i chosen = _mm512_ternarylogic_epi32(

@@ -97,6 +97,20 @@ struct Vec {
     return {reinterpret_cast<Native>(bits)};
   }
 
+  // Bit i: p[i].
+  static uint32_t truths(const bool* p, int64_t count) {
+    uint32_t bits = 0;
+    for (int64_t i = 0; i < count; ++i) bits |= uint32_t(p[i]) << i;
+    return bits;
+  }
+
+  // a where bit `index` of the lane of `truths` is set, else b.
+  static Vec select(const uint32_t* truths, int64_t index, Vec a, Vec b) {
+    Vec result;
+    for (int i = 0; i < kLanes; ++i) result.v[i] = truths[i] >> index & 1 ? a.v[i] : b.v[i];
+    return result;
+  }
+
   // Bit by bit a where `bits` has ones, else b.
   static Vec select(Vec bits, Vec a, Vec b) {
     const Integers chosen = reinterpret_cast<Integers>(bits.v);
