@@ -41,11 +41,20 @@ std::string select_isa(const std::string& name) {
   return ff::kernels().isa;
 }
 
+std::string attention_path(const std::string& dtype, int64_t q_len) {
+  const ff::Type type = dtype == "bfloat16"  ? ff::Type::kBFloat16
+                        : dtype == "float16" ? ff::Type::kFloat16
+                                             : ff::Type::kFloat32;
+  return ff::kernels().attention_path(type, q_len);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Facts about the compiled part of fastfusion and the choice of instruction set.";
   m.def("isa", [] { return std::string(ff::kernels().isa); }, "The instruction set in use.");
+  m.def("attention_path", &attention_path, py::arg("dtype"), py::arg("q_len"),
+        "How attention of these would run, in words.");
   m.def("lanes", [] { return ff::kernels().lanes; }, "float32 values in a register of it.");
   m.def("isas", &isas, py::arg("runnable") = false,
         "The instruction sets that are compiled in, best first; only those that this machine "

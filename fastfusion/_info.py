@@ -104,7 +104,8 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> _op.Explanatio
 
     Returns:
         An object that prints as a table; `chosen` is the name of the backend, or None where the
-        backend asked for cannot run the call.
+        backend asked for cannot run the call, and `path` says in what way it runs, where there are
+        several: on the CPU the instruction set and how queries are served.
 
     Raises:
         TypeError: `op` is not an op of fastfusion, or the arguments are not legal.

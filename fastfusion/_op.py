@@ -69,6 +69,7 @@ class Implementation:
         differentiable: False where it refuses inputs that require a gradient.
         on_request: called with the same arguments; True where it could run the call but is not
             to be chosen for it, as an interpreter.
+        path: called with the same arguments if the call would run here; says in what way.
     """
 
     backend: str
@@ -76,6 +77,7 @@ class Implementation:
     refuses: Callable[..., Sequence[str]]
     differentiable: bool = True
     on_request: Callable[..., bool] | None = None
+    path: Callable[..., str] | None = None
 
 
 def never_refuses(*arguments: Any) -> Sequence[str]:
@@ -146,13 +148,15 @@ class Explanation:
     call: str
     chosen: str | None
     rows: tuple[tuple[str, tuple[str, ...]], ...]
+    path: str | None = None
 
     def __str__(self) -> str:
         width = max(len(backend) for backend, _ in self.rows)
         lines = [f"{self.op}({self.call})"]
         for backend, reasons in self.rows:
             if backend == self.chosen:
-                lines.append(f"  {backend:<{width}}  chosen")
+                path = f": {self.path}" if self.path else ""
+                lines.append(f"  {backend:<{width}}  chosen{path}")
             elif reasons:
                 lines.append(f"  {backend:<{width}}  no: {reasons[0]}")
                 lines.extend(f"  {'':<{width}}      {reason}" for reason in reasons[1:])
@@ -179,18 +183,21 @@ def explain_op(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explana
     # A question must not move the generators that a dropout seed is drawn from.
     with torch.random.fork_rng(devices):
         arguments = op.normalize(*args, **kwargs)
-    chosen: str | None
+    chosen = path = None
     try:
-        chosen = op.select(backend, arguments).backend
+        implementation = op.select(backend, arguments)
     except BackendUnavailableError:
-        chosen = None
+        pass
+    else:
+        chosen = implementation.backend
+        path = implementation.path and implementation.path(*arguments)
     rows = [(i.backend, tuple(i.refuses(*arguments))) for i in op.implementations]
     given = [i.backend for i in op.implementations]
     wanted = backend or _forced
     if wanted is not None and wanted not in given:
         rows.append((wanted, ("it has no implementation of this op",)))
     described = [_describe(a) for a in args] + [f"{k}={_describe(v)}" for k, v in kwargs.items()]
-    return Explanation(op.name, ", ".join(described), chosen, tuple(rows))
+    return Explanation(op.name, ", ".join(described), chosen, tuple(rows), path)
 
 
 if "FASTFUSION_BACKEND" in os.environ:

@@ -106,6 +106,14 @@ def refuses(query: Tensor, *others: Any) -> Sequence[str]:
     return reasons
 
 
+def path(query: Tensor, *others: Any, q_len: int | None = None) -> str:
+    """How the compiled attention runs a call with this query: instruction set, and in what way."""
+    native: Any = _library.native
+    dtype = str(query.dtype).removeprefix("torch.")
+    length = query.shape[2] if q_len is None else q_len
+    return f"{native.isa()}, {native.attention_path(dtype, length)}"
+
+
 def _by_reference(return_lse: bool, *given: Any) -> Any:
     out, lse = attention_reference(*given[:-1])
     return (out, lse()) if return_lse else out

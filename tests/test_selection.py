@@ -192,6 +192,23 @@ def test_explanation_reads_as_a_table() -> None:
     assert str(forced).splitlines()[-1] == "  cuda       no: it has no implementation of this op"
 
 
+@needs_native
+@pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
+def test_explanation_says_how_the_cpu_runs_a_call(op: Op) -> None:
+    native: Any = _library.native
+    call = call_of(op, torch.bfloat16)
+    for isa in native.isas(runnable=True):
+        native.select_isa(isa)
+        explanation = ff.explain(FUNCTIONS[op.name], **call)
+        assert explanation.chosen == "cpu" and explanation.path is not None
+        assert isa in explanation.path.split(", ")
+        assert ("bfloat16 products" in explanation.path) == (isa == "avx512bf16")
+        assert f"chosen: {explanation.path}" in str(explanation)
+    native.select_isa()
+    few = ff.explain(ff.scaled_dot_product_attention, *(torch.randn(1, 1, n, 8) for n in (1, 5, 5)))
+    assert few.path == f"{native.isa()}, one query at a time"
+
+
 def test_explain_computes_nothing() -> None:
     call = call_of(ops.ALL[0])
     with Recorder() as recorder:

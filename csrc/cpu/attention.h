@@ -20,8 +20,6 @@ namespace {
 template <class Math>
 class ForwardTask {
  public:
-  static constexpr int64_t kPanels = 4;  // that share the preparation of a block
-
   explicit ForwardTask(const AttentionForward& p)
       : p_(p),
         value_columns_(padded(p.value_dim)),
@@ -29,16 +27,14 @@ class ForwardTask {
 
   bool allocate() {
     constexpr int64_t kMost = Panels::kMost;
-    const int64_t dim = padded(p_.head_dim);
-    const int64_t own = p_.head_dim % 2 + p_.head_dim;
     return carve(p_,
-                 {{&queries_, kPanels * own * kMost},
-                  {&outs_, kPanels * kMost * value_columns_},
-                  {&statistics_, kPanels * 3 * kMost},
+                 {{&queries_, kGroup * query_floats()},
+                  {&outs_, kGroup * kMost * value_columns_},
+                  {&statistics_, kGroup * 3 * kMost},
                   {&maximum_, kMost},
                   {&scores_, kBlock * kMost},
                   {&factor_, p_.dropout ? kBlock * kMost : 0},
-                  {&key_, kBlock * dim},
+                  {&key_, kBlock * padded(p_.head_dim)},
                   {&value_, kBlock * value_columns_}},
                  &list_);
   }
@@ -58,7 +54,7 @@ class ForwardTask {
     const Keys keys = visible_keys(p_, b, limit, list_);
     for (int64_t i = 0; i < count_; ++i) panel_[i].visible = keys.before(limit_of(panel_[i]));
     for (int64_t done = 0; done < keys.count; done += kBlock) {
-      const Block block{keys, done, keys.count - done < kBlock ? keys.count - done : kBlock};
+      const Block block = block_at(keys, done);
       const auto key_rows = Operands<Math>::rows(key, block, p_.head_dim, key_);
       const auto value_columns = Operands<Math>::columns(value, block, p_.value_dim, value_);
       for (int64_t i = 0; i < count_; ++i) {
@@ -70,6 +66,8 @@ class ForwardTask {
   }
 
  private:
+  int64_t query_floats() const { return (p_.head_dim + p_.head_dim % 2) * Panels::kMost; }
+
   // The keys that the diagonal leaves to a panel.
   int64_t limit_of(const Panel& panel) const {
     const int64_t limit = panel.first + panel.queries;
@@ -78,14 +76,13 @@ class ForwardTask {
 
   void start(int64_t b, int64_t h, int64_t first, int64_t end, int64_t i) {
     constexpr int64_t kMost = Panels::kMost;
-    const int64_t own = p_.head_dim % 2 + p_.head_dim;
     float* statistics = statistics_ + i * 3 * kMost;
     Panel& panel = panel_[i];
     panel = {h,           first,
              end - first, padded(end - first),
              0,           {statistics, statistics + kMost, statistics + 2 * kMost}};
     query_[i] = Operands<Math>::lanes(Slice(p_.query, p_.type, b, h), first, panel.queries,
-                                      p_.head_dim, p_.scale, queries_ + i * own * kMost);
+                                      p_.head_dim, p_.scale, queries_ + i * query_floats());
     panel.statistics.clear(panel.columns);
   }
 
@@ -134,8 +131,8 @@ class ForwardTask {
   float unit_;
   float *queries_, *outs_, *statistics_, *maximum_, *scores_, *factor_, *key_, *value_;
   int32_t* list_;
-  Panel panel_[kPanels];
-  Right<Math> query_[kPanels];
+  Panel panel_[kGroup];
+  Right<Math> query_[kGroup];
 };
 
 // How the panels of a key head are divided into tasks: evenly, by what the shape says alone.
@@ -143,7 +140,8 @@ struct ForwardSplit {
   int64_t panels, tasks;
 
   explicit ForwardSplit(const Attention& p)
-      : panels(p.heads / p.kv_heads * Panels(p.q_len).count), tasks((panels + 3) / 4) {}
+      : panels(p.heads / p.kv_heads * Panels(p.q_len).count),
+        tasks((panels + kGroup - 1) / kGroup) {}
 
   int64_t first(int64_t task) const { return task * panels / tasks; }
 };
@@ -158,6 +156,14 @@ void forward_tasks(int64_t begin, int64_t end, const void* context) {
     const int64_t slice = i / split.tasks, part = i % split.tasks;
     task.run(slice / p.kv_heads, slice % p.kv_heads, split.first(part), split.first(part + 1));
   }
+}
+
+template <class HalfMath>
+const char* attention_path(Type type, int64_t q_len) {
+  if (q_len <= kFew) return "one query at a time";
+  if (type == Type::kFloat32) return "panels of 48 queries";
+  const bool half = type == Type::kBFloat16 && HalfMath::kDepth > 1;
+  return half ? "panels of 48 queries, bfloat16 products" : "panels of 48 queries, as float32";
 }
 
 // `HalfMath` is how bfloat16 operands are multiplied; others are converted to float32.

@@ -77,7 +77,7 @@ class BackwardTask {
         unit_(Math::kDepth > 1 ? std::fabs(p.scale) : 1.0f),
         blocks_((p.kv_len + kBlock - 1) / kBlock) {
     const int64_t fitting = kKept / (2 * Panels::kMost * (p.kv_len + 1));
-    most_ = fitting < 1 ? 1 : fitting < kPanels ? fitting : kPanels;
+    most_ = fitting < 1 ? 1 : fitting < kGroup ? fitting : kGroup;
   }
 
   bool allocate() {
@@ -123,7 +123,6 @@ class BackwardTask {
   }
 
  private:
-  static constexpr int64_t kPanels = 4;      // that share the preparation of a block
   static constexpr int64_t kKept = 1 << 18;  // floats that more than one panel may keep: 1 MB
 
   int64_t panel_floats() const {
@@ -168,7 +167,7 @@ class BackwardTask {
     for (int pass = 0; pass < 2 - one_block; ++pass) {
       const bool first = pass == 0, last = pass == 1 || one_block;
       for (int64_t done = 0; done < keys.count; done += kBlock) {
-        const Block block{keys, done, keys.count - done < kBlock ? keys.count - done : kBlock};
+        const Block block = block_at(keys, done);
         Left<Math> key_rows{}, value_rows{};
         Right<Math> key_columns{};
         if (first) {
@@ -331,8 +330,8 @@ class BackwardTask {
   // One float32 chain over all panels and query heads would grow wrong with their number.
   double *key_sums_, *value_sums_;
   int32_t* list_;
-  BackwardPanel panel_[kPanels];
-  Right<Math> query_t_[kPanels], grad_t_[kPanels], query_[kPanels], grad_[kPanels];
+  BackwardPanel panel_[kGroup];
+  Right<Math> query_t_[kGroup], grad_t_[kGroup], query_[kGroup], grad_[kGroup];
 };
 
 struct BackwardTasks {

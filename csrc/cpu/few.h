@@ -189,7 +189,7 @@ void few_row(const AttentionForward& p, int64_t b, int64_t h, int64_t query, con
   for (int64_t i = 0; i < p.head_dim; ++i) s.query[i] *= p.scale;
   RowStatistics statistics;
   for (int64_t done = 0; done < keys.count; done += kBlock) {
-    const Block block{keys, done, keys.count - done < kBlock ? keys.count - done : kBlock};
+    const Block block = block_at(keys, done);
     with_rows<T>(key, block, p.head_dim, s.copy, [&](const auto& rows) {
       for (int64_t j = 0; j < block.count; j += kLanes)
         dot_products(s.query, rows, j, block.count - j, p.head_dim).store(s.scores + j);

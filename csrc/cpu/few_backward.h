@@ -68,8 +68,7 @@ class FewBackwardTask {
  private:
   template <class Body>
   static void for_blocks(const Keys& keys, const Body& body) {
-    for (int64_t done = 0; done < keys.count; done += kBlock)
-      body(Block{keys, done, keys.count - done < kBlock ? keys.count - done : kBlock});
+    for (int64_t done = 0; done < keys.count; done += kBlock) body(block_at(keys, done));
   }
 
   // S and dP of a query, the latter times the factors of dropout.

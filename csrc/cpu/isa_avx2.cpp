@@ -6,7 +6,11 @@
 namespace ff {
 
 extern const KernelTable avx2_kernels;
-const KernelTable avx2_kernels{"avx2", Vec::kLanes, attention_forward<Float32Math>,
-                               attention_backward<Float32Math>, convert};
+const KernelTable avx2_kernels{"avx2",
+                               Vec::kLanes,
+                               attention_forward<Float32Math>,
+                               attention_path<Float32Math>,
+                               attention_backward<Float32Math>,
+                               convert};
 
 }  // namespace ff

@@ -7,7 +7,11 @@
 namespace ff {
 
 extern const KernelTable avx512bf16_kernels;
-const KernelTable avx512bf16_kernels{"avx512bf16", Vec::kLanes, attention_forward<BFloat16Math>,
-                                     attention_backward<BFloat16Math>, convert};
+const KernelTable avx512bf16_kernels{"avx512bf16",
+                                     Vec::kLanes,
+                                     attention_forward<BFloat16Math>,
+                                     attention_path<BFloat16Math>,
+                                     attention_backward<BFloat16Math>,
+                                     convert};
 
 }  // namespace ff

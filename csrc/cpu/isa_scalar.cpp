@@ -6,7 +6,11 @@
 namespace ff {
 
 extern const KernelTable scalar_kernels;
-const KernelTable scalar_kernels{"scalar", Vec::kLanes, attention_forward<Float32Math>,
-                                 attention_backward<Float32Math>, convert};
+const KernelTable scalar_kernels{"scalar",
+                                 Vec::kLanes,
+                                 attention_forward<Float32Math>,
+                                 attention_path<Float32Math>,
+                                 attention_backward<Float32Math>,
+                                 convert};
 
 }  // namespace ff

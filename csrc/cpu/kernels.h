@@ -74,6 +74,7 @@ struct KernelTable {
   const char* isa;
   int lanes;  // float32 values in a register
   void (*attention_forward)(const AttentionForward&, ParallelFor);
+  const char* (*attention_path)(Type, int64_t q_len);  // how a forward call runs, for people
   void (*attention_backward)(const AttentionBackward&, ParallelFor);
   // to[i] = from[i] in the given floating type, to nearest even.
   void (*convert)(const float* from, void* to, Type type, int64_t count);

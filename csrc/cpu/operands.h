@@ -49,6 +49,8 @@ inline Keys visible_keys(const Attention& p, int64_t b, int64_t limit, int32_t* 
   return {count, count == limit ? nullptr : list};
 }
 
+constexpr int64_t kBlock = 256;  // keys in one accumulation chain: longer ones lose accuracy
+
 // Some of the keys: `count` from the `first` on.
 struct Block {
   Keys keys;
@@ -57,6 +59,12 @@ struct Block {
   int64_t operator[](int64_t i) const { return keys[first + i]; }
   bool adjacent() const { return keys.adjacent(first, count); }
 };
+
+// The block of keys that starts with the `first`.
+inline Block block_at(const Keys& keys, int64_t first) {
+  const int64_t left = keys.count - first;
+  return {keys, first, left < kBlock ? left : kBlock};
+}
 
 // A (rows, columns) matrix: one head of an operand.
 struct Slice {

@@ -6,6 +6,8 @@
 namespace ff {
 namespace {
 
+constexpr int64_t kGroup = 4;  // panels that share what is made of a block of keys
+
 // Queries of a head, evenly divided: a register more or less would be idle in the last panel.
 struct Panels {
   static constexpr int64_t kMost = 48;  // queries

@@ -8,8 +8,6 @@
 namespace ff {
 namespace {
 
-constexpr int64_t kBlock = 256;  // keys in one accumulation chain: longer ones lose accuracy
-
 // How finely the weights of a softmax are computed: float32 is what sums over float32 deserve, with
 // errors of 7e-8; kBFloat16 is for weights that are rounded to bfloat16 next, which errs by 2e-3.
 enum class Precision { kFloat32, kBFloat16 };

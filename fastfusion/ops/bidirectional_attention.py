@@ -231,6 +231,10 @@ def _run_cpu(
     return (to_query[0], to_key[0], to_query[1], to_key[1]) if return_lse else (to_query, to_key)
 
 
+def _cpu_path(query: Tensor, *others: Any) -> str:
+    return f"one pass per direction, {_registration.path(query)}"
+
+
 def _cpu_refuses(query: Tensor, *others: Any) -> Sequence[str]:
     reasons = list(_registration.refuses(query))
     tensors = (query, *others[:4])
@@ -367,7 +371,7 @@ OP = Op(
     inputs=inputs,
     cost=cost,
     implementations=(
-        Implementation("cpu", _run_cpu, _cpu_refuses, differentiable=False),
+        Implementation("cpu", _run_cpu, _cpu_refuses, differentiable=False, path=_cpu_path),
         Implementation("triton", _run_triton, _triton_refuses, on_request=_triton.interprets),
         Implementation("reference", _run_reference, never_refuses),
     ),

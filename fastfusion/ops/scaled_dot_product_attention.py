@@ -445,7 +445,9 @@ OP = Op(
     inputs=inputs,
     cost=cost,
     implementations=(
-        Implementation("cpu", _registration.attention, _registration.refuses),
+        Implementation(
+            "cpu", _registration.attention, _registration.refuses, path=_registration.path
+        ),
         Implementation("triton", _run_triton, _triton.refuses, on_request=_triton.interprets),
         Implementation("reference", _run_reference, never_refuses),
     ),

@@ -225,6 +225,10 @@ def _run_cpu(*given: Any) -> Any:
     return _packed(result, rows)
 
 
+def _cpu_path(*given: Any) -> str:
+    return f"padded to one length, {_registration.path(given[0], q_len=given[5])}"
+
+
 def _run_reference(*given: Any) -> Any:
     seed, dropout_p, is_causal, scale, return_lse = given[7:]
     query, key, value, hidden, rows = _padded(*given[:7])
@@ -355,7 +359,7 @@ OP = Op(
     inputs=inputs,
     cost=cost,
     implementations=(
-        Implementation("cpu", _run_cpu, _registration.refuses),
+        Implementation("cpu", _run_cpu, _registration.refuses, path=_cpu_path),
         Implementation("triton", _run_triton, _triton.refuses, on_request=_triton.interprets),
         Implementation("reference", _run_reference, never_refuses),
     ),
