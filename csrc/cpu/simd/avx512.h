@@ -152,7 +152,6 @@ struct Vec {
     return _mm256_maskz_loadu_epi16(first(count), p);
   }
 
-  // A store with a mask takes several times as long as one without (AMD).
   static void store_16_bit(uint16_t* p, int64_t count, __m256i values) {
     if (count == kLanes) return _mm256_storeu_si256((__m256i*)p, values);
     _mm256_mask_storeu_epi16(p, first(count), values);
