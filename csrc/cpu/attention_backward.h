@@ -10,8 +10,8 @@
 // into every weight of a row (5e-7 at lse = 8, three times the plain formula's error) and is wrong
 // for rows of finfo.min, where lse has no bits left for log(count); rowsum(dO * out) carries the
 // rounding of a 16-bit out. So a first pass over the keys takes the statistics of the online
-// softmax and sum_j P dP; it keeps exp(S - m) and dP of a panel for the second, 384 bytes a key,
-// which is faster than to compute them again even from the third cache.
+// softmax and sum_j P dP; it keeps exp(S - m) and dP of a panel for the second, 384 bytes a key:
+// to compute them again would take forward and backward of 1,500 keys 1.2 times as long.
 //
 // A task is a key head: it adds up dK and dV over its query heads and panels in a fixed order, so
 // the bits do not depend on threads. Up to four panels at a time walk the keys together and share

@@ -2,8 +2,6 @@
 // queries turned round so that lanes are queries.
 #pragma once
 
-#include <cstring>
-
 #include "convert.h"
 #include "matrix.h"
 
@@ -16,11 +14,6 @@ struct Keys {
   const int32_t* list;
 
   int64_t operator[](int64_t i) const { return list ? list[i] : i; }
-
-  // Whether `some` keys from the `first` on follow each other in memory.
-  bool adjacent(int64_t first, int64_t some) const {
-    return !list || some == 0 || list[first + some - 1] - list[first] == some - 1;
-  }
 
   // How many of them come before `limit`.
   int64_t before(int64_t limit) const {
@@ -57,7 +50,11 @@ struct Block {
   int64_t first, count;
 
   int64_t operator[](int64_t i) const { return keys[first + i]; }
-  bool adjacent() const { return keys.adjacent(first, count); }
+
+  // Whether they follow each other in memory.
+  bool adjacent() const {
+    return !keys.list || count == 0 || (*this)[count - 1] - (*this)[0] == count - 1;
+  }
 };
 
 // The block of keys that starts with the `first`.

@@ -120,7 +120,8 @@ struct Gradients<BFloat16Math> {
       for (int64_t j = 0; j < count; ++j)
         for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
           float* row = part + j * columns;
-          BFloat16Math::store(reinterpret_cast<uint16_t*>(row) + lane, Vec::load(row + lane));
+          auto* to = reinterpret_cast<uint16_t*>(row) + lane;
+          Vec::load(row + lane).store_bfloat16(to, Vec::kLanes);
         }
   }
 

@@ -56,6 +56,10 @@ CASES = [
     Case("one_by_one", "shortest lengths", shape(1, 1, heads=12)),
     Case("one_query", "decoding", shape(1, 300, heads=3)),
     Case("few_queries", "decoding, one at a time", shape(3, 40, 40, mask="bias", causal=True)),
+    Case("few_with_holes", "one at a time around hidden keys, with tails of registers", shape(
+        2, 300, 77, value_dim=33, mask="bias", heads=4, kv_heads=2), {"dropout_p": 0.2},
+        hide_all_of_one),
+    Case("few_dead_rows", "one at a time, rows without a key", shape(3, 50), edit=dead_rows),
     Case("few_and_far", "splits of the keys, with everything that scores may have", shape(
         5, 700, mask="bias", heads=4, kv_heads=2), {"dropout_p": 0.2}, hide_all_of_one),
     Case("past_a_panel", "tails of panels and key blocks", shape(49, 257)),

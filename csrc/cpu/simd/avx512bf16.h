@@ -22,10 +22,6 @@ struct BFloat16Math {
   static Operand load(const uint16_t* p) { return (Operand)_mm512_loadu_si512(p); }
   static Vec add_product(Operand a, Operand b, Vec sum) { return {_mm512_dpbf16_ps(sum.v, a, b)}; }
 
-  static void store(uint16_t* p, Vec values) {
-    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(values.v));
-  }
-
   // Lane i holds low[i] and high[i], rounded.
   static void store_pairs(uint16_t* p, Vec low, Vec high) {
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);

@@ -1,7 +1,6 @@
 // Four float lanes in the compiler's own vector type: runs on every machine.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 
