@@ -194,9 +194,12 @@ def write_ninja(compiler: list[str], temp: Path, package: Path) -> Path:
 
     include = torch / "include"
     torch_includes = ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
-    torch_ops = ninja.compile("csrc/torch_ops.cpp", [*TORCH_FLAGS, *torch_includes])
+    torch_ops = [
+        ninja.compile(f"csrc/{source.name}", [*TORCH_FLAGS, *torch_includes])
+        for source in sorted((ROOT / "csrc").glob("torch_*.cpp"))
+    ]
     torch_libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    ninja.link(package / "_torch_ops.so", [torch_ops, cpu], [COMPLETE], torch_libraries)
+    ninja.link(package / "_torch_ops.so", [*torch_ops, cpu], [COMPLETE], torch_libraries)
 
     # An extension module takes Python's symbols from the interpreter that loads it.
     module = ninja.compile("csrc/python.cpp", [*python_includes(), *build_facts(compiler)])

@@ -96,7 +96,7 @@ def _dropout(kind: str) -> tuple[Tensor | None, float]:
 def _attention(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dtype) -> None:
     query, key = _heads(q_len, dim, dtype), _heads(kv_len, dim, dtype)
     mask, causal = _mask(q_len, kv_len, kind, dtype), kind == "causal"
-    given = (query, key, key, mask, _padding(kv_len, kind), *_dropout(kind), 0, causal, None)
+    given = (query, key, key, mask, _padding(kv_len, kind), *_dropout(kind), causal, None)
     out, lse = attention_forward(*given, kind != "plain")
     attention_backward(out, lse, *given, mask is not None and kind != "bool")
 

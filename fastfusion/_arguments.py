@@ -49,6 +49,12 @@ def check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> N
         )
 
 
+def check_one_device(first: Tensor, *others: Tensor | None) -> None:
+    """For fakes: a meta tensor among real ones brings a call to them and would have no result."""
+    for tensor in others:
+        torch._check(tensor is None or tensor.device == first.device)
+
+
 def check_attn_mask(mask: Any, query: Tensor, target: tuple[int, ...], given: str) -> None:
     """`mask` is bool, or float to be added, and broadcasts to `target`."""
     if mask is None:

@@ -80,16 +80,6 @@ def dropout_factor(
     return keep.to(probabilities.dtype) * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
 
 
-def _attention_factor(
-    probabilities: Tensor, seed: Tensor | None, dropout_p: float, stream: int
-) -> Tensor | None:
-    """`dropout_factor` of one attention; in the column stream rows are the keys of the whole."""
-    if stream == _philox.ROW_STREAM:
-        return dropout_factor(probabilities, seed, dropout_p, stream)
-    factor = dropout_factor(probabilities.transpose(-1, -2), seed, dropout_p, stream)
-    return None if factor is None else factor.transpose(-1, -2)
-
-
 def _grouped(tensor: Tensor, heads: int) -> Tensor:
     kv_heads = tensor.shape[1]
     return tensor if kv_heads == heads else tensor.repeat_interleave(heads // kv_heads, dim=1)
@@ -113,7 +103,6 @@ def attention_reference(
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
-    dropout_stream: int,
     is_causal: bool,
     scale: float | None,
 ) -> tuple[Tensor, Callable[[], Tensor]]:
@@ -124,7 +113,7 @@ def attention_reference(
     value = _grouped(hide(value, key_padding_mask), heads)
     scores = masked_scores(query, key, attn_mask, key_padding_mask, is_causal, scale)
     probabilities = safe_softmax(scores, -1)
-    factor = _attention_factor(probabilities, seed, dropout_p, dropout_stream)
+    factor = dropout_factor(probabilities, seed, dropout_p, _philox.ROW_STREAM)
     if factor is not None:
         probabilities = probabilities * factor
     out = rows_outside((probabilities @ value.to(acc)).to(query.dtype))
@@ -141,7 +130,6 @@ def attention_backward_reference(
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
-    dropout_stream: int,
     is_causal: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -156,7 +144,7 @@ def attention_backward_reference(
     value = _grouped(hide(value, key_padding_mask), heads)
     scores = masked_scores(query, key, attn_mask, key_padding_mask, is_causal, scale)
     probabilities = safe_softmax(scores, -1)
-    factor = _attention_factor(probabilities, seed, dropout_p, dropout_stream)
+    factor = dropout_factor(probabilities, seed, dropout_p, _philox.ROW_STREAM)
     gradient = grad_out.to(acc)
     grad_p = gradient @ value.to(acc).transpose(-1, -2)
     dropped = probabilities

@@ -1,6 +1,7 @@
-"""How torch sees the compiled attention op: shapes for tracing, gradients, vmap.
+"""How torch sees the compiled ops: shapes for tracing, gradients, vmap.
 
-The C++ library defines one kernel under two schemas and its backward:
+`kernel_op` serves the rarer ones. For attention the C++ library defines one kernel under three
+schemas and its backward:
 
     attention           differentiable, for compiled code with gradients and for export
     attention_forward   raw, for eager calls and gradient-free compiled code
@@ -22,6 +23,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastfusion import _library
+from fastfusion._arguments import check_one_device
+from fastfusion._kernel_op import Interface, KernelOp
 from fastfusion._reference import attention_backward_reference, attention_reference
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -31,7 +34,7 @@ _is_exporting = torch.compiler.is_exporting
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 # What follows the tensors in every schema.
-_OPTIONS = ("dropout_p", "dropout_stream", "is_causal", "scale")
+_OPTIONS = ("dropout_p", "is_causal", "scale")
 _out: Any = None
 _forward: Any = None
 _backward: Any = None
@@ -50,13 +53,8 @@ def attention(
     scale: float | None,
     enable_gqa: bool,
     return_lse: bool,
-    dropout_stream: int = 0,
 ) -> Any:
-    """The compiled op on normalised arguments, by the schema that fits the moment.
-
-    `dropout_stream` is that of `_philox`; 1 says that this call is the softmax over queries of a
-    bidirectional one, with queries and keys exchanged.
-    """
+    """The compiled op on normalised arguments, by the schema that fits the moment."""
     needs_gradient = _is_grad_enabled() and (
         query.requires_grad
         or key.requires_grad
@@ -64,8 +62,8 @@ def attention(
         or (attn_mask is not None and attn_mask.requires_grad)
     )
     given = (
-        query, key, value, attn_mask, key_padding_mask, seed, dropout_p, dropout_stream, is_causal,
-        scale, enable_gqa,
+        query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal, scale,
+        enable_gqa,
     )  # fmt: skip
     if _is_compiling():
         if _transforms_active():
@@ -112,6 +110,19 @@ def path(query: Tensor, *others: Any, q_len: int | None = None) -> str:
     dtype = str(query.dtype).removeprefix("torch.")
     length = query.shape[2] if q_len is None else q_len
     return f"{native.isa()}, {native.attention_path(dtype, length)}"
+
+
+def kernel_op(name: str, interface: Interface) -> KernelOp | None:
+    """The compiled ops `<name>...`; None without them. `<name>_out` leaves log-sum-exps out."""
+    if _library.cpu_unavailable is not None:
+        return None
+    ops = torch.ops.fastfusion
+    forward, out = getattr(ops, f"{name}_forward").default, getattr(ops, f"{name}_out").default
+
+    def launch(*given: Any) -> Any:
+        return (forward if given[-1] else out)(*given[:-1])
+
+    return KernelOp(name, interface, launch, traceable=True)
 
 
 def _by_reference(return_lse: bool, *given: Any) -> Any:
@@ -174,7 +185,7 @@ class _Backward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:8])
-        ctx.options, ctx.mask_gradient = inputs[8:12], inputs[12]
+        ctx.options, ctx.mask_gradient = inputs[8:11], inputs[11]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -209,12 +220,12 @@ class _Backward(Function):
         )
         (pulled,) = pullback(filled)
         order = ("grad_out", "grad_lse", "query", "key", "value", "attn_mask")
-        return (*(pulled.get(name) for name in order), *[None] * 7)
+        return (*(pulled.get(name) for name in order), *[None] * 6)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
         tensors, dims, size = given[:8], list(in_dims[:8]), info.batch_size
-        mask_gradient = given[12]
+        mask_gradient = given[11]
         if size > 0 and (given[7] is not None or mask_gradient):
             # A dropout mask is a function of the batch index, and a mask's gradient is reduced
             # over the batch: neither survives folding.
@@ -252,7 +263,7 @@ class _Attention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:6])
-        ctx.options = inputs[6:10]
+        ctx.options = inputs[6:9]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -260,7 +271,7 @@ class _Attention(Function):
         query, key, value, attn_mask, padding, seed = ctx.saved_tensors
         if grad_out is None:
             if grad_lse is None:
-                return (None,) * 11
+                return (None,) * 10
             grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
         mask_gradient = attn_mask is not None and ctx.needs_input_grad[3]
         differentiable = torch.is_grad_enabled() or _transforms_active()
@@ -269,7 +280,7 @@ class _Attention(Function):
             grad_out, grad_lse, query, key, value, attn_mask, padding, seed, *ctx.options,
             mask_gradient,
         )  # fmt: skip
-        return (*gradients[:3], gradients[3] if mask_gradient else None, *[None] * 7)
+        return (*gradients[:3], gradients[3] if mask_gradient else None, *[None] * 6)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
@@ -303,7 +314,7 @@ class _Eager(Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Any:
         ctx.save_for_backward(*given[:6])
-        ctx.options = given[6:10]
+        ctx.options = given[6:9]
         return _out(*given)
 
     @staticmethod
@@ -318,15 +329,9 @@ def fake_attention(
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
-    dropout_p: float,
-    dropout_stream: int,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    for tensor in (key, value, attn_mask, key_padding_mask, seed):
-        # A meta tensor among real ones would bring the call here and leave it without a result.
-        torch._check(tensor is None or tensor.device == query.device)
+    check_one_device(query, key, value, attn_mask, key_padding_mask, seed)
     batch, heads, q_len, head_dim = query.shape
     torch._check(key.shape[0] == batch)
     torch._check(key.shape[3] == head_dim)

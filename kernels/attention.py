@@ -260,7 +260,6 @@ def attention_forward(
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
-    dropout_stream: int,
     is_causal: bool,
     scale: float | None,
     return_lse: bool,
@@ -293,7 +292,7 @@ def attention_forward(
         **strides(q=query, k=key, v=value, out=out), **run_time,
         heads=heads, group=heads // key.shape[1], q_len=q_len, kv_len=kv_len, splits=splits,
         DIM=dim, WIDTH=width(dim), VALUE_DIM=value_dim, VALUE_WIDTH=width(value_dim),
-        OWN=own, LOOP=chosen.loop, SPLIT=split, CAUSAL=is_causal, STREAM=dropout_stream,
+        OWN=own, LOOP=chosen.loop, SPLIT=split, CAUSAL=is_causal, STREAM=0,
         LSE=return_lse, **compile_time, **chosen.options(),
     )  # fmt: skip
     if split:

@@ -288,7 +288,6 @@ def attention_backward(
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
-    dropout_stream: int,
     is_causal: bool,
     scale: float | None,
     mask_gradient: bool,
@@ -320,7 +319,7 @@ def attention_backward(
         **strides(q=query, k=key, v=value, grad=grad_out), **run_time,
         "heads": heads, "group": group, "q_len": q_len, "kv_len": kv_len,
         "DIM": dim, "WIDTH": width(dim), "VALUE_DIM": value_dim, "VALUE_WIDTH": width(value_dim),
-        "CAUSAL": is_causal, "STREAM": dropout_stream, "LSE": grad_lse is not None, **compile_time,
+        "CAUSAL": is_causal, "STREAM": 0, "LSE": grad_lse is not None, **compile_time,
     }  # fmt: skip
 
     def chosen(kernel: str, rows: int) -> tuple[int, dict[str, int]]:

@@ -27,31 +27,30 @@ class ForwardTask {
 
   bool allocate() {
     constexpr int64_t kMost = Panels::kMost;
-    return carve(p_,
-                 {{&queries_, kGroup * query_floats()},
-                  {&outs_, kGroup * kMost * value_columns_},
-                  {&statistics_, kGroup * 3 * kMost},
-                  {&maximum_, kMost},
-                  {&scores_, kBlock * kMost},
-                  {&factor_, p_.dropout ? kBlock * kMost : 0},
-                  {&key_, kBlock * padded(p_.head_dim)},
-                  {&value_, kBlock * value_columns_}},
-                 &list_);
+    return carve(p_, {{&queries_, kGroup * query_floats()},
+                      {&outs_, kGroup * kMost * value_columns_},
+                      {&statistics_, kGroup * 3 * kMost},
+                      {&maximum_, kMost},
+                      {&scores_, kBlock * kMost},
+                      {&factor_, p_.dropout ? kBlock * kMost : 0},
+                      {&key_, kBlock * padded(p_.head_dim)},
+                      {&value_, kBlock * value_columns_},
+                      {&list_, p_.padding ? p_.kv_len : 0}});
   }
 
   // Panels first .. end of the query heads that share key head `group`.
   void run(int64_t b, int64_t group, int64_t first, int64_t end) {
     const int64_t members = p_.heads / p_.kv_heads;
-    const Panels panels(p_.q_len);
+    const Panels panels = all_panels(p_);
     int64_t limit = 0;
     count_ = end - first;
     for (int64_t i = 0; i < count_; ++i) {
-      const int64_t at = (first + i) % panels.count;
-      start(b, group * members + (first + i) / panels.count, panels.first(at), panels.end(at), i);
+      const int64_t panel = first + i;
+      start(b, group * members + panel / panels.count, panels[panel % panels.count], i);
       limit = limit > limit_of(panel_[i]) ? limit : limit_of(panel_[i]);
     }
     const Slice key(p_.key, p_.type, b, group), value(p_.value, p_.type, b, group);
-    const Keys keys = visible_keys(p_, b, limit, list_);
+    const Positions keys = visible_keys(p_, b, limit, list_);
     for (int64_t i = 0; i < count_; ++i) panel_[i].visible = keys.before(limit_of(panel_[i]));
     for (int64_t done = 0; done < keys.count; done += kBlock) {
       const Block block = block_at(keys, done);
@@ -70,19 +69,21 @@ class ForwardTask {
 
   // The keys that the diagonal leaves to a panel.
   int64_t limit_of(const Panel& panel) const {
-    const int64_t limit = panel.first + panel.queries;
+    const int64_t limit = panel.queries.first + panel.queries.count;
     return p_.causal && limit < p_.kv_len ? limit : p_.kv_len;
   }
 
-  void start(int64_t b, int64_t h, int64_t first, int64_t end, int64_t i) {
+  void start(int64_t b, int64_t h, const Block& queries, int64_t i) {
     constexpr int64_t kMost = Panels::kMost;
     float* statistics = statistics_ + i * 3 * kMost;
     Panel& panel = panel_[i];
-    panel = {h,           first,
-             end - first, padded(end - first),
-             0,           {statistics, statistics + kMost, statistics + 2 * kMost}};
-    query_[i] = Operands<Math>::lanes(Slice(p_.query, p_.type, b, h), first, panel.queries,
-                                      p_.head_dim, p_.scale, queries_ + i * query_floats());
+    panel = {h,
+             queries,
+             padded(queries.count),
+             0,
+             {statistics, statistics + kMost, statistics + 2 * kMost}};
+    query_[i] = Operands<Math>::lanes(Slice(p_.query, p_.type, b, h), queries, p_.head_dim,
+                                      p_.scale, queries_ + i * query_floats());
     panel.statistics.clear(panel.columns);
   }
 
@@ -92,7 +93,7 @@ class ForwardTask {
               const Right<Math>& value) {
     const Panel& panel = panel_[i];
     const int64_t columns = panel.columns;
-    const Scores scores{p_, b, panel.h, panel.first, panel.queries, columns, scores_};
+    const Scores scores{p_, b, panel.h, panel.queries, columns, scores_};
     for (int64_t e = 0; e < columns; ++e) maximum_[e] = -kInfinity;
     multiply(key, query_[i], block.count, columns, Operands<Math>::steps(p_.head_dim),
              StoreMaximum{scores_, columns, maximum_});
@@ -101,11 +102,11 @@ class ForwardTask {
       mask_scores(scores, block, unit, maximum_);
       unit = 1.0f;
     }
-    if (p_.dropout) dropout_factors(scores, block, factor_);
+    if (p_.dropout) dropout_factors(scores, block, kRowStream, factor_);
     online_softmax<Math>(block, columns, unit, maximum_, p_.dropout ? factor_ : nullptr, scores_,
                          panel.statistics);
     const Rescale sum{out_of(i), value_columns_, panel.statistics.rescale, block.first == 0};
-    multiply(Weights<Math>::operand(scores_, columns), value, panel.queries, value_columns_,
+    multiply(Weights<Math>::by_query(scores_, columns), value, panel.queries.count, value_columns_,
              Operands<Math>::steps(block.count), sum);
   }
 
@@ -114,16 +115,12 @@ class ForwardTask {
   void finish(int64_t b, int64_t i) {
     const Panel& panel = panel_[i];
     if (panel.visible == 0) {
-      for (int64_t e = 0; e < panel.queries * value_columns_; ++e) out_of(i)[e] = 0.0f;
+      for (int64_t e = 0; e < panel.queries.count * value_columns_; ++e) out_of(i)[e] = 0.0f;
     }
-    const int64_t offset = b * p_.out.batch + panel.h * p_.out.head + panel.first * p_.out.row;
-    for (int64_t row = 0; row < panel.queries; ++row)
-      store(p_.out.data, p_.type, offset + row * p_.out.row, p_.out.column, p_.value_dim,
-            inverse(panel.statistics.sum[row]), out_of(i) + row * value_columns_);
+    store_means(p_.out, p_.type, b, panel.h, panel.queries, p_.value_dim, panel.statistics.sum,
+                out_of(i));
     if (!p_.lse) return;
-    float* lse = p_.lse + (b * p_.heads + panel.h) * p_.q_len + panel.first;
-    for (int64_t row = 0; row < panel.queries; ++row)
-      lse[row] = log_sum(panel.statistics.maximum[row], panel.statistics.sum[row]);
+    store_lse(panel.queries, panel.statistics, p_.lse + (b * p_.heads + panel.h) * p_.q_len);
   }
 
   const AttentionForward& p_;
@@ -140,8 +137,7 @@ struct ForwardSplit {
   int64_t panels, tasks;
 
   explicit ForwardSplit(const Attention& p)
-      : panels(p.heads / p.kv_heads * Panels(p.q_len).count),
-        tasks((panels + kGroup - 1) / kGroup) {}
+      : panels(p.heads / p.kv_heads * all_panels(p).count), tasks((panels + kGroup - 1) / kGroup) {}
 
   int64_t first(int64_t task) const { return task * panels / tasks; }
 };

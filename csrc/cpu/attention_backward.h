@@ -45,20 +45,18 @@ struct Add {
   }
 };
 
-// P c and dS, keys down and queries across, as left operands.
+// P c and dS as they are computed, keys down and queries across, become left operands: in place
+// for products over the queries, in another array for those over the keys.
 template <class Math>
 struct Gradients;
 
 template <>
 struct Gradients<Float32Math> {
-  static void pack(int64_t, int64_t, float*, float*, float*) {}
-
-  static Left<Float32Math> by_key(const float* scores, int64_t columns) {
-    return {scores, columns, 1};
-  }
+  static void store_pairs(int64_t, int64_t, const float*, float*) {}
+  static void round_rows(int64_t, int64_t, float*) {}
 
   static Left<Float32Math> by_query(const float* scores, const float*, int64_t columns) {
-    return {scores, 1, columns};
+    return Weights<Float32Math>::by_query(scores, columns);
   }
 };
 
@@ -70,6 +68,8 @@ struct BackwardPanel : Panel {
 template <class Math>
 class BackwardTask {
  public:
+  using Call = AttentionBackward;
+
   explicit BackwardTask(const AttentionBackward& p)
       : p_(p),
         dim_(padded(p.head_dim)),
@@ -82,40 +82,35 @@ class BackwardTask {
 
   bool allocate() {
     constexpr int64_t kMost = Panels::kMost;
-    float *key_sums, *value_sums;
-    const bool enough = carve(p_,
-                              {{&panels_, most_ * panel_floats()},
-                               {&maximum_, kMost},
-                               {&scores_, most_ * p_.kv_len * kMost},
-                               {&grad_scores_, most_ * p_.kv_len * kMost},
-                               {&maxima_, most_ * blocks_ * kMost},
-                               {&pairs_, Math::kDepth > 1 ? kBlock / 2 * kMost : 0},
-                               {&factor_, p_.dropout ? kBlock * kMost : 0},
-                               {&key_, kBlock * dim_},
-                               {&key_columns_, kBlock * dim_},
-                               {&value_, kBlock * value_dim_},
-                               {&grad_key_, kBlock * dim_},
-                               {&grad_value_, kBlock * value_dim_},
-                               {&key_sums, 2 * p_.kv_len * dim_},
-                               {&value_sums, 2 * p_.kv_len * value_dim_}},
-                              &list_);
-    key_sums_ = reinterpret_cast<double*>(key_sums);
-    value_sums_ = reinterpret_cast<double*>(value_sums);
-    return enough;
+    return carve(p_, {{&panels_, most_ * panel_floats()},
+                      {&maximum_, kMost},
+                      {&scores_, most_ * p_.kv_len * kMost},
+                      {&grad_scores_, most_ * p_.kv_len * kMost},
+                      {&maxima_, most_ * blocks_ * kMost},
+                      {&pairs_, Math::kDepth > 1 ? kBlock / 2 * kMost : 0},
+                      {&factor_, p_.dropout ? kBlock * kMost : 0},
+                      {&key_, kBlock * dim_},
+                      {&key_columns_, kBlock * dim_},
+                      {&value_, kBlock * value_dim_},
+                      {&grad_key_, kBlock * dim_},
+                      {&grad_value_, kBlock * value_dim_},
+                      {&key_sums_, p_.kv_len * dim_},
+                      {&value_sums_, p_.kv_len * value_dim_},
+                      {&list_, p_.padding ? p_.kv_len : 0}});
   }
 
   void run(int64_t b, int64_t group) {
-    const Keys keys = visible_keys(p_, b, p_.kv_len, list_);
+    const Positions keys = visible_keys(p_, b, p_.kv_len, list_);
     for (int64_t i = 0; i < keys.count * dim_; ++i) key_sums_[i] = 0.0;
     for (int64_t i = 0; i < keys.count * value_dim_; ++i) value_sums_[i] = 0.0;
     const int64_t members = p_.heads / p_.kv_heads;
-    const Panels panels(p_.q_len);
+    const Panels panels = all_panels(p_);
     const int64_t total = members * panels.count;
     for (int64_t first = 0; first < total; first += count_) {
       count_ = total - first < most_ ? total - first : most_;
       for (int64_t i = 0; i < count_; ++i) {
-        const int64_t at = (first + i) % panels.count;
-        start(b, group * members + (first + i) / panels.count, panels.first(at), panels.end(at), i);
+        const int64_t panel = first + i;
+        start(b, group * members + panel / panels.count, panels[panel % panels.count], i);
       }
       walk(b, group, keys);
     }
@@ -129,13 +124,12 @@ class BackwardTask {
     return Panels::kMost * (3 * dim_ + 2 * value_dim_ + 2 * Vec::kLanes + 5);
   }
 
-  void start(int64_t b, int64_t h, int64_t first, int64_t end, int64_t i) {
+  void start(int64_t b, int64_t h, const Block& queries, int64_t i) {
     constexpr int64_t kMost = Panels::kMost;
     BackwardPanel& panel = panel_[i];
     float* next = panels_ + i * panel_floats();
     const auto take = [&](int64_t floats) { return (next += floats) - floats; };
-    panel.h = h, panel.first = first, panel.queries = end - first;
-    panel.columns = padded(end - first);
+    panel.h = h, panel.queries = queries, panel.columns = padded(queries.count);
     panel.query_t = take(kMost * (dim_ + Vec::kLanes));
     panel.grad_t = take(kMost * (value_dim_ + Vec::kLanes));
     panel.query = take(kMost * dim_), panel.grad = take(kMost * value_dim_);
@@ -143,25 +137,23 @@ class BackwardTask {
     panel.statistics = {take(kMost), take(kMost), take(kMost)};
     panel.weighted = take(kMost), panel.grad_lse = take(kMost);
     const Slice query(p_.query, p_.type, b, h), grad(p_.grad_out, p_.type, b, h);
-    const Block rows{{p_.q_len, nullptr}, first, panel.queries};
-    query_t_[i] =
-        Operands<Math>::lanes(query, first, panel.queries, p_.head_dim, p_.scale, panel.query_t);
-    grad_t_[i] =
-        Operands<Math>::lanes(grad, first, panel.queries, p_.value_dim, 1.0f, panel.grad_t);
-    query_[i] = Operands<Math>::columns(query, rows, p_.head_dim, panel.query);
-    grad_[i] = Operands<Math>::columns(grad, rows, p_.value_dim, panel.grad);
-    for (int64_t e = 0; e < panel.queries * dim_; ++e) panel.grad_query[e] = 0.0f;
+    query_t_[i] = Operands<Math>::lanes(query, queries, p_.head_dim, p_.scale, panel.query_t);
+    grad_t_[i] = Operands<Math>::lanes(grad, queries, p_.value_dim, 1.0f, panel.grad_t);
+    query_[i] = Operands<Math>::columns(query, queries, p_.head_dim, panel.query);
+    grad_[i] = Operands<Math>::columns(grad, queries, p_.value_dim, panel.grad);
+    for (int64_t e = 0; e < queries.count * dim_; ++e) panel.grad_query[e] = 0.0f;
     for (int64_t e = 0; e < panel.columns; ++e) panel.weighted[e] = 0.0f;
     panel.statistics.clear(panel.columns);
   }
 
   // All blocks for the panels at hand, for the statistics and then for the gradients; a block that
   // is the only one stays in the first cache in between, panel by panel.
-  void walk(int64_t b, int64_t group, const Keys& keys) {
+  void walk(int64_t b, int64_t group, const Positions& keys) {
     const Slice key(p_.key, p_.type, b, group), value(p_.value, p_.type, b, group);
     for (int64_t i = 0; i < count_; ++i) {
       BackwardPanel& panel = panel_[i];
-      panel.visible = p_.causal ? keys.before(panel.first + panel.queries) : keys.count;
+      const int64_t end = panel.queries.first + panel.queries.count;
+      panel.visible = p_.causal ? keys.before(end) : keys.count;
     }
     const bool one_block = keys.count <= kBlock;
     for (int pass = 0; pass < 2 - one_block; ++pass) {
@@ -196,8 +188,8 @@ class BackwardTask {
     for (int64_t i = 0; i < count_; ++i) {
       const BackwardPanel& panel = panel_[i];
       const MutableView& to = p_.grad_query;
-      for (int64_t row = 0; row < panel.queries; ++row)
-        store(to.data, p_.type, b * to.batch + panel.h * to.head + (panel.first + row) * to.row,
+      for (int64_t row = 0; row < panel.queries.count; ++row)
+        store(to.data, p_.type, b * to.batch + panel.h * to.head + panel.queries[row] * to.row,
               to.column, p_.head_dim, p_.scale, panel.grad_query + row * dim_);
     }
   }
@@ -224,9 +216,9 @@ class BackwardTask {
              StoreMaximum{to.scores, columns, maximum_});
     multiply(value, grad_t_[i], block.count, columns, Operands<Math>::steps(p_.value_dim),
              Store{to.grad_scores, columns});
-    const Scores scores{p_, b, panel.h, panel.first, panel.queries, columns, to.scores};
+    const Scores scores{p_, b, panel.h, panel.queries, columns, to.scores};
     if (p_.dropout) {
-      dropout_factors(scores, block, factor_);
+      dropout_factors(scores, block, kRowStream, factor_);
       for (int64_t e = 0; e < block.count * columns; e += Vec::kLanes)
         (Vec::load(to.grad_scores + e) * Vec::load(factor_ + e)).store(to.grad_scores + e);
     }
@@ -253,13 +245,9 @@ class BackwardTask {
   void finish_statistics(int64_t b, const BackwardPanel& panel) {
     for (int64_t i = 0; i < panel.columns; ++i) {
       float& sum = panel.statistics.sum[i];
-      const bool dead = sum == 0.0f || i >= panel.queries;  // then P = 0
+      const bool dead = sum == 0.0f || i >= panel.queries.count;  // then P = 0
       panel.weighted[i] = dead ? 0.0f : panel.weighted[i] / sum;
-      panel.grad_lse[i] = 0.0f;
-      if (p_.grad_lse && !dead) {
-        panel.grad_lse[i] = p_.grad_lse[b * p_.grad_lse_batch + panel.h * p_.grad_lse_head +
-                                        (panel.first + i) * p_.grad_lse_row];
-      }
+      panel.grad_lse[i] = dead ? 0.0f : p_.grad_lse.at(b, panel.h, panel.queries[i]);
       sum = dead ? 0.0f : inverse(sum);
     }
   }
@@ -269,7 +257,7 @@ class BackwardTask {
     const BackwardPanel& panel = panel_[i];
     const int64_t columns = panel.columns;
     if (p_.dropout) {
-      dropout_factors({p_, b, panel.h, panel.first, panel.queries, columns, at.scores}, block,
+      dropout_factors({p_, b, panel.h, panel.queries, columns, at.scores}, block, kRowStream,
                       factor_);
     }
     for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
@@ -286,24 +274,27 @@ class BackwardTask {
         (p_.dropout ? weight * Vec::load(factor_ + e) : weight).store(at.scores + e);
       }
     }
-    for (int64_t row = 0; row < panel.queries && (p_.grad_mask || p_.grad_mask_sums); ++row)
-      add_mask_gradient(p_, b, panel.h, panel.first + row, block, at.grad_scores + row, columns);
+    for (int64_t row = 0; row < panel.queries.count; ++row)
+      add_mask_gradient(p_.grad_mask, b, panel.h, panel.queries[row], block, at.grad_scores + row,
+                        columns);
 
-    Gradients<Math>::pack(block.count, columns, at.scores, at.grad_scores, pairs_);
-    const int64_t steps = Operands<Math>::steps(panel.queries);
-    multiply(Gradients<Math>::by_key(at.scores, columns), grad_[i], block.count, value_dim_, steps,
+    Gradients<Math>::store_pairs(block.count, columns, at.grad_scores, pairs_);
+    Gradients<Math>::round_rows(block.count, columns, at.scores);
+    Gradients<Math>::round_rows(block.count, columns, at.grad_scores);
+    const int64_t steps = Operands<Math>::steps(panel.queries.count);
+    multiply(Weights<Math>::by_key(at.scores, columns), grad_[i], block.count, value_dim_, steps,
              Add{grad_value_, value_dim_});
-    const auto by_key = Gradients<Math>::by_key(at.grad_scores, columns);
+    const auto by_key = Weights<Math>::by_key(at.grad_scores, columns);
     multiply(by_key, query_[i], block.count, dim_, steps, Add{grad_key_, dim_});
-    multiply(Gradients<Math>::by_query(at.grad_scores, pairs_, columns), key, panel.queries, dim_,
-             Operands<Math>::steps(block.count), Add{panel.grad_query, dim_});
+    multiply(Gradients<Math>::by_query(at.grad_scores, pairs_, columns), key, panel.queries.count,
+             dim_, Operands<Math>::steps(block.count), Add{panel.grad_query, dim_});
   }
 
   static void add(double* total, const float* part, int64_t count) {
     for (int64_t i = 0; i < count; ++i) total[i] += double(part[i]);
   }
 
-  void write(int64_t b, int64_t group, const Keys& keys) {
+  void write(int64_t b, int64_t group, const Positions& keys) {
     const auto row = [&](const MutableView& to, int64_t j, int64_t count, const double* from,
                          double factor, float* buffer) {
       for (int64_t i = 0; i < count; ++i) buffer[i] = from ? float(from[i] * factor) : 0.0f;
@@ -334,53 +325,21 @@ class BackwardTask {
   Right<Math> query_t_[kGroup], grad_t_[kGroup], query_[kGroup], grad_[kGroup];
 };
 
-struct BackwardTasks {
-  const AttentionBackward* p;
-  int64_t key_heads;  // of a task
-};
-
-template <class Task, class Run>
-void backward_task(int64_t begin, int64_t end, const void* context, const Run& run) {
-  const auto& tasks = *static_cast<const BackwardTasks*>(context);
-  const AttentionBackward& p = *tasks.p;
-  Task task(p);
-  if (!task.allocate()) return;
-  for (int64_t i = begin * tasks.key_heads; i < end * tasks.key_heads; ++i)
-    run(task, i / p.kv_heads, i % p.kv_heads);
-}
-
-template <class Math>
-void backward_tasks(int64_t begin, int64_t end, const void* context) {
-  backward_task<BackwardTask<Math>>(
-      begin, end, context, [](auto& task, int64_t b, int64_t group) { task.run(b, group); });
-}
-
-template <class T>
-void few_backward_tasks(int64_t begin, int64_t end, const void* context) {
-  backward_task<FewBackwardTask>(begin, end, context, [](auto& task, int64_t b, int64_t group) {
-    task.template run<T>(b, group);
-  });
-}
-
 // `HalfMath` is how bfloat16 operands are multiplied; others are converted to float32.
 template <class HalfMath>
 void attention_backward(const AttentionBackward& p, ParallelFor parallel) {
   const int64_t slices = p.batch * p.kv_heads;
   if (slices == 0) return;
-  int64_t key_heads = 1;
-  if (p.grad_mask_sums && p.grad_mask_batch == 0) {
-    key_heads = slices;
-  } else if (p.grad_mask_sums && p.grad_mask_head == 0) {
-    key_heads = p.kv_heads;
-  }
+  const int64_t heads = p.grad_mask.heads_of_a_task(p.batch, p.kv_heads);
   const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
                        double(3 * p.head_dim + 2 * p.value_dim);
   const bool half = p.type == Type::kBFloat16;
-  auto* body = half ? backward_tasks<HalfMath> : backward_tasks<Float32Math>;
+  auto* body = half ? head_tasks<BackwardTask<HalfMath>> : head_tasks<BackwardTask<Float32Math>>;
   if (few_rows(p)) {
-    body = with_type(p.type, [](auto kind) { return &few_backward_tasks<decltype(kind)>; });
+    body =
+        with_type(p.type, [](auto kind) { return &head_tasks<FewBackwardTask<decltype(kind)>>; });
   }
-  ff::run(parallel, slices / key_heads, flops, body, BackwardTasks{&p, key_heads});
+  ff::run(parallel, slices / heads, flops, body, HeadTasks<AttentionBackward>{&p, heads});
 }
 
 }  // namespace

@@ -7,6 +7,9 @@
 namespace ff {
 namespace {
 
+// The softmax over keys, and that over queries of a bidirectional call.
+constexpr uint32_t kRowStream = 0, kColumnStream = 1;
+
 // Sixteen counters of Philox4x32-10 (Salmon et al., SC 2011) side by side, which the compiler
 // vectorises: c[w] holds word w of all of them.
 struct Philox {
@@ -28,45 +31,32 @@ struct Philox {
   }
 };
 
-// factor[j][i] = keep_scale where dropout keeps the score of query + i and the block's key j.
-inline void dropout_factors(const Scores& scores, const Block& block, float* factor) {
+// factor[j][i] = keep_scale where dropout keeps the score of query i and the block's key j. A
+// counter is a query and four keys.
+inline void dropout_factors(const Scores& scores, const Block& block, uint32_t stream,
+                            float* factor) {
   const Attention& p = scores.p;
-  const int64_t query = scores.query, columns = scores.columns, count = block.count;
+  const int64_t columns = scores.columns, count = block.count;
   const uint32_t slice = uint32_t(scores.b * p.heads + scores.h);
-  const auto keep = [&](uint32_t word) { return word >= p.threshold ? p.keep_scale : 0.0f; };
   Philox random;
-  if (p.dropout_stream == 0) {  // a counter is a query and four keys
-    for (int64_t j = 0; j < count;) {
-      const int64_t group = block[j] / 4;
-      int64_t end = j;
-      while (end < count && block[end] / 4 == group) ++end;
-      for (int64_t i = 0; i < columns; i += Philox::kWide) {
-        const int64_t wide = columns - i < Philox::kWide ? columns - i : Philox::kWide;
-        for (int64_t l = 0; l < Philox::kWide; ++l) {
-          random.c[0][l] = uint32_t(group), random.c[1][l] = uint32_t(query + i + l);
-          random.c[2][l] = slice, random.c[3][l] = 0;
-        }
-        random.run(p.seed);
-        for (int64_t k = j; k < end; ++k)
-          for (int64_t l = 0; l < wide; ++l)
-            factor[k * columns + i + l] = keep(random.c[block[k] % 4][l]);
+  for (int64_t j = 0; j < count;) {
+    const int64_t group = block[j] / 4;
+    int64_t end = j;
+    while (end < count && block[end] / 4 == group) ++end;
+    for (int64_t i = 0; i < columns; i += Philox::kWide) {
+      const int64_t wide = columns - i < Philox::kWide ? columns - i : Philox::kWide;
+      for (int64_t l = 0; l < Philox::kWide; ++l) {
+        const int64_t at = i + l < scores.queries.count ? i + l : 0;
+        random.c[0][l] = uint32_t(group), random.c[1][l] = uint32_t(scores.queries[at]);
+        random.c[2][l] = slice, random.c[3][l] = stream;
       }
-      j = end;
+      random.run(p.seed);
+      for (int64_t k = j; k < end; ++k)
+        for (int64_t l = 0; l < wide; ++l)
+          factor[k * columns + i + l] =
+              random.c[block[k] % 4][l] >= p.threshold ? p.keep_scale : 0.0f;
     }
-    return;
-  }
-  // The other direction of a bidirectional call: a counter is a key and four queries.
-  // A panel of up to 48 queries has at most 13 such counters.
-  for (int64_t j = 0; j < count; ++j) {
-    for (int64_t l = 0; l < Philox::kWide; ++l) {
-      random.c[0][l] = uint32_t(query / 4 + l), random.c[1][l] = uint32_t(block[j]);
-      random.c[2][l] = slice, random.c[3][l] = 1;
-    }
-    random.run(p.seed);
-    for (int64_t i = 0; i < columns; ++i) {
-      const int64_t place = query % 4 + i;
-      factor[j * columns + i] = keep(random.c[place % 4][place / 4]);
-    }
+    j = end;
   }
 }
 

@@ -18,13 +18,12 @@ struct FewScratch {
   bool allocate(const Attention& p) {
     const bool copies = p.key.column != 1 || p.value.column != 1;
     const int64_t widest = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
-    return carve(p,
-                 {{&query, padded(p.head_dim)},
-                  {&scores, kBlock},
-                  {&factor, p.dropout ? kBlock : 0},
-                  {&out, padded(p.value_dim)},
-                  {&copy, copies ? kBlock * widest : 0}},
-                 &list);
+    return carve(p, {{&query, padded(p.head_dim)},
+                     {&scores, kBlock},
+                     {&factor, p.dropout ? kBlock : 0},
+                     {&out, padded(p.value_dim)},
+                     {&copy, copies ? kBlock * widest : 0},
+                     {&list, p.padding ? p.kv_len : 0}});
   }
 };
 
@@ -124,7 +123,7 @@ inline void add_rows(const float* weight, const Rows<T>& rows, int64_t count, in
 inline void mask_row(const Scores& s, const Block& block) {
   constexpr int64_t kLanes = Vec::kLanes;
   const Attention& p = s.p;
-  const int64_t row = s.b * p.mask.batch + s.h * p.mask.head + s.query * p.mask.row;
+  const int64_t row = s.b * p.mask.batch + s.h * p.mask.head + s.queries[0] * p.mask.row;
   for (int64_t j = 0; j < block.count; j += kLanes) {
     const int64_t some = block.count - j < kLanes ? block.count - j : kLanes;
     if (p.mask.data) {
@@ -146,7 +145,7 @@ inline void mask_row(const Scores& s, const Block& block) {
           .store(s.data + j, some);
     }
     for (int64_t i = 0; i < some && p.causal; ++i)
-      if (block[j + i] > s.query) s.data[j + i] = -kInfinity;
+      if (block[j + i] > s.queries[0]) s.data[j + i] = -kInfinity;
   }
 }
 
@@ -178,7 +177,7 @@ inline float row_softmax(int64_t count, float* scores, RowStatistics& s) {
 }
 
 template <class T>
-void few_row(const AttentionForward& p, int64_t b, int64_t h, int64_t query, const Keys& keys,
+void few_row(const AttentionForward& p, int64_t b, int64_t h, int64_t query, const Positions& keys,
              const FewScratch& s) {
   constexpr int64_t kLanes = Vec::kLanes;
   const int64_t group = h / (p.heads / p.kv_heads);
@@ -194,12 +193,12 @@ void few_row(const AttentionForward& p, int64_t b, int64_t h, int64_t query, con
       for (int64_t j = 0; j < block.count; j += kLanes)
         dot_products(s.query, rows, j, block.count - j, p.head_dim).store(s.scores + j);
     });
-    const Scores scores{p, b, h, query, 1, 1, s.scores};
+    const Scores scores{p, b, h, one(query), 1, s.scores};
     if (p.mask.data || crosses_diagonal(scores, block)) mask_row(scores, block);
     for (int64_t j = block.count; j < padded(block.count); ++j) s.scores[j] = -kInfinity;
     const float rescale = row_softmax(block.count, s.scores, statistics);
     if (p.dropout) {
-      dropout_factors(scores, block, s.factor);
+      dropout_factors(scores, block, kRowStream, s.factor);
       for (int64_t j = 0; j < block.count; ++j) s.scores[j] *= s.factor[j];
     }
     with_rows<T>(value, block, p.value_dim, s.copy, [&](const auto& rows) {

@@ -15,20 +15,23 @@ inline bool few_rows(const Attention& p) {
 }
 
 // Adds dS of a query, `stride` apart, to the gradient of the mask.
-inline void add_mask_gradient(const AttentionBackward& p, int64_t b, int64_t h, int64_t query,
+inline void add_mask_gradient(const MaskGradient& g, int64_t b, int64_t h, int64_t query,
                               const Block& block, const float* grad, int64_t stride) {
-  const int64_t row = b * p.grad_mask_batch + h * p.grad_mask_head + query * p.grad_mask_row;
-  if (p.grad_mask) {
+  const int64_t row = b * g.batch + h * g.head + query * g.row;
+  if (g.values) {
     for (int64_t j = 0; j < block.count; ++j)
-      p.grad_mask[row + block[j] * p.grad_mask_column] = grad[j * stride];
-  } else if (p.grad_mask_sums) {
+      g.values[row + block[j] * g.column] = grad[j * stride];
+  } else if (g.sums) {
     for (int64_t j = 0; j < block.count; ++j)
-      p.grad_mask_sums[row + block[j] * p.grad_mask_column] += double(grad[j * stride]);
+      g.sums[row + block[j] * g.column] += double(grad[j * stride]);
   }
 }
 
+template <class T>
 class FewBackwardTask {
  public:
+  using Call = AttentionBackward;
+
   explicit FewBackwardTask(const AttentionBackward& p)
       : p_(p),
         members_(p.heads / p.kv_heads),
@@ -40,40 +43,37 @@ class FewBackwardTask {
   bool allocate() {
     const bool copies = p_.key.column != 1 || p_.value.column != 1;
     const int64_t widest = dim_ > value_dim_ ? dim_ : value_dim_;
-    return carve(p_,
-                 {{&query_, rows_ * dim_},
-                  {&grad_, rows_ * value_dim_},
-                  {&scores_, rows_ * length_},
-                  {&grad_scores_, rows_ * length_},
-                  {&factor_, p_.dropout ? length_ : 0},
-                  {&scaled_, dim_},
-                  {&row_, widest},
-                  {&copy_, copies ? kBlock * widest : 0}},
-                 &list_);
+    return carve(p_, {{&query_, rows_ * dim_},
+                      {&grad_, rows_ * value_dim_},
+                      {&scores_, rows_ * length_},
+                      {&grad_scores_, rows_ * length_},
+                      {&factor_, p_.dropout ? length_ : 0},
+                      {&scaled_, dim_},
+                      {&row_, widest},
+                      {&copy_, copies ? kBlock * widest : 0},
+                      {&list_, p_.padding ? p_.kv_len : 0}});
   }
 
-  template <class T>
   void run(int64_t b, int64_t group) {
-    const Keys keys = visible_keys(p_, b, p_.kv_len, list_);
+    const Positions keys = visible_keys(p_, b, p_.kv_len, list_);
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t h = group * members_ + r / p_.q_len, query = r % p_.q_len;
-      products<T>(b, h, query, r, keys);
+      products(b, h, query, r, keys);
       softmax(b, h, query, r, keys);
-      query_gradient<T>(b, h, query, r, keys);
+      query_gradient(b, h, query, r, keys);
     }
-    write<T>(p_.grad_key, b, group, keys, grad_scores_, query_, dim_, p_.head_dim, p_.scale);
-    write<T>(p_.grad_value, b, group, keys, scores_, grad_, value_dim_, p_.value_dim, 1.0f);
+    write(p_.grad_key, b, group, keys, grad_scores_, query_, dim_, p_.head_dim, p_.scale);
+    write(p_.grad_value, b, group, keys, scores_, grad_, value_dim_, p_.value_dim, 1.0f);
   }
 
  private:
   template <class Body>
-  static void for_blocks(const Keys& keys, const Body& body) {
+  static void for_blocks(const Positions& keys, const Body& body) {
     for (int64_t done = 0; done < keys.count; done += kBlock) body(block_at(keys, done));
   }
 
   // S and dP of a query, the latter times the factors of dropout.
-  template <class T>
-  void products(int64_t b, int64_t h, int64_t query, int64_t r, const Keys& keys) {
+  void products(int64_t b, int64_t h, int64_t query, int64_t r, const Positions& keys) {
     const int64_t group = h / members_;
     const Slice key(p_.key, p_.type, b, group), value(p_.value, p_.type, b, group);
     float *own = query_ + r * dim_, *grad = grad_ + r * value_dim_;
@@ -94,10 +94,10 @@ class FewBackwardTask {
         for (int64_t j = 0; j < block.count; j += Vec::kLanes)
           dot_products(grad, rows, j, block.count - j, p_.value_dim).store(grads + j);
       });
-      const Scores at{p_, b, h, query, 1, 1, scores};
+      const Scores at{p_, b, h, one(query), 1, scores};
       if (p_.mask.data || crosses_diagonal(at, block)) mask_row(at, block);
       if (p_.dropout) {
-        dropout_factors(at, block, factor_ + block.first);
+        dropout_factors(at, block, kRowStream, factor_ + block.first);
         for (int64_t j = 0; j < block.count; ++j) grads[j] *= factor_[block.first + j];
       }
     });
@@ -108,7 +108,7 @@ class FewBackwardTask {
   }
 
   // P c in the place of S, dS in that of dP.
-  void softmax(int64_t b, int64_t h, int64_t query, int64_t r, const Keys& keys) {
+  void softmax(int64_t b, int64_t h, int64_t query, int64_t r, const Positions& keys) {
     float *scores = scores_ + r * length_, *grads = grad_scores_ + r * length_;
     float maximum = -kInfinity, sum = 0.0f, delta = 0.0f;
     for (int64_t j = 0; j < keys.count; ++j) maximum = scores[j] > maximum ? scores[j] : maximum;
@@ -126,22 +126,17 @@ class FewBackwardTask {
       delta += weighted.total().total();
     });
     const float divisor = inverse(sum), mean = sum == 0.0f ? 0.0f : delta / sum;
-    float grad_lse = 0.0f;
-    if (p_.grad_lse && sum != 0.0f) {
-      grad_lse =
-          p_.grad_lse[b * p_.grad_lse_batch + h * p_.grad_lse_head + query * p_.grad_lse_row];
-    }
+    const float grad_lse = sum == 0.0f ? 0.0f : p_.grad_lse.at(b, h, query);
     for (int64_t j = 0; j < keys.count; j += Vec::kLanes) {
       const Vec weight = Vec::load(scores + j) * Vec::set(divisor);
       const Vec grad = (Vec::load(grads + j) - Vec::set(mean)) + Vec::set(grad_lse);
       (weight * grad).store(grads + j);
       (p_.dropout ? weight * Vec::load(factor_ + j) : weight).store(scores + j);
     }
-    add_mask_gradient(p_, b, h, query, {keys, 0, keys.count}, grads, 1);
+    add_mask_gradient(p_.grad_mask, b, h, query, {keys, 0, keys.count}, grads, 1);
   }
 
-  template <class T>
-  void query_gradient(int64_t b, int64_t h, int64_t query, int64_t r, const Keys& keys) {
+  void query_gradient(int64_t b, int64_t h, int64_t query, int64_t r, const Positions& keys) {
     const Slice key(p_.key, p_.type, b, h / members_);
     for (int64_t i = 0; i < dim_; ++i) row_[i] = 0.0f;
     for_blocks(keys, [&](const Block& block) {
@@ -156,9 +151,8 @@ class FewBackwardTask {
   }
 
   // Row j of `to`: factor * sum_r weight[r][j] * from[r]; 0 for keys that are hidden.
-  template <class T>
-  void write(const MutableView& to, int64_t b, int64_t group, const Keys& keys, const float* weight,
-             const float* from, int64_t columns, int64_t count, float factor) {
+  void write(const MutableView& to, int64_t b, int64_t group, const Positions& keys,
+             const float* weight, const float* from, int64_t columns, int64_t count, float factor) {
     auto* data = static_cast<typename T::Element*>(to.data) + b * to.batch + group * to.head;
     int64_t next = 0;
     for (int64_t j = 0; j < p_.kv_len; ++j) {

@@ -2,6 +2,8 @@
 
 #include "attention.h"
 #include "attention_backward.h"
+#include "bidirectional.h"
+#include "bidirectional_backward.h"
 
 namespace ff {
 
@@ -11,6 +13,8 @@ const KernelTable avx2_kernels{"avx2",
                                attention_forward<Float32Math>,
                                attention_path<Float32Math>,
                                attention_backward<Float32Math>,
+                               bidirectional_forward<Float32Math>,
+                               bidirectional_backward<Float32Math>,
                                convert};
 
 }  // namespace ff

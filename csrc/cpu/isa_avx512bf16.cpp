@@ -2,6 +2,8 @@
 
 #include "attention.h"
 #include "attention_backward.h"
+#include "bidirectional.h"
+#include "bidirectional_backward.h"
 #include "operands_bfloat16.h"
 
 namespace ff {
@@ -12,6 +14,8 @@ const KernelTable avx512bf16_kernels{"avx512bf16",
                                      attention_forward<BFloat16Math>,
                                      attention_path<BFloat16Math>,
                                      attention_backward<BFloat16Math>,
+                                     bidirectional_forward<BFloat16Math>,
+                                     bidirectional_backward<BFloat16Math>,
                                      convert};
 
 }  // namespace ff

@@ -45,12 +45,35 @@ struct Attention {
   bool causal;
 
   bool dropout = false;
-  int64_t dropout_stream = 0;  // 1: this is the softmax over queries of a bidirectional call
   uint64_t seed = 0;
   uint64_t threshold = 0;  // a score is kept where its 32-bit word reaches this
   float keep_scale = 1.0f;
 
   bool* out_of_memory;  // set where a thread finds no scratch memory: the results are then void
+};
+
+// Gradients of log-sum-exps: (B, H, L) by strides, or none.
+struct LseGradient {
+  const float* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+
+  float at(int64_t b, int64_t h, int64_t i) const {
+    return data ? data[b * batch + h * head + i * row] : 0.0f;
+  }
+};
+
+// Where the gradient of a mask goes. One of the two arrays, zeroed by the caller, or neither where
+// it is not wanted. A mask that broadcasts has strides of 0 and sums over the scores that share an
+// entry: possibly millions.
+struct MaskGradient {
+  float* values = nullptr;
+  double* sums = nullptr;
+  int64_t batch = 0, head = 0, row = 0, column = 0;
+
+  // Heads that have to be summed by one task.
+  int64_t heads_of_a_task(int64_t batches, int64_t heads) const {
+    return !sums || (batch != 0 && head != 0) ? 1 : batch == 0 ? batches * heads : heads;
+  }
 };
 
 struct AttentionForward : Attention {
@@ -59,15 +82,30 @@ struct AttentionForward : Attention {
 };
 
 struct AttentionBackward : Attention {
-  View grad_out;                    // (B, H, Lq, Dv)
-  const float* grad_lse = nullptr;  // (B, H, Lq) by strides, or none
-  int64_t grad_lse_batch = 0, grad_lse_head = 0, grad_lse_row = 0;
+  View grad_out;  // (B, H, Lq, Dv)
+  LseGradient grad_lse;
   MutableView grad_query, grad_key, grad_value;
-  // One of the two, zeroed by the caller, or neither where it is not wanted. A mask that broadcasts
-  // has strides of 0 here and sums over the scores that share an entry: possibly millions.
-  float* grad_mask = nullptr;
-  double* grad_mask_sums = nullptr;
-  int64_t grad_mask_batch = 0, grad_mask_head = 0, grad_mask_row = 0, grad_mask_column = 0;
+  MaskGradient grad_mask;
+};
+
+// Attention from queries to keys and, with the same scores, from keys to queries.
+struct Bidirectional : Attention {  // kv_heads = heads, not causal
+  int64_t query_value_dim;
+  View query_value;                     // (B, H, Lq, Dw)
+  const bool* query_padding = nullptr;  // (B, Lq), true = the query is not read by keys
+  int64_t query_padding_batch = 0, query_padding_column = 0;
+};
+
+struct BidirectionalForward : Bidirectional {
+  MutableView out_q, out_k;                  // (B, H, Lq, Dv), (B, H, Lk, Dw)
+  float *lse_q = nullptr, *lse_k = nullptr;  // (B, H, Lq) and (B, H, Lk) contiguous, or none
+};
+
+struct BidirectionalBackward : Bidirectional {
+  View grad_out_q, grad_out_k;
+  LseGradient grad_lse_q, grad_lse_k;
+  MutableView grad_query, grad_key, grad_value, grad_query_value;
+  MaskGradient grad_mask;
 };
 
 struct KernelTable {
@@ -76,6 +114,8 @@ struct KernelTable {
   void (*attention_forward)(const AttentionForward&, ParallelFor);
   const char* (*attention_path)(Type, int64_t q_len);  // how a forward call runs, for people
   void (*attention_backward)(const AttentionBackward&, ParallelFor);
+  void (*bidirectional_forward)(const BidirectionalForward&, ParallelFor);
+  void (*bidirectional_backward)(const BidirectionalBackward&, ParallelFor);
   // to[i] = from[i] in the given floating type, to nearest even.
   void (*convert)(const float* from, void* to, Type type, int64_t count);
 };

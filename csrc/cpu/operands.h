@@ -8,8 +8,8 @@
 namespace ff {
 namespace {
 
-// The keys that a batch entry attends to: all of the first `count`, or those of a list.
-struct Keys {
+// Positions of a sequence: all of the first `count`, or those of a list, in ascending order.
+struct Positions {
   int64_t count;
   const int32_t* list;
 
@@ -32,7 +32,7 @@ struct Keys {
 };
 
 // The keys of batch entry b below `limit`, into `list` if some are hidden.
-inline Keys visible_keys(const Attention& p, int64_t b, int64_t limit, int32_t* list) {
+inline Positions visible_keys(const Attention& p, int64_t b, int64_t limit, int32_t* list) {
   if (!p.padding) return {limit, nullptr};
   int64_t count = 0;
   for (int64_t j = 0; j < limit; ++j) {
@@ -42,25 +42,44 @@ inline Keys visible_keys(const Attention& p, int64_t b, int64_t limit, int32_t* 
   return {count, count == limit ? nullptr : list};
 }
 
+// The positions that no padding hides, and the others.
+struct Split {
+  Positions visible, hidden;
+};
+
+// Both into `list`, which has room for all of `count`.
+inline Split split(const bool* padding, int64_t stride, int64_t count, int32_t* list) {
+  if (!padding) return {{count, nullptr}, {0, nullptr}};
+  int64_t visible = 0, hidden = 0;
+  for (int64_t i = 0; i < count; ++i)
+    if (!padding[i * stride]) list[visible++] = int32_t(i);
+  for (int64_t i = 0; i < count; ++i)
+    if (padding[i * stride]) list[visible + hidden++] = int32_t(i);
+  return {{visible, list}, {hidden, list + visible}};
+}
+
 constexpr int64_t kBlock = 256;  // keys in one accumulation chain: longer ones lose accuracy
 
-// Some of the keys: `count` from the `first` on.
+// Some of the positions: `count` from the `first` on.
 struct Block {
-  Keys keys;
+  Positions positions;
   int64_t first, count;
 
-  int64_t operator[](int64_t i) const { return keys[first + i]; }
+  int64_t operator[](int64_t i) const { return positions[first + i]; }
 
   // Whether they follow each other in memory.
   bool adjacent() const {
-    return !keys.list || count == 0 || (*this)[count - 1] - (*this)[0] == count - 1;
+    return !positions.list || count == 0 || (*this)[count - 1] - (*this)[0] == count - 1;
   }
 };
 
-// The block of keys that starts with the `first`.
-inline Block block_at(const Keys& keys, int64_t first) {
-  const int64_t left = keys.count - first;
-  return {keys, first, left < kBlock ? left : kBlock};
+// A position alone.
+inline Block one(int64_t i) { return {{i + 1, nullptr}, i, 1}; }
+
+// The block that starts with the `first`.
+inline Block block_at(const Positions& positions, int64_t first, int64_t most = kBlock) {
+  const int64_t left = positions.count - first;
+  return {positions, first, left < most ? left : most};
 }
 
 // A (rows, columns) matrix: one head of an operand.
@@ -117,12 +136,12 @@ struct Operands<Float32Math> {
     return {buffer, width};
   }
 
-  // Rows first .. first + count of `from`, times `factor`, as the right operand that is summed
-  // over the dim: lanes are rows, zeros past `count`.
-  static Right<Float32Math> lanes(const Slice& from, int64_t first, int64_t count, int64_t dim,
-                                  float factor, float* buffer) {
+  // Rows times `factor` as the right operand that is summed over the dim: lanes are rows, zeros up
+  // to the next register.
+  static Right<Float32Math> lanes(const Slice& from, const Block& block, int64_t dim, float factor,
+                                  float* buffer) {
     constexpr int64_t kLanes = Vec::kLanes;
-    const int64_t width = padded(count);
+    const int64_t width = padded(block.count);
     with_type(from.type, [&](auto kind) {
       using T = decltype(kind);
       for (int64_t i = 0; i < width; i += kLanes)
@@ -132,8 +151,9 @@ struct Operands<Float32Math> {
 #pragma GCC unroll 16
           for (int64_t r = 0; r < kLanes; ++r) {
             tile[r] = Vec::zero();
-            if (i + r < count) {
-              const auto* row = from.at<typename T::Element>(first + i + r);
+            if (i + r < block.count) {
+              const auto* row = from.at<typename T::Element>(block[i + r]);
+              __builtin_prefetch(row + kLanes * from.row + d * from.column);
               tile[r] = load_lanes<T>(row + d * from.column, from.column, some) * Vec::set(factor);
             }
           }

@@ -30,10 +30,10 @@ struct Operands<BFloat16Math> {
     auto* pairs = reinterpret_cast<uint16_t*>(buffer);
     uint16_t copies[2][kWide];
     const bool as_it_is = from.column == 1;
-    for (int64_t d = 0; d < dim; d += kWide) {
-      const int64_t some = dim - d < kWide ? dim - d : kWide;
-      const int64_t lanes = width - d < kWide ? width - d : kWide;
-      for (int64_t i = 0; i < block.count; i += 2) {
+    for (int64_t i = 0; i < block.count; i += 2) {
+      for (int64_t d = 0; d < dim; d += kWide) {
+        const int64_t some = dim - d < kWide ? dim - d : kWide;
+        const int64_t lanes = width - d < kWide ? width - d : kWide;
         const uint16_t* row[2] = {nullptr, nullptr};
         for (int64_t k = 0; k < 2 && i + k < block.count; ++k) {
           row[k] = as_it_is ? from.at<uint16_t>(block[i + k]) + d : copies[k];
@@ -46,10 +46,10 @@ struct Operands<BFloat16Math> {
   }
 
   // The sign of `factor` is all that is multiplied in: the rest would round.
-  static Right<BFloat16Math> lanes(const Slice& from, int64_t first, int64_t count, int64_t dim,
-                                   float factor, float* buffer) {
+  static Right<BFloat16Math> lanes(const Slice& from, const Block& block, int64_t dim, float factor,
+                                   float* buffer) {
     constexpr int64_t kLanes = Vec::kLanes;
-    const int64_t width = padded(count), pairs = steps(dim);
+    const int64_t width = padded(block.count), pairs = steps(dim);
     const bool as_it_is = from.column == 1 && dim % 2 == 0 && !(factor < 0.0f);
     uint16_t copy[2 * kLanes];
     for (int64_t i = 0; i < width; i += kLanes)
@@ -59,11 +59,12 @@ struct Operands<BFloat16Math> {
 #pragma GCC unroll 16
         for (int64_t r = 0; r < kLanes; ++r) {
           tile[r] = Vec::zero();
-          if (i + r >= count) continue;
-          const uint16_t* row = from.at<uint16_t>(first + i + r) + 2 * d;
+          if (i + r >= block.count) continue;
+          const uint16_t* row = from.at<uint16_t>(block[i + r]) + 2 * d;
+          __builtin_prefetch(row + kLanes * from.row);  // the columns come too late to guess
           if (!as_it_is) {
             const int64_t left = dim - 2 * d < 2 * some ? dim - 2 * d : 2 * some;
-            copy_row(from, first + i + r, 2 * d, left, 2 * some, copy);
+            copy_row(from, block[i + r], 2 * d, left, 2 * some, copy);
             for (int64_t k = 0; k < left && factor < 0.0f; ++k) copy[k] ^= 0x8000u;
             row = copy;
           }
@@ -98,39 +99,40 @@ struct Weights<BFloat16Math> {
     }
   }
 
-  static Left<BFloat16Math> operand(const float* scores, int64_t columns) {
+  static Left<BFloat16Math> by_query(const float* scores, int64_t columns) {
     return {reinterpret_cast<const uint16_t*>(scores), 2, 2 * columns};
   }
-};
 
-template <>
-struct Gradients<BFloat16Math> {
-  // Rounds both to bfloat16, each row in its place, and dS once more as pairs of keys.
-  static void pack(int64_t count, int64_t columns, float* scores, float* grad_scores,
-                   float* pairs) {
-    for (int64_t j = 0; j < count; j += 2) {
-      for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
-        const float* row = grad_scores + j * columns + lane;
-        const Vec next = j + 1 < count ? Vec::load(row + columns) : Vec::zero();
-        auto* to = reinterpret_cast<uint16_t*>(pairs + j / 2 * columns + lane);
-        BFloat16Math::store_pairs(to, Vec::load(row), next);
-      }
-    }
-    for (float* part : {scores, grad_scores})
-      for (int64_t j = 0; j < count; ++j)
-        for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
-          float* row = part + j * columns;
-          auto* to = reinterpret_cast<uint16_t*>(row) + lane;
-          Vec::load(row + lane).store_bfloat16(to, Vec::kLanes);
-        }
+  static void store_row(float* row, int64_t lane, Vec weights) {
+    weights.store_bfloat16(reinterpret_cast<uint16_t*>(row) + lane, Vec::kLanes);
   }
 
   static Left<BFloat16Math> by_key(const float* scores, int64_t columns) {
     return {reinterpret_cast<const uint16_t*>(scores), 2 * columns, 2};
   }
+};
+
+template <>
+struct Gradients<BFloat16Math> {
+  static void store_pairs(int64_t count, int64_t columns, const float* from, float* pairs) {
+    for (int64_t j = 0; j < count; j += 2) {
+      for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
+        const float* row = from + j * columns + lane;
+        const Vec next = j + 1 < count ? Vec::load(row + columns) : Vec::zero();
+        auto* to = reinterpret_cast<uint16_t*>(pairs + j / 2 * columns + lane);
+        BFloat16Math::store_pairs(to, Vec::load(row), next);
+      }
+    }
+  }
+
+  static void round_rows(int64_t count, int64_t columns, float* data) {
+    for (int64_t e = 0; e < count * columns; e += columns)
+      for (int64_t lane = 0; lane < columns; lane += Vec::kLanes)
+        Weights<BFloat16Math>::store_row(data + e, lane, Vec::load(data + e + lane));
+  }
 
   static Left<BFloat16Math> by_query(const float*, const float* pairs, int64_t columns) {
-    return {reinterpret_cast<const uint16_t*>(pairs), 2, 2 * columns};
+    return Weights<BFloat16Math>::by_query(pairs, columns);
   }
 };
 

@@ -75,6 +75,27 @@ inline float log_sum(float maximum, float sum) {
   return sum == 0.0f ? -kInfinity : float(double(maximum) + std::log(double(sum)));
 }
 
+// Rows of `out` = sums of weighted values, padded to whole registers, divided by those of weights.
+inline void store_means(const MutableView& out, Type type, int64_t b, int64_t h, const Block& rows,
+                        int64_t dim, const float* sum, const float* from) {
+  constexpr int64_t kLanes = Vec::kLanes;
+  with_type(type, [&](auto kind) {
+    using T = decltype(kind);
+    auto* head = static_cast<typename T::Element*>(out.data) + b * out.batch + h * out.head;
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const Vec factor = Vec::set(inverse(sum[i]));
+      auto* to = head + rows[i] * out.row;
+      for (int64_t d = 0; d < dim; d += kLanes, from += kLanes)
+        store_lanes<T>(to + d * out.column, out.column, dim - d < kLanes ? dim - d : kLanes,
+                       Vec::load(from) * factor);
+    }
+  });
+}
+
+inline void store_lse(const Block& rows, const Statistics& s, float* lse) {
+  for (int64_t i = 0; i < rows.count; ++i) lse[rows[i]] = log_sum(s.maximum[i], s.sum[i]);
+}
+
 // Bits or numbers of a mask: kLanes of them along its rows or columns.
 inline Vec mask_lanes(const void* data, Type type, int64_t offset, int64_t stride, int64_t count) {
   if (type != Type::kBool) {
@@ -91,17 +112,34 @@ inline Vec mask_lanes(const void* data, Type type, int64_t offset, int64_t strid
   return Vec::load_bool(lanes, count);
 }
 
-// Scores of `queries` from `query` on, against a block of keys. They count in units: the product
-// of a query and a key is `unit` times what stands there.
+// Scores of a block of keys, down, against a block of queries, across. They count in units: the
+// product of a query and a key is `unit` times what stands there.
 struct Scores {
   const Attention& p;
-  int64_t b, h, query, queries, columns;
+  int64_t b, h;
+  Block queries;
+  int64_t columns;
   float* data;
 };
 
 // Whether the diagonal hides some of a block's keys from some queries.
 inline bool crosses_diagonal(const Scores& s, const Block& block) {
-  return s.p.causal && block.count > 0 && block[block.count - 1] > s.query;
+  return s.p.causal && block.count > 0 && block[block.count - 1] > s.queries[0];
+}
+
+// The mask of one key for `count` queries from the `first` on.
+inline Vec mask_lanes(const Scores& s, int64_t offset, int64_t first, int64_t count) {
+  const Attention& p = s.p;
+  if (p.mask.row == 0 || s.queries.adjacent()) {
+    return mask_lanes(p.mask.data, p.mask_type, offset + s.queries[first] * p.mask.row, p.mask.row,
+                      count);
+  }
+  float lanes[Vec::kLanes];
+  for (int64_t i = count; i-- > 0;) {
+    const int64_t row = s.queries[first + i] * p.mask.row;
+    mask_lanes(p.mask.data, p.mask_type, offset + row, 1, 1).store(lanes + i, 1);
+  }
+  return Vec::load(lanes, count);
 }
 
 // Multiplies by `unit`, adds the mask, puts -inf where it or the diagonal hides a score, and takes
@@ -116,8 +154,7 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
   const Vec hidden = Vec::set(-kInfinity), scale = Vec::set(unit);
   const int64_t head = s.b * p.mask.batch + s.h * p.mask.head;
   for (int64_t lane = 0; lane < s.columns; lane += kLanes) {
-    const int64_t query = s.query + lane;
-    const int64_t some = s.queries - lane < kLanes ? s.queries - lane : kLanes;
+    const int64_t left = s.queries.count - lane, some = left < kLanes ? left : kLanes;
     Vec largest = hidden;
     for (int64_t first = 0; first < block.count; first += kLanes) {
       const int64_t count = block.count - first < kLanes ? block.count - first : kLanes;
@@ -126,18 +163,17 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
       if (by_bits) {
         const bool* mask = static_cast<const bool*>(p.mask.data) + head + block[first];
         for (int64_t i = 0; i < some; ++i)
-          truths[i] = Vec::truths(mask + (query + i) * p.mask.row, count);
+          truths[i] = Vec::truths(mask + s.queries[lane + i] * p.mask.row, count);
       } else if (p.mask.data && turned) {
         for (int64_t i = 0; i < kLanes; ++i)
           bias[i] = i < some ? mask_lanes(p.mask.data, p.mask_type,
-                                          head + (query + i) * p.mask.row + block[first], 1, count)
+                                          head + s.queries[lane + i] * p.mask.row + block[first], 1,
+                                          count)
                              : Vec::zero();
         Vec::transpose(bias);
       } else if (p.mask.data) {
         for (int64_t k = 0; k < count; ++k)
-          bias[k] = mask_lanes(p.mask.data, p.mask_type,
-                               head + query * p.mask.row + block[first + k] * p.mask.column,
-                               p.mask.row, some);
+          bias[k] = mask_lanes(s, head + block[first + k] * p.mask.column, lane, some);
       }
       for (int64_t k = 0; k < count; ++k) {
         float* at = s.data + (first + k) * s.columns + lane;
@@ -149,7 +185,7 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
         }
         score.store(at);
         if (causal) {
-          const int64_t earlier = block[first + k] - query;  // queries before this key
+          const int64_t earlier = block[first + k] - s.queries[lane];  // queries before this key
           for (int64_t i = 0; i < (earlier < kLanes ? earlier : kLanes); ++i) at[i] = -kInfinity;
           score = Vec::load(at);
         }
@@ -160,7 +196,9 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
   }
 }
 
-// How exponentials are kept as the left operand of their product with the values.
+// How weights are kept, keys down and queries across, as the left operand of products with one row
+// per query, summed over the keys (`store`, `by_query`), and of products with one row per key,
+// summed over the queries (`store_row`, `by_key`).
 template <class Math>
 struct Weights;
 
@@ -173,8 +211,14 @@ struct Weights<Float32Math> {
     for (int64_t k = 0; k < count; ++k) weights[k].store(scores + (key + k) * columns);
   }
 
-  static Left<Float32Math> operand(const float* scores, int64_t columns) {
+  static Left<Float32Math> by_query(const float* scores, int64_t columns) {
     return {scores, 1, columns};
+  }
+
+  static void store_row(float* row, int64_t lane, Vec weights) { weights.store(row + lane); }
+
+  static Left<Float32Math> by_key(const float* scores, int64_t columns) {
+    return {scores, columns, 1};
   }
 };
 

@@ -8,26 +8,51 @@
 namespace ff {
 namespace {
 
+// An array of `count` elements that `pointer` is to point to.
 struct Part {
-  float** pointer;
-  int64_t floats;
+  template <class T>
+  Part(T** pointer, int64_t count)
+      : pointer(pointer),
+        bytes((size_t(count) * sizeof(T) + 63) / 64 * 64),
+        assign(
+            [](void* at, char* memory) { *static_cast<T**>(at) = reinterpret_cast<T*>(memory); }) {}
+
+  void* pointer;
+  size_t bytes;
+  void (*assign)(void*, char*);
 };
 
-// Divides the thread's scratch memory into 64-byte aligned parts and a list of keys.
-inline bool carve(const Attention& p, std::initializer_list<Part> parts, int32_t** list) {
-  int64_t total = p.padding ? p.kv_len + 1 : 0;
-  for (const Part& part : parts) total += (part.floats + 15) / 16 * 16;
-  float* next = scratch(size_t(total));
+// Divides the thread's scratch memory into 64-byte aligned parts.
+inline bool carve(const Attention& p, std::initializer_list<Part> parts) {
+  size_t total = 0;
+  for (const Part& part : parts) total += part.bytes;
+  auto* next = reinterpret_cast<char*>(scratch(total / sizeof(float)));
   if (!next) {
     __atomic_store_n(p.out_of_memory, true, __ATOMIC_RELAXED);
     return false;
   }
   for (const Part& part : parts) {
-    *part.pointer = next;
-    next += (part.floats + 15) / 16 * 16;
+    part.assign(part.pointer, next);
+    next += part.bytes;
   }
-  *list = reinterpret_cast<int32_t*>(next);
   return true;
+}
+
+// A call as tasks of some key heads each.
+template <class Call>
+struct HeadTasks {
+  const Call* p;
+  int64_t heads;
+};
+
+template <class Task>
+void head_tasks(int64_t begin, int64_t end, const void* context) {
+  const auto& tasks = *static_cast<const HeadTasks<typename Task::Call>*>(context);
+  const auto& p = *tasks.p;
+  Task task(p);
+  if (!task.allocate()) return;
+  for (int64_t i = begin * tasks.heads; i < end * tasks.heads; ++i)
+    task.run(i / p.kv_heads, i % p.kv_heads);
 }
 
 // Runs `body` over the tasks: on this thread where the work is below about 20 us.

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastfusion import _arguments as arguments
 from fastfusion import _philox, _registration, _triton
+from fastfusion._kernel_op import Interface
 from fastfusion._op import Implementation, Op, never_refuses
 from fastfusion._reference import (
     accumulation_dtype,
@@ -36,6 +37,9 @@ from fastfusion._reference import (
     rows_outside,
     safe_softmax,
 )
+
+_is_compiling = torch.compiler.is_compiling
+_any_autocast = torch._C._is_any_autocast_enabled
 
 
 def bidirectional_attention(
@@ -78,11 +82,30 @@ def bidirectional_attention(
         ValueError: shapes, devices or numbers that do not fit; the message prints them.
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
+    if _CPU is not None and not (_is_compiling() or _any_autocast() or _CPU.by_reference()):
+        try:
+            # By type, since the dispatcher would take 1 for True and a tensor for a number.
+            typed = (
+                (return_lse is False or return_lse is True)
+                and (scale is None or type(scale) is float)
+                and type(dropout_p) is float
+            )
+            if typed and dropout_p == 0.0 and query.dim() == 4:
+                given = (
+                    query, key, value, query_value, attn_mask, query_padding_mask,
+                    key_padding_mask, None, 0.0, scale, return_lse,
+                )  # fmt: skip
+                chosen = OP.select(backend, given)
+                if chosen.backend == "cpu":
+                    return chosen.run(*given)
+        except Exception:
+            # The compiled op checks everything and says little; the general road finds the words.
+            pass
     device_type = arguments.device_type_of(query)
     dtype = arguments.autocast_dtype(device_type)
     query, key, value, query_value = arguments.autocast_cast(dtype, query, key, value, query_value)
     attn_mask = arguments.autocast_mask(dtype, attn_mask)
-    if not torch.compiler.is_compiling():
+    if not _is_compiling():
         check(
             query, key, value, query_value, attn_mask=attn_mask,
             query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
@@ -204,49 +227,10 @@ def _run_reference(
     return out_q, out_k
 
 
-def _run_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_value: Tensor,
-    attn_mask: Tensor | None,
-    query_padding_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    scale: float | None,
-    return_lse: bool,
-) -> tuple[Tensor, ...]:
-    """The compiled attention once per direction: no score matrix in memory, but scores twice."""
-    transposed = attn_mask
-    if attn_mask is not None and attn_mask.dim() > 0:
-        transposed = (attn_mask if attn_mask.dim() > 1 else attn_mask[None]).transpose(-1, -2)
-    options = (seed, dropout_p, False, scale, False, return_lse)
-    to_query = _registration.attention(
-        query, key, value, attn_mask, key_padding_mask, *options, _philox.ROW_STREAM
-    )
-    to_key = _registration.attention(
-        key, query, query_value, transposed, query_padding_mask, *options, _philox.COLUMN_STREAM
-    )
-    return (to_query[0], to_key[0], to_query[1], to_key[1]) if return_lse else (to_query, to_key)
-
-
-def _cpu_path(query: Tensor, *others: Any) -> str:
-    return f"one pass per direction, {_registration.path(query)}"
-
-
-def _cpu_refuses(query: Tensor, *others: Any) -> Sequence[str]:
-    reasons = list(_registration.refuses(query))
-    tensors = (query, *others[:4])
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        # Each direction would round its part of the gradient of query and key before the sum.
-        reasons.append("its gradients are left to the reference")
-    return reasons
-
-
 def _fake(
     query: Tensor, key: Tensor, value: Tensor, query_value: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
+    arguments.check_one_device(query, key, value, query_value, *others[:4])
     batch, heads, q_len, _ = query.shape
     kv_len = key.shape[2]
     out_q = query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
@@ -265,13 +249,12 @@ def _fake_backward(*given: Any) -> tuple[Tensor, ...]:
     return *gradients, attn_mask.new_empty(attn_mask.shape) if wanted else query.new_empty(0)
 
 
-def _triton_reference(*given: Any) -> tuple[Tensor, ...]:
+def _full_reference(*given: Any) -> tuple[Tensor, ...]:
     run: Any = _run_reference
     return run(*given, True)  # return_lse
 
 
-_TRITON = _triton.KernelOp(
-    "bidirectional",
+_INTERFACE = Interface(
     tensors=(
         "Tensor query", "Tensor key", "Tensor value", "Tensor query_value", "Tensor? attn_mask",
         "Tensor? query_padding_mask", "Tensor? key_padding_mask", "Tensor? seed",
@@ -280,12 +263,27 @@ _TRITON = _triton.KernelOp(
     outputs=4,
     gradients=5,
     masked=True,
-    forward="bidirectional:bidirectional_forward",
-    backward="bidirectional_backward:bidirectional_backward",
     fake=_fake,
     fake_backward=_fake_backward,
-    reference=_triton_reference,
+    reference=_full_reference,
 )  # fmt: skip
+_TRITON = _triton.kernel_op(
+    "bidirectional", _INTERFACE,
+    forward="bidirectional:bidirectional_forward",
+    backward="bidirectional_backward:bidirectional_backward",
+)  # fmt: skip
+
+
+_CPU: Any = _registration.kernel_op("bidirectional", _INTERFACE)
+
+
+def _run_cpu(*given: Any) -> tuple[Tensor, ...]:
+    results = _CPU(given[-1], *given[:-1])
+    return results if given[-1] else results[:2]
+
+
+def _cpu_path(query: Tensor, *others: Any) -> str:
+    return f"scores once for both directions, {_registration.path(query, q_len=48)}"
 
 
 def _run_triton(*given: Any) -> tuple[Tensor, ...]:
@@ -371,7 +369,7 @@ OP = Op(
     inputs=inputs,
     cost=cost,
     implementations=(
-        Implementation("cpu", _run_cpu, _cpu_refuses, differentiable=False, path=_cpu_path),
+        Implementation("cpu", _run_cpu, _registration.refuses, path=_cpu_path),
         Implementation("triton", _run_triton, _triton_refuses, on_request=_triton.interprets),
         Implementation("reference", _run_reference, never_refuses),
     ),

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastfusion import _arguments as arguments
 from fastfusion import _philox, _registration, _triton
+from fastfusion._kernel_op import Interface
 from fastfusion._op import Implementation, Op, never_refuses
-from fastfusion._philox import ROW_STREAM
 from fastfusion._reference import attention_reference
 
 _is_compiling = torch.compiler.is_compiling
@@ -275,38 +275,34 @@ def _run_reference(
         key_padding_mask,
         seed,
         dropout_p,
-        ROW_STREAM,
         is_causal,
         scale,
     )
     return (out, lse()) if return_lse else out
 
 
-def _triton_reference(*given: Any) -> tuple[Tensor, Tensor]:
+def _full_reference(*given: Any) -> tuple[Tensor, Tensor]:
     out, lse = attention_reference(*given)
     return out, lse()
 
 
-def _triton_fake(*given: Any) -> tuple[Tensor, Tensor]:
-    fake: Any = _registration.fake_attention
-    return fake(*given, True)  # enable_gqa
-
-
-_TRITON = _triton.KernelOp(
-    "attention",
+_INTERFACE = Interface(
     tensors=(
         "Tensor query", "Tensor key", "Tensor value", "Tensor? attn_mask",
         "Tensor? key_padding_mask", "Tensor? seed",
     ),
-    options=("float dropout_p", "int dropout_stream", "bool is_causal", "float? scale"),
+    options=("float dropout_p", "bool is_causal", "float? scale"),
     outputs=2,
     gradients=4,
     masked=True,
+    fake=_registration.fake_attention,
+    fake_backward=_registration.fake_attention_backward,
+    reference=_full_reference,
+)  # fmt: skip
+_TRITON = _triton.kernel_op(
+    "attention", _INTERFACE,
     forward="attention:attention_forward",
     backward="attention_backward:attention_backward",
-    fake=_triton_fake,
-    fake_backward=_registration.fake_attention_backward,
-    reference=_triton_reference,
 )  # fmt: skip
 
 
@@ -326,7 +322,7 @@ def _run_triton(
     if not _is_compiling():
         _require_fit(query, key, value, attn_mask, key_padding_mask, scale, enable_gqa)
     out, lse = _TRITON(
-        return_lse, query, key, value, attn_mask, key_padding_mask, seed, dropout_p, ROW_STREAM,
+        return_lse, query, key, value, attn_mask, key_padding_mask, seed, dropout_p,
         is_causal, scale,
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastfusion import _arguments as arguments
 from fastfusion import _philox, _registration, _triton
+from fastfusion._kernel_op import Interface
 from fastfusion._op import Implementation, Op, never_refuses
 from fastfusion._reference import attention_reference
 
@@ -233,12 +234,12 @@ def _run_reference(*given: Any) -> Any:
     seed, dropout_p, is_causal, scale, return_lse = given[7:]
     query, key, value, hidden, rows = _padded(*given[:7])
     out, lse = attention_reference(
-        query, key, value, None, hidden, seed, dropout_p, _philox.ROW_STREAM, is_causal, scale
+        query, key, value, None, hidden, seed, dropout_p, is_causal, scale
     )
     return (_packed(out, rows), _packed(lse(), rows)) if return_lse else _packed(out, rows)
 
 
-def _triton_reference(
+def _full_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -264,8 +265,7 @@ def _fake_backward(
     return tuple(t.new_empty(t.shape) for t in (query, key, value))
 
 
-_TRITON = _triton.KernelOp(
-    "varlen",
+_INTERFACE = Interface(
     tensors=(
         "Tensor query", "Tensor key", "Tensor value", "Tensor cu_seqlens_q", "Tensor cu_seqlens_k",
     ),
@@ -276,11 +276,14 @@ _TRITON = _triton.KernelOp(
     outputs=2,
     gradients=3,
     masked=False,
-    forward="varlen:varlen_forward",
-    backward="varlen:varlen_backward",
     fake=_fake,
     fake_backward=_fake_backward,
-    reference=_triton_reference,
+    reference=_full_reference,
+)  # fmt: skip
+_TRITON = _triton.kernel_op(
+    "varlen", _INTERFACE,
+    forward="varlen:varlen_forward",
+    backward="varlen:varlen_backward",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels as torch ops, and the calls that they refuse.
+"""The kernels as torch ops, and the calls that Triton's refuse.
 
 Attention itself goes through tests/test_registration.py; here are the other two ops.
 """
@@ -56,8 +56,18 @@ def run_packed(backend: str, **call: Any) -> tuple[Tensor, ...]:
     return ff.varlen_attention(**call, return_lse=True, backend=backend)
 
 
-RUNS = [pytest.param(run_both, both, id="both"), pytest.param(run_packed, packed, id="packed")]
-each_op = pytest.mark.parametrize(("run", "make"), RUNS)
+RUNS = [
+    pytest.param(run_both, both, "triton", id="both-triton"),
+    pytest.param(run_packed, packed, "triton", id="packed-triton"),
+]
+if DEVICE == "cpu":
+    RUNS.append(pytest.param(run_both, both, "cpu", id="both-cpu"))
+each_op = pytest.mark.parametrize(("run", "make", "backend"), RUNS)
+
+
+def raw(name: str, backend: str) -> Any:
+    prefix = "triton_" if backend == "triton" else ""
+    return getattr(torch.ops.fastfusion, prefix + name).default
 
 
 def finite(result: Tensor) -> Tensor:
@@ -84,90 +94,88 @@ def raw_arguments(make: Any, dropout_p: float, gradient: bool) -> tuple[str, tup
 @each_op
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_opcheck(run: Any, make: Any, dropout_p: float, gradient: bool) -> None:
+def test_opcheck(run: Any, make: Any, backend: str, dropout_p: float, gradient: bool) -> None:
     name, arguments = raw_arguments(make, dropout_p, gradient)
     for suffix in ("",) if gradient else ("", "_forward"):
-        torch.library.opcheck(
-            getattr(torch.ops.fastfusion, f"triton_{name}{suffix}").default, arguments
-        )
+        torch.library.opcheck(raw(name + suffix, backend), arguments)
 
 
 @each_op
 @pytest.mark.parametrize("mask_gradient", [False, True])
-def test_opcheck_backward(run: Any, make: Any, mask_gradient: bool) -> None:
+def test_opcheck_backward(run: Any, make: Any, backend: str, mask_gradient: bool) -> None:
     name, arguments = raw_arguments(make, 0.0, False)
-    outputs = getattr(torch.ops.fastfusion, f"triton_{name}_forward").default(*arguments)
+    outputs = raw(f"{name}_forward", backend)(*arguments)
     grads = [torch.randn_like(o) for o in outputs]
-    op = getattr(torch.ops.fastfusion, f"triton_{name}_backward").default
+    op = raw(f"{name}_backward", backend)
     torch.library.opcheck(op, (*grads, *arguments, mask_gradient))
     torch.library.opcheck(op, (grads[0], *[None] * (len(grads) - 1), *arguments, mask_gradient))
 
 
 @each_op
 @pytest.mark.parametrize("gradient", [False, True])
-def test_compile(run: Any, make: Any, gradient: bool) -> None:
+def test_compile(run: Any, make: Any, backend: str, gradient: bool) -> None:
     """One graph, with the op in it."""
     targets: list[str] = []
 
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+    def watch(graph: torch.fx.GraphModule, _: Any) -> Any:
         targets.extend(str(node.target) for node in graph.graph.nodes)
         return graph
 
-    torch.compile(run, fullgraph=True, backend=backend)("triton", **make(gradient))
-    ours = [t for t in targets if "triton" in t]
+    torch.compile(run, fullgraph=True, backend=watch)(backend, **make(gradient))
+    ours = [t for t in targets if t.startswith("fastfusion.")]
     assert len(ours) == 1 and ours[0].endswith("_forward.default") != gradient
     torch._dynamo.reset()
     call, expected = make(gradient), make(gradient)
-    results = torch.compile(run, fullgraph=True, backend="aot_eager")("triton", **call)
-    assert_close(results, run("triton", **expected))
+    results = torch.compile(run, fullgraph=True, backend="aot_eager")(backend, **call)
+    assert_close(results, run(backend, **expected))
     if gradient:
-        assert_close(gradients(results, call), gradients(run("triton", **expected), expected))
+        assert_close(gradients(results, call), gradients(run(backend, **expected), expected))
 
 
 @each_op
-def test_double_backward(run: Any, make: Any) -> None:
+def test_double_backward(run: Any, make: Any, backend: str) -> None:
     found = []
-    for backend in ("triton", "reference"):
+    for chosen in (backend, "reference"):
         call = make(True)
-        first = gradients(run(backend, **call), call, create_graph=True)
+        first = gradients(run(chosen, **call), call, create_graph=True)
         found.append(gradients(first, call))
     assert_close(*found)
 
 
 @each_op
-def test_third_derivatives(run: Any, make: Any) -> None:
+def test_third_derivatives(run: Any, make: Any, backend: str) -> None:
     found = []
-    for backend in ("triton", "reference"):
+    for chosen in (backend, "reference"):
         call = make(True)
-        first = gradients(run(backend, **call), call, create_graph=True)
+        first = gradients(run(chosen, **call), call, create_graph=True)
         second = gradients(first, call, create_graph=True)
         found.append(gradients(second, call))
     assert_close(*found)
 
 
 @each_op
-def test_transforms(run: Any, make: Any) -> None:
+def test_transforms(run: Any, make: Any, backend: str) -> None:
     call = make()
     query = call.pop("query")
 
-    def loss(query: Tensor, backend: str) -> Tensor:
-        return sum(finite(r).sin().sum() for r in run(backend, query=query, **call))
+    def loss(query: Tensor, chosen: str) -> Tensor:
+        return sum(finite(r).sin().sum() for r in run(chosen, query=query, **call))
 
-    assert_close(torch.func.grad(loss)(query, "triton"), torch.func.grad(loss)(query, "reference"))
+    assert_close(torch.func.grad(loss)(query, backend), torch.func.grad(loss)(query, "reference"))
     stacked = torch.stack([query, query + 1])
     assert_close(
-        torch.vmap(lambda q: loss(q, "triton"))(stacked),
+        torch.vmap(lambda q: loss(q, backend))(stacked),
         torch.stack([loss(q, "reference") for q in stacked]),
     )
 
 
 @each_op
-def test_flops_are_counted(run: Any, make: Any) -> None:
+def test_flops_are_counted(run: Any, make: Any, backend: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     call = make(True)
     with FlopCounterMode(display=False) as counter:
-        results = run("triton", **call)
+        results = run(backend, **call)
     # Packed lengths are values, which formulas do not see.
     forward = 2 * 2 * 2 * 5 * 7 * (8 + 6 + 4) if make is both else 0
     assert counter.get_total_flops() == forward
@@ -178,7 +186,7 @@ def test_flops_are_counted(run: Any, make: Any) -> None:
 
 
 @each_op
-def test_a_dispatch_mode_sees_the_op(run: Any, make: Any) -> None:
+def test_a_dispatch_mode_sees_the_op(run: Any, make: Any, backend: str) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen = []
@@ -189,8 +197,8 @@ def test_a_dispatch_mode_sees_the_op(run: Any, make: Any) -> None:
             return func(*args, **(kwargs or {}))
 
     with Watch():
-        run("triton", **make())
-    assert any(name.startswith("fastfusion.triton") for name in seen)
+        run(backend, **make())
+    assert any(name.startswith("fastfusion.") for name in seen)
 
 
 def reasons(call: dict[str, Any]) -> str:

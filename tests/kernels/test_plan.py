@@ -15,7 +15,7 @@ from fastfusion.kernels.attention_backward import attention_backward
 from fastfusion.kernels.bidirectional import bidirectional_forward
 from fastfusion.kernels.varlen import varlen_forward
 
-OPTIONS = (0.0, 0, False, None)
+OPTIONS = (0.0, False, None)
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def test_masks_and_options_are_part_of_the_kind() -> None:
     padding[0, 5:] = True
     masks = [(None, None), (bias, None), (flags, None), (bias[:1], None), (None, padding)]
     calls = [
-        (q, k, v, *mask, None, 0.0, 0, causal, scale, lse)
+        (q, k, v, *mask, None, 0.0, causal, scale, lse)
         for mask in masks
         for causal, scale, lse in ((False, None, True), (True, 0.3, False))
     ]
@@ -125,13 +125,11 @@ def test_scalars_of_a_seed_are_read_when_the_kernel_runs() -> None:
     q, k, v = tensors(3, 1, 2, 20, 16)
     seeds = [torch.tensor([n], device=DEVICE) for n in (3, 2**40 + 1)]
     expected = [
-        fresh(attention_forward, q, k, v, None, None, s, 0.5, 0, False, None, True) for s in seeds
+        fresh(attention_forward, q, k, v, None, None, s, 0.5, False, None, True) for s in seeds
     ]
     assert not torch.equal(expected[0][0], expected[1][0])
     for seed, results in zip(seeds, expected, strict=True):
-        assert agree(
-            attention_forward(q, k, v, None, None, seed, 0.5, 0, False, None, True), results
-        )
+        assert agree(attention_forward(q, k, v, None, None, seed, 0.5, False, None, True), results)
 
 
 @pytest.mark.parametrize("lengths", [(20, 36), (36, 20), (1, 300)], ids=str)

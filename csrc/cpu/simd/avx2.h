@@ -90,12 +90,12 @@ struct Vec {
 
   // Lane i: the sum of r[i], all in the same order.
   static Vec totals(const Vec* r) {
-    const __m256 low =
-        _mm256_hadd_ps(_mm256_hadd_ps(r[0].v, r[1].v), _mm256_hadd_ps(r[2].v, r[3].v));
-    const __m256 high =
-        _mm256_hadd_ps(_mm256_hadd_ps(r[4].v, r[5].v), _mm256_hadd_ps(r[6].v, r[7].v));
-    return {_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20),
-                          _mm256_permute2f128_ps(low, high, 0x31))};
+    return reduce(r, [](__m256 a, __m256 b) { return _mm256_add_ps(a, b); });
+  }
+
+  // Lane i: the maximum of r[i].
+  static Vec maxima(const Vec* r) {
+    return reduce(r, [](__m256 a, __m256 b) { return _mm256_max_ps(a, b); });
   }
 
   // Rows become columns.
@@ -143,6 +143,20 @@ struct Vec {
   }
 
  private:
+  // Lane i: the lanes of r[i] taken together by `join`.
+  template <class Join>
+  static Vec reduce(const Vec* r, const Join& join) {
+    __m256 two[4], four[2];
+    for (int i = 0; i < 4; ++i)
+      two[i] = join(_mm256_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v),
+                    _mm256_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v));
+    for (int i = 0; i < 2; ++i)
+      four[i] = join(_mm256_shuffle_ps(two[2 * i], two[2 * i + 1], 0x44),
+                     _mm256_shuffle_ps(two[2 * i], two[2 * i + 1], 0xee));
+    return {join(_mm256_permute2f128_ps(four[0], four[1], 0x20),
+                 _mm256_permute2f128_ps(four[0], four[1], 0x31))};
+  }
+
   static __m128i load_16_bit(const uint16_t* p, int64_t count) {
     if (count == kLanes) return _mm_loadu_si128((const __m128i*)p);
     uint16_t some[kLanes] = {};

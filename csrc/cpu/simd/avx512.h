@@ -90,20 +90,12 @@ struct Vec {
 
   // Lane i: the sum of r[i], all in the same order.
   static Vec totals(const Vec* r) {
-    __m512 eight[8], four[4];
-    for (int i = 0; i < 8; ++i)
-      eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(r[i].v, r[i + 8].v, 0x44),
-                               _mm512_shuffle_f32x4(r[i].v, r[i + 8].v, 0xee));
-    for (int i = 0; i < 4; ++i)
-      four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(eight[i], eight[i + 4], 0x88),
-                              _mm512_shuffle_f32x4(eight[i], eight[i + 4], 0xdd));
-    const __m512d even = _mm512_castps_pd(
-        _mm512_add_ps(_mm512_unpacklo_ps(four[0], four[1]), _mm512_unpackhi_ps(four[0], four[1])));
-    const __m512d odd = _mm512_castps_pd(
-        _mm512_add_ps(_mm512_unpacklo_ps(four[2], four[3]), _mm512_unpackhi_ps(four[2], four[3])));
-    const __m512 sums = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)),
-                                      _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
-    return {_mm512_shuffle_f32x4(sums, sums, 0xd8)};  // fours of rows stood as 0, 2, 1, 3
+    return reduce(r, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); });
+  }
+
+  // Lane i: the maximum of r[i].
+  static Vec maxima(const Vec* r) {
+    return reduce(r, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
   }
 
   // Rows become columns.
@@ -147,6 +139,25 @@ struct Vec {
   static Vec scale(Vec a, Vec x) { return {_mm512_scalef_ps(a.v, x.v)}; }
 
  private:
+  // Lane i: the lanes of r[i] taken together by `join`.
+  template <class Join>
+  static Vec reduce(const Vec* r, const Join& join) {
+    __m512 eight[8], four[4];
+    for (int i = 0; i < 8; ++i)
+      eight[i] = join(_mm512_shuffle_f32x4(r[i].v, r[i + 8].v, 0x44),
+                      _mm512_shuffle_f32x4(r[i].v, r[i + 8].v, 0xee));
+    for (int i = 0; i < 4; ++i)
+      four[i] = join(_mm512_shuffle_f32x4(eight[i], eight[i + 4], 0x88),
+                     _mm512_shuffle_f32x4(eight[i], eight[i + 4], 0xdd));
+    const __m512d even = _mm512_castps_pd(
+        join(_mm512_unpacklo_ps(four[0], four[1]), _mm512_unpackhi_ps(four[0], four[1])));
+    const __m512d odd = _mm512_castps_pd(
+        join(_mm512_unpacklo_ps(four[2], four[3]), _mm512_unpackhi_ps(four[2], four[3])));
+    const __m512 joined = join(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)),
+                               _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+    return {_mm512_shuffle_f32x4(joined, joined, 0xd8)};  // fours of rows stood as 0, 2, 1, 3
+  }
+
   static __m256i load_16_bit(const uint16_t* p, int64_t count) {
     if (count == kLanes) return _mm256_loadu_si256((const __m256i*)p);
     return _mm256_maskz_loadu_epi16(first(count), p);

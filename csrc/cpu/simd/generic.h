@@ -135,6 +135,17 @@ struct Vec {
     return {Native{r[0].total(), r[1].total(), r[2].total(), r[3].total()}};
   }
 
+  // Lane i: the maximum of r[i].
+  static Vec maxima(const Vec* r) {
+    Vec result = r[0];
+    for (int i = 0; i < kLanes; ++i) {
+      const Native& x = r[i].v;
+      const float low = x[0] > x[1] ? x[0] : x[1], high = x[2] > x[3] ? x[2] : x[3];
+      result.v[i] = low > high ? low : high;
+    }
+    return result;
+  }
+
   // Rows become columns.
   static void transpose(Vec* r) {
     for (int i = 0; i < kLanes; ++i)

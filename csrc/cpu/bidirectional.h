@@ -1,0 +1,309 @@
+// Attention from queries to keys and from keys to queries with the scores computed once.
+//
+// As in attention.h, panels of queries walk blocks of keys, and the queries' side is that of
+// attention. For the keys' side the same tile of scores goes, before, through a softmax along its
+// rows: it has a running maximum and sum per key and an accumulator for all keys of the head,
+//     n' = max(n, max_i S)   O_k = O_k * exp(n - n') + exp(S - n')^T W   and so on.
+//
+// A padded position takes no part in the other side's sums but gets an output of its own. Panels
+// and blocks are made of visible positions or of hidden ones, never of both: a tile then serves
+// either side as a whole, both or none, and nothing is computed to be thrown away.
+//
+// Lanes are the longer side: `exchanged` turns a call round. Every panel adds to all sums of the
+// keys and every block to all of a panel, so tiles are about as wide as long; and those of few keys
+// are wider, since each step of an online softmax adds an error of 1e-7 to all of its weights.
+#pragma once
+
+#include <utility>
+
+#include "dropout.h"
+#include "panels.h"
+#include "softmax.h"
+#include "task.h"
+
+namespace ff {
+namespace {
+
+// Sizes of a tile, by the number of keys.
+struct TileSize {
+  int64_t keys, queries;
+
+  explicit TileSize(int64_t kv_len) {
+    constexpr int64_t kFloats =
+        24576;  // 96 KB: the second cache feeds the products as well as the first
+    keys = kv_len < 1 ? 1 : kv_len < 128 ? kv_len : 128;
+    const int64_t lanes = kFloats / keys / Vec::kLanes * Vec::kLanes;
+    queries = lanes < 256 ? lanes : 256;
+  }
+
+  int64_t floats() const { return keys * queries; }
+};
+
+// What the keys' side needs of a tile: all bits set in the lanes of its queries.
+inline Vec lanes_in_use(const Block& queries, int64_t lane) {
+  bool used[Vec::kLanes];
+  for (int64_t i = 0; i < Vec::kLanes; ++i) used[i] = lane + i < queries.count;
+  return Vec::load_bool(used, Vec::kLanes);
+}
+
+// Calls body(lane, select) for each register of a row; select(a, b) is a, but b in lanes without a
+// query.
+template <class Body>
+inline void for_lanes(const Scores& s, Vec last, const Body& body) {
+  int64_t lane = 0;
+  for (; lane + Vec::kLanes < s.columns; lane += Vec::kLanes)
+    body(lane, [](Vec a, Vec) { return a; });
+  body(lane, [last](Vec a, Vec b) { return Vec::select(last, a, b); });
+}
+
+// The largest scores of `count` keys, at most kLanes, from the `first` of a tile on.
+inline Vec key_maxima(const Scores& s, int64_t first, int64_t count, Vec last) {
+  Vec largest[Vec::kLanes];
+  for (int64_t r = 0; r < Vec::kLanes; ++r) {
+    largest[r] = Vec::set(-kInfinity);
+    if (r >= count) continue;
+    const float* scores = s.data + (first + r) * s.columns;
+    for_lanes(s, last, [&](int64_t lane, const auto& select) {
+      largest[r] = Vec::max(select(Vec::load(scores + lane), largest[r]), largest[r]);
+    });
+  }
+  return Vec::maxima(largest);
+}
+
+// The softmax of a tile along its rows. The block's weights go to `weights`, as the left operand
+// of the product with the queries' values, times the factors of dropout if there are any.
+template <class Math>
+inline void key_softmax(const Scores& s, const Block& block, float unit, const float* dropout,
+                        float* weights, const Statistics& keys) {
+  constexpr int64_t kLanes = Vec::kLanes;
+  const Vec last = lanes_in_use(s.queries, s.columns - kLanes);
+  for (int64_t first = 0; first < block.count; first += kLanes) {
+    const int64_t count = block.count - first < kLanes ? block.count - first : kLanes;
+    const Vec largest = key_maxima(s, first, count, last) * Vec::set(unit);
+    const Vec maximum = Vec::load(keys.maximum + first, count), now = Vec::max(largest, maximum);
+    const Vec rescale = exponential(maximum, 1.0f, finite(now));
+    now.store(keys.maximum + first, count);
+    rescale.store(keys.rescale + first, count);
+    float offsets[kLanes];
+    finite(now).store(offsets);
+    Vec sums[kLanes];
+    for (int64_t r = 0; r < kLanes; ++r) {
+      Vec sum = Vec::zero();
+      if (r < count) {
+        const int64_t at = (first + r) * s.columns;
+        const Vec offset = Vec::set(offsets[r]);
+        for_lanes(s, last, [&](int64_t lane, const auto& select) {
+          const Vec score = Vec::load(s.data + at + lane);
+          Vec weight = exponential<Weights<Math>::kPrecision>(score, unit, offset);
+          weight = select(weight, Vec::zero());
+          sum = sum + weight;
+          if (dropout) weight = weight * Vec::load(dropout + at + lane);
+          Weights<Math>::store_row(weights + at, lane, weight);
+        });
+      }
+      sums[r] = sum;
+    }
+    const Vec before = Vec::load(keys.sum + first, count);
+    Vec::fma(before, rescale, Vec::totals(sums)).store(keys.sum + first, count);
+  }
+}
+
+constexpr int64_t kPanels = 2;  // that share what is made of a block of keys
+
+template <class Math>
+class BidirectionalTask {
+ public:
+  using Call = BidirectionalForward;
+
+  explicit BidirectionalTask(const BidirectionalForward& p)
+      : p_(p),
+        value_columns_(padded(p.value_dim)),
+        query_value_columns_(padded(p.query_value_dim)),
+        unit_(Math::kDepth > 1 ? std::fabs(p.scale) : 1.0f),
+        size_(p.kv_len) {}
+
+  bool allocate() {
+    const int64_t most = size_.queries;
+    return carve(p_, {{&queries_, kPanels * query_floats()},
+                      {&query_values_, kPanels * most * query_value_columns_},
+                      {&outs_, kPanels * most * value_columns_},
+                      {&statistics_, kPanels * 3 * most},
+                      {&maximum_, most},
+                      {&scores_, size_.floats()},
+                      {&weights_, size_.floats()},
+                      {&factor_, p_.dropout ? size_.floats() : 0},
+                      {&key_, size_.keys * padded(p_.head_dim)},
+                      {&value_, size_.keys * value_columns_},
+                      {&keys_.maximum, p_.kv_len},
+                      {&keys_.sum, p_.kv_len},
+                      {&keys_.rescale, p_.kv_len},
+                      {&key_outs_, p_.kv_len * query_value_columns_},
+                      {&query_list_, p_.query_padding ? p_.q_len : 0},
+                      {&key_list_, p_.padding ? p_.kv_len : 0}});
+  }
+
+  void run(int64_t b, int64_t h) {
+    const Split queries = split(p_.query_padding + b * p_.query_padding_batch,
+                                p_.query_padding_column, p_.q_len, query_list_);
+    const Split keys =
+        split(p_.padding + b * p_.padding_batch, p_.padding_column, p_.kv_len, key_list_);
+    keys_.clear(p_.kv_len);
+    for (const bool visible : {true, false}) {
+      const Panels panels(visible ? queries.visible : queries.hidden, size_.queries);
+      for (int64_t first = 0; first < panels.count; first += count_) {
+        count_ = panels.count - first < kPanels ? panels.count - first : kPanels;
+        for (int64_t i = 0; i < count_; ++i) start(b, h, panels[first + i], visible, i);
+        walk(b, h, keys.visible, 0, visible, true);
+        if (visible) walk(b, h, keys.hidden, keys.visible.count, true, false);
+        for (int64_t i = 0; i < count_; ++i) finish(b, h, panel_[i].queries, keys.visible.count, i);
+      }
+    }
+    finish_keys(b, h, keys.visible, 0, queries.visible.count);
+    finish_keys(b, h, keys.hidden, keys.visible.count, queries.visible.count);
+  }
+
+ private:
+  int64_t query_floats() const { return (p_.head_dim + p_.head_dim % 2) * size_.queries; }
+
+  float* out_of(int64_t i) const { return outs_ + i * size_.queries * value_columns_; }
+
+  void start(int64_t b, int64_t h, const Block& queries, bool visible, int64_t i) {
+    const int64_t most = size_.queries;
+    float* statistics = statistics_ + i * 3 * most;
+    panel_[i] = {queries, {statistics, statistics + most, statistics + 2 * most}};
+    panel_[i].statistics.clear(padded(queries.count));
+    query_[i] = Operands<Math>::lanes(Slice(p_.query, p_.type, b, h), queries, p_.head_dim,
+                                      p_.scale, queries_ + i * query_floats());
+    if (visible) {
+      query_value_[i] =
+          Operands<Math>::columns(Slice(p_.query_value, p_.type, b, h), queries, p_.query_value_dim,
+                                  query_values_ + i * most * query_value_columns_);
+    }
+  }
+
+  // The panels at hand against keys whose place in the statistics begins at `place`: for the
+  // panels, if these see the keys, and for the keys, if these see the queries.
+  void walk(int64_t b, int64_t h, const Positions& keys, int64_t place, bool for_keys,
+            bool for_queries) {
+    const Slice key(p_.key, p_.type, b, h), value(p_.value, p_.type, b, h);
+    for (int64_t done = 0; done < keys.count; done += size_.keys) {
+      const Block block = block_at(keys, done, size_.keys);
+      const auto key_rows = Operands<Math>::rows(key, block, p_.head_dim, key_);
+      Right<Math> value_columns{};
+      if (for_queries) {
+        value_columns = Operands<Math>::columns(value, block, p_.value_dim, value_);
+      }
+      for (int64_t i = 0; i < count_; ++i) {
+        const BidirectionalPanel& panel = panel_[i];
+        const Scores scores{p_, b, h, panel.queries, padded(panel.queries.count), scores_};
+        const float unit = score(scores, block, key_rows, i);
+        if (for_keys) attend_queries(scores, block, place + done, unit, i);
+        if (for_queries) attend_keys(scores, block, value_columns, unit, i);
+      }
+    }
+  }
+
+  // Fills the scores and `maximum_`; returns their unit.
+  float score(const Scores& scores, const Block& block, const Left<Math>& key, int64_t i) {
+    for (int64_t e = 0; e < scores.columns; ++e) maximum_[e] = -kInfinity;
+    multiply(key, query_[i], block.count, scores.columns, Operands<Math>::steps(p_.head_dim),
+             StoreMaximum{scores_, scores.columns, maximum_});
+    if (!p_.mask.data) return unit_;
+    mask_scores(scores, block, unit_, maximum_);
+    return 1.0f;
+  }
+
+  void attend_queries(const Scores& scores, const Block& block, int64_t place, float unit,
+                      int64_t i) {
+    const Statistics keys{keys_.maximum + place, keys_.sum + place, keys_.rescale + place};
+    if (p_.dropout) dropout_factors(scores, block, kColumnStream, factor_);
+    key_softmax<Math>(scores, block, unit, p_.dropout ? factor_ : nullptr, weights_, keys);
+    const Rescale sum{key_outs_ + place * query_value_columns_, query_value_columns_, keys.rescale,
+                      scores.queries.first == 0};
+    multiply(Weights<Math>::by_key(weights_, scores.columns), query_value_[i], block.count,
+             query_value_columns_, Operands<Math>::steps(scores.queries.count), sum);
+  }
+
+  void attend_keys(const Scores& scores, const Block& block, const Right<Math>& value, float unit,
+                   int64_t i) {
+    const Statistics& statistics = panel_[i].statistics;
+    if (p_.dropout) dropout_factors(scores, block, kRowStream, factor_);
+    online_softmax<Math>(block, scores.columns, unit, maximum_, p_.dropout ? factor_ : nullptr,
+                         scores_, statistics);
+    const Rescale sum{out_of(i), value_columns_, statistics.rescale, block.first == 0};
+    multiply(Weights<Math>::by_query(scores_, scores.columns), value, scores.queries.count,
+             value_columns_, Operands<Math>::steps(block.count), sum);
+  }
+
+  void finish(int64_t b, int64_t h, const Block& queries, int64_t visible_keys, int64_t i) {
+    const Statistics& statistics = panel_[i].statistics;
+    for (int64_t e = 0; e < queries.count * value_columns_ && visible_keys == 0; ++e)
+      out_of(i)[e] = 0.0f;
+    store_means(p_.out_q, p_.type, b, h, queries, p_.value_dim, statistics.sum, out_of(i));
+    if (p_.lse_q) store_lse(queries, statistics, p_.lse_q + (b * p_.heads + h) * p_.q_len);
+  }
+
+  void finish_keys(int64_t b, int64_t h, const Positions& keys, int64_t place,
+                   int64_t visible_queries) {
+    const Block all{keys, 0, keys.count};
+    float* outs = key_outs_ + place * query_value_columns_;
+    for (int64_t e = 0; e < keys.count * query_value_columns_ && visible_queries == 0; ++e)
+      outs[e] = 0.0f;
+    store_means(p_.out_k, p_.type, b, h, all, p_.query_value_dim, keys_.sum + place, outs);
+    if (!p_.lse_k) return;
+    const Statistics statistics{keys_.maximum + place, keys_.sum + place, keys_.rescale + place};
+    store_lse(all, statistics, p_.lse_k + (b * p_.heads + h) * p_.kv_len);
+  }
+
+  struct BidirectionalPanel {
+    Block queries;
+    Statistics statistics;
+  };
+
+  const BidirectionalForward& p_;
+  int64_t value_columns_, query_value_columns_, count_ = 0;
+  float unit_;
+  TileSize size_;
+  float *queries_, *query_values_, *outs_, *statistics_, *maximum_, *scores_, *weights_, *factor_;
+  float *key_, *value_, *key_outs_;
+  Statistics keys_;  // visible keys first, then the hidden ones
+  int32_t *query_list_, *key_list_;
+  BidirectionalPanel panel_[kPanels];
+  Right<Math> query_[kPanels], query_value_[kPanels];
+};
+
+// The same call from the other side. Dropout knows rows from columns and stays as it is.
+template <class Call>
+inline Call exchanged(Call p) {
+  std::swap(p.q_len, p.kv_len);
+  std::swap(p.value_dim, p.query_value_dim);
+  std::swap(p.query, p.key);
+  std::swap(p.value, p.query_value);
+  std::swap(p.mask.row, p.mask.column);
+  std::swap(p.padding, p.query_padding);
+  std::swap(p.padding_batch, p.query_padding_batch);
+  std::swap(p.padding_column, p.query_padding_column);
+  return p;
+}
+
+inline bool wants_exchange(const Bidirectional& p) { return p.kv_len > p.q_len && !p.dropout; }
+
+// `HalfMath` is how bfloat16 operands are multiplied; others are converted to float32.
+template <class HalfMath>
+void bidirectional_forward(const BidirectionalForward& given, ParallelFor parallel) {
+  BidirectionalForward p = given;
+  if (wants_exchange(given)) {
+    p = exchanged(given);
+    std::swap(p.out_q, p.out_k);
+    std::swap(p.lse_q, p.lse_k);
+  }
+  const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
+                       double(p.head_dim + p.value_dim + p.query_value_dim);
+  const bool half = p.type == Type::kBFloat16;
+  auto* body =
+      half ? head_tasks<BidirectionalTask<HalfMath>> : head_tasks<BidirectionalTask<Float32Math>>;
+  ff::run(parallel, p.batch * p.heads, flops, body, HeadTasks<BidirectionalForward>{&p, 1});
+}
+
+}  // namespace
+}  // namespace ff

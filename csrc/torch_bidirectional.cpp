@@ -1,0 +1,129 @@
+// bidirectional_attention as torch ops.
+
+#include "torch_tensors.h"
+
+namespace {
+
+void describe(ff::Bidirectional& p, const Tensor& query, const Tensor& key, const Tensor& value,
+              const Tensor& query_value, const MaybeTensor& mask, const MaybeTensor& query_padding,
+              const MaybeTensor& key_padding, const MaybeTensor& seed, double dropout_p,
+              std::optional<double> scale) {
+  describe(p, query, key, value, mask, key_padding, seed, dropout_p, false, scale);
+  STD_TORCH_CHECK(p.heads == p.kv_heads, "fastfusion: key must have the heads of query");
+  STD_TORCH_CHECK(query_value.dim() == 4 && query_value.size(0) == p.batch &&
+                      query_value.size(1) == p.heads && query_value.size(2) == p.q_len &&
+                      query_value.is_cpu() && query_value.scalar_type() == query.scalar_type(),
+                  "fastfusion: query_value does not fit");
+  p.query_value_dim = query_value.size(3);
+  p.query_value = view(query_value);
+  if (query_padding) {
+    p.query_padding = padding_data(*query_padding, p.batch, p.q_len);
+    p.query_padding_batch = query_padding->stride(0);
+    p.query_padding_column = query_padding->stride(1);
+  }
+}
+
+struct Results {
+  Tensor out_q, out_k, lse_q, lse_k;
+};
+
+Results forward(ff::BidirectionalForward& p, const Tensor& query, bool lse) {
+  const int32_t dtype = dtype_code(query);
+  Results r;
+  r.out_q = empty_rows_outside(p.batch, p.heads, p.q_len, p.value_dim, dtype);
+  r.out_k = empty_rows_outside(p.batch, p.heads, p.kv_len, p.query_value_dim, dtype);
+  p.out_q = mutable_view(r.out_q), p.out_k = mutable_view(r.out_k);
+  if (lse) {
+    const int64_t rows[] = {p.batch, p.heads, p.q_len}, columns[] = {p.batch, p.heads, p.kv_len};
+    r.lse_q = empty_contiguous(3, rows, aoti_torch_dtype_float32());
+    r.lse_k = empty_contiguous(3, columns, aoti_torch_dtype_float32());
+    p.lse_q = static_cast<float*>(r.lse_q.mutable_data_ptr());
+    p.lse_k = static_cast<float*>(r.lse_k.mutable_data_ptr());
+  }
+  run(ff::kernels().bidirectional_forward, p);
+  return r;
+}
+
+std::tuple<Tensor, Tensor> bidirectional_out(const Tensor& query, const Tensor& key,
+                                             const Tensor& value, const Tensor& query_value,
+                                             MaybeTensor mask, MaybeTensor query_padding,
+                                             MaybeTensor key_padding, MaybeTensor seed,
+                                             double dropout_p, std::optional<double> scale) {
+  ff::BidirectionalForward p;
+  describe(p, query, key, value, query_value, mask, query_padding, key_padding, seed, dropout_p,
+           scale);
+  const Results r = forward(p, query, false);
+  return {r.out_q, r.out_k};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_value,
+    MaybeTensor mask, MaybeTensor query_padding, MaybeTensor key_padding, MaybeTensor seed,
+    double dropout_p, std::optional<double> scale) {
+  ff::BidirectionalForward p;
+  describe(p, query, key, value, query_value, mask, query_padding, key_padding, seed, dropout_p,
+           scale);
+  const Results r = forward(p, query, true);
+  return {r.out_q, r.out_k, r.lse_q, r.lse_k};
+}
+
+// The gradient of an output that nothing depends on.
+Tensor zeros(const int64_t (&sizes)[4], int32_t dtype) {
+  Tensor result = empty_contiguous(4, sizes, dtype);
+  std::memset(result.mutable_data_ptr(), 0, size_t(result.numel() * result.element_size()));
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_backward(
+    MaybeTensor grad_out_q, MaybeTensor grad_out_k, MaybeTensor grad_lse_q, MaybeTensor grad_lse_k,
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_value,
+    MaybeTensor mask, MaybeTensor query_padding, MaybeTensor key_padding, MaybeTensor seed,
+    double dropout_p, std::optional<double> scale, bool mask_gradient) {
+  ff::BidirectionalBackward p;
+  describe(p, query, key, value, query_value, mask, query_padding, key_padding, seed, dropout_p,
+           scale);
+  const int32_t dtype = dtype_code(query);
+  const int64_t rows[4] = {p.batch, p.heads, p.q_len, p.value_dim};
+  const int64_t columns[4] = {p.batch, p.heads, p.kv_len, p.query_value_dim};
+  const Tensor to_rows = grad_out_q ? *grad_out_q : zeros(rows, dtype);
+  const Tensor to_columns = grad_out_k ? *grad_out_k : zeros(columns, dtype);
+  p.grad_out_q = gradient_view(to_rows, rows, query.scalar_type());
+  p.grad_out_k = gradient_view(to_columns, columns, query.scalar_type());
+  p.grad_lse_q = lse_gradient(grad_lse_q, p.batch, p.heads, p.q_len);
+  p.grad_lse_k = lse_gradient(grad_lse_k, p.batch, p.heads, p.kv_len);
+  const auto gradient = [&](int64_t length, int64_t dim) {
+    return empty_rows_outside(p.batch, p.heads, length, dim, dtype);
+  };
+  Tensor grad_query = gradient(p.q_len, p.head_dim), grad_key = gradient(p.kv_len, p.head_dim);
+  Tensor grad_value = gradient(p.kv_len, p.value_dim);
+  Tensor grad_query_value = gradient(p.q_len, p.query_value_dim);
+  p.grad_query = mutable_view(grad_query), p.grad_key = mutable_view(grad_key);
+  p.grad_value = mutable_view(grad_value);
+  p.grad_query_value = mutable_view(grad_query_value);
+  MaskGradientTensor grad_mask(p, mask, mask_gradient, dtype, p.grad_mask);
+  run(ff::kernels().bidirectional_backward, p);
+  return {grad_query, grad_key, grad_value, grad_query_value, grad_mask.tensor()};
+}
+
+#define FF_INPUTS                                                                         \
+  "Tensor query, Tensor key, Tensor value, Tensor query_value, Tensor? attn_mask, "       \
+  "Tensor? query_padding_mask, Tensor? key_padding_mask, Tensor? seed, float dropout_p, " \
+  "float? scale"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) {
+  m.def("bidirectional(" FF_INPUTS ") -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("bidirectional_forward(" FF_INPUTS ") -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("bidirectional_out(" FF_INPUTS ") -> (Tensor, Tensor)");
+  m.def(
+      "bidirectional_backward(Tensor? grad_0, Tensor? grad_1, Tensor? grad_2, Tensor? "
+      "grad_3, " FF_INPUTS ", bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastfusion, CPU, m) {
+  m.impl("bidirectional", TORCH_BOX(&bidirectional_forward));
+  m.impl("bidirectional_forward", TORCH_BOX(&bidirectional_forward));
+  m.impl("bidirectional_out", TORCH_BOX(&bidirectional_out));
+  m.impl("bidirectional_backward", TORCH_BOX(&bidirectional_backward));
+}
+
+}  // namespace

@@ -1,0 +1,233 @@
+// What the torch front end of every op shares: checks, views and outputs, over torch's stable ABI
+// (torch >= 2.11). Every check that memory safety depends on is on this side, since compiled graphs
+// call the ops without Python; the words for a person come from check() of an op's Python file.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr double kTwo32 = 4294967296.0;
+
+ff::Type kernel_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return ff::Type::kFloat32;
+    case ScalarType::BFloat16:
+      return ff::Type::kBFloat16;
+    case ScalarType::Half:
+      return ff::Type::kFloat16;
+    case ScalarType::Bool:
+      return ff::Type::kBool;
+    default:
+      STD_TORCH_CHECK(false, "fastfusion: this dtype has no CPU kernel");
+  }
+}
+
+int32_t dtype_code(const Tensor& tensor) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+// torch::stable::new_empty goes through the dispatcher and costs 0.9 us more.
+Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_contiguous(int64_t dims, const int64_t* sizes, int32_t dtype) {
+  std::vector<int64_t> strides(static_cast<size_t>(dims));
+  int64_t stride = 1;
+  for (int64_t i = dims; i-- > 0;) {
+    strides[size_t(i)] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  return empty(dims, sizes, strides.data(), dtype);
+}
+
+// (B, heads, length, dim) in memory (B, length, heads, dim): modules need no copy.
+Tensor empty_rows_outside(int64_t batch, int64_t heads, int64_t length, int64_t dim,
+                          int32_t dtype) {
+  const auto size = [](int64_t n) { return n > 0 ? n : int64_t{1}; };
+  const int64_t row = size(heads) * size(dim);
+  const int64_t sizes[] = {batch, heads, length, dim};
+  const int64_t strides[] = {size(length) * row, size(dim), row, 1};
+  return empty(4, sizes, strides, dtype);
+}
+
+ff::View view(const Tensor& t) {
+  const auto strides = t.strides();
+  return {t.const_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+}
+
+ff::MutableView mutable_view(const Tensor& t) {
+  const auto strides = t.strides();
+  return {t.mutable_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+}
+
+// Strides of a tensor that broadcasts to (B, H, Lq, Lk); 0 along what it repeats.
+void broadcast_strides(const Tensor& mask, const int64_t (&target)[4], int64_t (&strides)[4]) {
+  const int64_t missing = 4 - mask.dim();
+  STD_TORCH_CHECK(missing >= 0, "fastfusion: attn_mask has more than 4 dimensions");
+  const auto sizes = mask.sizes();
+  const auto given = mask.strides();
+  for (int64_t i = 0; i < 4; ++i) {
+    const int64_t size = i < missing ? 1 : sizes[i - missing];
+    STD_TORCH_CHECK(size == target[i] || size == 1, "fastfusion: attn_mask does not broadcast");
+    strides[i] = size == 1 ? 0 : given[i - missing];
+  }
+}
+
+void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, const void*), const void* context) {
+  torch::stable::parallel_for(0, tasks, 1,
+                              [=](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+// The data of a mask that is to be bool (batch, length).
+const bool* padding_data(const Tensor& padding, int64_t batch, int64_t length) {
+  STD_TORCH_CHECK(padding.dim() == 2 && padding.scalar_type() == ScalarType::Bool &&
+                      padding.size(0) == batch && padding.size(1) == length && padding.is_cpu(),
+                  "fastfusion: a padding mask does not fit");
+  return static_cast<const bool*>(padding.const_data_ptr());
+}
+
+void describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Tensor& value,
+              const MaybeTensor& mask, const MaybeTensor& padding, const MaybeTensor& seed,
+              double dropout_p, bool is_causal, std::optional<double> scale) {
+  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+                  "fastfusion: query, key and value must be 4-D");
+  const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
+  p.batch = q[0], p.heads = q[1], p.q_len = q[2], p.head_dim = q[3];
+  p.kv_heads = k[1], p.kv_len = k[2], p.value_dim = v[3];
+  const bool grouped = p.kv_heads > 0 ? p.heads % p.kv_heads == 0 : p.heads == 0;
+  STD_TORCH_CHECK(k[0] == q[0] && v[0] == q[0] && v[1] == k[1] && v[2] == k[2] && k[3] == q[3] &&
+                      p.head_dim > 0 && grouped,
+                  "fastfusion: the shapes of query, key and value do not fit");
+  STD_TORCH_CHECK(p.kv_len <= INT32_MAX && p.q_len <= INT32_MAX, "fastfusion: too long");
+  const ScalarType type = query.scalar_type();
+  STD_TORCH_CHECK(key.scalar_type() == type && value.scalar_type() == type && key.is_cpu() &&
+                      value.is_cpu() && query.is_cpu() && type != ScalarType::Bool,
+                  "fastfusion: dtypes or devices differ");
+  p.type = kernel_type(type);
+  p.query = view(query), p.key = view(key), p.value = view(value);
+
+  if (mask) {
+    STD_TORCH_CHECK(mask->is_cpu(), "fastfusion: attn_mask is on another device");
+    const ScalarType mask_type = mask->scalar_type();
+    STD_TORCH_CHECK(
+        mask_type == ScalarType::Bool || mask_type == ScalarType::Float || mask_type == type,
+        "fastfusion: attn_mask has the wrong dtype");
+    int64_t strides[4];
+    broadcast_strides(*mask, {p.batch, p.heads, p.q_len, p.kv_len}, strides);
+    p.mask = {mask->const_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+    p.mask_type = kernel_type(mask_type);
+  }
+  if (padding) {
+    p.padding = padding_data(*padding, p.batch, p.kv_len);
+    p.padding_batch = padding->stride(0), p.padding_column = padding->stride(1);
+  }
+  p.scale = float(scale ? *scale : 1.0 / std::sqrt(double(p.head_dim)));
+  STD_TORCH_CHECK(std::isfinite(p.scale), "fastfusion: scale must be finite");
+  p.causal = is_causal;
+  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p <= 1.0 && (dropout_p == 0.0 || seed),
+                  "fastfusion: dropout_p must be between 0 and 1 and come with a seed");
+  if (dropout_p > 0.0) {
+    STD_TORCH_CHECK(seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
+                    "fastfusion: seed must be one int64");
+    p.dropout = true;
+    p.seed = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
+    p.threshold = uint64_t(std::nearbyint(dropout_p * kTwo32));
+    p.keep_scale = dropout_p < 1.0 ? float(1.0 / (1.0 - dropout_p)) : 0.0f;
+  }
+}
+
+// The gradient of an output, which has a size to keep.
+ff::View gradient_view(const Tensor& grad, const int64_t (&sizes)[4], ScalarType type) {
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.is_cpu() && grad.scalar_type() == type,
+                  "fastfusion: a gradient must be like its output");
+  for (int i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(grad.size(i) == sizes[i], "fastfusion: a gradient does not fit");
+  return view(grad);
+}
+
+ff::LseGradient lse_gradient(const MaybeTensor& grad, int64_t batch, int64_t heads,
+                             int64_t length) {
+  if (!grad) return {};
+  STD_TORCH_CHECK(grad->dim() == 3 && grad->is_cpu() && grad->scalar_type() == ScalarType::Float &&
+                      grad->size(0) == batch && grad->size(1) == heads && grad->size(2) == length,
+                  "fastfusion: the gradient of a log-sum-exp must be float32 and fit");
+  return {static_cast<const float*>(grad->const_data_ptr()), grad->stride(0), grad->stride(1),
+          grad->stride(2)};
+}
+
+// The gradient of a mask while kernels add it up, and as a tensor afterwards.
+class MaskGradientTensor {
+ public:
+  MaskGradientTensor(const ff::Attention& p, const MaybeTensor& mask, bool wanted, int32_t dtype,
+                     ff::MaskGradient& gradient)
+      : type_(p.mask_type) {
+    if (!wanted || !mask || type_ == ff::Type::kBool) {
+      const int64_t nothing[] = {0};
+      tensor_ = empty_contiguous(1, nothing, dtype);
+      return;
+    }
+    tensor_ = empty_contiguous(mask->dim(), mask->sizes().data(), dtype_code(*mask));
+    const auto size = size_t(mask->numel());
+    // One element more: an empty vector has no data and would look unwanted.
+    if (mask->numel() == p.batch * p.heads * p.q_len * p.kv_len) {
+      values_.assign(size + 1, 0.0f);
+      gradient.values = values_.data();
+    } else {
+      sums_.assign(size + 1, 0.0);
+      gradient.sums = sums_.data();
+    }
+    int64_t strides[4];
+    broadcast_strides(tensor_, {p.batch, p.heads, p.q_len, p.kv_len}, strides);
+    gradient.batch = strides[0], gradient.head = strides[1];
+    gradient.row = strides[2], gradient.column = strides[3];
+  }
+
+  // After the kernels have run.
+  Tensor tensor() {
+    if (!sums_.empty()) values_.assign(sums_.begin(), sums_.end());
+    if (!values_.empty()) {
+      ff::kernels().convert(values_.data(), tensor_.mutable_data_ptr(), type_, tensor_.numel());
+    }
+    return tensor_;
+  }
+
+ private:
+  ff::Type type_;
+  Tensor tensor_;
+  std::vector<float> values_;
+  std::vector<double> sums_;
+};
+
+// Runs a kernel of the table in use.
+template <class Call>
+void run(void (*kernel)(const Call&, ff::ParallelFor), Call& p) {
+  bool out_of_memory = false;
+  p.out_of_memory = &out_of_memory;
+  kernel(p, parallel_for);
+  STD_TORCH_CHECK(!out_of_memory, "fastfusion: out of memory");
+}
+
+}  // namespace
