@@ -16,7 +16,7 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   if (lse) {
     const int64_t sizes[] = {p.batch, p.heads, p.q_len};
     *lse = empty_contiguous(3, sizes, aoti_torch_dtype_float32());
-    p.lse = static_cast<float*>(lse->mutable_data_ptr());
+    p.lse = mutable_lse(*lse);
   }
   run(ff::kernels().attention_forward, p);
   return out;

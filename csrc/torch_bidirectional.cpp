@@ -37,8 +37,7 @@ Results forward(ff::BidirectionalForward& p, const Tensor& query, bool lse) {
     const int64_t rows[] = {p.batch, p.heads, p.q_len}, columns[] = {p.batch, p.heads, p.kv_len};
     r.lse_q = empty_contiguous(3, rows, aoti_torch_dtype_float32());
     r.lse_k = empty_contiguous(3, columns, aoti_torch_dtype_float32());
-    p.lse_q = static_cast<float*>(r.lse_q.mutable_data_ptr());
-    p.lse_k = static_cast<float*>(r.lse_k.mutable_data_ptr());
+    p.lse_q = mutable_lse(r.lse_q), p.lse_k = mutable_lse(r.lse_k);
   }
   run(ff::kernels().bidirectional_forward, p);
   return r;
@@ -67,13 +66,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
   return {r.out_q, r.out_k, r.lse_q, r.lse_k};
 }
 
-// The gradient of an output that nothing depends on.
-Tensor zeros(const int64_t (&sizes)[4], int32_t dtype) {
-  Tensor result = empty_contiguous(4, sizes, dtype);
-  std::memset(result.mutable_data_ptr(), 0, size_t(result.numel() * result.element_size()));
-  return result;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_backward(
     MaybeTensor grad_out_q, MaybeTensor grad_out_k, MaybeTensor grad_lse_q, MaybeTensor grad_lse_k,
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_value,
@@ -85,8 +77,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_backward(
   const int32_t dtype = dtype_code(query);
   const int64_t rows[4] = {p.batch, p.heads, p.q_len, p.value_dim};
   const int64_t columns[4] = {p.batch, p.heads, p.kv_len, p.query_value_dim};
-  const Tensor to_rows = grad_out_q ? *grad_out_q : zeros(rows, dtype);
-  const Tensor to_columns = grad_out_k ? *grad_out_k : zeros(columns, dtype);
+  const auto zeros = [&](const int64_t (&sizes)[4]) {
+    return fill_zeros(empty_contiguous(4, sizes, dtype));
+  };
+  const Tensor to_rows = grad_out_q ? *grad_out_q : zeros(rows);
+  const Tensor to_columns = grad_out_k ? *grad_out_k : zeros(columns);
   p.grad_out_q = gradient_view(to_rows, rows, query.scalar_type());
   p.grad_out_k = gradient_view(to_columns, columns, query.scalar_type());
   p.grad_lse_q = lse_gradient(grad_lse_q, p.batch, p.heads, p.q_len);

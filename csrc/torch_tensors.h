@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <tuple>
@@ -24,7 +25,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr double kTwo32 = 4294967296.0;
 
-ff::Type kernel_type(ScalarType type) {
+inline ff::Type kernel_type(ScalarType type) {
   switch (type) {
     case ScalarType::Float:
       return ff::Type::kFloat32;
@@ -39,21 +40,21 @@ ff::Type kernel_type(ScalarType type) {
   }
 }
 
-int32_t dtype_code(const Tensor& tensor) {
+inline int32_t dtype_code(const Tensor& tensor) {
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   return dtype;
 }
 
 // torch::stable::new_empty goes through the dispatcher and costs 0.9 us more.
-Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+inline Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
-Tensor empty_contiguous(int64_t dims, const int64_t* sizes, int32_t dtype) {
+inline Tensor empty_contiguous(int64_t dims, const int64_t* sizes, int32_t dtype) {
   std::vector<int64_t> strides(static_cast<size_t>(dims));
   int64_t stride = 1;
   for (int64_t i = dims; i-- > 0;) {
@@ -63,9 +64,15 @@ Tensor empty_contiguous(int64_t dims, const int64_t* sizes, int32_t dtype) {
   return empty(dims, sizes, strides.data(), dtype);
 }
 
+// For the gradient of an output that nothing depends on.
+inline Tensor fill_zeros(const Tensor& t) {
+  std::memset(t.mutable_data_ptr(), 0, size_t(t.numel() * t.element_size()));
+  return t;
+}
+
 // (B, heads, length, dim) in memory (B, length, heads, dim): modules need no copy.
-Tensor empty_rows_outside(int64_t batch, int64_t heads, int64_t length, int64_t dim,
-                          int32_t dtype) {
+inline Tensor empty_rows_outside(int64_t batch, int64_t heads, int64_t length, int64_t dim,
+                                 int32_t dtype) {
   const auto size = [](int64_t n) { return n > 0 ? n : int64_t{1}; };
   const int64_t row = size(heads) * size(dim);
   const int64_t sizes[] = {batch, heads, length, dim};
@@ -73,18 +80,23 @@ Tensor empty_rows_outside(int64_t batch, int64_t heads, int64_t length, int64_t 
   return empty(4, sizes, strides, dtype);
 }
 
-ff::View view(const Tensor& t) {
+inline ff::View view(const Tensor& t) {
   const auto strides = t.strides();
   return {t.const_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
 }
 
-ff::MutableView mutable_view(const Tensor& t) {
+inline ff::MutableView mutable_view(const Tensor& t) {
   const auto strides = t.strides();
   return {t.mutable_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
 }
 
+inline ff::MutableLse mutable_lse(const Tensor& t) {
+  return {static_cast<float*>(t.mutable_data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+}
+
 // Strides of a tensor that broadcasts to (B, H, Lq, Lk); 0 along what it repeats.
-void broadcast_strides(const Tensor& mask, const int64_t (&target)[4], int64_t (&strides)[4]) {
+inline void broadcast_strides(const Tensor& mask, const int64_t (&target)[4],
+                              int64_t (&strides)[4]) {
   const int64_t missing = 4 - mask.dim();
   STD_TORCH_CHECK(missing >= 0, "fastfusion: attn_mask has more than 4 dimensions");
   const auto sizes = mask.sizes();
@@ -96,22 +108,40 @@ void broadcast_strides(const Tensor& mask, const int64_t (&target)[4], int64_t (
   }
 }
 
-void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, const void*), const void* context) {
+inline void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, const void*),
+                         const void* context) {
   torch::stable::parallel_for(0, tasks, 1,
                               [=](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
 // The data of a mask that is to be bool (batch, length).
-const bool* padding_data(const Tensor& padding, int64_t batch, int64_t length) {
+inline const bool* padding_data(const Tensor& padding, int64_t batch, int64_t length) {
   STD_TORCH_CHECK(padding.dim() == 2 && padding.scalar_type() == ScalarType::Bool &&
                       padding.size(0) == batch && padding.size(1) == length && padding.is_cpu(),
                   "fastfusion: a padding mask does not fit");
   return static_cast<const bool*>(padding.const_data_ptr());
 }
 
-void describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Tensor& value,
-              const MaybeTensor& mask, const MaybeTensor& padding, const MaybeTensor& seed,
-              double dropout_p, bool is_causal, std::optional<double> scale) {
+inline void describe_numbers(ff::Attention& p, const MaybeTensor& seed, double dropout_p,
+                             bool is_causal, std::optional<double> scale) {
+  p.scale = float(scale ? *scale : 1.0 / std::sqrt(double(p.head_dim)));
+  STD_TORCH_CHECK(std::isfinite(p.scale), "fastfusion: scale must be finite");
+  p.causal = is_causal;
+  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p <= 1.0 && (dropout_p == 0.0 || seed),
+                  "fastfusion: dropout_p must be between 0 and 1 and come with a seed");
+  if (dropout_p > 0.0) {
+    STD_TORCH_CHECK(seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
+                    "fastfusion: seed must be one int64");
+    p.dropout = true;
+    p.seed = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
+    p.threshold = uint64_t(std::nearbyint(dropout_p * kTwo32));
+    p.keep_scale = dropout_p < 1.0 ? float(1.0 / (1.0 - dropout_p)) : 0.0f;
+  }
+}
+
+inline void describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Tensor& value,
+                     const MaybeTensor& mask, const MaybeTensor& padding, const MaybeTensor& seed,
+                     double dropout_p, bool is_causal, std::optional<double> scale) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                   "fastfusion: query, key and value must be 4-D");
   const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
@@ -144,23 +174,11 @@ void describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Te
     p.padding = padding_data(*padding, p.batch, p.kv_len);
     p.padding_batch = padding->stride(0), p.padding_column = padding->stride(1);
   }
-  p.scale = float(scale ? *scale : 1.0 / std::sqrt(double(p.head_dim)));
-  STD_TORCH_CHECK(std::isfinite(p.scale), "fastfusion: scale must be finite");
-  p.causal = is_causal;
-  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p <= 1.0 && (dropout_p == 0.0 || seed),
-                  "fastfusion: dropout_p must be between 0 and 1 and come with a seed");
-  if (dropout_p > 0.0) {
-    STD_TORCH_CHECK(seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
-                    "fastfusion: seed must be one int64");
-    p.dropout = true;
-    p.seed = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
-    p.threshold = uint64_t(std::nearbyint(dropout_p * kTwo32));
-    p.keep_scale = dropout_p < 1.0 ? float(1.0 / (1.0 - dropout_p)) : 0.0f;
-  }
+  describe_numbers(p, seed, dropout_p, is_causal, scale);
 }
 
 // The gradient of an output, which has a size to keep.
-ff::View gradient_view(const Tensor& grad, const int64_t (&sizes)[4], ScalarType type) {
+inline ff::View gradient_view(const Tensor& grad, const int64_t (&sizes)[4], ScalarType type) {
   STD_TORCH_CHECK(grad.dim() == 4 && grad.is_cpu() && grad.scalar_type() == type,
                   "fastfusion: a gradient must be like its output");
   for (int i = 0; i < 4; ++i)
@@ -168,8 +186,8 @@ ff::View gradient_view(const Tensor& grad, const int64_t (&sizes)[4], ScalarType
   return view(grad);
 }
 
-ff::LseGradient lse_gradient(const MaybeTensor& grad, int64_t batch, int64_t heads,
-                             int64_t length) {
+inline ff::LseGradient lse_gradient(const MaybeTensor& grad, int64_t batch, int64_t heads,
+                                    int64_t length) {
   if (!grad) return {};
   STD_TORCH_CHECK(grad->dim() == 3 && grad->is_cpu() && grad->scalar_type() == ScalarType::Float &&
                       grad->size(0) == batch && grad->size(1) == heads && grad->size(2) == length,
@@ -223,7 +241,7 @@ class MaskGradientTensor {
 
 // Runs a kernel of the table in use.
 template <class Call>
-void run(void (*kernel)(const Call&, ff::ParallelFor), Call& p) {
+inline void run(void (*kernel)(const Call&, ff::ParallelFor), Call& p) {
   bool out_of_memory = false;
   p.out_of_memory = &out_of_memory;
   kernel(p, parallel_for);

@@ -119,8 +119,7 @@ class ForwardTask {
     }
     store_means(p_.out, p_.type, b, panel.h, panel.queries, p_.value_dim, panel.statistics.sum,
                 out_of(i));
-    if (!p_.lse) return;
-    store_lse(panel.queries, panel.statistics, p_.lse + (b * p_.heads + panel.h) * p_.q_len);
+    store_lse(p_.lse, b, panel.h, panel.queries, panel.statistics);
   }
 
   const AttentionForward& p_;
@@ -162,19 +161,27 @@ const char* attention_path(Type type, int64_t q_len) {
   return half ? "panels of 48 queries, bfloat16 products" : "panels of 48 queries, as float32";
 }
 
+inline int64_t attention_parts(const AttentionForward& p) {
+  if (p.batch * p.heads * p.q_len == 0) return 0;
+  return p.batch * p.kv_heads * (p.q_len <= kFew ? 1 : ForwardSplit(p).tasks);
+}
+
 // `HalfMath` is how bfloat16 operands are multiplied; others are converted to float32.
 template <class HalfMath>
+void attention_part(const AttentionForward& p, int64_t begin, int64_t end) {
+  const bool half = p.type == Type::kBFloat16;
+  auto* body = half ? forward_tasks<HalfMath> : forward_tasks<Float32Math>;
+  (p.q_len <= kFew ? few_tasks : body)(begin, end, &p);
+}
+
+template <class HalfMath>
 void attention_forward(const AttentionForward& p, ParallelFor parallel) {
-  if (p.batch * p.heads * p.q_len == 0) return;
   const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
                        double(p.head_dim + p.value_dim);
-  if (p.q_len <= kFew) {
-    ff::run(parallel, p.batch * p.kv_heads, flops, few_tasks, p);
-    return;
-  }
-  const int64_t tasks = p.batch * p.kv_heads * ForwardSplit(p).tasks;
-  const bool half = p.type == Type::kBFloat16;
-  ff::run(parallel, tasks, flops, half ? forward_tasks<HalfMath> : forward_tasks<Float32Math>, p);
+  const auto body = [](int64_t begin, int64_t end, const void* context) {
+    attention_part<HalfMath>(*static_cast<const AttentionForward*>(context), begin, end);
+  };
+  ff::run(parallel, attention_parts(p), flops, body, p);
 }
 
 }  // namespace

@@ -325,21 +325,33 @@ class BackwardTask {
   Right<Math> query_t_[kGroup], grad_t_[kGroup], query_[kGroup], grad_[kGroup];
 };
 
+inline int64_t heads_of_a_part(const AttentionBackward& p) {
+  return p.grad_mask.heads_of_a_task(p.batch, p.kv_heads);
+}
+
 // `HalfMath` is how bfloat16 operands are multiplied; others are converted to float32.
 template <class HalfMath>
-void attention_backward(const AttentionBackward& p, ParallelFor parallel) {
-  const int64_t slices = p.batch * p.kv_heads;
-  if (slices == 0) return;
-  const int64_t heads = p.grad_mask.heads_of_a_task(p.batch, p.kv_heads);
-  const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
-                       double(3 * p.head_dim + 2 * p.value_dim);
+void attention_backward_part(const AttentionBackward& p, int64_t begin, int64_t end) {
   const bool half = p.type == Type::kBFloat16;
   auto* body = half ? head_tasks<BackwardTask<HalfMath>> : head_tasks<BackwardTask<Float32Math>>;
   if (few_rows(p)) {
     body =
         with_type(p.type, [](auto kind) { return &head_tasks<FewBackwardTask<decltype(kind)>>; });
   }
-  ff::run(parallel, slices / heads, flops, body, HeadTasks<AttentionBackward>{&p, heads});
+  const HeadTasks<AttentionBackward> tasks{&p, heads_of_a_part(p)};
+  body(begin, end, &tasks);
+}
+
+template <class HalfMath>
+void attention_backward(const AttentionBackward& p, ParallelFor parallel) {
+  const int64_t slices = p.batch * p.kv_heads;
+  if (slices == 0) return;
+  const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
+                       double(3 * p.head_dim + 2 * p.value_dim);
+  const auto body = [](int64_t begin, int64_t end, const void* context) {
+    attention_backward_part<HalfMath>(*static_cast<const AttentionBackward*>(context), begin, end);
+  };
+  ff::run(parallel, slices / heads_of_a_part(p), flops, body, p);
 }
 
 }  // namespace

@@ -240,7 +240,7 @@ class BidirectionalTask {
     for (int64_t e = 0; e < queries.count * value_columns_ && visible_keys == 0; ++e)
       out_of(i)[e] = 0.0f;
     store_means(p_.out_q, p_.type, b, h, queries, p_.value_dim, statistics.sum, out_of(i));
-    if (p_.lse_q) store_lse(queries, statistics, p_.lse_q + (b * p_.heads + h) * p_.q_len);
+    store_lse(p_.lse_q, b, h, queries, statistics);
   }
 
   void finish_keys(int64_t b, int64_t h, const Positions& keys, int64_t place,
@@ -250,9 +250,8 @@ class BidirectionalTask {
     for (int64_t e = 0; e < keys.count * query_value_columns_ && visible_queries == 0; ++e)
       outs[e] = 0.0f;
     store_means(p_.out_k, p_.type, b, h, all, p_.query_value_dim, keys_.sum + place, outs);
-    if (!p_.lse_k) return;
     const Statistics statistics{keys_.maximum + place, keys_.sum + place, keys_.rescale + place};
-    store_lse(all, statistics, p_.lse_k + (b * p_.heads + h) * p_.kv_len);
+    store_lse(p_.lse_k, b, h, all, statistics);
   }
 
   struct BidirectionalPanel {

@@ -37,7 +37,7 @@ inline void dropout_factors(const Scores& scores, const Block& block, uint32_t s
                             float* factor) {
   const Attention& p = scores.p;
   const int64_t columns = scores.columns, count = block.count;
-  const uint32_t slice = uint32_t(scores.b * p.heads + scores.h);
+  const uint32_t slice = uint32_t((p.entry + scores.b) * p.heads + scores.h);
   Philox random;
   for (int64_t j = 0; j < count;) {
     const int64_t group = block[j] / 4;

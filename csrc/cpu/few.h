@@ -208,7 +208,9 @@ void few_row(const AttentionForward& p, int64_t b, int64_t h, int64_t query, con
   const float sum = statistics.sum;
   store(p.out.data, p.type, b * p.out.batch + h * p.out.head + query * p.out.row, p.out.column,
         p.value_dim, inverse(sum), s.out);
-  if (p.lse) p.lse[(b * p.heads + h) * p.q_len + query] = log_sum(statistics.maximum, sum);
+  if (!p.lse.data) return;
+  p.lse.data[b * p.lse.batch + h * p.lse.head + query * p.lse.row] =
+      log_sum(statistics.maximum, sum);
 }
 
 // A task is a key head, whose keys and values stay in cache for the query heads that share them.

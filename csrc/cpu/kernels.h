@@ -45,6 +45,7 @@ struct Attention {
   bool causal;
 
   bool dropout = false;
+  int64_t entry = 0;  // number of the first batch entry, for dropout
   uint64_t seed = 0;
   uint64_t threshold = 0;  // a score is kept where its 32-bit word reaches this
   float keep_scale = 1.0f;
@@ -76,9 +77,15 @@ struct MaskGradient {
   }
 };
 
+// Log-sum-exps: (B, H, L) by strides, or none.
+struct MutableLse {
+  float* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+};
+
 struct AttentionForward : Attention {
-  MutableView out;       // (B, H, Lq, Dv)
-  float* lse = nullptr;  // (B, H, Lq) contiguous, or none
+  MutableView out;  // (B, H, Lq, Dv)
+  MutableLse lse;
 };
 
 struct AttentionBackward : Attention {
@@ -97,8 +104,8 @@ struct Bidirectional : Attention {  // kv_heads = heads, not causal
 };
 
 struct BidirectionalForward : Bidirectional {
-  MutableView out_q, out_k;                  // (B, H, Lq, Dv), (B, H, Lk, Dw)
-  float *lse_q = nullptr, *lse_k = nullptr;  // (B, H, Lq) and (B, H, Lk) contiguous, or none
+  MutableView out_q, out_k;  // (B, H, Lq, Dv), (B, H, Lk, Dw)
+  MutableLse lse_q, lse_k;
 };
 
 struct BidirectionalBackward : Bidirectional {
@@ -114,11 +121,27 @@ struct KernelTable {
   void (*attention_forward)(const AttentionForward&, ParallelFor);
   const char* (*attention_path)(Type, int64_t q_len);  // how a forward call runs, for people
   void (*attention_backward)(const AttentionBackward&, ParallelFor);
+  // A call as parts that need not know of each other: how many, and some of them. A backward call
+  // has as many as key heads.
+  int64_t (*attention_parts)(const AttentionForward&);
+  void (*attention_part)(const AttentionForward&, int64_t begin, int64_t end);
+  void (*attention_backward_part)(const AttentionBackward&, int64_t begin, int64_t end);
   void (*bidirectional_forward)(const BidirectionalForward&, ParallelFor);
   void (*bidirectional_backward)(const BidirectionalBackward&, ParallelFor);
   // to[i] = from[i] in the given floating type, to nearest even.
   void (*convert)(const float* from, void* to, Type type, int64_t count);
 };
+
+// Attention of packed sequences, each to its own keys: what the call says of one entry's rows holds
+// for all of them, one sequence behind the other, and offset i says where sequence i begins. It has
+// no mask.
+struct Sequences {
+  int64_t count;
+  const int64_t *q_offsets, *kv_offsets;  // count + 1 each
+};
+
+FF_EXPORT void varlen_forward(const AttentionForward&, const Sequences&, ParallelFor);
+FF_EXPORT void varlen_backward(const AttentionBackward&, const Sequences&, ParallelFor);
 
 // The table in use: the best that the machine runs, or the one that FASTFUSION_CPU_ISA names.
 FF_EXPORT const KernelTable& kernels();

@@ -92,8 +92,12 @@ inline void store_means(const MutableView& out, Type type, int64_t b, int64_t h,
   });
 }
 
-inline void store_lse(const Block& rows, const Statistics& s, float* lse) {
-  for (int64_t i = 0; i < rows.count; ++i) lse[rows[i]] = log_sum(s.maximum[i], s.sum[i]);
+inline void store_lse(const MutableLse& lse, int64_t b, int64_t h, const Block& rows,
+                      const Statistics& s) {
+  if (!lse.data) return;
+  float* head = lse.data + b * lse.batch + h * lse.head;
+  for (int64_t i = 0; i < rows.count; ++i)
+    head[rows[i] * lse.row] = log_sum(s.maximum[i], s.sum[i]);
 }
 
 // Bits or numbers of a mask: kLanes of them along its rows or columns.

@@ -59,7 +59,8 @@ void head_tasks(int64_t begin, int64_t end, const void* context) {
 template <class Context>
 void run(ParallelFor parallel, int64_t tasks, double flops,
          void (*body)(int64_t, int64_t, const void*), const Context& context) {
-  if (tasks < 2 || flops < 2e6) {
+  if (tasks == 0) return;
+  if (tasks == 1 || flops < 2e6) {
     body(0, tasks, &context);
   } else {
     parallel(tasks, body, &context);

@@ -38,9 +38,6 @@ from fastfusion._reference import (
     safe_softmax,
 )
 
-_is_compiling = torch.compiler.is_compiling
-_any_autocast = torch._C._is_any_autocast_enabled
-
 
 def bidirectional_attention(
     query: Tensor,
@@ -82,30 +79,20 @@ def bidirectional_attention(
         ValueError: shapes, devices or numbers that do not fit; the message prints them.
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
-    if _CPU is not None and not (_is_compiling() or _any_autocast() or _CPU.by_reference()):
-        try:
-            # By type, since the dispatcher would take 1 for True and a tensor for a number.
-            typed = (
-                (return_lse is False or return_lse is True)
-                and (scale is None or type(scale) is float)
-                and type(dropout_p) is float
-            )
-            if typed and dropout_p == 0.0 and query.dim() == 4:
-                given = (
-                    query, key, value, query_value, attn_mask, query_padding_mask,
-                    key_padding_mask, None, 0.0, scale, return_lse,
-                )  # fmt: skip
-                chosen = OP.select(backend, given)
-                if chosen.backend == "cpu":
-                    return chosen.run(*given)
-        except Exception:
-            # The compiled op checks everything and says little; the general road finds the words.
-            pass
+    result = _registration.run_checked(
+        _CPU, OP, backend, scale, dropout_p, (return_lse,),
+        (
+            query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask, None,
+            0.0, scale, return_lse,
+        ),
+    )  # fmt: skip
+    if result is not None:
+        return result
     device_type = arguments.device_type_of(query)
     dtype = arguments.autocast_dtype(device_type)
     query, key, value, query_value = arguments.autocast_cast(dtype, query, key, value, query_value)
     attn_mask = arguments.autocast_mask(dtype, attn_mask)
-    if not _is_compiling():
+    if not torch.compiler.is_compiling():
         check(
             query, key, value, query_value, attn_mask=attn_mask,
             query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,

@@ -62,6 +62,16 @@ def varlen_attention(
             the device.
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
+    plain = type(max_seqlen_q) is int and type(max_seqlen_k) is int  # a tensor would pass for one
+    result = _registration.run_checked(
+        _CPU if plain else None, OP, backend, scale, dropout_p, (is_causal, return_lse),
+        (
+            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, 0.0,
+            is_causal, scale, return_lse,
+        ),
+    )  # fmt: skip
+    if result is not None:
+        return result
     device_type = arguments.device_type_of(query)
     dtype = arguments.autocast_dtype(device_type)
     query, key, value = arguments.autocast_cast(dtype, query, key, value)
@@ -214,22 +224,6 @@ def _packed(padded: Tensor, rows: Tensor) -> Tensor:
     return padded.transpose(1, 2).flatten(0, 1).index_select(0, rows)
 
 
-def _run_cpu(*given: Any) -> Any:
-    """The compiled attention on the padded sequences: hidden keys cost it nothing."""
-    seed, dropout_p, is_causal, scale, return_lse = given[7:]
-    query, key, value, hidden, rows = _padded(*given[:7])
-    result = _registration.attention(
-        query, key, value, None, hidden, seed, dropout_p, is_causal, scale, True, return_lse
-    )
-    if return_lse:
-        return tuple(_packed(t, rows) for t in result)
-    return _packed(result, rows)
-
-
-def _cpu_path(*given: Any) -> str:
-    return f"padded to one length, {_registration.path(given[0], q_len=given[5])}"
-
-
 def _run_reference(*given: Any) -> Any:
     seed, dropout_p, is_causal, scale, return_lse = given[7:]
     query, key, value, hidden, rows = _padded(*given[:7])
@@ -254,6 +248,7 @@ def _full_reference(
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    arguments.check_one_device(query, key, value, *others[:2], others[4])
     total, heads = query.shape[:2]
     out = query.new_empty(total, heads, value.shape[2])
     return out, query.new_empty(total, heads, dtype=torch.float32)
@@ -285,6 +280,18 @@ _TRITON = _triton.kernel_op(
     forward="varlen:varlen_forward",
     backward="varlen:varlen_backward",
 )  # fmt: skip
+
+
+_CPU: Any = _registration.kernel_op("varlen", _INTERFACE)
+
+
+def _run_cpu(*given: Any) -> Any:
+    result = _CPU(given[-1], *given[:-1])
+    return result if given[-1] or isinstance(result, Tensor) else result[0]
+
+
+def _cpu_path(*given: Any) -> str:
+    return _registration.path(given[0], q_len=given[5])
 
 
 def _run_triton(*given: Any) -> Any:

@@ -62,6 +62,7 @@ RUNS = [
 ]
 if DEVICE == "cpu":
     RUNS.append(pytest.param(run_both, both, "cpu", id="both-cpu"))
+    RUNS.append(pytest.param(run_packed, packed, "cpu", id="packed-cpu"))
 each_op = pytest.mark.parametrize(("run", "make", "backend"), RUNS)
 
 

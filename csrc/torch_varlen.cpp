@@ -1,0 +1,178 @@
+// varlen_attention as torch ops.
+
+#include "torch_tensors.h"
+
+namespace {
+
+// A packed (rows, heads, dim) tensor as one batch entry.
+template <class View, class Data>
+View packed(const Tensor& t, Data data) {
+  return {data, 0, t.stride(1), t.stride(0), t.stride(2)};
+}
+
+ff::View packed_view(const Tensor& t) { return packed<ff::View>(t, t.const_data_ptr()); }
+
+ff::MutableView packed_output(const Tensor& t) {
+  return packed<ff::MutableView>(t, t.mutable_data_ptr());
+}
+
+std::vector<int64_t> offsets_of(const Tensor& offsets, int64_t total, int64_t longest) {
+  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) > 0 && offsets.is_cpu(),
+                  "fastfusion: cu_seqlens must be (sequences + 1,) on the CPU");
+  const bool narrow = offsets.scalar_type() == ScalarType::Int;
+  STD_TORCH_CHECK(narrow || offsets.scalar_type() == ScalarType::Long,
+                  "fastfusion: cu_seqlens must be int32 or int64");
+  std::vector<int64_t> values(size_t(offsets.size(0)));
+  const void* data = offsets.const_data_ptr();
+  for (size_t i = 0; i < values.size(); ++i) {
+    const int64_t at = int64_t(i) * offsets.stride(0);
+    values[i] =
+        narrow ? static_cast<const int32_t*>(data)[at] : static_cast<const int64_t*>(data)[at];
+    STD_TORCH_CHECK(i == 0 || (values[i] >= values[i - 1] && values[i] - values[i - 1] <= longest),
+                    "fastfusion: cu_seqlens must never fall, nor rise by more than max_seqlen");
+  }
+  STD_TORCH_CHECK(values.front() == 0 && values.back() == total,
+                  "fastfusion: cu_seqlens must start at 0 and end at the number of rows");
+  return values;
+}
+
+struct Packing {
+  std::vector<int64_t> q, kv;
+
+  ff::Sequences sequences() const { return {int64_t(q.size()) - 1, q.data(), kv.data()}; }
+};
+
+Packing describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Tensor& value,
+                 const Tensor& q_offsets, const Tensor& kv_offsets, int64_t max_q, int64_t max_k,
+                 const MaybeTensor& seed, double dropout_p, bool is_causal,
+                 std::optional<double> scale) {
+  STD_TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3,
+                  "fastfusion: query, key and value must be 3-D");
+  p.batch = 1, p.heads = query.size(1), p.kv_heads = key.size(1);
+  p.q_len = query.size(0), p.kv_len = key.size(0);
+  p.head_dim = query.size(2), p.value_dim = value.size(2);
+  const bool grouped = p.kv_heads > 0 ? p.heads % p.kv_heads == 0 : p.heads == 0;
+  STD_TORCH_CHECK(value.size(0) == p.kv_len && value.size(1) == p.kv_heads &&
+                      key.size(2) == p.head_dim && p.head_dim > 0 && grouped,
+                  "fastfusion: the shapes of query, key and value do not fit");
+  STD_TORCH_CHECK(p.kv_len <= INT32_MAX && p.q_len <= INT32_MAX, "fastfusion: too long");
+  const ScalarType type = query.scalar_type();
+  STD_TORCH_CHECK(key.scalar_type() == type && value.scalar_type() == type && key.is_cpu() &&
+                      value.is_cpu() && query.is_cpu() && type != ScalarType::Bool,
+                  "fastfusion: dtypes or devices differ");
+  p.type = kernel_type(type);
+  p.query = packed_view(query), p.key = packed_view(key), p.value = packed_view(value);
+  describe_numbers(p, seed, dropout_p, is_causal, scale);
+  Packing packing{offsets_of(q_offsets, p.q_len, max_q), offsets_of(kv_offsets, p.kv_len, max_k)};
+  STD_TORCH_CHECK(packing.q.size() == packing.kv.size(),
+                  "fastfusion: cu_seqlens_q and cu_seqlens_k differ in length");
+  return packing;
+}
+
+template <class Call>
+void run(void (*kernel)(const Call&, const ff::Sequences&, ff::ParallelFor), Call& p,
+         const Packing& packing) {
+  bool out_of_memory = false;
+  p.out_of_memory = &out_of_memory;
+  kernel(p, packing.sequences(), parallel_for);
+  STD_TORCH_CHECK(!out_of_memory, "fastfusion: out of memory");
+}
+
+Tensor like(const Tensor& rows, int64_t dim) {
+  const int64_t sizes[] = {rows.size(0), rows.size(1), dim};
+  return empty_contiguous(3, sizes, dtype_code(rows));
+}
+
+Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& q_offsets,
+               const Tensor& kv_offsets, int64_t max_q, int64_t max_k, const MaybeTensor& seed,
+               double dropout_p, bool is_causal, std::optional<double> scale, Tensor* lse) {
+  ff::AttentionForward p;
+  const Packing packing = describe(p, query, key, value, q_offsets, kv_offsets, max_q, max_k, seed,
+                                   dropout_p, is_causal, scale);
+  Tensor out = like(query, p.value_dim);
+  p.out = packed_output(out);
+  if (lse) {
+    const int64_t sizes[] = {p.q_len, p.heads};
+    *lse = empty_contiguous(2, sizes, aoti_torch_dtype_float32());
+    p.lse = {static_cast<float*>(lse->mutable_data_ptr()), 0, lse->stride(1), lse->stride(0)};
+  }
+  run(ff::varlen_forward, p, packing);
+  return out;
+}
+
+Tensor varlen_out(const Tensor& query, const Tensor& key, const Tensor& value,
+                  const Tensor& q_offsets, const Tensor& kv_offsets, int64_t max_q, int64_t max_k,
+                  MaybeTensor seed, double dropout_p, bool is_causal, std::optional<double> scale) {
+  return forward(query, key, value, q_offsets, kv_offsets, max_q, max_k, seed, dropout_p, is_causal,
+                 scale, nullptr);
+}
+
+std::tuple<Tensor, Tensor> varlen_forward(const Tensor& query, const Tensor& key,
+                                          const Tensor& value, const Tensor& q_offsets,
+                                          const Tensor& kv_offsets, int64_t max_q, int64_t max_k,
+                                          MaybeTensor seed, double dropout_p, bool is_causal,
+                                          std::optional<double> scale) {
+  Tensor lse;
+  Tensor out = forward(query, key, value, q_offsets, kv_offsets, max_q, max_k, seed, dropout_p,
+                       is_causal, scale, &lse);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> varlen_backward(MaybeTensor grad_out, MaybeTensor grad_lse,
+                                                   const Tensor& query, const Tensor& key,
+                                                   const Tensor& value, const Tensor& q_offsets,
+                                                   const Tensor& kv_offsets, int64_t max_q,
+                                                   int64_t max_k, MaybeTensor seed,
+                                                   double dropout_p, bool is_causal,
+                                                   std::optional<double> scale, bool) {
+  ff::AttentionBackward p;
+  const Packing packing = describe(p, query, key, value, q_offsets, kv_offsets, max_q, max_k, seed,
+                                   dropout_p, is_causal, scale);
+  Tensor grad = like(query, p.value_dim);
+  if (grad_out) {
+    STD_TORCH_CHECK(grad_out->dim() == 3 && grad_out->is_cpu() && grad_out->size(0) == p.q_len &&
+                        grad_out->size(1) == p.heads && grad_out->size(2) == p.value_dim &&
+                        grad_out->scalar_type() == query.scalar_type(),
+                    "fastfusion: grad_out does not fit");
+    grad = *grad_out;
+  } else {
+    fill_zeros(grad);
+  }
+  p.grad_out = packed_view(grad);
+  if (grad_lse) {
+    STD_TORCH_CHECK(grad_lse->dim() == 2 && grad_lse->is_cpu() && grad_lse->size(0) == p.q_len &&
+                        grad_lse->size(1) == p.heads &&
+                        grad_lse->scalar_type() == ScalarType::Float,
+                    "fastfusion: grad_lse does not fit");
+    p.grad_lse = {static_cast<const float*>(grad_lse->const_data_ptr()), 0, grad_lse->stride(1),
+                  grad_lse->stride(0)};
+  }
+  Tensor grad_query = like(query, p.head_dim), grad_key = like(key, p.head_dim);
+  Tensor grad_value = like(value, p.value_dim);
+  p.grad_query = packed_output(grad_query), p.grad_key = packed_output(grad_key);
+  p.grad_value = packed_output(grad_value);
+  run(ff::varlen_backward, p, packing);
+  return {grad_query, grad_key, grad_value};
+}
+
+#define FF_INPUTS                                                                             \
+  "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "        \
+  "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? seed, float dropout_p, bool is_causal, " \
+  "float? scale"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) {
+  m.def("varlen(" FF_INPUTS ") -> (Tensor, Tensor)");
+  m.def("varlen_forward(" FF_INPUTS ") -> (Tensor, Tensor)");
+  m.def("varlen_out(" FF_INPUTS ") -> Tensor");
+  m.def("varlen_backward(Tensor? grad_0, Tensor? grad_1, " FF_INPUTS
+        ", bool mask_gradient) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastfusion, CPU, m) {
+  m.impl("varlen", TORCH_BOX(&varlen_forward));
+  m.impl("varlen_forward", TORCH_BOX(&varlen_forward));
+  m.impl("varlen_out", TORCH_BOX(&varlen_out));
+  m.impl("varlen_backward", TORCH_BOX(&varlen_backward));
+}
+
+}  // namespace
