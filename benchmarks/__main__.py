@@ -1,20 +1,22 @@
 """The command ``python -m fastfusion bench``: is it faster, for which shapes, by how much?"""
 
 import argparse
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from . import layers, machine, ops, overhead, shapes
-from .results import Row, Target, table, write_json
+from . import cpu_goals, layers, machine, ops, overhead, shapes
+from .results import Goal, Row, table, write_json
 
-SUITES = ("overhead", "attention", "bidirectional", "layers")
+SUITES = ("overhead", "attention", "bidirectional", "layers", "goals")
+WITHOUT_SHAPES = ("overhead", "goals")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # A quick run leaves out what takes longer than about a tenth of a second per call.
 QUICK_FLOPS = 5e9
@@ -68,7 +70,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError(f"--json: there is no folder {options.json.parent}")
     options.suites = [options.suite] if options.suite else list(SUITES)
     if options.shape is not None:
-        options.suites = [name for name in options.suites if name != "overhead"]
+        options.suites = [name for name in options.suites if name not in WITHOUT_SHAPES]
         try:
             found = [name for name in options.suites if choose(name, options.shape)]
         except shapes.UnknownShapeError as error:
@@ -125,6 +127,14 @@ def run_rows(suite: str, options: argparse.Namespace, rows: list[Row]) -> None:
             print(table(measured), flush=True)
 
 
+def judge(goals: dict[str, list[Goal]], sections: Iterable[tuple[str, list[Goal]]]) -> None:
+    """Prints the sections as they are measured, and keeps them in `goals`."""
+    for about, section in sections:
+        goals[about] = section
+        print(f"\n{about}: each number beside its goal")
+        print(*section, sep="\n", flush=True)
+
+
 def run(options: argparse.Namespace) -> int:
     """Runs the suites; 1 where a result of ours was wrong or crashed, otherwise 0."""
     torch.set_num_threads(options.threads)
@@ -134,14 +144,15 @@ def run(options: argparse.Namespace) -> int:
         f"torch {about['torch']}, fastfusion {about['fastfusion']} {about['commit'] or ''}"
     )
     rows: list[Row] = []
-    targets: list[Target] = []
+    goals: dict[str, list[Goal]] = {}
     interrupted = False
     try:
         for suite in options.suites:
             if suite == "overhead":
-                targets = overhead.run(5 * options.rounds, min_time=5e-3)
-                print("\noverhead: each number beside its limit")
-                print(*targets, sep="\n", flush=True)
+                judge(goals, [("overhead", overhead.run(5 * options.rounds, min_time=5e-3))])
+            elif suite == "goals":
+                most = QUICK_FLOPS if options.quick else math.inf
+                judge(goals, cpu_goals.run(options.rounds, 1e-3 if options.quick else 5e-3, most))
             else:
                 run_rows(suite, options, rows)
     except KeyboardInterrupt:
@@ -152,7 +163,7 @@ def run(options: argparse.Namespace) -> int:
             name: getattr(options, name)
             for name in ("suites", "shape", "dtype", "threads", "rounds", "backward", "quick")
         }
-        write_json(options.json, about, settings, rows, targets)
+        write_json(options.json, about, settings, rows, goals)
     if interrupted:
         return 130
     return int(any("fastfusion" in row.problems for row in rows))

@@ -6,38 +6,12 @@ eager. Each goal is judged per dtype, since float32 has other peers than the 16-
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from .cuda_results import Cell
-from .results import OURS
+from .results import OURS, Goal
 from .timing import geometric_mean
 
 SHORT = 1024
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One line: a number beside what it has to reach; None where nothing was measured for it."""
-
-    name: str
-    value: float | None
-    limit: float
-    at_most: bool = False
-    detail: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the number is on the right side of its limit."""
-        if self.value is None:
-            return None
-        return self.value <= self.limit if self.at_most else self.value >= self.limit
-
-    def __str__(self) -> str:
-        verdict = {None: "not measured", True: "met", False: "MISSED"}[self.met]
-        sign = "<=" if self.at_most else ">="
-        number = "" if self.value is None else f": {self.value:.2f}x"
-        detail = f"; {self.detail}" if self.detail else ""
-        return f"{verdict:<12}  {self.name}{number} (goal {sign} {self.limit:g}x){detail}"
 
 
 def is_short_cross(cell: Cell) -> bool:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import fastfusion as ff
 
-from .results import Target
+from .results import Goal
 from .timing import Measurement, measure
 
 INFERENCE_US = 6.0
@@ -68,7 +68,7 @@ def time_calls(requires_grad: bool, rounds: int, min_time: float) -> Measurement
         return measure(calls, rounds, min_time)
 
 
-def run(rounds: int, min_time: float) -> list[Target]:
+def run(rounds: int, min_time: float) -> list[Goal]:
     """Measures every number of the suite, each beside its limit."""
     inference = time_calls(False, rounds, min_time)
     gradient = time_calls(True, rounds, min_time)
@@ -76,30 +76,23 @@ def run(rounds: int, min_time: float) -> list[Target]:
     seconds, modules = time_import(repeats=5)
     found = heavy(modules)
 
-    def call(name: str, measured: Measurement, limit: float) -> Target:
+    def goal(name: str, value: float, limit: float, unit: str, detail: str) -> Goal:
+        return Goal(name, value, limit, at_most=True, unit=unit, detail=detail)
+
+    def call(name: str, measured: Measurement, limit: float) -> Goal:
         ours, sdpa = measured.time("fastfusion"), measured.time("sdpa")
         detail = (
             f"quartiles {1e6 * ours.lower:.2f}-{1e6 * ours.upper:.2f}, "
             f"SDPA {1e6 * sdpa.median:.2f} us"
         )
-        return Target(name, 1e6 * ours.median, limit, "us", detail)
+        return goal(name, 1e6 * ours.median, limit, " us", detail)
 
+    against = f"quartiles {ratio.lower:.2f}-{ratio.upper:.2f}"
     return [
         call("one call on 1x1 sequences, inference_mode", inference, INFERENCE_US),
-        Target(
-            "the same against SDPA",
-            ratio.median,
-            AGAINST_SDPA,
-            "x",
-            f"quartiles {ratio.lower:.2f}-{ratio.upper:.2f}",
-        ),
+        goal("the same against SDPA", ratio.median, AGAINST_SDPA, "x", against),
         call("one call on 1x1 sequences, forward with gradients", gradient, GRADIENT_US),
-        Target(
-            "import fastfusion on top of import torch",
-            1e3 * seconds,
-            IMPORT_MS,
-            "ms",
-            "median of 5 processes",
-        ),
-        Target("heavy packages imported with it", len(found), 0, "", ", ".join(found) or "none"),
-    ]
+        goal("import fastfusion on top of import torch", 1e3 * seconds, IMPORT_MS, " ms",
+             "median of 5 processes"),
+        goal("heavy packages imported with it", len(found), 0, "", ", ".join(found) or "none"),
+    ]  # fmt: skip

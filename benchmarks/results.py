@@ -98,25 +98,29 @@ def _ratio_cell(ratio: Spread | None) -> str:
 
 
 @dataclass(frozen=True)
-class Target:
-    """One line of the overhead suite: a number and what it has to stay below."""
+class Goal:
+    """One line: a number beside what it has to reach; None where nothing was measured for it."""
 
     name: str
-    value: float
+    value: float | None
     limit: float
-    unit: str
+    at_most: bool = False
+    unit: str = "x"
     detail: str = ""
 
     @property
-    def reached(self) -> bool:
-        """Whether the number is within its limit."""
-        return self.value <= self.limit
+    def met(self) -> bool | None:
+        """Whether the number is on the right side of its limit."""
+        if self.value is None:
+            return None
+        return self.value <= self.limit if self.at_most else self.value >= self.limit
 
     def __str__(self) -> str:
-        verdict = "reached" if self.reached else "MISSED "
-        number = f"{self.value:.4g} {self.unit}".strip()
-        limit = f"limit {self.limit:.4g} {self.unit}".strip()
-        return f"{verdict}  {self.name}: {number} ({limit}){'; ' * bool(self.detail)}{self.detail}"
+        verdict = {None: "not measured", True: "met", False: "MISSED"}[self.met]
+        sign = "<=" if self.at_most else ">="
+        number = "" if self.value is None else f": {self.value:.2f}{self.unit}"
+        detail = f"; {self.detail}" if self.detail else ""
+        return f"{verdict:<12}  {self.name}{number} (goal {sign} {self.limit:g}{self.unit}){detail}"
 
 
 def write_json(
@@ -124,13 +128,16 @@ def write_json(
     machine: dict[str, Any],
     settings: dict[str, Any],
     rows: list[Row],
-    targets: list[Target],
+    goals: dict[str, list[Goal]],
 ) -> None:
     """Writes everything that was measured; plots and comparisons start from this file."""
     document = {
         "machine": machine,
         "settings": settings,
         "rows": [asdict(row) for row in rows],
-        "targets": [{**asdict(target), "reached": target.reached} for target in targets],
+        "goals": {
+            about: [{**asdict(goal), "met": goal.met} for goal in some]
+            for about, some in goals.items()
+        },
     }
     path.write_text(json.dumps(document, indent=1) + "\n")

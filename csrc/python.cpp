@@ -41,11 +41,18 @@ std::string select_isa(const std::string& name) {
   return ff::kernels().isa;
 }
 
+ff::Type type_of(const std::string& dtype) {
+  return dtype == "bfloat16"  ? ff::Type::kBFloat16
+         : dtype == "float16" ? ff::Type::kFloat16
+                              : ff::Type::kFloat32;
+}
+
 std::string attention_path(const std::string& dtype, int64_t q_len) {
-  const ff::Type type = dtype == "bfloat16"  ? ff::Type::kBFloat16
-                        : dtype == "float16" ? ff::Type::kFloat16
-                                             : ff::Type::kFloat32;
-  return ff::kernels().attention_path(type, q_len);
+  return ff::kernels().attention_path(type_of(dtype), q_len);
+}
+
+double peak_operations(const std::string& dtype, int64_t rounds) {
+  return ff::kernels().peak_operations(type_of(dtype), rounds);
 }
 
 }  // namespace
@@ -55,6 +62,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return std::string(ff::kernels().isa); }, "The instruction set in use.");
   m.def("attention_path", &attention_path, py::arg("dtype"), py::arg("q_len"),
         "How attention of these would run, in words.");
+  m.def("peak_operations", &peak_operations, py::arg("dtype"), py::arg("rounds"),
+        "Multiplies and adds in the arithmetic that a dtype is computed in, and does nothing else; "
+        "returns the floating-point operations.");
   m.def("lanes", [] { return ff::kernels().lanes; }, "float32 values in a register of it.");
   m.def("isas", &isas, py::arg("runnable") = false,
         "The instruction sets that are compiled in, best first; only those that this machine "

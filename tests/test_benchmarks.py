@@ -11,9 +11,19 @@ import pytest
 import torch
 
 import fastfusion as ff
-from fastfusion.benchmarks import gate, layers, ops, overhead, peers, results, shapes, timing
+from fastfusion.benchmarks import (
+    cpu_goals,
+    gate,
+    layers,
+    ops,
+    overhead,
+    peers,
+    results,
+    shapes,
+    timing,
+)
 from fastfusion.benchmarks.__main__ import main
-from fastfusion.benchmarks.results import Row, Spread, Target
+from fastfusion.benchmarks.results import Goal, Row, Spread
 
 SMALL = ["--shape", "lxmert_text_to_image", "--rounds", "1", "--quick"]
 
@@ -263,20 +273,35 @@ def test_our_reference_is_no_peer() -> None:
     assert made.hardest().median == 2.0
 
 
-def test_a_target_says_whether_it_is_reached() -> None:
-    assert str(Target("call", 5.0, 6.0, "us")) == "reached  call: 5 us (limit 6 us)"
-    missed = Target("call", 7.25, 6.0, "us", "SDPA 5 us")
-    assert str(missed) == "MISSED   call: 7.25 us (limit 6 us); SDPA 5 us"
-    assert not missed.reached
+def test_a_goal_says_whether_it_is_met() -> None:
+    reached = Goal("call", 5.0, 6.0, at_most=True, unit=" us")
+    assert str(reached) == "met           call: 5.00 us (goal <= 6 us)"
+    missed = Goal("SDPA", 1.25, 2.0, detail="3 shapes")
+    assert str(missed) == "MISSED        SDPA: 1.25x (goal >= 2x); 3 shapes"
+    assert missed.met is False and Goal("SDPA", None, 2.0).met is None
+
+
+# ---- goals
+
+
+def test_goals_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every section, on the shapes of next to no work."""
+    monkeypatch.setattr(cpu_goals, "memory", lambda: [])
+    sections = dict(cpu_goals.run(rounds=1, min_time=0.0, most=1e7))
+    assert len(sections) == 13
+    for about, goals in sections.items():
+        assert goals, about
+        assert all(goal.value is None or goal.value > 0 for goal in goals), about
+    assert sum(goal.value is None for goals in sections.values() for goal in goals) == 6
 
 
 # ---- overhead
 
 
 def test_overhead_measures_every_number() -> None:
-    targets = overhead.run(rounds=1, min_time=0.0)
-    assert len(targets) == 5
-    assert all(target.value > 0 for target in targets[:4])
+    goals = overhead.run(rounds=1, min_time=0.0)
+    assert len(goals) == 5
+    assert all(goal.value and goal.value > 0 for goal in goals[:4])
 
 
 def test_import_stays_light() -> None:
@@ -326,7 +351,7 @@ def test_json_holds_everything(tmp_path: Path) -> None:
         (["layers", "--shape", "vit_b16"], "suite layers has no shape vit_b16"),
         (["overhead", "--shape", "vit_b16"], "suite overhead has no shape vit_b16"),
         (["--dtype", "float8"], "'float32', 'bfloat16', 'float16', 'float64'"),
-        (["everything"], "'overhead', 'attention', 'bidirectional', 'layers'"),
+        (["everything"], "'overhead', 'attention', 'bidirectional', 'layers', 'goals'"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--json", "/nonexistent/file.json"], "there is no folder /nonexistent"),

@@ -4,6 +4,7 @@
 #include "attention_backward.h"
 #include "bidirectional.h"
 #include "bidirectional_backward.h"
+#include "peak.h"
 
 namespace ff {
 
@@ -18,6 +19,7 @@ const KernelTable avx512_kernels{"avx512",
                                  attention_backward_part<Float32Math>,
                                  bidirectional_forward<Float32Math>,
                                  bidirectional_backward<Float32Math>,
+                                 peak_operations<Float32Math>,
                                  convert};
 
 }  // namespace ff

@@ -5,6 +5,7 @@
 #include "bidirectional.h"
 #include "bidirectional_backward.h"
 #include "operands_bfloat16.h"
+#include "peak.h"
 
 namespace ff {
 
@@ -19,6 +20,7 @@ const KernelTable avx512bf16_kernels{"avx512bf16",
                                      attention_backward_part<BFloat16Math>,
                                      bidirectional_forward<BFloat16Math>,
                                      bidirectional_backward<BFloat16Math>,
+                                     peak_operations<BFloat16Math>,
                                      convert};
 
 }  // namespace ff

@@ -128,6 +128,8 @@ struct KernelTable {
   void (*attention_backward_part)(const AttentionBackward&, int64_t begin, int64_t end);
   void (*bidirectional_forward)(const BidirectionalForward&, ParallelFor);
   void (*bidirectional_backward)(const BidirectionalBackward&, ParallelFor);
+  // Does products of a type and nothing else; returns how many floating-point operations.
+  double (*peak_operations)(Type, int64_t rounds);
   // to[i] = from[i] in the given floating type, to nearest even.
   void (*convert)(const float* from, void* to, Type type, int64_t count);
 };

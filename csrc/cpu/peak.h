@@ -1,0 +1,34 @@
+// The most that products can do: what shares of the peak in benchmarks are taken of.
+#pragma once
+
+#include "matrix.h"
+
+namespace ff {
+namespace {
+
+// `rounds` times as many independent products as hide their latency; returns the floating-point
+// operations.
+template <class Math>
+double multiply_only(int64_t rounds) {
+  constexpr int kChains = Vec::kRegisters == 32 ? 24 : 12;
+  typename Math::Element numbers[Vec::kLanes * Math::kDepth] = {};
+  asm volatile("" : : "r"(numbers) : "memory");  // or the compiler would see that all is zero
+  const auto x = Math::broadcast(numbers), y = Math::load(numbers);
+  Vec sum[kChains];
+  for (int i = 0; i < kChains; ++i) sum[i] = Vec::zero();
+  for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; ++i) sum[i] = Math::add_product(x, y, sum[i]);
+  }
+  for (int i = 1; i < kChains; ++i) sum[0] = sum[0] + sum[i];
+  const double operations = 2.0 * Vec::kLanes * Math::kDepth * kChains * double(rounds);
+  return operations + double(sum[0].total());
+}
+
+template <class HalfMath>
+double peak_operations(Type type, int64_t rounds) {
+  return (type == Type::kBFloat16 ? multiply_only<HalfMath> : multiply_only<Float32Math>)(rounds);
+}
+
+}  // namespace
+}  // namespace ff
