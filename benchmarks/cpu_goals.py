@@ -97,9 +97,9 @@ def shares(dtype: str, settings: Settings) -> Iterator[Goal]:
         call = inputs(shape, dtype)
         timed = measure(
             {
-                "kernel": lambda call=call: op(call["query"], call["key"], call["value"], *rest),
-                "empty": lambda: op(*few, *rest),
-                "peak": lambda: native.peak_operations(dtype, 10000),
+                "kernel": partial(op, call["query"], call["key"], call["value"], *rest),
+                "empty": partial(op, *few, *rest),
+                "peak": partial(native.peak_operations, dtype, 10000),
             },
             settings.rounds,
             settings.min_time,
