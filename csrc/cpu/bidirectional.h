@@ -148,6 +148,9 @@ class BidirectionalTask {
     const Split keys =
         split(p_.padding + b * p_.padding_batch, p_.padding_column, p_.kv_len, key_list_);
     keys_.clear(p_.kv_len);
+    keys_at_once_ = Panels(queries.visible, size_.queries).count == 1 && adjacent(keys.visible) &&
+                    adjacent(keys.hidden) && p_.out_k.column == 1 &&
+                    query_value_columns_ == p_.query_value_dim;
     for (const bool visible : {true, false}) {
       const Panels panels(visible ? queries.visible : queries.hidden, size_.queries);
       for (int64_t first = 0; first < panels.count; first += count_) {
@@ -218,10 +221,16 @@ class BidirectionalTask {
     const Statistics keys{keys_.maximum + place, keys_.sum + place, keys_.rescale + place};
     if (p_.dropout) dropout_factors(scores, block, kColumnStream, factor_);
     key_softmax<Math>(scores, block, unit, p_.dropout ? factor_ : nullptr, weights_, keys);
-    const Rescale sum{key_outs_ + place * query_value_columns_, query_value_columns_, keys.rescale,
-                      scores.queries.first == 0};
-    multiply(Weights<Math>::by_key(weights_, scores.columns), query_value_[i], block.count,
-             query_value_columns_, Operands<Math>::steps(scores.queries.count), sum);
+    const auto product = [&](const auto& finish) {
+      multiply(Weights<Math>::by_key(weights_, scores.columns), query_value_[i], block.count,
+               query_value_columns_, Operands<Math>::steps(scores.queries.count), finish);
+    };
+    if (keys_at_once_) {
+      store_product<Math>(p_.out_k, p_.type, scores.b, scores.h, block, keys, product);
+    } else {
+      product(Rescale{key_outs_ + place * query_value_columns_, query_value_columns_, keys.rescale,
+                      scores.queries.first == 0});
+    }
   }
 
   void attend_keys(const Scores& scores, const Block& block, const Right<Math>& value, float unit,
@@ -230,16 +239,33 @@ class BidirectionalTask {
     if (p_.dropout) dropout_factors(scores, block, kRowStream, factor_);
     online_softmax<Math>(block, scores.columns, unit, maximum_, p_.dropout ? factor_ : nullptr,
                          scores_, statistics);
-    const Rescale sum{out_of(i), value_columns_, statistics.rescale, block.first == 0};
-    multiply(Weights<Math>::by_query(scores_, scores.columns), value, scores.queries.count,
-             value_columns_, Operands<Math>::steps(block.count), sum);
+    const auto product = [&](const auto& finish) {
+      multiply(Weights<Math>::by_query(scores_, scores.columns), value, scores.queries.count,
+               value_columns_, Operands<Math>::steps(block.count), finish);
+    };
+    if (at_once(scores.queries, block.positions.count)) {
+      store_product<Math>(p_.out_q, p_.type, scores.b, scores.h, scores.queries, statistics,
+                          product);
+    } else {
+      product(Rescale{out_of(i), value_columns_, statistics.rescale, block.first == 0});
+    }
+  }
+
+  static bool adjacent(const Positions& all) { return Block{all, 0, all.count}.adjacent(); }
+
+  // Whether one block holds all visible keys, and the output takes whole registers.
+  bool at_once(const Block& queries, int64_t visible_keys) const {
+    return visible_keys > 0 && visible_keys <= size_.keys && p_.out_q.column == 1 &&
+           value_columns_ == p_.value_dim && queries.adjacent();
   }
 
   void finish(int64_t b, int64_t h, const Block& queries, int64_t visible_keys, int64_t i) {
     const Statistics& statistics = panel_[i].statistics;
     for (int64_t e = 0; e < queries.count * value_columns_ && visible_keys == 0; ++e)
       out_of(i)[e] = 0.0f;
-    store_means(p_.out_q, p_.type, b, h, queries, p_.value_dim, statistics.sum, out_of(i));
+    if (!at_once(queries, visible_keys)) {
+      store_means(p_.out_q, p_.type, b, h, queries, p_.value_dim, statistics.sum, out_of(i));
+    }
     store_lse(p_.lse_q, b, h, queries, statistics);
   }
 
@@ -249,7 +275,9 @@ class BidirectionalTask {
     float* outs = key_outs_ + place * query_value_columns_;
     for (int64_t e = 0; e < keys.count * query_value_columns_ && visible_queries == 0; ++e)
       outs[e] = 0.0f;
-    store_means(p_.out_k, p_.type, b, h, all, p_.query_value_dim, keys_.sum + place, outs);
+    if (!keys_at_once_) {
+      store_means(p_.out_k, p_.type, b, h, all, p_.query_value_dim, keys_.sum + place, outs);
+    }
     const Statistics statistics{keys_.maximum + place, keys_.sum + place, keys_.rescale + place};
     store_lse(p_.lse_k, b, h, all, statistics);
   }
@@ -265,7 +293,8 @@ class BidirectionalTask {
   TileSize size_;
   float *queries_, *query_values_, *outs_, *statistics_, *maximum_, *scores_, *weights_, *factor_;
   float *key_, *value_, *key_outs_;
-  Statistics keys_;  // visible keys first, then the hidden ones
+  Statistics keys_;    // visible keys first, then the hidden ones
+  bool keys_at_once_;  // one panel holds all visible queries, and the output takes registers
   int32_t *query_list_, *key_list_;
   BidirectionalPanel panel_[kPanels];
   Right<Math> query_[kPanels], query_value_[kPanels];

@@ -92,6 +92,45 @@ inline void store_means(const MutableView& out, Type type, int64_t b, int64_t h,
   });
 }
 
+// Rows of the output = product * factor[row]: what follows a softmax over all keys at once.
+template <class T>
+struct StoreMeans {
+  typename T::Element* to;
+  int64_t stride;
+  const float* factor;
+
+  template <int R, int N>
+  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec scale = Vec::set(factor[row + r]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n)
+        T::store(to + (row + r) * stride + column + n * Vec::kLanes, sum[r][n] * scale,
+                 Vec::kLanes);
+    }
+  }
+};
+
+// Calls `product` with the above for rows of `out`, which has to take whole registers. The
+// statistics' factors become those of the rows.
+template <class Math, class Product>
+inline void store_product(const MutableView& out, Type type, int64_t b, int64_t h,
+                          const Block& rows, const Statistics& s, const Product& product) {
+  for (int64_t i = 0; i < rows.count; ++i) s.rescale[i] = inverse(s.sum[i]);
+  const auto run = [&](auto kind) {
+    using T = decltype(kind);
+    auto* to = static_cast<typename T::Element*>(out.data) + b * out.batch + h * out.head +
+               rows[0] * out.row;
+    product(StoreMeans<T>{to, out.row, s.rescale});
+  };
+  if constexpr (Math::kDepth > 1) {
+    run(BFloat16{});
+  } else {
+    with_type(type, run);
+  }
+}
+
 inline void store_lse(const MutableLse& lse, int64_t b, int64_t h, const Block& rows,
                       const Statistics& s) {
   if (!lse.data) return;

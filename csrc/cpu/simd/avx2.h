@@ -99,7 +99,7 @@ struct Vec {
   }
 
   // Rows become columns.
-  static void transpose(Vec* r) {
+  __attribute__((always_inline)) static void transpose(Vec* r) {
     __m256 pairs[8], fours[8];
     for (int i = 0; i < 8; i += 2) {
       pairs[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);

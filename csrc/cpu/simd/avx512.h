@@ -99,7 +99,7 @@ struct Vec {
   }
 
   // Rows become columns.
-  static void transpose(Vec* r) {
+  __attribute__((always_inline)) static void transpose(Vec* r) {
     __m512d pairs[16];
     for (int i = 0; i < 16; i += 2) {
       pairs[i] = _mm512_castps_pd(_mm512_unpacklo_ps(r[i].v, r[i + 1].v));
