@@ -28,13 +28,15 @@
 namespace ff {
 namespace {
 
-// to = to + product.
+// to = to + product, or the product alone if it is the first.
 struct Add {
   float* to;
   int64_t stride;
+  bool first = false;
 
   template <int R, int N>
   void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
+    if (first) return Store{to, stride}(row, column, sum);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -101,11 +103,12 @@ class BackwardTask {
 
   void run(int64_t b, int64_t group) {
     const Positions keys = visible_keys(p_, b, p_.kv_len, list_);
-    for (int64_t i = 0; i < keys.count * dim_; ++i) key_sums_[i] = 0.0;
-    for (int64_t i = 0; i < keys.count * value_dim_; ++i) value_sums_[i] = 0.0;
     const int64_t members = p_.heads / p_.kv_heads;
     const Panels panels = all_panels(p_);
     const int64_t total = members * panels.count;
+    one_group_ = 0 < total && total <= most_;
+    for (int64_t i = 0; i < keys.count * dim_ && !one_group_; ++i) key_sums_[i] = 0.0;
+    for (int64_t i = 0; i < keys.count * value_dim_ && !one_group_; ++i) value_sums_[i] = 0.0;
     for (int64_t first = 0; first < total; first += count_) {
       count_ = total - first < most_ ? total - first : most_;
       for (int64_t i = 0; i < count_; ++i) {
@@ -114,7 +117,8 @@ class BackwardTask {
       }
       walk(b, group, keys);
     }
-    write(b, group, keys);
+    if (!one_group_) write_sums(b, group, keys);
+    if (keys.count < p_.kv_len) clear_hidden(b, group, keys);
   }
 
  private:
@@ -141,7 +145,6 @@ class BackwardTask {
     grad_t_[i] = Operands<Math>::lanes(grad, queries, p_.value_dim, 1.0f, panel.grad_t);
     query_[i] = Operands<Math>::columns(query, queries, p_.head_dim, panel.query);
     grad_[i] = Operands<Math>::columns(grad, queries, p_.value_dim, panel.grad);
-    for (int64_t e = 0; e < queries.count * dim_; ++e) panel.grad_query[e] = 0.0f;
     for (int64_t e = 0; e < panel.columns; ++e) panel.weighted[e] = 0.0f;
     panel.statistics.clear(panel.columns);
   }
@@ -168,8 +171,12 @@ class BackwardTask {
         }
         if (last) {
           key_columns = Operands<Math>::columns(key, block, p_.head_dim, key_columns_);
-          for (int64_t e = 0; e < block.count * dim_; ++e) grad_key_[e] = 0.0f;
-          for (int64_t e = 0; e < block.count * value_dim_; ++e) grad_value_[e] = 0.0f;
+          // The first panel stores what it sees, and the others add to it.
+          const int64_t seen_first = seen(panel_[0], block).count;
+          const int64_t from = seen_first > 0 ? seen_first : 0;
+          for (int64_t e = from * dim_; e < block.count * dim_; ++e) grad_key_[e] = 0.0f;
+          for (int64_t e = from * value_dim_; e < block.count * value_dim_; ++e)
+            grad_value_[e] = 0.0f;
         }
         for (int64_t i = 0; i < count_; ++i) {
           const Block some = seen(panel_[i], block);
@@ -178,7 +185,12 @@ class BackwardTask {
           if (one_block) finish_statistics(b, panel_[i]);
           if (last && some.count > 0) gradients(b, i, some, at, key_columns);
         }
-        if (last) {
+        if (last && one_group_) {
+          const auto same = [](int64_t) { return 1.0f; };
+          const auto scale = [this](int64_t) { return p_.scale; };
+          store_rows(p_.grad_key, p_.type, b, group, block, p_.head_dim, scale, grad_key_);
+          store_rows(p_.grad_value, p_.type, b, group, block, p_.value_dim, same, grad_value_);
+        } else if (last) {
           add(key_sums_ + done * dim_, grad_key_, block.count * dim_);
           add(value_sums_ + done * value_dim_, grad_value_, block.count * value_dim_);
         }
@@ -187,10 +199,11 @@ class BackwardTask {
     }
     for (int64_t i = 0; i < count_; ++i) {
       const BackwardPanel& panel = panel_[i];
-      const MutableView& to = p_.grad_query;
-      for (int64_t row = 0; row < panel.queries.count; ++row)
-        store(to.data, p_.type, b * to.batch + panel.h * to.head + panel.queries[row] * to.row,
-              to.column, p_.head_dim, p_.scale, panel.grad_query + row * dim_);
+      for (int64_t e = 0; e < panel.queries.count * dim_ && panel.visible == 0; ++e)
+        panel.grad_query[e] = 0.0f;
+      const auto scale = [this](int64_t) { return p_.scale; };
+      store_rows(p_.grad_query, p_.type, b, panel.h, panel.queries, p_.head_dim, scale,
+                 panel.grad_query);
     }
   }
 
@@ -283,39 +296,53 @@ class BackwardTask {
     Gradients<Math>::round_rows(block.count, columns, at.grad_scores);
     const int64_t steps = Operands<Math>::steps(panel.queries.count);
     multiply(Weights<Math>::by_key(at.scores, columns), grad_[i], block.count, value_dim_, steps,
-             Add{grad_value_, value_dim_});
+             Add{grad_value_, value_dim_, i == 0});
     const auto by_key = Weights<Math>::by_key(at.grad_scores, columns);
-    multiply(by_key, query_[i], block.count, dim_, steps, Add{grad_key_, dim_});
+    multiply(by_key, query_[i], block.count, dim_, steps, Add{grad_key_, dim_, i == 0});
     multiply(Gradients<Math>::by_query(at.grad_scores, pairs_, columns), key, panel.queries.count,
-             dim_, Operands<Math>::steps(block.count), Add{panel.grad_query, dim_});
+             dim_, Operands<Math>::steps(block.count),
+             Add{panel.grad_query, dim_, block.first == 0});
   }
 
   static void add(double* total, const float* part, int64_t count) {
     for (int64_t i = 0; i < count; ++i) total[i] += double(part[i]);
   }
 
-  void write(int64_t b, int64_t group, const Positions& keys) {
-    const auto row = [&](const MutableView& to, int64_t j, int64_t count, const double* from,
+  void write_row(const MutableView& to, int64_t b, int64_t group, int64_t j, int64_t count,
+                 const float* from) const {
+    store(to.data, p_.type, b * to.batch + group * to.head + j * to.row, to.column, count, 1.0f,
+          from);
+  }
+
+  void write_sums(int64_t b, int64_t group, const Positions& keys) {
+    const auto row = [&](const MutableView& to, int64_t i, int64_t count, const double* from,
                          double factor, float* buffer) {
-      for (int64_t i = 0; i < count; ++i) buffer[i] = from ? float(from[i] * factor) : 0.0f;
-      store(to.data, p_.type, b * to.batch + group * to.head + j * to.row, to.column, count, 1.0f,
-            buffer);
+      for (int64_t c = 0; c < count; ++c) buffer[c] = float(from[c] * factor);
+      write_row(to, b, group, keys[i], count, buffer);
     };
-    int64_t next = 0;
-    for (int64_t j = 0; j < p_.kv_len; ++j) {
+    for (int64_t i = 0; i < keys.count; ++i) {
+      row(p_.grad_key, i, p_.head_dim, key_sums_ + i * dim_, double(p_.scale), grad_key_);
+      row(p_.grad_value, i, p_.value_dim, value_sums_ + i * value_dim_, 1.0, grad_value_);
+    }
+  }
+
+  void clear_hidden(int64_t b, int64_t group, const Positions& keys) {
+    for (int64_t e = 0; e < dim_; ++e) grad_key_[e] = 0.0f;
+    for (int64_t e = 0; e < value_dim_; ++e) grad_value_[e] = 0.0f;
+    for (int64_t j = 0, next = 0; j < p_.kv_len; ++j) {
       const bool visible = next < keys.count && keys[next] == j;
-      row(p_.grad_key, j, p_.head_dim, visible ? key_sums_ + next * dim_ : nullptr,
-          double(p_.scale), grad_key_);
-      row(p_.grad_value, j, p_.value_dim, visible ? value_sums_ + next * value_dim_ : nullptr, 1.0,
-          grad_value_);
       next += visible;
+      if (visible) continue;
+      write_row(p_.grad_key, b, group, j, p_.head_dim, grad_key_);
+      write_row(p_.grad_value, b, group, j, p_.value_dim, grad_value_);
     }
   }
 
   const AttentionBackward& p_;
   int64_t dim_, value_dim_, count_ = 0;
   float unit_;
-  int64_t blocks_, most_;  // blocks of keys, panels at a time
+  int64_t blocks_, most_;   // blocks of keys, panels at a time
+  bool one_group_ = false;  // of panels: the gradients of a block are then complete
   float *panels_, *maximum_, *scores_, *grad_scores_, *maxima_, *pairs_, *factor_;
   float *key_, *key_columns_, *value_, *grad_key_, *grad_value_;  // of a block
   // One float32 chain over all panels and query heads would grow wrong with their number.

@@ -75,21 +75,28 @@ inline float log_sum(float maximum, float sum) {
   return sum == 0.0f ? -kInfinity : float(double(maximum) + std::log(double(sum)));
 }
 
-// Rows of `out` = sums of weighted values, padded to whole registers, divided by those of weights.
-inline void store_means(const MutableView& out, Type type, int64_t b, int64_t h, const Block& rows,
-                        int64_t dim, const float* sum, const float* from) {
+// Rows of `to` = factor(row) * from, whose rows are padded to whole registers.
+template <class Factor>
+inline void store_rows(const MutableView& to, Type type, int64_t b, int64_t h, const Block& rows,
+                       int64_t dim, const Factor& factor, const float* from) {
   constexpr int64_t kLanes = Vec::kLanes;
   with_type(type, [&](auto kind) {
     using T = decltype(kind);
-    auto* head = static_cast<typename T::Element*>(out.data) + b * out.batch + h * out.head;
+    auto* head = static_cast<typename T::Element*>(to.data) + b * to.batch + h * to.head;
     for (int64_t i = 0; i < rows.count; ++i) {
-      const Vec factor = Vec::set(inverse(sum[i]));
-      auto* to = head + rows[i] * out.row;
+      const Vec scale = Vec::set(factor(i));
+      auto* row = head + rows[i] * to.row;
       for (int64_t d = 0; d < dim; d += kLanes, from += kLanes)
-        store_lanes<T>(to + d * out.column, out.column, dim - d < kLanes ? dim - d : kLanes,
-                       Vec::load(from) * factor);
+        store_lanes<T>(row + d * to.column, to.column, dim - d < kLanes ? dim - d : kLanes,
+                       Vec::load(from) * scale);
     }
   });
+}
+
+// Sums of weighted values divided by those of weights.
+inline void store_means(const MutableView& out, Type type, int64_t b, int64_t h, const Block& rows,
+                        int64_t dim, const float* sum, const float* from) {
+  store_rows(out, type, b, h, rows, dim, [&](int64_t i) { return inverse(sum[i]); }, from);
 }
 
 // Rows of the output = product * factor[row]: what follows a softmax over all keys at once.
