@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Prints one dependency group, for a pip that is too old to read groups by itself.
 READ_GROUP := import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]])
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h')
 
 # `make gpu` and `make tune` need a torch that sees the GPU: that of GPU_PYTHON where it is set (fastfusion has to be
 # installed there), of .venv, or of $(PYTHON), with fastfusion in a thin environment on top. ARGS goes to the command.
@@ -34,11 +34,12 @@ OMP_NUM_THREADS=1 exec $$python -m fastfusion.benchmarks.$@ $(ARGS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test asan lint format bench kernels gpu tune build wheel clean
+.PHONY: help demo test asan emulate lint format bench kernels gpu tune build wheel clean
 
 help:
 	@echo "make demo     answer questions about images, and compare with stock torch"
 	@echo "make test     run the tests"
+	@echo "make emulate  run the CPU kernels on other processors in QEMU: Arm, and x86-64 without AVX-512"
 	@echo "make asan     run the CPU kernels' tests on a build with sanitizers of memory and undefined behaviour"
 	@echo "make lint     ruff, mypy, clang-format      make format   apply them"
 	@echo "make bench    the microbenchmarks           make wheel    build a wheel into dist/"
@@ -82,6 +83,9 @@ asan: $(VENV)/dependencies.stamp
 	@CXXFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet build --build-base build/sanitized --build-lib $(SANITIZED)
 	@cd $(SANITIZED) && LD_PRELOAD="$(RUNTIME)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python \
 		-m pytest -n $(JOBS) -p no:benchmark -k "not triton and not scratch_memory" $(CURDIR)/tests/ops $(CURDIR)/tests/test_native.py
+
+emulate: $(VENV)/dependencies.stamp
+	@$(BIN)/python tests/native/emulate.py
 
 lint: $(VENV)/dependencies.stamp
 	@$(BIN)/ruff check --quiet

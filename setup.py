@@ -45,6 +45,8 @@ ISA_FLAGS = {
     },
     "aarch64": {
         "scalar": "",
+        "neon": "",
+        "neonbf16": "-march=armv8.2-a+bf16",
     },
 }
 
@@ -266,19 +268,20 @@ def native_extensions() -> list[Extension]:
     return []
 
 
-setup(
-    packages=[
-        *find_packages(include=["fastfusion", "fastfusion.*"]),
-        *(f"fastfusion.{name}" for name in MAPPED),
-    ],
-    package_dir={f"fastfusion.{name}": name for name in MAPPED},
-    package_data={
-        "fastfusion": ["py.typed"],
-        "fastfusion.models": ["*.safetensors"],
-        "fastfusion.benchmarks": ["*.json"],
-        "fastfusion.kernels": ["configs/*.json"],
-    },
-    include_package_data=False,
-    ext_modules=native_extensions(),
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[
+            *find_packages(include=["fastfusion", "fastfusion.*"]),
+            *(f"fastfusion.{name}" for name in MAPPED),
+        ],
+        package_dir={f"fastfusion.{name}": name for name in MAPPED},
+        package_data={
+            "fastfusion": ["py.typed"],
+            "fastfusion.models": ["*.safetensors"],
+            "fastfusion.benchmarks": ["*.json"],
+            "fastfusion.kernels": ["configs/*.json"],
+        },
+        include_package_data=False,
+        ext_modules=native_extensions(),
+        cmdclass={"build_ext": BuildNative},
+    )

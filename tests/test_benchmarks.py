@@ -13,6 +13,7 @@ import torch
 import fastfusion as ff
 from fastfusion.benchmarks import (
     cpu_goals,
+    cpu_plot,
     gate,
     layers,
     ops,
@@ -325,6 +326,15 @@ def test_nothing_is_written_unless_asked(
     assert main(SMALL) == 0
     assert not list(tmp_path.iterdir())
     assert "lxmert_text_to_image" in capsys.readouterr().out
+
+
+def test_a_picture_is_drawn_from_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, picture = tmp_path / "a.json", tmp_path / "a.png"
+    assert main([*SMALL, "--json", str(source)]) == 0
+    assert cpu_plot.main([str(picture), str(source), str(source)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert cpu_plot.main([str(picture), str(tmp_path / "none.json")]) == 2
+    assert "no file" in capsys.readouterr().err
 
 
 def test_json_holds_everything(tmp_path: Path) -> None:

@@ -143,10 +143,10 @@ class BidirectionalTask {
   }
 
   void run(int64_t b, int64_t h) {
-    const Split queries = split(p_.query_padding + b * p_.query_padding_batch,
+    const Split queries = split(p_.query_padding, b * p_.query_padding_batch,
                                 p_.query_padding_column, p_.q_len, query_list_);
     const Split keys =
-        split(p_.padding + b * p_.padding_batch, p_.padding_column, p_.kv_len, key_list_);
+        split(p_.padding, b * p_.padding_batch, p_.padding_column, p_.kv_len, key_list_);
     keys_.clear(p_.kv_len);
     keys_at_once_ = Panels(queries.visible, size_.queries).count == 1 && adjacent(keys.visible) &&
                     adjacent(keys.hidden) && p_.out_k.column == 1 &&

@@ -77,9 +77,9 @@ class BidirectionalBackwardTask {
 
   void run(int64_t b, int64_t h) {
     b_ = b, h_ = h;
-    queries_ = split(p_.query_padding + b * p_.query_padding_batch, p_.query_padding_column,
+    queries_ = split(p_.query_padding, b * p_.query_padding_batch, p_.query_padding_column,
                      p_.q_len, query_list_);
-    all_keys_ = split(p_.padding + b * p_.padding_batch, p_.padding_column, p_.kv_len, key_list_);
+    all_keys_ = split(p_.padding, b * p_.padding_batch, p_.padding_column, p_.kv_len, key_list_);
     rows_.clear(rows_size_);
     keys_.clear(p_.kv_len);
     for (int64_t i = 0; i < p_.kv_len * dim_; ++i) key_sums_[i] = 0.0;

@@ -5,6 +5,11 @@
 #include <cstring>
 #include <new>
 
+#if defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "kernels.h"
 
 namespace ff {
@@ -14,6 +19,9 @@ extern const KernelTable scalar_kernels;
 extern const KernelTable avx2_kernels;
 extern const KernelTable avx512_kernels;
 extern const KernelTable avx512bf16_kernels;
+#elif defined(__aarch64__)
+extern const KernelTable neon_kernels;
+extern const KernelTable neonbf16_kernels;
 #endif
 
 namespace {
@@ -31,6 +39,8 @@ bool has_avx512() {
 }
 
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#elif defined(__aarch64__)
+bool has_bf16() { return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0; }
 #endif
 
 struct Row {
@@ -44,6 +54,9 @@ const Row kTables[] = {
     {&avx512bf16_kernels, has_avx512bf16},
     {&avx512_kernels, has_avx512},
     {&avx2_kernels, has_avx2},
+#elif defined(__aarch64__)
+    {&neonbf16_kernels, has_bf16},
+    {&neon_kernels, [] { return true; }},
 #endif
     {&scalar_kernels, [] { return true; }},
 };
@@ -137,6 +150,8 @@ const char* cpu_features() {
     ready.store(true, std::memory_order_release);
   }
   return text;
+#elif defined(__aarch64__)
+  return has_bf16() ? "asimd bf16" : "asimd";
 #else
   return "";
 #endif

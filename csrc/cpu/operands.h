@@ -47,9 +47,11 @@ struct Split {
   Positions visible, hidden;
 };
 
-// Both into `list`, which has room for all of `count`.
-inline Split split(const bool* padding, int64_t stride, int64_t count, int32_t* list) {
+// Both into `list`, which has room for all of `count`; the mask begins at `offset`.
+inline Split split(const bool* padding, int64_t offset, int64_t stride, int64_t count,
+                   int32_t* list) {
   if (!padding) return {{count, nullptr}, {0, nullptr}};
+  padding += offset;
   int64_t visible = 0, hidden = 0;
   for (int64_t i = 0; i < count; ++i)
     if (!padding[i * stride]) list[visible++] = int32_t(i);

@@ -1,0 +1,278 @@
+// The CPU kernels against the formulas in double, without torch and Python: for machines that are
+// emulated (`make emulate`). Runs every instruction set that the machine has; prints what is wrong.
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "cpu/bfloat16.h"
+#include "cpu/kernels.h"
+
+namespace {
+
+using ff::Type;
+using Numbers = std::vector<double>;
+
+struct Case {
+  int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim;
+  bool masked, padded, causal;
+};
+
+const Case kCases[] = {
+    {2, 3, 3, 20, 36, 64, 64, false, false, false}, {1, 4, 2, 49, 257, 40, 33, true, true, false},
+    {1, 2, 1, 1, 300, 64, 64, false, true, false},  {2, 2, 2, 3, 19, 77, 5, true, false, true},
+    {1, 2, 2, 70, 70, 1, 16, false, true, true},    {1, 1, 1, 5, 530, 160, 16, true, false, false},
+};
+
+void serial(int64_t tasks, void (*body)(int64_t, int64_t, const void*), const void* context) {
+  for (int64_t i = 0; i < tasks; ++i) body(i, i + 1, context);
+}
+
+// A contiguous (B, H, rows, columns) tensor in a type, and what its numbers are in double.
+struct Tensor {
+  int64_t heads, rows, columns;
+  std::vector<float> wide;
+  std::vector<uint16_t> narrow;
+  Numbers exact;
+  Type type;
+
+  Tensor(Type type, int64_t batch, int64_t heads, int64_t rows, int64_t columns,
+         std::mt19937* random)
+      : heads(heads), rows(rows), columns(columns), type(type) {
+    const auto count = size_t(batch * heads * rows * columns);
+    std::normal_distribution<float> normal;
+    wide.resize(count + 1, std::numeric_limits<float>::quiet_NaN());
+    narrow.resize(count + 1, 0xffff);
+    for (size_t i = 0; i < count && random; ++i) {
+      wide[i] = normal(*random);
+      if (type == Type::kFloat32) continue;
+      ff::kernels().convert(&wide[i], &narrow[i], type, 1);
+      wide[i] = narrow_value(i);
+    }
+    exact.assign(wide.begin(), wide.end() - 1);
+  }
+
+  float narrow_value(size_t i) const {
+    if (type == Type::kBFloat16) return ff::bfloat16_to_float(narrow[i]);
+    const uint32_t bits = narrow[i];  // float16
+    const int exponent = int(bits >> 10 & 31), mantissa = int(bits & 1023);
+    const float size = exponent ? std::ldexp(float(1024 + mantissa), exponent - 25)
+                                : std::ldexp(float(mantissa), -24);
+    if (exponent == 31) return std::numeric_limits<float>::quiet_NaN();
+    return bits & 0x8000u ? -size : size;
+  }
+
+  double value(size_t i) const { return type == Type::kFloat32 ? wide[i] : narrow_value(i); }
+
+  ff::View view() const {
+    return {type == Type::kFloat32 ? static_cast<const void*>(wide.data()) : narrow.data(),
+            heads * rows * columns, rows * columns, columns, 1};
+  }
+
+  ff::MutableView out() {
+    const ff::View v = view();
+    return {const_cast<void*>(v.data), v.batch, v.head, v.row, v.column};
+  }
+
+  const double* row(int64_t b, int64_t h, int64_t i) const {
+    return exact.data() + ((b * heads + h) * rows + i) * columns;
+  }
+  double* row(int64_t b, int64_t h, int64_t i) {
+    return exact.data() + ((b * heads + h) * rows + i) * columns;
+  }
+};
+
+double dot(const double* a, const double* b, int64_t count) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+void add(double* to, double factor, const double* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] += factor * from[i];
+}
+
+// Weights of a softmax over `count` scores that stand `stride` apart; -inf is hidden.
+Numbers softmax(const double* scores, int64_t count, int64_t stride) {
+  Numbers weights(static_cast<size_t>(count), 0.0);
+  double largest = -INFINITY, sum = 0.0;
+  for (int64_t i = 0; i < count; ++i) largest = std::fmax(largest, scores[i * stride]);
+  if (std::isinf(largest)) return weights;
+  for (int64_t i = 0; i < count; ++i)
+    sum += weights[size_t(i)] = std::exp(scores[i * stride] - largest);
+  for (double& weight : weights) weight /= sum;
+  return weights;
+}
+
+int failures = 0;
+
+void compare(const char* name, const Tensor& tensor, double most, const char* about) {
+  double error = 0.0, size = 0.0;
+  for (size_t i = 0; i < tensor.exact.size(); ++i) {
+    const double difference = tensor.value(i) - tensor.exact[i];
+    error += difference * difference;
+    size += tensor.exact[i] * tensor.exact[i];
+  }
+  const double relative = std::sqrt(error / std::fmax(size, 1e-30));
+  if (relative <= most) return;
+  std::printf("WRONG %s %s: relative error %.2g, at most %.2g\n", about, name, relative, most);
+  ++failures;
+}
+
+void check(const Case& c, Type type, const char* about) {
+  std::mt19937 random(1);
+  const auto normal = [&](int64_t heads, int64_t rows, int64_t columns) {
+    return Tensor(type, c.batch, heads, rows, columns, &random);
+  };
+  const auto empty = [&](int64_t heads, int64_t rows, int64_t columns) {
+    Tensor t(type, c.batch, heads, rows, columns, nullptr);
+    t.exact.assign(t.exact.size(), 0.0);
+    return t;
+  };
+  const double most = type == Type::kFloat32 ? 2e-6 : type == Type::kFloat16 ? 2e-3 : 2e-2;
+  const Tensor query = normal(c.heads, c.q_len, c.head_dim);
+  const Tensor key = normal(c.kv_heads, c.kv_len, c.head_dim);
+  const Tensor value = normal(c.kv_heads, c.kv_len, c.value_dim);
+  const Tensor grad_out = normal(c.heads, c.q_len, c.value_dim);
+  const Tensor query_value = normal(c.heads, c.q_len, c.value_dim);
+  const Tensor grad_keys = normal(c.heads, c.kv_len, c.value_dim);
+  const Tensor mask(Type::kFloat32, c.batch, c.heads, c.q_len, c.kv_len, &random);
+  std::vector<char> padding(size_t(c.batch * c.kv_len), 0);
+  for (size_t i = 0; i < padding.size() && c.padded; ++i) padding[i] = random() % 3 == 0;
+
+  bool out_of_memory = false;
+  const auto describe = [&](ff::Attention& p) {
+    p.batch = c.batch, p.heads = c.heads, p.kv_heads = c.kv_heads, p.q_len = c.q_len;
+    p.kv_len = c.kv_len, p.head_dim = c.head_dim, p.value_dim = c.value_dim, p.type = type;
+    p.query = query.view(), p.key = key.view(), p.value = value.view();
+    if (c.masked) p.mask = mask.view(), p.mask_type = Type::kFloat32;
+    if (c.padded) p.padding = reinterpret_cast<const bool*>(padding.data());
+    p.padding_batch = c.kv_len, p.padding_column = 1;
+    p.scale = 0.3f, p.causal = c.causal, p.out_of_memory = &out_of_memory;
+  };
+
+  // The formulas, for each head.
+  Tensor out = empty(c.heads, c.q_len, c.value_dim), out_k = empty(c.heads, c.kv_len, c.value_dim);
+  Tensor grad_query = empty(c.heads, c.q_len, c.head_dim);
+  Tensor grad_key = empty(c.kv_heads, c.kv_len, c.head_dim);
+  Tensor grad_value = empty(c.kv_heads, c.kv_len, c.value_dim);
+  Tensor both_query = grad_query, both_key = grad_key, both_value = grad_value;
+  Tensor grad_query_value = empty(c.heads, c.q_len, c.value_dim);
+  for (int64_t b = 0; b < c.batch; ++b)
+    for (int64_t h = 0; h < c.heads; ++h) {
+      const int64_t g = h / (c.heads / c.kv_heads), width = c.kv_len;
+      Numbers scores(static_cast<size_t>(c.q_len * width)), rows = scores, grads = scores;
+      for (int64_t i = 0; i < c.q_len; ++i)
+        for (int64_t j = 0; j < width; ++j) {
+          const auto at = size_t(i * width + j);
+          scores[at] = double(0.3f) * dot(query.row(b, h, i), key.row(b, g, j), c.head_dim);
+          if (c.masked) scores[at] += mask.row(b, h, i)[j];
+          rows[at] = scores[at];
+          if (padding[size_t(b * width + j)] || (c.causal && j > i)) rows[at] = -INFINITY;
+        }
+      for (int64_t i = 0; i < c.q_len; ++i) {
+        const Numbers weights = softmax(&rows[size_t(i * width)], width, 1);
+        double delta = 0.0;
+        for (int64_t j = 0; j < width; ++j) {
+          const auto at = size_t(i * width + j);
+          grads[at] = dot(grad_out.row(b, h, i), value.row(b, g, j), c.value_dim);
+          delta += weights[size_t(j)] * grads[at];
+          add(out.row(b, h, i), weights[size_t(j)], value.row(b, g, j), c.value_dim);
+          add(grad_value.row(b, g, j), weights[size_t(j)], grad_out.row(b, h, i), c.value_dim);
+        }
+        for (int64_t j = 0; j < width; ++j) {
+          double& grad = grads[size_t(i * width + j)];
+          grad = double(0.3f) * weights[size_t(j)] * (grad - delta);
+          add(grad_query.row(b, h, i), grad, key.row(b, g, j), c.head_dim);
+          add(grad_key.row(b, g, j), grad, query.row(b, h, i), c.head_dim);
+        }
+      }
+      for (int64_t j = 0; j < width; ++j) {  // the other direction
+        const Numbers weights = softmax(&scores[size_t(j)], c.q_len, width);
+        double delta = 0.0;
+        for (int64_t i = 0; i < c.q_len; ++i) {
+          const double weight = weights[size_t(i)];
+          delta += weight * dot(grad_keys.row(b, h, j), query_value.row(b, h, i), c.value_dim);
+          add(out_k.row(b, h, j), weight, query_value.row(b, h, i), c.value_dim);
+          add(grad_query_value.row(b, h, i), weight, grad_keys.row(b, h, j), c.value_dim);
+        }
+        for (int64_t i = 0; i < c.q_len; ++i) {
+          const double product = dot(grad_keys.row(b, h, j), query_value.row(b, h, i), c.value_dim);
+          grads[size_t(i * width + j)] += double(0.3f) * weights[size_t(i)] * (product - delta);
+        }
+      }
+      for (int64_t i = 0; i < c.q_len; ++i)
+        for (int64_t j = 0; j < width; ++j) {
+          add(both_query.row(b, h, i), grads[size_t(i * width + j)], key.row(b, g, j), c.head_dim);
+          add(both_key.row(b, g, j), grads[size_t(i * width + j)], query.row(b, h, i), c.head_dim);
+        }
+    }
+
+  ff::AttentionForward forward;
+  describe(forward);
+  forward.out = out.out();
+  ff::kernels().attention_forward(forward, serial);
+  compare("out", out, most, about);
+
+  ff::AttentionBackward backward;
+  describe(backward);
+  backward.grad_out = grad_out.view();
+  backward.grad_query = grad_query.out(), backward.grad_key = grad_key.out();
+  backward.grad_value = grad_value.out();
+  ff::kernels().attention_backward(backward, serial);
+  compare("d query", grad_query, most, about);
+  compare("d key", grad_key, most, about);
+  compare("d value", grad_value, most, about);
+
+  if (c.causal || c.heads != c.kv_heads) return;
+  ff::BidirectionalForward both;
+  describe(both);
+  both.query_value = query_value.view(), both.query_value_dim = c.value_dim;
+  both.out_q = out.out(), both.out_k = out_k.out();
+  ff::kernels().bidirectional_forward(both, serial);
+  compare("out_q", out, most, about);
+  compare("out_k", out_k, most, about);
+
+  ff::BidirectionalBackward gradients;
+  describe(gradients);
+  gradients.query_value = query_value.view(), gradients.query_value_dim = c.value_dim;
+  gradients.grad_out_q = grad_out.view(), gradients.grad_out_k = grad_keys.view();
+  both_value.exact = grad_value.exact;
+  gradients.grad_query = both_query.out(), gradients.grad_key = both_key.out();
+  gradients.grad_value = both_value.out();
+  gradients.grad_query_value = grad_query_value.out();
+  ff::kernels().bidirectional_backward(gradients, serial);
+  compare("both, d query", both_query, most, about);
+  compare("both, d key", both_key, most, about);
+  compare("both, d value", both_value, most, about);
+  compare("both, d query_value", grad_query_value, most, about);
+  if (out_of_memory) ++failures;
+}
+
+}  // namespace
+
+int main() {
+  for (int i = 0; ff::compiled_isa(i); ++i) {
+    const char* isa = ff::compiled_isa(i);
+    if (!ff::supported_isa(i)) {
+      std::printf("%s: compiled, but this machine does not have it\n", isa);
+      continue;
+    }
+    ff::select_isa(isa);
+    const int before = failures;
+    int number = 0;
+    for (const Case& c : kCases) {
+      for (const Type type : {Type::kFloat32, Type::kBFloat16, Type::kFloat16}) {
+        char about[64];
+        std::snprintf(about, sizeof about, "%s, case %d, type %d,", isa, number, int(type));
+        check(c, type, about);
+      }
+      ++number;
+    }
+    std::printf("%s: %s\n", isa, failures == before ? "right" : "WRONG");
+  }
+  return failures != 0;
+}

@@ -1,0 +1,85 @@
+"""Runs the CPU kernels on processors that are not this one: `make emulate`.
+
+Compiles them with tests/native/check_kernels.cpp for x86-64 and for AArch64, with the flags of
+setup.py, and runs the result in QEMU. QEMU's x86-64 has AVX2 and no AVX-512, so that an instruction
+of the wider set in narrower code, or before the choice, would stop it.
+"""
+
+import platform
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
+# Architecture: compiler, emulator, and its processors, each beside the best set that must run.
+TARGETS = {
+    "x86_64": ("x86_64-linux-gnu-g++", "qemu-x86_64", {"max": "avx2", "Nehalem": "scalar"}),
+    "aarch64": (
+        "aarch64-linux-gnu-g++", "qemu-aarch64", {"max": "neonbf16", "cortex-a57": "neon"},
+    ),
+}  # fmt: skip
+
+
+def find(*names: str) -> str:
+    """The first of some commands that is there."""
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    raise SystemExit(
+        f"make emulate needs {names[0]} (Debian: g++-aarch64-linux-gnu and qemu-user-static)"
+    )
+
+
+def build(architecture: str, compiler: str) -> Path:
+    """The check, linked with the kernels of every instruction set of the architecture."""
+    folder = ROOT / "build/emulated" / architecture
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = BUILD["ISA_FLAGS"][architecture]
+    sources = {ROOT / f"csrc/cpu/isa_{isa}.cpp": shlex.split(flags) for isa, flags in rows.items()}
+    for path in (ROOT / "csrc/cpu").glob("*.cpp"):
+        if not path.stem.startswith("isa_"):
+            sources[path] = []
+    sources[ROOT / "tests/native/check_kernels.cpp"] = []
+
+    def compile_one(item: tuple[Path, list[str]]) -> Path:
+        source, flags = item
+        target = folder / f"{source.stem}.o"
+        command = [compiler, *BUILD["COMPILE_FLAGS"], *flags, "-c", str(source), "-o", str(target)]
+        subprocess.run(command, cwd=ROOT, check=True)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = [str(target) for target in pool.map(compile_one, sources.items())]
+    program = folder / "check_kernels"
+    subprocess.run([compiler, "-static", *objects, "-o", str(program)], check=True)
+    return program
+
+
+def main() -> int:
+    """1 where a kernel is wrong, or a set that a processor has was not run."""
+    failed = False
+    for architecture, (cross, emulator, processors) in TARGETS.items():
+        native = architecture == platform.machine()
+        program = build(architecture, find("g++") if native else find(cross))
+        qemu = find(emulator, f"{emulator}-static")
+        runs = {f"emulated {cpu}": ([qemu, "-cpu", cpu], best) for cpu, best in processors.items()}
+        if native:
+            runs["this machine"] = ([], "scalar")
+        for name, (prefix, best) in runs.items():
+            result = subprocess.run([*prefix, str(program)], capture_output=True, text=True)
+            right = result.returncode == 0 and f"{best}: right" in result.stdout
+            failed = failed or not right
+            print(f"{architecture}, {name}: {'right' if right else 'FAILED'}")
+            print("  " + result.stdout.strip().replace("\n", "\n  "), flush=True)
+            if not right:
+                print(result.stderr, end="")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
