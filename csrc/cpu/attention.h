@@ -35,6 +35,7 @@ class ForwardTask {
                       {&factor_, p_.dropout ? kBlock * kMost : 0},
                       {&key_, kBlock * padded(p_.head_dim)},
                       {&value_, kBlock * value_columns_},
+                      {&shown_, p_.mask.data ? kBlock * kMost / Vec::kLanes : 0},
                       {&list_, p_.padding ? p_.kv_len : 0}});
   }
 
@@ -95,12 +96,19 @@ class ForwardTask {
     const int64_t columns = panel.columns;
     const Scores scores{p_, b, panel.h, panel.queries, columns, scores_};
     for (int64_t e = 0; e < columns; ++e) maximum_[e] = -kInfinity;
-    multiply(key, query_[i], block.count, columns, Operands<Math>::steps(p_.head_dim),
-             StoreMaximum{scores_, columns, maximum_});
+    const auto score = [&](const auto& finish) {
+      multiply(key, query_[i], block.count, columns, Operands<Math>::steps(p_.head_dim), finish);
+    };
     float unit = unit_;
-    if (p_.mask.data || crosses_diagonal(scores, block)) {
-      mask_scores(scores, block, unit, maximum_);
-      unit = 1.0f;
+    if (maskable_product(scores, block, unit)) {
+      shown_lanes(scores, block, shown_);
+      score(StoreShown{scores_, columns, maximum_, shown_});
+    } else {
+      score(StoreMaximum{scores_, columns, maximum_});
+      if (p_.mask.data || crosses_diagonal(scores, block)) {
+        mask_scores(scores, block, unit, maximum_);
+        unit = 1.0f;
+      }
     }
     if (p_.dropout) dropout_factors(scores, block, kRowStream, factor_);
     online_softmax<Math>(block, columns, unit, maximum_, p_.dropout ? factor_ : nullptr, scores_,
@@ -139,6 +147,7 @@ class ForwardTask {
   int64_t value_columns_, count_ = 0;
   float unit_;
   float *queries_, *outs_, *statistics_, *maximum_, *scores_, *factor_, *key_, *value_;
+  uint16_t* shown_;
   int32_t* list_;
   Panel panel_[kGroup];
   Right<Math> query_[kGroup];

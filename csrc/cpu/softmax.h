@@ -246,6 +246,61 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
   }
 }
 
+// Whether a mask can be had as bits before the product: bool, with its keys adjacent in memory and
+// the diagonal elsewhere. A unit of 0 would make NaN of what is hidden.
+inline bool maskable_product(const Scores& s, const Block& block, float unit) {
+  const Attention& p = s.p;
+  return p.mask.data && p.mask_type == Type::kBool && p.mask.column == 1 && block.adjacent() &&
+         unit != 0.0f && !crosses_diagonal(s, block);
+}
+
+// The lanes of each key and register of queries that a mask leaves, which a product can store
+// without another look at its scores.
+inline void shown_lanes(const Scores& s, const Block& block, uint16_t* shown) {
+  constexpr int64_t kLanes = Vec::kLanes;
+  const Attention& p = s.p;
+  const int64_t vectors = s.columns / kLanes;
+  const int64_t head = s.b * p.mask.batch + s.h * p.mask.head;
+  const bool* mask = static_cast<const bool*>(p.mask.data) + head + block[0];
+  for (int64_t n = 0; n < vectors; ++n) {
+    const int64_t left = s.queries.count - n * kLanes, some = left < kLanes ? left : kLanes;
+    for (int64_t first = 0; first < block.count; first += kLanes) {
+      const int64_t count = block.count - first < kLanes ? block.count - first : kLanes;
+      uint32_t truths[kLanes] = {};
+      for (int64_t i = 0; i < some; ++i)
+        truths[i] = Vec::truths(mask + s.queries[n * kLanes + i] * p.mask.row + first, count);
+      for (int64_t k = 0; k < count; ++k) shown[(first + k) * vectors + n] = Vec::lanes(truths, k);
+    }
+  }
+}
+
+// StoreMaximum with -inf in the lanes that are not shown.
+struct StoreShown {
+  float* to;
+  int64_t stride;
+  float* maximum;
+  const uint16_t* shown;
+
+  template <int R, int N>
+  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
+    const int64_t vectors = stride / Vec::kLanes;
+    const Vec hidden = Vec::set(-kInfinity);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const int64_t lane = column + n * Vec::kLanes;
+      const uint16_t* lanes = shown + row * vectors + lane / Vec::kLanes;
+      Vec largest = Vec::load(maximum + lane);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Vec score = Vec::select(lanes[r * vectors], sum[r][n], hidden);
+        score.store(to + (row + r) * stride + lane);
+        largest = Vec::max(score, largest);
+      }
+      largest.store(maximum + lane);
+    }
+  }
+};
+
 // How weights are kept, keys down and queries across, as the left operand of products with one row
 // per query, summed over the keys (`store`, `by_query`), and of products with one row per key,
 // summed over the queries (`store_row`, `by_key`).

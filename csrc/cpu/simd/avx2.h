@@ -71,6 +71,20 @@ struct Vec {
     return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(sign))};
   }
 
+  // Bit i: bit `index` of truths[i].
+  static uint16_t lanes(const uint32_t* truths, int64_t index) {
+    const __m256i bits = _mm256_loadu_si256((const __m256i*)truths);
+    const __m256i sign = _mm256_sll_epi32(bits, _mm_cvtsi64_si128(31 - index));
+    return uint16_t(_mm256_movemask_ps(_mm256_castsi256_ps(sign)));
+  }
+
+  // a in the lanes whose bit is set, else b.
+  static Vec select(uint16_t lanes, Vec a, Vec b) {
+    const __m256i own = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(lanes), own);
+    return select(Vec{_mm256_castsi256_ps(_mm256_cmpeq_epi32(set, own))}, a, b);
+  }
+
   // Bit by bit a where `bits` has ones, else b.
   static Vec select(Vec bits, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, bits.v)}; }
 

@@ -71,6 +71,16 @@ struct Vec {
     return {_mm512_mask_blend_ps(set, b.v, a.v)};
   }
 
+  // Bit i: bit `index` of truths[i].
+  static uint16_t lanes(const uint32_t* truths, int64_t index) {
+    return _mm512_test_epi32_mask(_mm512_loadu_si512(truths), _mm512_set1_epi32(1 << index));
+  }
+
+  // a in the lanes whose bit is set, else b.
+  static Vec select(uint16_t lanes, Vec a, Vec b) {
+    return {_mm512_mask_blend_ps(lanes, b.v, a.v)};
+  }
+
   // Bit by bit a where `bits` has ones, else b.
   static Vec select(Vec bits, Vec a, Vec b) {
     const __m512i chosen = _mm512_ternarylogic_epi32(

@@ -110,6 +110,20 @@ struct Vec {
     return result;
   }
 
+  // Bit i: bit `index` of truths[i].
+  static uint16_t lanes(const uint32_t* truths, int64_t index) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= (truths[i] >> index & 1) << i;
+    return uint16_t(bits);
+  }
+
+  // a in the lanes whose bit is set, else b.
+  static Vec select(uint16_t lanes, Vec a, Vec b) {
+    Vec result;
+    for (int i = 0; i < kLanes; ++i) result.v[i] = lanes >> i & 1 ? a.v[i] : b.v[i];
+    return result;
+  }
+
   // Bit by bit a where `bits` has ones, else b.
   static Vec select(Vec bits, Vec a, Vec b) {
     const Integers chosen = reinterpret_cast<Integers>(bits.v);

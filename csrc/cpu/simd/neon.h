@@ -86,6 +86,19 @@ struct Vec {
     return {vbslq_f32(set, a.v, b.v)};
   }
 
+  // Bit i: bit `index` of truths[i].
+  static uint16_t lanes(const uint32_t* truths, int64_t index) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kLanes; ++i) bits |= (truths[i] >> index & 1) << i;
+    return uint16_t(bits);
+  }
+
+  // a in the lanes whose bit is set, else b.
+  static Vec select(uint16_t lanes, Vec a, Vec b) {
+    const uint32_t own[kLanes] = {1, 2, 4, 8};
+    return {vbslq_f32(vtstq_u32(vdupq_n_u32(lanes), vld1q_u32(own)), a.v, b.v)};
+  }
+
   // Bit by bit a where `bits` has ones, else b.
   static Vec select(Vec bits, Vec a, Vec b) {
     return {vbslq_f32(vreinterpretq_u32_f32(bits.v), a.v, b.v)};
