@@ -12,6 +12,7 @@ from typing import Any
 from .results import REFERENCE
 
 COLORS = ("#2a6f97", "#a9d6e5", "#61a5c2", "#014f86")
+TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100)
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -39,7 +40,7 @@ def draw(picture: Path, sources: list[Path]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     documents = [json.loads(source.read_text()) for source in sources]
     most = max(len(document["rows"]) for document in documents)
@@ -57,6 +58,10 @@ def draw(picture: Path, sources: list[Path]) -> None:
             axes.bar_label(bars, fmt=" %.2f", fontsize=6)
         axes.axvline(1.0, color="black", linewidth=1)
         axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        axes.set_xticks([x for x in TICKS if low <= x <= high])
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.set_yticks(range(len(rows)), [row["shape"]["name"] for row in rows], size=8)
         axes.invert_yaxis()
         axes.set_xlabel("time of the peer / ours; above 1 fastfusion is faster")
