@@ -188,7 +188,6 @@ inline int64_t attention_parts(const AttentionForward& p) {
   return p.batch * p.kv_heads * (p.q_len <= kFew ? 1 : ForwardSplit(p).tasks);
 }
 
-// `HalfMath` is how bfloat16 operands are multiplied; others are converted to float32.
 template <class HalfMath>
 void attention_part(const AttentionForward& p, int64_t begin, int64_t end) {
   const bool half = p.type == Type::kBFloat16;

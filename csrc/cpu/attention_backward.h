@@ -356,7 +356,6 @@ inline int64_t heads_of_a_part(const AttentionBackward& p) {
   return p.grad_mask.heads_of_a_task(p.batch, p.kv_heads);
 }
 
-// `HalfMath` is how bfloat16 operands are multiplied; others are converted to float32.
 template <class HalfMath>
 void attention_backward_part(const AttentionBackward& p, int64_t begin, int64_t end) {
   const bool half = p.type == Type::kBFloat16;

@@ -316,7 +316,6 @@ inline Call exchanged(Call p) {
 
 inline bool wants_exchange(const Bidirectional& p) { return p.kv_len > p.q_len && !p.dropout; }
 
-// `HalfMath` is how bfloat16 operands are multiplied; others are converted to float32.
 template <class HalfMath>
 void bidirectional_forward(const BidirectionalForward& given, ParallelFor parallel) {
   BidirectionalForward p = given;

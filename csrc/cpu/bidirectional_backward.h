@@ -370,7 +370,6 @@ class BidirectionalBackwardTask {
   BackwardPanel panel_[kPanels];
 };
 
-// `HalfMath` is how bfloat16 operands are multiplied; others are converted to float32.
 template <class HalfMath>
 void bidirectional_backward(const BidirectionalBackward& given, ParallelFor parallel) {
   BidirectionalBackward p = given;

@@ -1,26 +1,11 @@
 #include "simd/avx512bf16.h"
 
-#include "attention.h"
-#include "attention_backward.h"
-#include "bidirectional.h"
-#include "bidirectional_backward.h"
 #include "operands_bfloat16.h"
-#include "peak.h"
+#include "table.h"
 
 namespace ff {
 
 extern const KernelTable avx512bf16_kernels;
-const KernelTable avx512bf16_kernels{"avx512bf16",
-                                     Vec::kLanes,
-                                     attention_forward<BFloat16Math>,
-                                     attention_path<BFloat16Math>,
-                                     attention_backward<BFloat16Math>,
-                                     attention_parts,
-                                     attention_part<BFloat16Math>,
-                                     attention_backward_part<BFloat16Math>,
-                                     bidirectional_forward<BFloat16Math>,
-                                     bidirectional_backward<BFloat16Math>,
-                                     peak_operations<BFloat16Math>,
-                                     convert};
+constexpr KernelTable avx512bf16_kernels = table<BFloat16Math>("avx512bf16");
 
 }  // namespace ff

@@ -1,0 +1,31 @@
+// The kernels of an instruction set, for isa_<name>.cpp, which includes a vector type before.
+#pragma once
+
+#include "attention.h"
+#include "attention_backward.h"
+#include "bidirectional.h"
+#include "bidirectional_backward.h"
+#include "peak.h"
+
+namespace ff {
+namespace {
+
+// `HalfMath` is how bfloat16 operands are multiplied; others are converted to float32.
+template <class HalfMath = Float32Math>
+constexpr KernelTable table(const char* isa) {
+  return {isa,
+          Vec::kLanes,
+          attention_forward<HalfMath>,
+          attention_path<HalfMath>,
+          attention_backward<HalfMath>,
+          attention_parts,
+          attention_part<HalfMath>,
+          attention_backward_part<HalfMath>,
+          bidirectional_forward<HalfMath>,
+          bidirectional_backward<HalfMath>,
+          peak_operations<HalfMath>,
+          convert};
+}
+
+}  // namespace
+}  // namespace ff
