@@ -136,6 +136,11 @@ def against_peers(dtype: str, backward: bool, settings: Settings) -> list[Goal]:
     goals = [Goal("SDPA, geometric mean", mean, limit, detail=f"{len(ratios)} shapes")]
     detail = f"{worst.shape['name']}, {peer}"
     goals.append(Goal("the closest cell", worst.hardest().median, 1.0, detail=detail))
+    if not backward and dtype == "bfloat16":
+        beside = [row.ratios["openvino"].median for row in found if "openvino" in row.ratios]
+        detail = f"{len(beside)} shapes" if beside else "pip install openvino"
+        found_mean = geometric_mean(beside) if beside else None
+        goals.append(Goal("OpenVINO, geometric mean", found_mean, 1.35, detail=detail))
     for row in found:
         if row.shape["name"] == "decode_1024" and not backward and dtype in DECODING:
             ratio = row.ratios["sdpa"].median

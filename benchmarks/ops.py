@@ -42,7 +42,7 @@ SUITES = {
         group="attention",
         results=1,
         plain="unfused",
-        others={"sdpa": peers.sdpa, "unfused": peers.unfused},
+        others={"sdpa": peers.sdpa, "unfused": peers.unfused, **peers.optional()},
     ),
     "bidirectional": Suite(
         op="bidirectional_attention",
@@ -131,7 +131,11 @@ def run_shape(
         leaf.requires_grad_(backward)
     calls: dict[str, Call] = {
         OURS: partial(public, **call),
-        **{name: adapter(call) for name, adapter in about.others.items()},
+        **{
+            name: adapter(call)
+            for name, adapter in about.others.items()
+            if not (backward and name in peers.optional())
+        },
     }
     row.path = ff.explain(public, **call).chosen
     if row.path != REFERENCE:

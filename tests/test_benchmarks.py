@@ -293,7 +293,8 @@ def test_goals_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     for about, goals in sections.items():
         assert goals, about
         assert all(goal.value is None or goal.value > 0 for goal in goals), about
-    assert sum(goal.value is None for goals in sections.values() for goal in goals) == 6
+    unmeasured = [g.name for goals in sections.values() for g in goals if g.value is None]
+    assert len([name for name in unmeasured if "OpenVINO" not in name]) == 6
 
 
 # ---- overhead
