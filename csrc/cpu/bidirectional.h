@@ -29,8 +29,7 @@ struct TileSize {
   int64_t keys, queries;
 
   explicit TileSize(int64_t kv_len) {
-    constexpr int64_t kFloats =
-        24576;  // 96 KB: the second cache feeds the products as well as the first
+    constexpr int64_t kFloats = 24576;  // 96 KB: the second cache feeds products fast enough
     keys = kv_len < 1 ? 1 : kv_len < 128 ? kv_len : 128;
     const int64_t lanes = kFloats / keys / Vec::kLanes * Vec::kLanes;
     queries = lanes < 256 ? lanes : 256;
