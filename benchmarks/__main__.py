@@ -170,14 +170,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_pinned(argv: list[str], threads: int) -> int:
-    """The same command in a new process whose threads stay on their cores.
-
-    OpenMP reads its settings when the process starts, and without them times of more than one
-    thread are random.
-    """
-    openmp = {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    """The same command in a new process whose threads stay on their cores."""
     command = [sys.executable, "-m", "fastfusion.benchmarks", *argv]
-    return subprocess.run(command, env={**os.environ, **openmp}).returncode
+    return subprocess.run(command, env=machine.pinned(threads)).returncode
 
 
 def main(argv: list[str] | None = None) -> int:

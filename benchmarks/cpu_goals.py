@@ -5,7 +5,6 @@ Python, less what the same op takes on 1x1 sequences.
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,14 +18,11 @@ from torch import Tensor
 import fastfusion as ff
 from fastfusion import _library
 
-from . import ops, peers, shapes
+from . import machine, ops, peers, shapes
 from .results import OURS, REFERENCE, Goal, Row
 from .timing import Measurement, geometric_mean, measure
 
 Call = Callable[[], Any]
-HALVES = ("bfloat16", "float16")
-# What a shared machine gives cannot depend on the first process that asks for it.
-PINNED = {"OMP_NUM_THREADS": "2", "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
 
 SHARES = {
     "float32": {"20x36": 0.66, "197x197": 0.85, "512x512": 0.87, "2048x2048": 0.89},
@@ -180,7 +176,7 @@ def threads(settings: Settings) -> list[Goal]:
     command = [sys.executable, "-m", "fastfusion.benchmarks.cpu_goals"]
     result = subprocess.run(
         [*command, str(settings.rounds), str(settings.min_time)],
-        env={**os.environ, **PINNED}, capture_output=True, text=True, check=True,
+        env=machine.pinned(2), capture_output=True, text=True, check=True,
     )  # fmt: skip
     return [Goal(**goal) for goal in json.loads(result.stdout)]
 

@@ -29,6 +29,16 @@ def commit() -> str | None:
         return None
 
 
+def pinned(threads: int) -> dict[str, str]:
+    """The environment of a process whose threads stay on their cores.
+
+    OpenMP reads its settings when the process starts, and without them times of more than one
+    thread are random.
+    """
+    openmp = {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    return {**os.environ, **openmp}
+
+
 def describe() -> dict[str, Any]:
     """What `ff.info()` says, threads and commit, ready for JSON."""
     return {

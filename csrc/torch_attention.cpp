@@ -18,7 +18,7 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
     *lse = empty_contiguous(3, sizes, aoti_torch_dtype_float32());
     p.lse = mutable_lse(*lse);
   }
-  run(ff::kernels().attention_forward, p);
+  run(p, [&] { ff::kernels().attention_forward(p, parallel_for); });
   return out;
 }
 
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.grad_query = mutable_view(grad_query), p.grad_key = mutable_view(grad_key);
   p.grad_value = mutable_view(grad_value);
   MaskGradientTensor grad_mask(p, mask, mask_gradient, dtype, p.grad_mask);
-  run(ff::kernels().attention_backward, p);
+  run(p, [&] { ff::kernels().attention_backward(p, parallel_for); });
   return {grad_query, grad_key, grad_value, grad_mask.tensor()};
 }
 

@@ -39,7 +39,7 @@ Results forward(ff::BidirectionalForward& p, const Tensor& query, bool lse) {
     r.lse_k = empty_contiguous(3, columns, aoti_torch_dtype_float32());
     p.lse_q = mutable_lse(r.lse_q), p.lse_k = mutable_lse(r.lse_k);
   }
-  run(ff::kernels().bidirectional_forward, p);
+  run(p, [&] { ff::kernels().bidirectional_forward(p, parallel_for); });
   return r;
 }
 
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_backward(
   p.grad_value = mutable_view(grad_value);
   p.grad_query_value = mutable_view(grad_query_value);
   MaskGradientTensor grad_mask(p, mask, mask_gradient, dtype, p.grad_mask);
-  run(ff::kernels().bidirectional_backward, p);
+  run(p, [&] { ff::kernels().bidirectional_backward(p, parallel_for); });
   return {grad_query, grad_key, grad_value, grad_query_value, grad_mask.tensor()};
 }
 

@@ -10,7 +10,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -139,6 +138,20 @@ inline void describe_numbers(ff::Attention& p, const MaybeTensor& seed, double d
   }
 }
 
+// Dtype and device, once sizes are known to agree.
+inline void describe_kind(ff::Attention& p, const Tensor& query, const Tensor& key,
+                          const Tensor& value) {
+  const bool grouped = p.kv_heads > 0 ? p.heads % p.kv_heads == 0 : p.heads == 0;
+  STD_TORCH_CHECK(p.head_dim > 0 && grouped,
+                  "fastfusion: the shapes of query, key and value do not fit");
+  STD_TORCH_CHECK(p.kv_len <= INT32_MAX && p.q_len <= INT32_MAX, "fastfusion: too long");
+  const ScalarType type = query.scalar_type();
+  STD_TORCH_CHECK(key.scalar_type() == type && value.scalar_type() == type && key.is_cpu() &&
+                      value.is_cpu() && query.is_cpu() && type != ScalarType::Bool,
+                  "fastfusion: dtypes or devices differ");
+  p.type = kernel_type(type);
+}
+
 inline void describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Tensor& value,
                      const MaybeTensor& mask, const MaybeTensor& padding, const MaybeTensor& seed,
                      double dropout_p, bool is_causal, std::optional<double> scale) {
@@ -147,24 +160,17 @@ inline void describe(ff::Attention& p, const Tensor& query, const Tensor& key, c
   const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
   p.batch = q[0], p.heads = q[1], p.q_len = q[2], p.head_dim = q[3];
   p.kv_heads = k[1], p.kv_len = k[2], p.value_dim = v[3];
-  const bool grouped = p.kv_heads > 0 ? p.heads % p.kv_heads == 0 : p.heads == 0;
-  STD_TORCH_CHECK(k[0] == q[0] && v[0] == q[0] && v[1] == k[1] && v[2] == k[2] && k[3] == q[3] &&
-                      p.head_dim > 0 && grouped,
+  STD_TORCH_CHECK(k[0] == q[0] && v[0] == q[0] && v[1] == k[1] && v[2] == k[2] && k[3] == q[3],
                   "fastfusion: the shapes of query, key and value do not fit");
-  STD_TORCH_CHECK(p.kv_len <= INT32_MAX && p.q_len <= INT32_MAX, "fastfusion: too long");
-  const ScalarType type = query.scalar_type();
-  STD_TORCH_CHECK(key.scalar_type() == type && value.scalar_type() == type && key.is_cpu() &&
-                      value.is_cpu() && query.is_cpu() && type != ScalarType::Bool,
-                  "fastfusion: dtypes or devices differ");
-  p.type = kernel_type(type);
+  describe_kind(p, query, key, value);
   p.query = view(query), p.key = view(key), p.value = view(value);
 
   if (mask) {
     STD_TORCH_CHECK(mask->is_cpu(), "fastfusion: attn_mask is on another device");
     const ScalarType mask_type = mask->scalar_type();
-    STD_TORCH_CHECK(
-        mask_type == ScalarType::Bool || mask_type == ScalarType::Float || mask_type == type,
-        "fastfusion: attn_mask has the wrong dtype");
+    STD_TORCH_CHECK(mask_type == ScalarType::Bool || mask_type == ScalarType::Float ||
+                        mask_type == query.scalar_type(),
+                    "fastfusion: attn_mask has the wrong dtype");
     int64_t strides[4];
     broadcast_strides(*mask, {p.batch, p.heads, p.q_len, p.kv_len}, strides);
     p.mask = {mask->const_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
@@ -239,12 +245,12 @@ class MaskGradientTensor {
   std::vector<double> sums_;
 };
 
-// Runs a kernel of the table in use.
-template <class Call>
-inline void run(void (*kernel)(const Call&, ff::ParallelFor), Call& p) {
+// Calls `kernel` and raises where it found no memory.
+template <class Kernel>
+inline void run(ff::Attention& p, const Kernel& kernel) {
   bool out_of_memory = false;
   p.out_of_memory = &out_of_memory;
-  kernel(p, parallel_for);
+  kernel();
   STD_TORCH_CHECK(!out_of_memory, "fastfusion: out of memory");
 }
 

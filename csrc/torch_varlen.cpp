@@ -51,31 +51,16 @@ Packing describe(ff::Attention& p, const Tensor& query, const Tensor& key, const
   p.batch = 1, p.heads = query.size(1), p.kv_heads = key.size(1);
   p.q_len = query.size(0), p.kv_len = key.size(0);
   p.head_dim = query.size(2), p.value_dim = value.size(2);
-  const bool grouped = p.kv_heads > 0 ? p.heads % p.kv_heads == 0 : p.heads == 0;
-  STD_TORCH_CHECK(value.size(0) == p.kv_len && value.size(1) == p.kv_heads &&
-                      key.size(2) == p.head_dim && p.head_dim > 0 && grouped,
-                  "fastfusion: the shapes of query, key and value do not fit");
-  STD_TORCH_CHECK(p.kv_len <= INT32_MAX && p.q_len <= INT32_MAX, "fastfusion: too long");
-  const ScalarType type = query.scalar_type();
-  STD_TORCH_CHECK(key.scalar_type() == type && value.scalar_type() == type && key.is_cpu() &&
-                      value.is_cpu() && query.is_cpu() && type != ScalarType::Bool,
-                  "fastfusion: dtypes or devices differ");
-  p.type = kernel_type(type);
+  STD_TORCH_CHECK(
+      value.size(0) == p.kv_len && value.size(1) == p.kv_heads && key.size(2) == p.head_dim,
+      "fastfusion: the shapes of query, key and value do not fit");
+  describe_kind(p, query, key, value);
   p.query = packed_view(query), p.key = packed_view(key), p.value = packed_view(value);
   describe_numbers(p, seed, dropout_p, is_causal, scale);
   Packing packing{offsets_of(q_offsets, p.q_len, max_q), offsets_of(kv_offsets, p.kv_len, max_k)};
   STD_TORCH_CHECK(packing.q.size() == packing.kv.size(),
                   "fastfusion: cu_seqlens_q and cu_seqlens_k differ in length");
   return packing;
-}
-
-template <class Call>
-void run(void (*kernel)(const Call&, const ff::Sequences&, ff::ParallelFor), Call& p,
-         const Packing& packing) {
-  bool out_of_memory = false;
-  p.out_of_memory = &out_of_memory;
-  kernel(p, packing.sequences(), parallel_for);
-  STD_TORCH_CHECK(!out_of_memory, "fastfusion: out of memory");
 }
 
 Tensor like(const Tensor& rows, int64_t dim) {
@@ -96,7 +81,7 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
     *lse = empty_contiguous(2, sizes, aoti_torch_dtype_float32());
     p.lse = {static_cast<float*>(lse->mutable_data_ptr()), 0, lse->stride(1), lse->stride(0)};
   }
-  run(ff::varlen_forward, p, packing);
+  run(p, [&] { ff::varlen_forward(p, packing.sequences(), parallel_for); });
   return out;
 }
 
@@ -151,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> varlen_backward(MaybeTensor grad_out, MaybeTe
   Tensor grad_value = like(value, p.value_dim);
   p.grad_query = packed_output(grad_query), p.grad_key = packed_output(grad_key);
   p.grad_value = packed_output(grad_value);
-  run(ff::varlen_backward, p, packing);
+  run(p, [&] { ff::varlen_backward(p, packing.sequences(), parallel_for); });
   return {grad_query, grad_key, grad_value};
 }
 

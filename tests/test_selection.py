@@ -202,7 +202,7 @@ def test_explanation_says_how_the_cpu_runs_a_call(op: Op) -> None:
         explanation = ff.explain(FUNCTIONS[op.name], **call)
         assert explanation.chosen == "cpu" and explanation.path is not None
         assert isa in explanation.path.split(", ")
-        assert ("bfloat16 products" in explanation.path) == (isa == "avx512bf16")
+        assert ("bfloat16 products" in explanation.path) == isa.endswith("bf16")
         assert f"chosen: {explanation.path}" in str(explanation)
     native.select_isa()
     few = ff.explain(ff.scaled_dot_product_attention, *(torch.randn(1, 1, n, 8) for n in (1, 5, 5)))

@@ -299,7 +299,7 @@ class BidirectionalTask {
   Right<Math> query_[kPanels], query_value_[kPanels];
 };
 
-// The same call from the other side. Dropout knows rows from columns and stays as it is.
+// The same call from the other side; not for dropout, whose bits know rows from columns.
 template <class Call>
 inline Call exchanged(Call p) {
   std::swap(p.q_len, p.kv_len);

@@ -229,7 +229,7 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
         float* at = s.data + (first + k) * s.columns + lane;
         Vec score = Vec::load(at) * scale;
         if (by_bits) {
-          score = Vec::select(truths, k, score, hidden);
+          score = Vec::select(Vec::lanes(truths, k), score, hidden);
         } else if (p.mask.data) {
           score = logical ? Vec::select(bias[k], score, hidden) : score + bias[k];
         }

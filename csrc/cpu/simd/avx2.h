@@ -64,13 +64,6 @@ struct Vec {
     return uint32_t(_mm256_movemask_ps(load_bool(p, count).v));
   }
 
-  // a where bit `index` of the lane of `truths` is set, else b.
-  static Vec select(const uint32_t* truths, int64_t index, Vec a, Vec b) {
-    const __m256i bits = _mm256_loadu_si256((const __m256i*)truths);
-    const __m256i sign = _mm256_sll_epi32(bits, _mm_cvtsi64_si128(31 - index));
-    return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(sign))};
-  }
-
   // Bit i: bit `index` of truths[i].
   static uint16_t lanes(const uint32_t* truths, int64_t index) {
     const __m256i bits = _mm256_loadu_si256((const __m256i*)truths);
@@ -93,8 +86,6 @@ struct Vec {
     const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v);
     return {_mm256_cmp_ps(size, bound.v, _CMP_GT_OQ)};
   }
-
-  static bool any(Vec bits) { return _mm256_movemask_ps(bits.v) != 0; }
 
   float total() const {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

@@ -64,13 +64,6 @@ struct Vec {
     return _mm_test_epi8_mask(bytes, bytes);
   }
 
-  // a where bit `index` of the lane of `truths` is set, else b.
-  static Vec select(const uint32_t* truths, int64_t index, Vec a, Vec b) {
-    const __m512i bits = _mm512_loadu_si512(truths);
-    const __mmask16 set = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << index));
-    return {_mm512_mask_blend_ps(set, b.v, a.v)};
-  }
-
   // Bit i: bit `index` of truths[i].
   static uint16_t lanes(const uint32_t* truths, int64_t index) {
     return _mm512_test_epi32_mask(_mm512_loadu_si512(truths), _mm512_set1_epi32(1 << index));
@@ -93,8 +86,6 @@ struct Vec {
     const __mmask16 found = _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), bound.v, _CMP_GT_OQ);
     return {_mm512_castsi512_ps(_mm512_movm_epi32(found))};
   }
-
-  static bool any(Vec bits) { return _mm512_movepi32_mask(_mm512_castps_si512(bits.v)) != 0; }
 
   float total() const { return _mm512_reduce_add_ps(v); }
 

@@ -103,13 +103,6 @@ struct Vec {
     return bits;
   }
 
-  // a where bit `index` of the lane of `truths` is set, else b.
-  static Vec select(const uint32_t* truths, int64_t index, Vec a, Vec b) {
-    Vec result;
-    for (int i = 0; i < kLanes; ++i) result.v[i] = truths[i] >> index & 1 ? a.v[i] : b.v[i];
-    return result;
-  }
-
   // Bit i: bit `index` of truths[i].
   static uint16_t lanes(const uint32_t* truths, int64_t index) {
     uint32_t bits = 0;
@@ -135,11 +128,6 @@ struct Vec {
   static Vec larger(Vec a, Vec bound) {
     const Integers size = reinterpret_cast<Integers>(a.v) & 0x7fffffff;
     return {reinterpret_cast<Native>(reinterpret_cast<Native>(size) > bound.v)};
-  }
-
-  static bool any(Vec bits) {
-    const Integers lanes = reinterpret_cast<Integers>(bits.v);
-    return (lanes[0] | lanes[1] | lanes[2] | lanes[3]) != 0;
   }
 
   float total() const { return (v[0] + v[1]) + (v[2] + v[3]); }

@@ -80,12 +80,6 @@ struct Vec {
     return bits;
   }
 
-  // a where bit `index` of the lane of `truths` is set, else b.
-  static Vec select(const uint32_t* truths, int64_t index, Vec a, Vec b) {
-    const uint32x4_t set = vtstq_u32(vld1q_u32(truths), vdupq_n_u32(1u << index));
-    return {vbslq_f32(set, a.v, b.v)};
-  }
-
   // Bit i: bit `index` of truths[i].
   static uint16_t lanes(const uint32_t* truths, int64_t index) {
     uint32_t bits = 0;
@@ -108,8 +102,6 @@ struct Vec {
   static Vec larger(Vec a, Vec bound) {
     return {vreinterpretq_f32_u32(vcgtq_f32(vabsq_f32(a.v), bound.v))};
   }
-
-  static bool any(Vec bits) { return vmaxvq_u32(vreinterpretq_u32_f32(bits.v)) != 0; }
 
   float total() const { return vaddvq_f32(v); }
 
