@@ -2,8 +2,8 @@
 // that K needs no packing, softmax is vertical and a NaN in a query stays in its own lane. Up to
 // three queries leave most lanes empty: few.h serves them.
 //
-// A panel is up to 48 queries of one head; a task is some panels that share keys and values. It
-// walks the keys in blocks of 256, prepares each block once for all its panels, and takes them
+// A panel is up to 48 queries of one head. Some panels that share keys and values are served
+// together: they walk the keys in blocks of 256, prepare each block once for all, and take it
 // through the online softmax: m the running maximum, l the sum, O the accumulator,
 //     m' = max(m, max_j S)   O = O * exp(m - m') + exp(S - m') V   l = l * exp(m - m') + sum_j ...
 #pragma once
@@ -23,21 +23,28 @@ class ForwardTask {
   explicit ForwardTask(const AttentionForward& p)
       : p_(p),
         value_columns_(padded(p.value_dim)),
-        unit_(Math::kDepth > 1 ? std::fabs(p.scale) : 1) {}
+        unit_(Math::kDepth > 1 ? std::fabs(p.scale) : 1) {
+    constexpr int64_t kFloats = 98304;  // 384 KB of the second cache
+    const int64_t fitting = kFloats / (query_floats() + Panels::kMost * value_columns_);
+    most_ = fitting < 1 ? 1 : fitting < kMostPanels ? fitting : kMostPanels;
+  }
 
   bool allocate() {
     constexpr int64_t kMost = Panels::kMost;
-    return carve(p_, {{&queries_, kGroup * query_floats()},
-                      {&outs_, kGroup * kMost * value_columns_},
-                      {&statistics_, kGroup * 3 * kMost},
+    return carve(p_, {{&queries_, most_ * query_floats()},
+                      {&outs_, most_ * kMost * value_columns_},
+                      {&statistics_, most_ * 3 * kMost},
                       {&maximum_, kMost},
-                      {&scores_, kBlock * kMost},
-                      {&factor_, p_.dropout ? kBlock * kMost : 0},
-                      {&key_, kBlock * padded(p_.head_dim)},
-                      {&value_, kBlock * value_columns_},
-                      {&shown_, p_.mask.data ? kBlock * kMost / Vec::kLanes : 0},
+                      {&scores_, kKeys * kMost},
+                      {&factor_, p_.dropout ? kKeys * kMost : 0},
+                      {&key_, kKeys * padded(p_.head_dim)},
+                      {&value_, kKeys * value_columns_},
+                      {&shown_, p_.mask.data ? kKeys * kMost / Vec::kLanes : 0},
                       {&list_, p_.padding ? p_.kv_len : 0}});
   }
+
+  // How many panels `run` takes at most.
+  int64_t most() const { return most_; }
 
   // Panels first .. end of the query heads that share key head `group`.
   void run(int64_t b, int64_t group, int64_t first, int64_t end) {
@@ -53,8 +60,8 @@ class ForwardTask {
     const Slice key(p_.key, p_.type, b, group), value(p_.value, p_.type, b, group);
     const Positions keys = visible_keys(p_, b, limit, list_);
     for (int64_t i = 0; i < count_; ++i) panel_[i].visible = keys.before(limit_of(panel_[i]));
-    for (int64_t done = 0; done < keys.count; done += kBlock) {
-      const Block block = block_at(keys, done);
+    for (int64_t done = 0; done < keys.count; done += kKeys) {
+      const Block block = block_at(keys, done, kKeys);
       const auto key_rows = Operands<Math>::rows(key, block, p_.head_dim, key_);
       const auto value_columns = Operands<Math>::columns(value, block, p_.value_dim, value_);
       for (int64_t i = 0; i < count_; ++i) {
@@ -117,61 +124,65 @@ class ForwardTask {
       multiply(Weights<Math>::by_query(scores_, columns), value, panel.queries.count,
                value_columns_, Operands<Math>::steps(block.count), finish);
     };
-    if (!at_once(panel)) {
-      product(Rescale{out_of(i), value_columns_, panel.statistics.rescale, block.first == 0});
+    const bool first = block.first == 0;
+    if (!direct(panel) || block.first + block.count < panel.visible) {
+      product(Rescale{out_of(i), value_columns_, panel.statistics.rescale, first});
       return;
     }
-    store_product<Math>(p_.out, p_.type, b, panel.h, panel.queries, panel.statistics, product);
+    store_product<Math>(p_.out, p_.type, b, panel.h, panel.queries, p_.value_dim, panel.statistics,
+                        first ? nullptr : out_of(i), maximum_, product);
   }
 
-  // Whether one block holds all that a panel sees, and the output takes whole registers.
-  bool at_once(const Panel& panel) const {
-    return panel.visible > 0 && panel.visible <= kBlock && p_.out.column == 1 &&
-           value_columns_ == p_.value_dim;
+  // Whether the last product of a panel goes straight to the output.
+  bool direct(const Panel& panel) const {
+    return panel.visible > 0 && takes_registers(p_.out, panel.queries, p_.value_dim);
   }
 
-  // Divides by the sums and stores, after the last block.
+  // What is left to do after the last block.
   void finish(int64_t b, int64_t i) {
     const Panel& panel = panel_[i];
     if (panel.visible == 0) {
       for (int64_t e = 0; e < panel.queries.count * value_columns_; ++e) out_of(i)[e] = 0.0f;
     }
-    if (!at_once(panel)) {
+    if (!direct(panel)) {
       store_means(p_.out, p_.type, b, panel.h, panel.queries, p_.value_dim, panel.statistics.sum,
                   out_of(i));
     }
     store_lse(p_.lse, b, panel.h, panel.queries, panel.statistics);
   }
 
+  static constexpr int64_t kMostPanels = 16;
+  static constexpr int64_t kKeys = kBlock * Math::kDepth;
+
   const AttentionForward& p_;
-  int64_t value_columns_, count_ = 0;
+  int64_t value_columns_, most_, count_ = 0;
   float unit_;
   float *queries_, *outs_, *statistics_, *maximum_, *scores_, *factor_, *key_, *value_;
   uint16_t* shown_;
   int32_t* list_;
-  Panel panel_[kGroup];
-  Right<Math> query_[kGroup];
+  Panel panel_[kMostPanels];
+  Right<Math> query_[kMostPanels];
 };
 
-// How the panels of a key head are divided into tasks: evenly, by what the shape says alone.
-struct ForwardSplit {
-  int64_t panels, tasks;
+// The panels of a key head, each a part of the call.
+inline int64_t panels_of_group(const Attention& p) {
+  return p.heads / p.kv_heads * all_panels(p).count;
+}
 
-  explicit ForwardSplit(const Attention& p)
-      : panels(p.heads / p.kv_heads * all_panels(p).count), tasks((panels + kGroup - 1) / kGroup) {}
-
-  int64_t first(int64_t task) const { return task * panels / tasks; }
-};
-
+// Panels begin .. end, evenly divided into runs within a key head.
 template <class Math>
 void forward_tasks(int64_t begin, int64_t end, const void* context) {
   const auto& p = *static_cast<const AttentionForward*>(context);
-  const ForwardSplit split(p);
   ForwardTask<Math> task(p);
   if (!task.allocate()) return;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t slice = i / split.tasks, part = i % split.tasks;
-    task.run(slice / p.kv_heads, slice % p.kv_heads, split.first(part), split.first(part + 1));
+  const int64_t panels = panels_of_group(p);
+  while (begin < end) {
+    const int64_t slice = begin / panels, first = begin % panels;
+    const int64_t left = panels - first < end - begin ? panels - first : end - begin;
+    const int64_t runs = (left + task.most() - 1) / task.most();
+    const int64_t count = (left + runs - 1) / runs;
+    task.run(slice / p.kv_heads, slice % p.kv_heads, first, first + count);
+    begin += count;
   }
 }
 
@@ -185,7 +196,7 @@ const char* attention_path(Type type, int64_t q_len) {
 
 inline int64_t attention_parts(const AttentionForward& p) {
   if (p.batch * p.heads * p.q_len == 0) return 0;
-  return p.batch * p.kv_heads * (p.q_len <= kFew ? 1 : ForwardSplit(p).tasks);
+  return p.batch * p.kv_heads * (p.q_len <= kFew ? 1 : panels_of_group(p));
 }
 
 template <class HalfMath>

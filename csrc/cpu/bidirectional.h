@@ -128,6 +128,7 @@ class BidirectionalTask {
                       {&outs_, kPanels * most * value_columns_},
                       {&statistics_, kPanels * 3 * most},
                       {&maximum_, most},
+                      {&inverse_, most > size_.keys ? most : size_.keys},
                       {&scores_, size_.floats()},
                       {&weights_, size_.floats()},
                       {&factor_, p_.dropout ? size_.floats() : 0},
@@ -147,9 +148,9 @@ class BidirectionalTask {
     const Split keys =
         split(p_.padding, b * p_.padding_batch, p_.padding_column, p_.kv_len, key_list_);
     keys_.clear(p_.kv_len);
-    keys_at_once_ = Panels(queries.visible, size_.queries).count == 1 && adjacent(keys.visible) &&
-                    adjacent(keys.hidden) && p_.out_k.column == 1 &&
-                    query_value_columns_ == p_.query_value_dim;
+    visible_queries_ = queries.visible.count;
+    keys_direct_ = takes_registers(p_.out_k, all(keys.visible), p_.query_value_dim) &&
+                   takes_registers(p_.out_k, all(keys.hidden), p_.query_value_dim);
     for (const bool visible : {true, false}) {
       const Panels panels(visible ? queries.visible : queries.hidden, size_.queries);
       for (int64_t first = 0; first < panels.count; first += count_) {
@@ -160,8 +161,8 @@ class BidirectionalTask {
         for (int64_t i = 0; i < count_; ++i) finish(b, h, panel_[i].queries, keys.visible.count, i);
       }
     }
-    finish_keys(b, h, keys.visible, 0, queries.visible.count);
-    finish_keys(b, h, keys.hidden, keys.visible.count, queries.visible.count);
+    finish_keys(b, h, keys.visible, 0);
+    finish_keys(b, h, keys.hidden, keys.visible.count);
   }
 
  private:
@@ -224,11 +225,13 @@ class BidirectionalTask {
       multiply(Weights<Math>::by_key(weights_, scores.columns), query_value_[i], block.count,
                query_value_columns_, Operands<Math>::steps(scores.queries.count), finish);
     };
-    if (keys_at_once_) {
-      store_product<Math>(p_.out_k, p_.type, scores.b, scores.h, block, keys, product);
+    float* outs = key_outs_ + place * query_value_columns_;
+    const bool first = scores.queries.first == 0;
+    if (keys_direct_ && scores.queries.first + scores.queries.count == visible_queries_) {
+      store_product<Math>(p_.out_k, p_.type, scores.b, scores.h, block, p_.query_value_dim, keys,
+                          first ? nullptr : outs, inverse_, product);
     } else {
-      product(Rescale{key_outs_ + place * query_value_columns_, query_value_columns_, keys.rescale,
-                      scores.queries.first == 0});
+      product(Rescale{outs, query_value_columns_, keys.rescale, first});
     }
   }
 
@@ -242,43 +245,36 @@ class BidirectionalTask {
       multiply(Weights<Math>::by_query(scores_, scores.columns), value, scores.queries.count,
                value_columns_, Operands<Math>::steps(block.count), finish);
     };
-    if (at_once(scores.queries, block.positions.count)) {
-      store_product<Math>(p_.out_q, p_.type, scores.b, scores.h, scores.queries, statistics,
-                          product);
+    const bool first = block.first == 0, last = block.first + block.count == block.positions.count;
+    if (last && takes_registers(p_.out_q, scores.queries, p_.value_dim)) {
+      store_product<Math>(p_.out_q, p_.type, scores.b, scores.h, scores.queries, p_.value_dim,
+                          statistics, first ? nullptr : out_of(i), inverse_, product);
     } else {
-      product(Rescale{out_of(i), value_columns_, statistics.rescale, block.first == 0});
+      product(Rescale{out_of(i), value_columns_, statistics.rescale, first});
     }
   }
 
-  static bool adjacent(const Positions& all) { return Block{all, 0, all.count}.adjacent(); }
-
-  // Whether one block holds all visible keys, and the output takes whole registers.
-  bool at_once(const Block& queries, int64_t visible_keys) const {
-    return visible_keys > 0 && visible_keys <= size_.keys && p_.out_q.column == 1 &&
-           value_columns_ == p_.value_dim && queries.adjacent();
-  }
+  static Block all(const Positions& positions) { return {positions, 0, positions.count}; }
 
   void finish(int64_t b, int64_t h, const Block& queries, int64_t visible_keys, int64_t i) {
     const Statistics& statistics = panel_[i].statistics;
     for (int64_t e = 0; e < queries.count * value_columns_ && visible_keys == 0; ++e)
       out_of(i)[e] = 0.0f;
-    if (!at_once(queries, visible_keys)) {
+    if (visible_keys == 0 || !takes_registers(p_.out_q, queries, p_.value_dim)) {
       store_means(p_.out_q, p_.type, b, h, queries, p_.value_dim, statistics.sum, out_of(i));
     }
     store_lse(p_.lse_q, b, h, queries, statistics);
   }
 
-  void finish_keys(int64_t b, int64_t h, const Positions& keys, int64_t place,
-                   int64_t visible_queries) {
-    const Block all{keys, 0, keys.count};
+  void finish_keys(int64_t b, int64_t h, const Positions& keys, int64_t place) {
     float* outs = key_outs_ + place * query_value_columns_;
-    for (int64_t e = 0; e < keys.count * query_value_columns_ && visible_queries == 0; ++e)
+    for (int64_t e = 0; e < keys.count * query_value_columns_ && visible_queries_ == 0; ++e)
       outs[e] = 0.0f;
-    if (!keys_at_once_) {
-      store_means(p_.out_k, p_.type, b, h, all, p_.query_value_dim, keys_.sum + place, outs);
+    if (visible_queries_ == 0 || !keys_direct_) {
+      store_means(p_.out_k, p_.type, b, h, all(keys), p_.query_value_dim, keys_.sum + place, outs);
     }
     const Statistics statistics{keys_.maximum + place, keys_.sum + place, keys_.rescale + place};
-    store_lse(p_.lse_k, b, h, all, statistics);
+    store_lse(p_.lse_k, b, h, all(keys), statistics);
   }
 
   struct BidirectionalPanel {
@@ -287,13 +283,13 @@ class BidirectionalTask {
   };
 
   const BidirectionalForward& p_;
-  int64_t value_columns_, query_value_columns_, count_ = 0;
+  int64_t value_columns_, query_value_columns_, visible_queries_ = 0, count_ = 0;
   float unit_;
   TileSize size_;
   float *queries_, *query_values_, *outs_, *statistics_, *maximum_, *scores_, *weights_, *factor_;
-  float *key_, *value_, *key_outs_;
-  Statistics keys_;    // visible keys first, then the hidden ones
-  bool keys_at_once_;  // one panel holds all visible queries, and the output takes registers
+  float *key_, *value_, *key_outs_, *inverse_;
+  Statistics keys_;   // visible keys first, then the hidden ones
+  bool keys_direct_;  // their last product goes straight to the output
   int32_t *query_list_, *key_list_;
   BidirectionalPanel panel_[kPanels];
   Right<Math> query_[kPanels], query_value_[kPanels];

@@ -110,6 +110,34 @@ inline void convert_rows(const Slice& from, const Block& block, int64_t dim, int
          buffer + i * columns);
 }
 
+// Turns rows round: register d of row r becomes lanes r of rows d .. of the buffer, whose rows are
+// as wide as the block, up to the next register; the lanes after it are 0. `load` gives the
+// registers: `some` lanes of the block's i-th position, from the d-th on.
+template <class Load>
+inline void turn_rows(const Block& block, int64_t dim, float* buffer, const Load& load) {
+  constexpr int64_t kLanes = Vec::kLanes;
+  const int64_t width = padded(block.count);
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const int64_t rows = block.count - i;
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const int64_t some = dim - d < kLanes ? dim - d : kLanes;
+      Vec tile[kLanes];
+      if (rows >= kLanes) {
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kLanes; ++r) tile[r] = load(i + r, d, some);
+      } else {
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kLanes; ++r)
+          tile[r] = r < rows ? load(i + r, d, some) : Vec::zero();
+      }
+      Vec::transpose(tile);
+#pragma GCC unroll 16
+      for (int64_t c = 0; c < kLanes; ++c)
+        if (c < some) tile[c].store(buffer + (d + c) * width + i);
+    }
+  }
+}
+
 // What each arithmetic makes of an operand. Buffers hold `rows` x padded(dim) floats.
 template <class Math>
 struct Operands;
@@ -142,28 +170,25 @@ struct Operands<Float32Math> {
   // to the next register.
   static Right<Float32Math> lanes(const Slice& from, const Block& block, int64_t dim, float factor,
                                   float* buffer) {
-    constexpr int64_t kLanes = Vec::kLanes;
-    const int64_t width = padded(block.count);
     with_type(from.type, [&](auto kind) {
       using T = decltype(kind);
-      for (int64_t i = 0; i < width; i += kLanes)
-        for (int64_t d = 0; d < dim; d += kLanes) {
-          const int64_t some = dim - d < kLanes ? dim - d : kLanes;
-          Vec tile[kLanes];
-#pragma GCC unroll 16
-          for (int64_t r = 0; r < kLanes; ++r) {
-            tile[r] = Vec::zero();
-            if (i + r < block.count) {
-              const auto* row = from.at<typename T::Element>(block[i + r]);
-              __builtin_prefetch(row + kLanes * from.row + d * from.column);
-              tile[r] = load_lanes<T>(row + d * from.column, from.column, some) * Vec::set(factor);
-            }
-          }
-          Vec::transpose(tile);
-          for (int64_t c = 0; c < some; ++c) tile[c].store(buffer + (d + c) * width + i);
-        }
+      using Element = typename T::Element;
+      const Vec scale = Vec::set(factor);
+      if (from.column == 1 && block.adjacent()) {
+        const auto* first = from.at<Element>(block[0]);
+        turn_rows(block, dim, buffer, [&](int64_t i, int64_t d, int64_t some) {
+          const auto* row = first + i * from.row + d;
+          __builtin_prefetch(row + Vec::kLanes * from.row);  // the columns come too late to guess
+          return T::load(row, some) * scale;
+        });
+      } else {
+        turn_rows(block, dim, buffer, [&](int64_t i, int64_t d, int64_t some) {
+          const auto* row = from.at<Element>(block[i]);
+          return load_lanes<T>(row + d * from.column, from.column, some) * scale;
+        });
+      }
     });
-    return {buffer, width};
+    return {buffer, padded(block.count)};
   }
 };
 

@@ -25,22 +25,24 @@ struct Operands<BFloat16Math> {
 
   static Right<BFloat16Math> columns(const Slice& from, const Block& block, int64_t dim,
                                      float* buffer) {
-    constexpr int64_t kWide = 2 * Vec::kLanes;
     const int64_t width = padded(dim);
     auto* pairs = reinterpret_cast<uint16_t*>(buffer);
-    uint16_t copies[2][kWide];
-    const bool as_it_is = from.column == 1;
-    for (int64_t i = 0; i < block.count; i += 2) {
+    if (from.column != 1) {
+      uint16_t copies[2][kWide];
       for (int64_t d = 0; d < dim; d += kWide) {
         const int64_t some = dim - d < kWide ? dim - d : kWide;
-        const int64_t lanes = width - d < kWide ? width - d : kWide;
-        const uint16_t* row[2] = {nullptr, nullptr};
-        for (int64_t k = 0; k < 2 && i + k < block.count; ++k) {
-          row[k] = as_it_is ? from.at<uint16_t>(block[i + k]) + d : copies[k];
-          if (!as_it_is) copy_row(from, block[i + k], d, some, kWide, copies[k]);
-        }
-        BFloat16Math::store_pairs(pairs + i * width + 2 * d, row[0], row[1], some, lanes);
+        const auto copied = [&](int64_t i) {
+          copy_row(from, block[i], d, some, kWide, copies[i % 2]);
+          return copies[i % 2] - d;
+        };
+        pair_columns(copied, block.count, d, dim, width, pairs);
       }
+    } else if (block.adjacent()) {
+      const auto* first = from.at<uint16_t>(block[0]);
+      pair_rows([&](int64_t i) { return first + i * from.row; }, block.count, dim, width, pairs);
+    } else {
+      const auto listed = [&](int64_t i) { return from.at<uint16_t>(block[i]); };
+      pair_rows(listed, block.count, dim, width, pairs);
     }
     return {pairs, 2 * width};
   }
@@ -48,35 +50,53 @@ struct Operands<BFloat16Math> {
   // The sign of `factor` is all that is multiplied in: the rest would round.
   static Right<BFloat16Math> lanes(const Slice& from, const Block& block, int64_t dim, float factor,
                                    float* buffer) {
-    constexpr int64_t kLanes = Vec::kLanes;
-    const int64_t width = padded(block.count), pairs = steps(dim);
-    const bool as_it_is = from.column == 1 && dim % 2 == 0 && !(factor < 0.0f);
-    uint16_t copy[2 * kLanes];
-    for (int64_t i = 0; i < width; i += kLanes)
-      for (int64_t d = 0; d < pairs; d += kLanes) {
-        const int64_t some = pairs - d < kLanes ? pairs - d : kLanes;
-        Vec tile[kLanes];
-#pragma GCC unroll 16
-        for (int64_t r = 0; r < kLanes; ++r) {
-          tile[r] = Vec::zero();
-          if (i + r >= block.count) continue;
-          const uint16_t* row = from.at<uint16_t>(block[i + r]) + 2 * d;
-          __builtin_prefetch(row + kLanes * from.row);  // the columns come too late to guess
-          if (!as_it_is) {
-            const int64_t left = dim - 2 * d < 2 * some ? dim - 2 * d : 2 * some;
-            copy_row(from, block[i + r], 2 * d, left, 2 * some, copy);
-            for (int64_t k = 0; k < left && factor < 0.0f; ++k) copy[k] ^= 0x8000u;
-            row = copy;
-          }
-          tile[r] = BFloat16Math::load_pairs(row, some);
-        }
-        Vec::transpose(tile);
-        for (int64_t c = 0; c < some; ++c) tile[c].store(buffer + (d + c) * width + i);
-      }
-    return {reinterpret_cast<const uint16_t*>(buffer), 2 * width};
+    if (from.column == 1 && block.adjacent() && dim % 2 == 0 && !(factor < 0.0f)) {
+      const auto* first = from.at<uint16_t>(block[0]);
+      turn_rows(block, dim / 2, buffer, [&](int64_t i, int64_t d, int64_t some) {
+        const uint16_t* row = first + i * from.row + 2 * d;
+        __builtin_prefetch(row + Vec::kLanes * from.row);
+        return BFloat16Math::load_pairs(row, some);
+      });
+    } else {
+      turn_rows(block, steps(dim), buffer, [&](int64_t i, int64_t d, int64_t some) {
+        uint16_t copy[kWide];
+        const int64_t left = dim - 2 * d < kWide ? dim - 2 * d : kWide;
+        copy_row(from, block[i], 2 * d, left, kWide, copy);
+        for (int64_t k = 0; k < left && factor < 0.0f; ++k) copy[k] ^= 0x8000u;
+        return BFloat16Math::load_pairs(copy, some);
+      });
+    }
+    return {reinterpret_cast<const uint16_t*>(buffer), 2 * padded(block.count)};
   }
 
  private:
+  static constexpr int64_t kWide = 2 * Vec::kLanes;  // numbers in a register
+
+  // Rows row(0), row(1), ... in pairs, zeros from `dim` up to `width`.
+  template <class Row>
+  static void pair_rows(const Row& row, int64_t count, int64_t dim, int64_t width,
+                        uint16_t* pairs) {
+    for (int64_t d = 0; d < dim; d += kWide) pair_columns(row, count, d, dim, width, pairs);
+  }
+
+  // Of these the columns from `d` on that are one register of the rows and two of the pairs.
+  template <class Row>
+  static void pair_columns(const Row& row, int64_t count, int64_t d, int64_t dim, int64_t width,
+                           uint16_t* pairs) {
+    const auto pair = [&](int64_t some, int64_t lanes) __attribute__((always_inline)) {
+      uint16_t* to = pairs + 2 * d;
+      int64_t i = 0;
+      for (; i + 2 <= count; i += 2, to += 2 * width)
+        BFloat16Math::store_pairs(to, row(i) + d, row(i + 1) + d, some, lanes);
+      if (i < count) BFloat16Math::store_pairs(to, row(i) + d, nullptr, some, lanes);
+    };
+    if (dim - d >= kWide) {
+      pair(kWide, kWide);
+    } else {
+      pair(dim - d, width - d);
+    }
+  }
+
   // to[c] = row i, columns first .. first + count, and zeros up to `columns`.
   static void copy_row(const Slice& from, int64_t i, int64_t first, int64_t count, int64_t columns,
                        uint16_t* to) {

@@ -99,37 +99,60 @@ inline void store_means(const MutableView& out, Type type, int64_t b, int64_t h,
   store_rows(out, type, b, h, rows, dim, [&](int64_t i) { return inverse(sum[i]); }, from);
 }
 
-// Rows of the output = product * factor[row]: what follows a softmax over all keys at once.
+// Rows of the output = before * rescale[row] + product * factor[row], or the latter alone where
+// nothing was summed before.
 template <class T>
 struct StoreMeans {
   typename T::Element* to;
   int64_t stride;
   const float* factor;
+  const float* before;
+  int64_t before_stride;
+  const float* rescale;
 
   template <int R, int N>
   void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec scale = Vec::set(factor[row + r]);
+      auto* at = to + (row + r) * stride + column;
+      if (!before) {
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n)
-        T::store(to + (row + r) * stride + column + n * Vec::kLanes, sum[r][n] * scale,
-                 Vec::kLanes);
+        for (int n = 0; n < N; ++n) T::store(at + n * Vec::kLanes, sum[r][n] * scale, Vec::kLanes);
+        continue;
+      }
+      const Vec old = Vec::set(rescale[row + r]);
+      const float* from = before + (row + r) * before_stride + column;
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const Vec mean = Vec::fma(Vec::load(from + n * Vec::kLanes), old, sum[r][n] * scale);
+        T::store(at + n * Vec::kLanes, mean, Vec::kLanes);
+      }
     }
   }
 };
 
-// Calls `product` with the above for rows of `out`, which has to take whole registers. The
-// statistics' factors become those of the rows.
+// Whether rows of an output take whole registers.
+inline bool takes_registers(const MutableView& out, const Block& rows, int64_t dim) {
+  return out.column == 1 && padded(dim) == dim && rows.adjacent();
+}
+
+// The last product of a softmax, straight to the output: calls `product` with the above for rows
+// of `out`, which have to take whole registers, and what was summed `before` or null. Of the
+// statistics the rescale factors are void then; `factor` has room for one number a row.
 template <class Math, class Product>
 inline void store_product(const MutableView& out, Type type, int64_t b, int64_t h,
-                          const Block& rows, const Statistics& s, const Product& product) {
-  for (int64_t i = 0; i < rows.count; ++i) s.rescale[i] = inverse(s.sum[i]);
+                          const Block& rows, int64_t dim, const Statistics& s, const float* before,
+                          float* factor, const Product& product) {
+  for (int64_t i = 0; i < rows.count; ++i) {
+    factor[i] = inverse(s.sum[i]);
+    s.rescale[i] *= factor[i];
+  }
   const auto run = [&](auto kind) {
     using T = decltype(kind);
     auto* to = static_cast<typename T::Element*>(out.data) + b * out.batch + h * out.head +
                rows[0] * out.row;
-    product(StoreMeans<T>{to, out.row, s.rescale});
+    product(StoreMeans<T>{to, out.row, factor, before, dim, s.rescale});
   };
   if constexpr (Math::kDepth > 1) {
     run(BFloat16{});
@@ -327,6 +350,30 @@ struct Weights<Float32Math> {
   }
 };
 
+// exp(unit * score - offset) of one register of queries, over the scores and times the factors of
+// dropout; returns the sums over the keys.
+template <class Math, bool kDropout>
+inline Vec weigh(int64_t count, int64_t columns, float unit, Vec offset, const float* dropout,
+                 float* scores) {
+  FourSums sum;
+  const auto step = [&](int64_t j, int64_t some) __attribute__((always_inline)) {
+    Vec weights[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      if (k >= some) continue;
+      const int64_t at = (j + k) * columns;
+      weights[k] = exponential<Weights<Math>::kPrecision>(Vec::load(scores + at), unit, offset);
+      sum.part[k] = sum.part[k] + weights[k];
+      if constexpr (kDropout) weights[k] = weights[k] * Vec::load(dropout + at);
+    }
+    Weights<Math>::store(scores, j, columns, weights, some);
+  };
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4) step(j, 4);
+  if (j < count) step(j, count - j);
+  return sum.total();
+}
+
 // One step of the online softmax of Milakov and Gimelshein (2018). The block's scores become
 // exp(S - m') as the left operand of the product with the values, times the factors of dropout if
 // there are any; the statistics move on, and rescale = exp(m - m') is what earlier sums have to be
@@ -334,30 +381,17 @@ struct Weights<Float32Math> {
 template <class Math>
 inline void online_softmax(const Block& block, int64_t columns, float unit, const float* maximum,
                            const float* dropout, float* scores, const Statistics& s) {
-  constexpr Precision kPrecision = Weights<Math>::kPrecision;
   for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
-    float* column = scores + lane;
     const Vec before = Vec::load(s.maximum + lane);
     const Vec now = Vec::max(Vec::load(maximum + lane) * Vec::set(unit), before);
     now.store(s.maximum + lane);
     const Vec offset = finite(now);
-    FourSums sum;
-    const auto step = [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-      Vec weights[4];
-#pragma GCC unroll 4
-      for (int64_t k = 0; k < count; ++k) {
-        weights[k] = exponential<kPrecision>(Vec::load(column + (j + k) * columns), unit, offset);
-        sum.part[k] = sum.part[k] + weights[k];
-        if (dropout) weights[k] = weights[k] * Vec::load(dropout + (j + k) * columns + lane);
-      }
-      Weights<Math>::store(column, j, columns, weights, count);
-    };
-    int64_t j = 0;
-    for (; j + 4 <= block.count; j += 4) step(j, 4);
-    if (j < block.count) step(j, block.count - j);
-    const Vec rescale = exponential(before, 1.0f, offset);
+    const auto weigh_lane = dropout ? weigh<Math, true> : weigh<Math, false>;
+    const Vec sum = weigh_lane(block.count, columns, unit, offset, dropout + lane, scores + lane);
+    const bool first = block.first == 0;
+    const Vec rescale = first ? Vec::zero() : exponential(before, 1.0f, offset);
     rescale.store(s.rescale + lane);
-    Vec::fma(Vec::load(s.sum + lane), rescale, sum.total()).store(s.sum + lane);
+    Vec::fma(Vec::load(s.sum + lane), rescale, sum).store(s.sum + lane);
   }
 }
 
