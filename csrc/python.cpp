@@ -47,8 +47,14 @@ ff::Type type_of(const std::string& dtype) {
                               : ff::Type::kFloat32;
 }
 
-std::string attention_path(const std::string& dtype, int64_t q_len) {
-  return ff::kernels().attention_path(type_of(dtype), q_len);
+std::string attention_path(const std::string& dtype, int64_t q_len, int64_t kv_len, bool causal,
+                           bool dropout) {
+  ff::AttentionForward p{};
+  p.type = type_of(dtype), p.q_len = q_len, p.kv_len = kv_len;
+  p.causal = causal, p.dropout = dropout;
+  const std::string path = ff::kernels().attention_path(p);
+  const int64_t pieces = ff::kernels().attention_pieces(p);
+  return pieces == 1 ? path : path + ", keys in " + std::to_string(pieces) + " pieces";
 }
 
 double peak_operations(const std::string& dtype, int64_t rounds) {
@@ -61,6 +67,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Facts about the compiled part of fastfusion and the choice of instruction set.";
   m.def("isa", [] { return std::string(ff::kernels().isa); }, "The instruction set in use.");
   m.def("attention_path", &attention_path, py::arg("dtype"), py::arg("q_len"),
+        py::arg("kv_len") = 0, py::arg("causal") = false, py::arg("dropout") = false,
         "How attention of these would run, in words.");
   m.def("peak_operations", &peak_operations, py::arg("dtype"), py::arg("rounds"),
         "Multiplies and adds in the arithmetic that a dtype is computed in, and does nothing else; "

@@ -106,12 +106,14 @@ def refuses(query: Tensor, *others: Any) -> Sequence[str]:
     return reasons
 
 
-def path(query: Tensor, *others: Any, q_len: int | None = None) -> str:
-    """How the compiled attention runs a call with this query: instruction set, and in what way."""
+def path(query: Tensor, q_len: int, *others: Any) -> str:
+    """How compiled attention runs a query of this length: instruction set, and in what way.
+
+    Others: length of the key, whether it is causal, and whether it has dropout.
+    """
     native: Any = _library.native
     dtype = str(query.dtype).removeprefix("torch.")
-    length = query.shape[2] if q_len is None else q_len
-    return f"{native.isa()}, {native.attention_path(dtype, length)}"
+    return f"{native.isa()}, {native.attention_path(dtype, q_len, *others)}"
 
 
 def kernel_op(name: str, interface: Interface) -> KernelOp | None:

@@ -207,6 +207,10 @@ def test_explanation_says_how_the_cpu_runs_a_call(op: Op) -> None:
     native.select_isa()
     few = ff.explain(ff.scaled_dot_product_attention, *(torch.randn(1, 1, n, 8) for n in (1, 5, 5)))
     assert few.path == f"{native.isa()}, one query at a time"
+    far = ff.explain(
+        ff.scaled_dot_product_attention, *(torch.randn(1, 1, n, 8) for n in (1, 3000, 3000))
+    )
+    assert far.path == f"{native.isa()}, one query at a time, keys in 3 pieces"
 
 
 def test_explain_computes_nothing() -> None:

@@ -129,8 +129,8 @@ class ForwardTask {
       product(Rescale{out_of(i), value_columns_, panel.statistics.rescale, first});
       return;
     }
-    store_product<Math>(p_.out, p_.type, b, panel.h, panel.queries, p_.value_dim, panel.statistics,
-                        first ? nullptr : out_of(i), maximum_, product);
+    store_product<Math>(p_.out, p_.out_type(), b, panel.h, panel.queries, p_.value_dim,
+                        panel.statistics, first ? nullptr : out_of(i), maximum_, product);
   }
 
   // Whether the last product of a panel goes straight to the output.
@@ -145,10 +145,10 @@ class ForwardTask {
       for (int64_t e = 0; e < panel.queries.count * value_columns_; ++e) out_of(i)[e] = 0.0f;
     }
     if (!direct(panel)) {
-      store_means(p_.out, p_.type, b, panel.h, panel.queries, p_.value_dim, panel.statistics.sum,
-                  out_of(i));
+      store_means(p_.out, p_.out_type(), b, panel.h, panel.queries, p_.value_dim,
+                  panel.statistics.sum, out_of(i));
     }
-    store_lse(p_.lse, b, panel.h, panel.queries, panel.statistics);
+    store_lse(p_.lse, p_.sums, b, panel.h, panel.queries, panel.statistics);
   }
 
   static constexpr int64_t kMostPanels = 16;
@@ -187,10 +187,10 @@ void forward_tasks(int64_t begin, int64_t end, const void* context) {
 }
 
 template <class HalfMath>
-const char* attention_path(Type type, int64_t q_len) {
-  if (q_len <= kFew) return "one query at a time";
-  if (type == Type::kFloat32) return "panels of 48 queries";
-  const bool half = type == Type::kBFloat16 && HalfMath::kDepth > 1;
+const char* attention_path(const AttentionForward& p) {
+  if (p.q_len <= kFew) return "one query at a time";
+  if (p.type == Type::kFloat32) return "panels of 48 queries";
+  const bool half = p.type == Type::kBFloat16 && HalfMath::kDepth > 1;
   return half ? "panels of 48 queries, bfloat16 products" : "panels of 48 queries, as float32";
 }
 
@@ -204,16 +204,6 @@ void attention_part(const AttentionForward& p, int64_t begin, int64_t end) {
   const bool half = p.type == Type::kBFloat16;
   auto* body = half ? forward_tasks<HalfMath> : forward_tasks<Float32Math>;
   (p.q_len <= kFew ? few_tasks : body)(begin, end, &p);
-}
-
-template <class HalfMath>
-void attention_forward(const AttentionForward& p, ParallelFor parallel) {
-  const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
-                       double(p.head_dim + p.value_dim);
-  const auto body = [](int64_t begin, int64_t end, const void* context) {
-    attention_part<HalfMath>(*static_cast<const AttentionForward*>(context), begin, end);
-  };
-  ff::run(parallel, attention_parts(p), flops, body, p);
 }
 
 }  // namespace

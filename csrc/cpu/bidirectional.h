@@ -263,7 +263,7 @@ class BidirectionalTask {
     if (visible_keys == 0 || !takes_registers(p_.out_q, queries, p_.value_dim)) {
       store_means(p_.out_q, p_.type, b, h, queries, p_.value_dim, statistics.sum, out_of(i));
     }
-    store_lse(p_.lse_q, b, h, queries, statistics);
+    store_lse(p_.lse_q, nullptr, b, h, queries, statistics);
   }
 
   void finish_keys(int64_t b, int64_t h, const Positions& keys, int64_t place) {
@@ -274,7 +274,7 @@ class BidirectionalTask {
       store_means(p_.out_k, p_.type, b, h, all(keys), p_.query_value_dim, keys_.sum + place, outs);
     }
     const Statistics statistics{keys_.maximum + place, keys_.sum + place, keys_.rescale + place};
-    store_lse(p_.lse_k, b, h, all(keys), statistics);
+    store_lse(p_.lse_k, nullptr, b, h, all(keys), statistics);
   }
 
   struct BidirectionalPanel {

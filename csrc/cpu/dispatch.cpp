@@ -97,6 +97,11 @@ float* scratch(size_t floats) {
   return memory.get(floats ? floats : 1);
 }
 
+float* shared_scratch(size_t floats) {
+  static thread_local Scratch memory;
+  return memory.get(floats ? floats : 1);
+}
+
 const char* compiled_isa(int index) {
   return index >= 0 && index < kCount ? kTables[index].table->isa : nullptr;
 }

@@ -86,6 +86,12 @@ struct MutableLse {
 struct AttentionForward : Attention {
   MutableView out;  // (B, H, Lq, Dv)
   MutableLse lse;
+
+  // Where it is set, the call is a piece of another one: `out` is float32, and in the place of a
+  // log-sum-exp the row's maximum goes to `lse` and its sum of exponentials here.
+  float* sums = nullptr;
+
+  Type out_type() const { return sums ? Type::kFloat32 : type; }
 };
 
 struct AttentionBackward : Attention {
@@ -119,7 +125,9 @@ struct KernelTable {
   const char* isa;
   int lanes;  // float32 values in a register
   void (*attention_forward)(const AttentionForward&, ParallelFor);
-  const char* (*attention_path)(Type, int64_t q_len);  // how a forward call runs, for people
+  // How a forward call runs, for people, and into how many pieces its keys are cut.
+  const char* (*attention_path)(const AttentionForward&);
+  int64_t (*attention_pieces)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&, ParallelFor);
   // A call as parts that need not know of each other: how many, and some of them. A backward call
   // has as many as key heads.
@@ -163,5 +171,8 @@ FF_EXPORT const char* cpu_features();
 // Memory of the calling thread, 64-byte aligned, kept until the thread ends and reused by the
 // next call. Null when the system has none.
 float* scratch(size_t floats);
+
+// The same, of a call as a whole: what its tasks hand to each other.
+float* shared_scratch(size_t floats);
 
 }  // namespace ff

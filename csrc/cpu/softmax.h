@@ -154,19 +154,25 @@ inline void store_product(const MutableView& out, Type type, int64_t b, int64_t 
                rows[0] * out.row;
     product(StoreMeans<T>{to, out.row, factor, before, dim, s.rescale});
   };
-  if constexpr (Math::kDepth > 1) {
-    run(BFloat16{});
-  } else {
+  if (Math::kDepth == 1) {
     with_type(type, run);
+  } else if (type == Type::kFloat32) {
+    run(Float32{});
+  } else {
+    run(BFloat16{});
   }
 }
 
-inline void store_lse(const MutableLse& lse, int64_t b, int64_t h, const Block& rows,
+// Log-sum-exps, or maxima and sums where these have a place.
+inline void store_lse(const MutableLse& lse, float* sums, int64_t b, int64_t h, const Block& rows,
                       const Statistics& s) {
   if (!lse.data) return;
-  float* head = lse.data + b * lse.batch + h * lse.head;
-  for (int64_t i = 0; i < rows.count; ++i)
-    head[rows[i] * lse.row] = log_sum(s.maximum[i], s.sum[i]);
+  const int64_t head = b * lse.batch + h * lse.head;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t at = head + rows[i] * lse.row;
+    lse.data[at] = sums ? s.maximum[i] : log_sum(s.maximum[i], s.sum[i]);
+    if (sums) sums[at] = s.sum[i];
+  }
 }
 
 // Bits or numbers of a mask: kLanes of them along its rows or columns.

@@ -6,6 +6,7 @@
 #include "bidirectional.h"
 #include "bidirectional_backward.h"
 #include "peak.h"
+#include "pieces.h"
 
 namespace ff {
 namespace {
@@ -17,6 +18,7 @@ constexpr KernelTable table(const char* isa) {
           Vec::kLanes,
           attention_forward<HalfMath>,
           attention_path<HalfMath>,
+          attention_pieces,
           attention_backward<HalfMath>,
           attention_parts,
           attention_part<HalfMath>,

@@ -270,7 +270,7 @@ def _run_cpu(*given: Any) -> tuple[Tensor, ...]:
 
 
 def _cpu_path(query: Tensor, *others: Any) -> str:
-    return f"scores once for both directions, {_registration.path(query, q_len=48)}"
+    return f"scores once for both directions, {_registration.path(query, 48)}"
 
 
 def _run_triton(*given: Any) -> tuple[Tensor, ...]:

@@ -306,6 +306,11 @@ _TRITON = _triton.kernel_op(
 )  # fmt: skip
 
 
+def _cpu_path(query: Tensor, key: Tensor, *others: Any) -> str:
+    dropout_p, is_causal = others[4:6]
+    return _registration.path(query, query.shape[2], key.shape[2], is_causal, dropout_p > 0.0)
+
+
 def _run_triton(
     query: Tensor,
     key: Tensor,
@@ -441,9 +446,7 @@ OP = Op(
     inputs=inputs,
     cost=cost,
     implementations=(
-        Implementation(
-            "cpu", _registration.attention, _registration.refuses, path=_registration.path
-        ),
+        Implementation("cpu", _registration.attention, _registration.refuses, path=_cpu_path),
         Implementation("triton", _run_triton, _triton.refuses, on_request=_triton.interprets),
         Implementation("reference", _run_reference, never_refuses),
     ),

@@ -291,7 +291,7 @@ def _run_cpu(*given: Any) -> Any:
 
 
 def _cpu_path(*given: Any) -> str:
-    return _registration.path(given[0], q_len=given[5])
+    return _registration.path(given[0], given[5])
 
 
 def _run_triton(*given: Any) -> Any:

@@ -25,6 +25,7 @@ const Case kCases[] = {
     {2, 3, 3, 20, 36, 64, 64, false, false, false}, {1, 4, 2, 49, 257, 40, 33, true, true, false},
     {1, 2, 1, 1, 300, 64, 64, false, true, false},  {2, 2, 2, 3, 19, 77, 5, true, false, true},
     {1, 2, 2, 70, 70, 1, 16, false, true, true},    {1, 1, 1, 5, 530, 160, 16, true, false, false},
+    {1, 4, 2, 2, 2500, 16, 7, true, true, false},
 };
 
 void serial(int64_t tasks, void (*body)(int64_t, int64_t, const void*), const void* context) {

@@ -37,6 +37,13 @@ def hide_all_of_one(call: dict[str, Any]) -> None:
     call["key_padding_mask"] = hidden
 
 
+def hide_a_piece(call: dict[str, Any]) -> None:
+    hidden = torch.rand(2, call["key"].shape[2]) < 0.1
+    hidden[0, :1100] = True
+    hidden[1] = True
+    call["key_padding_mask"] = hidden
+
+
 def bias_of(*sizes: int) -> Any:
     def edit(call: dict[str, Any]) -> None:
         call["attn_mask"] = torch.randn(sizes).to(call["query"].dtype)
@@ -62,6 +69,10 @@ CASES = [
     Case("few_dead_rows", "one at a time, rows without a key", shape(3, 50), edit=dead_rows),
     Case("few_and_far", "splits of the keys, with everything that scores may have", shape(
         5, 700, mask="bias", heads=4, kv_heads=2), {"dropout_p": 0.2}, hide_all_of_one),
+    Case("pieces", "keys cut into pieces, one of them hidden whole", shape(
+        33, 1300, 8, value_dim=5, mask="bias", heads=2, kv_heads=1), edit=hide_a_piece),
+    Case("pieces_few", "pieces of few queries", shape(2, 1300, 8, heads=4, kv_heads=2, mask="bool"),
+         edit=hide_a_piece),
     Case("past_a_panel", "tails of panels and key blocks", shape(49, 257)),
     Case("blocks", "several key blocks", shape(17, 600)),
     # More numbers than the others: on few, the plain formula's error is luck.
@@ -128,12 +139,15 @@ class TestScaledDotProductAttention(OpSuite):
     cases = CASES
     outputs = 1
 
+    @pytest.mark.parametrize("kv_len", [300, 1100])
     def test_same_bits_alone_and_in_a_batch(
-        self, native_target: Target, dtype: torch.dtype
+        self, kv_len: int, native_target: Target, dtype: torch.dtype
     ) -> None:
         """A sample's bits do not depend on its batch mates, nor a row's on the other rows."""
-        whole = spec.inputs(shape(60, 300, batch=3, heads=4, kv_heads=2), dtype)
-        hidden = torch.rand(3, 300) < 0.3
+        if native_target.interpreted:
+            kv_len = min(kv_len, 400)  # several blocks of its kernels
+        whole = spec.inputs(shape(60, kv_len, batch=3, heads=4, kv_heads=2), dtype)
+        hidden = torch.rand(3, kv_len) < 0.3
         expected = native_target.call(self.function, **whole, key_padding_mask=hidden)[0]
         for b in range(3):
             alone = {k: v[b : b + 1] if torch.is_tensor(v) else v for k, v in whole.items()}
