@@ -28,25 +28,6 @@
 namespace ff {
 namespace {
 
-// to = to + product, or the product alone if it is the first.
-struct Add {
-  float* to;
-  int64_t stride;
-  bool first = false;
-
-  template <int R, int N>
-  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
-    if (first) return Store{to, stride}(row, column, sum);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        float* at = to + (row + r) * stride + column + n * Vec::kLanes;
-        (Vec::load(at) + sum[r][n]).store(at);
-      }
-  }
-};
-
 // P c and dS as they are computed, keys down and queries across, become left operands: in place
 // for products over the queries, in another array for those over the keys.
 template <class Math>

@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "dropout.h"
+#include "few.h"
 #include "panels.h"
 #include "softmax.h"
 #include "task.h"
@@ -106,6 +107,9 @@ inline void key_softmax(const Scores& s, const Block& block, float unit, const f
     Vec::fma(before, rescale, Vec::totals(sums)).store(keys.sum + first, count);
   }
 }
+
+// Whether a side is so short that errors of single scores are all there is to see.
+inline bool has_few(const Bidirectional& p) { return p.q_len <= kFew || p.kv_len <= kFew; }
 
 constexpr int64_t kPanels = 2;  // that share what is made of a block of keys
 
@@ -209,9 +213,14 @@ class BidirectionalTask {
   // Fills the scores and `maximum_`; returns their unit.
   float score(const Scores& scores, const Block& block, const Left<Math>& key, int64_t i) {
     for (int64_t e = 0; e < scores.columns; ++e) maximum_[e] = -kInfinity;
-    multiply(key, query_[i], block.count, scores.columns, Operands<Math>::steps(p_.head_dim),
-             StoreMaximum{scores_, scores.columns, maximum_});
-    if (!p_.mask.data) return unit_;
+    const int64_t steps = Operands<Math>::steps(p_.head_dim);
+    if (has_few(p_)) {
+      multiply_in_parts(key, query_[i], block.count, scores.columns, steps, scores_);
+    } else {
+      multiply(key, query_[i], block.count, scores.columns, steps,
+               StoreMaximum{scores_, scores.columns, maximum_});
+      if (!p_.mask.data) return unit_;
+    }
     mask_scores(scores, block, unit_, maximum_);
     return 1.0f;
   }

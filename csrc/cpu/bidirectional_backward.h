@@ -37,7 +37,7 @@ class BidirectionalBackwardTask {
         value_dim_(padded(p.value_dim)),
         query_value_dim_(padded(p.query_value_dim)),
         rows_size_(padded(p.q_len) + Vec::kLanes),
-        unit_(Math::kDepth > 1 && !p.mask.data ? std::fabs(p.scale) : 1.0f),
+        unit_(Math::kDepth > 1 && !p.mask.data && !has_few(p) ? std::fabs(p.scale) : 1.0f),
         size_(p.kv_len),
         keeps_(3 * p.kv_len * rows_size_ <= kKept) {}
 
@@ -238,15 +238,26 @@ class BidirectionalBackwardTask {
     const Block& block = keys.block;
     const int64_t columns = panel.columns;
     for (int64_t e = 0; e < columns; ++e) maximum_[e] = -kInfinity;
-    multiply(keys.key, panel.query_t, block.count, columns, Operands<Math>::steps(p_.head_dim),
-             StoreMaximum{tile.scores, columns, maximum_});
-    if (p_.mask.data) {
+    const int64_t steps = Operands<Math>::steps(p_.head_dim);
+    const bool few = has_few(p_);
+    if (few) {
+      multiply_in_parts(keys.key, panel.query_t, block.count, columns, steps, tile.scores);
+    } else {
+      multiply(keys.key, panel.query_t, block.count, columns, steps,
+               StoreMaximum{tile.scores, columns, maximum_});
+    }
+    if (few || p_.mask.data) {
       mask_scores(scores, block, Math::kDepth > 1 ? std::fabs(p_.scale) : 1.0f, maximum_);
     }
     const auto gradients = [&](const Left<Math>& left, const Right<Math>& right, int64_t dim,
                                uint32_t stream, float* to) {
       if (!left.data) return;
-      multiply(left, right, block.count, columns, Operands<Math>::steps(dim), Store{to, columns});
+      const int64_t steps = Operands<Math>::steps(dim);
+      if (few) {
+        multiply_in_parts(left, right, block.count, columns, steps, to);
+      } else {
+        multiply(left, right, block.count, columns, steps, Store{to, columns});
+      }
       if (!p_.dropout) return;
       dropout_factors(scores, block, stream, factor_);
       for (int64_t e = 0; e < block.count * columns; e += Vec::kLanes)

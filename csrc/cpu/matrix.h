@@ -80,6 +80,25 @@ struct StoreMaximum {
   }
 };
 
+// to = to + product, or the product alone if it is the first.
+struct Add {
+  float* to;
+  int64_t stride;
+  bool first = false;
+
+  template <int R, int N>
+  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
+    if (first) return Store{to, stride}(row, column, sum);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        float* at = to + (row + r) * stride + column + n * Vec::kLanes;
+        (Vec::load(at) + sum[r][n]).store(at);
+      }
+  }
+};
+
 // to = to * factor[row] + product, or the product alone if it is the first.
 struct Rescale {
   float* to;
@@ -175,6 +194,19 @@ void multiply(const Left<Math>& a, const Right<Math>& b, int64_t rows, int64_t c
       if (n == 4) run.template operator()<4>();
     }
     done += n;
+  }
+}
+
+// The same into `to`, as sums over 16 steps each that are added in order: half the error of one
+// chain. For products of so few rows or columns that the plain formula takes dot products.
+template <class Math>
+void multiply_in_parts(const Left<Math>& a, const Right<Math>& b, int64_t rows, int64_t columns,
+                       int64_t steps, float* to) {
+  constexpr int64_t kPart = 16;
+  for (int64_t s = 0; s == 0 || s < steps; s += kPart) {
+    const int64_t some = steps - s < kPart ? steps - s : kPart;
+    multiply<Math>({a.data + s * a.step, a.row, a.step}, {b.data + s * b.step, b.step}, rows,
+                   columns, some, Add{to, columns, s == 0});
   }
 }
 

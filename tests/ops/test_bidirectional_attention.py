@@ -109,6 +109,8 @@ CASES = [
     Case("one_by_one", "shortest lengths", shape(1, 1, heads=12)),
     Case("one_query", "a softmax over one score on one side", shape(1, 300, heads=3)),
     Case("one_key", "the same on the other side", shape(45, 1, 64)),
+    Case("few_queries", "errors of single scores", shape(3, 200, 64, batch=1, heads=4)),
+    Case("few_keys", "the same on the other side", shape(200, 2, 64, batch=1, heads=4)),
     Case("past_a_panel", "tails of panels and key blocks", shape(49, 257)),
     Case("tall", "columns longer than rows", shape(257, 49)),
     Case("wide_and_long", "few keys against many queries, too wide to stay on chip", shape(
