@@ -286,19 +286,26 @@ inline bool maskable_product(const Scores& s, const Block& block, float unit) {
 // The lanes of each key and register of queries that a mask leaves, which a product can store
 // without another look at its scores.
 inline void shown_lanes(const Scores& s, const Block& block, uint16_t* shown) {
-  constexpr int64_t kLanes = Vec::kLanes;
+  constexpr int64_t kLanes = Vec::kLanes, kBits = 32, kGroups = 2 * kBlock / kBits;
   const Attention& p = s.p;
   const int64_t vectors = s.columns / kLanes;
   const int64_t head = s.b * p.mask.batch + s.h * p.mask.head;
   const bool* mask = static_cast<const bool*>(p.mask.data) + head + block[0];
   for (int64_t n = 0; n < vectors; ++n) {
     const int64_t left = s.queries.count - n * kLanes, some = left < kLanes ? left : kLanes;
-    for (int64_t first = 0; first < block.count; first += kLanes) {
-      const int64_t count = block.count - first < kLanes ? block.count - first : kLanes;
-      uint32_t truths[kLanes] = {};
-      for (int64_t i = 0; i < some; ++i)
-        truths[i] = Vec::truths(mask + s.queries[n * kLanes + i] * p.mask.row + first, count);
-      for (int64_t k = 0; k < count; ++k) shown[(first + k) * vectors + n] = Vec::lanes(truths, k);
+    uint32_t truths[kGroups][kLanes];
+    for (int64_t i = some; i < kLanes; ++i)
+      for (int64_t k = 0; k < block.count; k += kBits) truths[k / kBits][i] = 0;
+    for (int64_t i = 0; i < some; ++i) {
+      const bool* row = mask + s.queries[n * kLanes + i] * p.mask.row;
+      int64_t k = 0;
+      for (; k + kBits <= block.count; k += kBits)
+        truths[k / kBits][i] = Vec::truths(row + k, kBits);
+      if (k < block.count) truths[k / kBits][i] = Vec::truths(row + k, block.count - k);
+    }
+    for (int64_t k = 0; k < block.count; k += kBits) {
+      const int64_t count = block.count - k < kBits ? block.count - k : kBits;
+      Vec::store_lanes(truths[k / kBits], count, vectors, shown + k * vectors + n);
     }
   }
 }

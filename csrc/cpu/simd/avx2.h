@@ -59,9 +59,15 @@ struct Vec {
     return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(wide, _mm256_setzero_si256()))};
   }
 
-  // Bit i: p[i].
+  // Bit i: p[i], of up to 32.
   static uint32_t truths(const bool* p, int64_t count) {
-    return uint32_t(_mm256_movemask_ps(load_bool(p, count).v));
+    if (count < 32) {
+      uint32_t bits = 0;
+      for (int64_t i = 0; i < count; ++i) bits |= uint32_t(p[i]) << i;
+      return bits;
+    }
+    const __m256i bytes = _mm256_loadu_si256((const __m256i*)p);
+    return ~uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_setzero_si256())));
   }
 
   // Bit i: bit `index` of truths[i].
@@ -69,6 +75,11 @@ struct Vec {
     const __m256i bits = _mm256_loadu_si256((const __m256i*)truths);
     const __m256i sign = _mm256_sll_epi32(bits, _mm_cvtsi64_si128(31 - index));
     return uint16_t(_mm256_movemask_ps(_mm256_castsi256_ps(sign)));
+  }
+
+  // to[index * stride] = lanes(truths, index) of the first `count`.
+  static void store_lanes(const uint32_t* truths, int64_t count, int64_t stride, uint16_t* to) {
+    for (int64_t i = 0; i < count; ++i) to[i * stride] = lanes(truths, i);
   }
 
   // a in the lanes whose bit is set, else b.

@@ -58,15 +58,25 @@ struct Vec {
     return {_mm512_castsi512_ps(_mm512_movm_epi32(_mm_test_epi8_mask(bytes, bytes)))};
   }
 
-  // Bit i: p[i].
+  // Bit i: p[i], of up to 32.
   static uint32_t truths(const bool* p, int64_t count) {
-    const __m128i bytes = _mm_maskz_loadu_epi8(first(count), p);
-    return _mm_test_epi8_mask(bytes, bytes);
+    const __mmask32 some = __mmask32((uint64_t{1} << count) - 1);
+    const __m256i bytes = _mm256_maskz_loadu_epi8(some, p);
+    return _mm256_test_epi8_mask(bytes, bytes);
   }
 
   // Bit i: bit `index` of truths[i].
   static uint16_t lanes(const uint32_t* truths, int64_t index) {
     return _mm512_test_epi32_mask(_mm512_loadu_si512(truths), _mm512_set1_epi32(1 << index));
+  }
+
+  // to[index * stride] = lanes(truths, index) of the first `count`.
+  static void store_lanes(const uint32_t* truths, int64_t count, int64_t stride, uint16_t* to) {
+    __m512i bits = _mm512_loadu_si512(truths);
+    for (int64_t i = 0; i < count; ++i, to += stride) {
+      *to = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1));
+      bits = _mm512_srli_epi32(bits, 1);
+    }
   }
 
   // a in the lanes whose bit is set, else b.

@@ -73,7 +73,7 @@ struct Vec {
     return {vreinterpretq_f32_u32(vcgtq_u32(wide, vdupq_n_u32(0)))};
   }
 
-  // Bit i: p[i].
+  // Bit i: p[i], of up to 32.
   static uint32_t truths(const bool* p, int64_t count) {
     uint32_t bits = 0;
     for (int64_t i = 0; i < count; ++i) bits |= uint32_t(p[i]) << i;
@@ -85,6 +85,11 @@ struct Vec {
     uint32_t bits = 0;
     for (int i = 0; i < kLanes; ++i) bits |= (truths[i] >> index & 1) << i;
     return uint16_t(bits);
+  }
+
+  // to[index * stride] = lanes(truths, index) of the first `count`.
+  static void store_lanes(const uint32_t* truths, int64_t count, int64_t stride, uint16_t* to) {
+    for (int64_t i = 0; i < count; ++i) to[i * stride] = lanes(truths, i);
   }
 
   // a in the lanes whose bit is set, else b.
