@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastfusion as ff
 
-from . import gate, peers
+from . import gate, peers, runtimes
 from .results import OURS, REFERENCE, Row
 from .timing import measure
 
@@ -42,7 +42,7 @@ SUITES = {
         group="attention",
         results=1,
         plain="unfused",
-        others={"sdpa": peers.sdpa, "unfused": peers.unfused, **peers.optional()},
+        others={"sdpa": peers.sdpa, "unfused": peers.unfused, **runtimes.ALL},
     ),
     "bidirectional": Suite(
         op="bidirectional_attention",
@@ -129,14 +129,16 @@ def run_shape(
     leaves = floating(call)
     for leaf in leaves:
         leaf.requires_grad_(backward)
-    calls: dict[str, Call] = {
-        OURS: partial(public, **call),
-        **{
-            name: adapter(call)
-            for name, adapter in about.others.items()
-            if not (backward and name in peers.optional())
-        },
-    }
+    calls: dict[str, Call] = {OURS: partial(public, **call)}
+    for name, adapter in about.others.items():
+        try:
+            if backward and name in runtimes.ALL:
+                raise peers.Skipped("has no gradients")
+            calls[name] = adapter(call)
+        except peers.Skipped as reason:
+            row.skipped[name] = str(reason)
+        except Exception as error:
+            row.problems[name] = crash(error)
     row.path = ff.explain(public, **call).chosen
     if row.path != REFERENCE:
         calls[REFERENCE] = partial(public, **call, backend=REFERENCE)
@@ -145,10 +147,17 @@ def run_shape(
 
     with torch.inference_mode(not backward):
         plain = as_tuple(calls[about.plain]())
-        row.problems, right = judge(calls, expected, plain, backward)
+        problems, right = judge(calls, expected, plain, backward)
+        row.problems |= problems
         if OURS in right:
             row.add(measure(right, rounds, min_time))
     return row
+
+
+def crash(error: Exception) -> str:
+    """An error in one line."""
+    line = (str(error).splitlines() or [""])[0]
+    return f"ERROR: {type(error).__name__}: {line if len(line) < 120 else line[:117] + '...'}"
 
 
 def judge(
@@ -160,7 +169,7 @@ def judge(
         try:
             wrong = gate.verdict(as_tuple(run()), expected, plain, gradients)
         except Exception as error:
-            problems[name] = f"ERROR: {type(error).__name__}: {str(error).splitlines()[0]}"
+            problems[name] = crash(error)
             continue
         if wrong:
             problems[name] = f"WRONG, so not timed: {wrong}"

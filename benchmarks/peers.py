@@ -7,7 +7,6 @@ that call. Tensors: query (B, H, Lq, D), key (B, Hkv, Lk, D), value (B, Hkv, Lk,
 
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +15,10 @@ from torch import Tensor
 
 Arguments = dict[str, Any]
 Adapter = Callable[[Arguments], Callable[[], Any]]
+
+
+class Skipped(Exception):
+    """A peer cannot take part in a call; the message says why."""
 
 
 def attend_mask(call: Arguments) -> Tensor | None:
@@ -79,62 +82,6 @@ def unfused(call: Arguments) -> Callable[[], Tensor]:
         bias = hidden if bias is None or hidden is None else bias + hidden
     scale = call.get("scale", query.shape[-1] ** -0.5)
     return partial(unfused_formula, query, key, call["value"], bias, scale)
-
-
-def _openvino_tensor(tensor: Tensor) -> Any:
-    """A contiguous tensor's memory as OpenVINO takes it; NumPy has no bfloat16."""
-    import openvino
-
-    types = openvino.Type
-    names = {
-        torch.float32: types.f32, torch.bfloat16: types.bf16, torch.float16: types.f16,
-        torch.bool: types.boolean,
-    }  # fmt: skip
-    bits = tensor.view(torch.int16) if tensor.element_size() == 2 else tensor
-    return openvino.Tensor(bits.numpy(), list(tensor.shape), names[tensor.dtype])
-
-
-def openvino(call: Arguments) -> Callable[[], Tensor]:
-    """OpenVINO's attention in the precision of the inputs, on their memory."""
-    import openvino
-    from openvino import opset13
-
-    inputs = [call["query"], call["key"], call["value"]]
-    repeats = inputs[0].shape[1] // inputs[1].shape[1]
-    inputs[1:] = [t.repeat_interleave(repeats, 1) for t in inputs[1:]]
-    mask = attend_mask(call)
-    inputs += [] if mask is None else [mask]
-    inputs = [t.detach().contiguous() for t in inputs]
-    tensors = [_openvino_tensor(t) for t in inputs]
-    parameters = [opset13.parameter(list(t.shape), t.element_type) for t in tensors]
-    node = opset13.scaled_dot_product_attention(
-        *parameters, causal=bool(call.get("is_causal")),
-        **({"scale": opset13.constant(call["scale"])} if call.get("scale") is not None else {}),
-    )  # fmt: skip
-    hints = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-    options = {
-        "INFERENCE_PRECISION_HINT": hints[inputs[0].dtype],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    model = openvino.Core().compile_model(openvino.Model([node], parameters), "CPU", options)
-    request = model.create_infer_request()
-    for index, tensor in enumerate(tensors):
-        request.set_input_tensor(index, tensor)
-    out = torch.empty(*inputs[0].shape[:3], inputs[2].shape[3], dtype=inputs[0].dtype)
-    request.set_output_tensor(0, _openvino_tensor(out))
-
-    def run() -> Tensor:
-        assert inputs  # whose memory the request reads
-        request.infer()
-        return out
-
-    return run
-
-
-def optional() -> dict[str, Adapter]:
-    """Peers that a user may have installed; they have no gradients."""
-    return {"openvino": openvino} if find_spec("openvino") else {}
 
 
 def _padding_pair(call: Arguments) -> tuple[Tensor | None, Tensor | None]:

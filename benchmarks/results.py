@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class Row:
         samples: every single time behind them.
         loops: how many calls one time was averaged over.
         problems: why an implementation has no time: wrong, or crashed.
+        skipped: why a peer took no part.
         flops: floating-point operations of one call, None where nobody has counted them.
     """
 
@@ -38,6 +40,7 @@ class Row:
     samples: dict[str, list[float]] = field(default_factory=dict)
     loops: dict[str, int] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     flops: int | None = None
 
     def add(self, measurement: Measurement) -> None:
@@ -77,6 +80,9 @@ def table(rows: list[Row]) -> str:
             f"{'':5}{name}: geometric mean {mean:.2f} over {len(ratios)} shape(s), "
             f"lost {sum(map(slower, ratios))}"
         )
+    reasons = Counter((name, why) for row in rows for name, why in row.skipped.items())
+    for (name, why), count in reasons.items():
+        lines.append(f"{'':5}{name}: skipped for {count} shape(s): {why}")
     return "\n".join(lines)
 
 

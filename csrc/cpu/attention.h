@@ -10,8 +10,8 @@
 
 #include "dropout.h"
 #include "few.h"
+#include "outputs.h"
 #include "panels.h"
-#include "softmax.h"
 #include "task.h"
 
 namespace ff {
@@ -23,7 +23,8 @@ class ForwardTask {
   explicit ForwardTask(const AttentionForward& p)
       : p_(p),
         value_columns_(padded(p.value_dim)),
-        unit_(Math::kDepth > 1 ? std::fabs(p.scale) : 1) {
+        unit_(Math::kDepth > 1 ? std::fabs(p.scale) : 1),
+        turned_(2 * p.value_dim <= Vec::kLanes) {
     constexpr int64_t kFloats = 98304;  // 384 KB of the second cache
     const int64_t fitting = kFloats / (query_floats() + Panels::kMost * value_columns_);
     most_ = fitting < 1 ? 1 : fitting < kMostPanels ? fitting : kMostPanels;
@@ -101,6 +102,7 @@ class ForwardTask {
               const Right<Math>& value) {
     const Panel& panel = panel_[i];
     const int64_t columns = panel.columns;
+    const bool first = block.first == 0;
     const Scores scores{p_, b, panel.h, panel.queries, columns, scores_};
     for (int64_t e = 0; e < columns; ++e) maximum_[e] = -kInfinity;
     const auto score = [&](const auto& finish) {
@@ -120,11 +122,17 @@ class ForwardTask {
     if (p_.dropout) dropout_factors(scores, block, kRowStream, factor_);
     online_softmax<Math>(block, columns, unit, maximum_, p_.dropout ? factor_ : nullptr, scores_,
                          panel.statistics);
+    const auto weights = Weights<Math>::by_query(scores_, columns);
+    if (turned_) {
+      multiply<Math>({value.data, Math::kDepth, value.step}, {weights.data, weights.step},
+                     p_.value_dim, columns, Operands<Math>::steps(block.count),
+                     RescaleColumns{out_of(i), columns, panel.statistics.rescale, first});
+      return;
+    }
     const auto product = [&](const auto& finish) {
-      multiply(Weights<Math>::by_query(scores_, columns), value, panel.queries.count,
-               value_columns_, Operands<Math>::steps(block.count), finish);
+      multiply(weights, value, panel.queries.count, value_columns_,
+               Operands<Math>::steps(block.count), finish);
     };
-    const bool first = block.first == 0;
     if (!direct(panel) || block.first + block.count < panel.visible) {
       product(Rescale{out_of(i), value_columns_, panel.statistics.rescale, first});
       return;
@@ -135,7 +143,7 @@ class ForwardTask {
 
   // Whether the last product of a panel goes straight to the output.
   bool direct(const Panel& panel) const {
-    return panel.visible > 0 && takes_registers(p_.out, panel.queries, p_.value_dim);
+    return panel.visible > 0 && !turned_ && takes_registers(p_.out, panel.queries, p_.value_dim);
   }
 
   // What is left to do after the last block.
@@ -145,10 +153,20 @@ class ForwardTask {
       for (int64_t e = 0; e < panel.queries.count * value_columns_; ++e) out_of(i)[e] = 0.0f;
     }
     if (!direct(panel)) {
+      float* outs = out_of(i);
+      if (turned_ && panel.visible > 0) outs = turned_back(outs, panel.columns);
       store_means(p_.out, p_.out_type(), b, panel.h, panel.queries, p_.value_dim,
-                  panel.statistics.sum, out_of(i));
+                  panel.statistics.sum, outs);
     }
     store_lse(p_.lse, p_.sums, b, panel.h, panel.queries, panel.statistics);
+  }
+
+  // Sums that had lanes of queries as rows of them, in the place of the scores.
+  float* turned_back(const float* outs, int64_t columns) const {
+    turn_rows(
+        {{p_.value_dim, nullptr}, 0, p_.value_dim}, columns, scores_,
+        [&](int64_t d, int64_t lane, int64_t) { return Vec::load(outs + d * columns + lane); });
+    return scores_;
   }
 
   static constexpr int64_t kMostPanels = 16;
@@ -157,6 +175,7 @@ class ForwardTask {
   const AttentionForward& p_;
   int64_t value_columns_, most_, count_ = 0;
   float unit_;
+  bool turned_;  // few columns of values: the lanes of the second product are queries, too
   float *queries_, *outs_, *statistics_, *maximum_, *scores_, *factor_, *key_, *value_;
   uint16_t* shown_;
   int32_t* list_;

@@ -22,7 +22,7 @@
 #include "dropout.h"
 #include "few_backward.h"
 #include "panels.h"
-#include "softmax.h"
+#include "outputs.h"
 #include "task.h"
 
 namespace ff {

@@ -18,8 +18,8 @@
 
 #include "dropout.h"
 #include "few.h"
+#include "outputs.h"
 #include "panels.h"
-#include "softmax.h"
 #include "task.h"
 
 namespace ff {

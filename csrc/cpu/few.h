@@ -3,7 +3,7 @@
 #pragma once
 
 #include "dropout.h"
-#include "softmax.h"
+#include "outputs.h"
 #include "task.h"
 
 namespace ff {

@@ -121,6 +121,29 @@ struct Rescale {
   }
 };
 
+// The same with a factor for every column.
+struct RescaleColumns {
+  float* to;
+  int64_t stride;
+  const float* factor;
+  bool first;
+
+  template <int R, int N>
+  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
+    if (first) return Store{to, stride}(row, column, sum);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const int64_t lane = column + n * Vec::kLanes;
+      const Vec scale = Vec::load(factor + lane);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        float* at = to + (row + r) * stride + lane;
+        Vec::fma(Vec::load(at), scale, sum[r][n]).store(at);
+      }
+    }
+  }
+};
+
 template <class Math, int R, int N, class Finish>
 __attribute__((noinline)) void multiply_tile(const typename Math::Element* a, int64_t a_row,
                                              int64_t a_step, const typename Math::Element* b,

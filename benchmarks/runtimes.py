@@ -1,0 +1,176 @@
+"""Inference runtimes as peers, where a user has installed them: ``pip install fastfusion[bench]``.
+
+Each runs a model of one attention node, built once, on the memory of torch's tensors.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .peers import Arguments, Skipped, additive, attend_mask
+
+
+def _wide_heads(call: Arguments) -> list[Tensor]:
+    """query, key and value, contiguous, with as many heads of keys as of queries."""
+    query, key, value = (call[name].detach() for name in ("query", "key", "value"))
+    repeats = query.shape[1] // key.shape[1]
+    wide = [query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)]
+    return [t.contiguous() for t in wide]
+
+
+def _scores(wide: list[Tensor]) -> tuple[int, int]:
+    """Lq and Lk."""
+    return wide[0].shape[2], wide[1].shape[2]
+
+
+def _scale(call: Arguments) -> float:
+    scale = call.get("scale")
+    return call["query"].shape[-1] ** -0.5 if scale is None else scale
+
+
+def _openvino_tensor(tensor: Tensor) -> Any:
+    """A contiguous tensor's memory as OpenVINO takes it; NumPy has no bfloat16."""
+    import openvino
+
+    types = openvino.Type
+    names = {
+        torch.float32: types.f32, torch.bfloat16: types.bf16, torch.float16: types.f16,
+        torch.bool: types.boolean,
+    }  # fmt: skip
+    bits = tensor.view(torch.int16) if tensor.element_size() == 2 else tensor
+    return openvino.Tensor(bits.numpy(), list(tensor.shape), names[tensor.dtype])
+
+
+def openvino(call: Arguments) -> Callable[[], Tensor]:
+    """OpenVINO's attention in the precision of the inputs."""
+    try:
+        import openvino
+        from openvino import opset13
+    except ImportError:
+        raise Skipped("not installed (pip install openvino)") from None
+    inputs = _wide_heads(call)
+    hints = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+    if inputs[0].dtype not in hints:
+        raise Skipped(f"has no {inputs[0].dtype}".replace("torch.", ""))
+    mask = attend_mask(call)
+    inputs += [] if mask is None else [mask.contiguous()]
+    tensors = [_openvino_tensor(t) for t in inputs]
+    parameters = [opset13.parameter(list(t.shape), t.element_type) for t in tensors]
+    node = opset13.scaled_dot_product_attention(
+        *parameters, causal=bool(call.get("is_causal")),
+        **({"scale": opset13.constant(call["scale"])} if call.get("scale") is not None else {}),
+    )  # fmt: skip
+    options = {
+        "INFERENCE_PRECISION_HINT": hints[inputs[0].dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    model = openvino.Core().compile_model(openvino.Model([node], parameters), "CPU", options)
+    request = model.create_infer_request()
+    for index, tensor in enumerate(tensors):
+        request.set_input_tensor(index, tensor)
+    out = torch.empty(*inputs[0].shape[:3], inputs[2].shape[3], dtype=inputs[0].dtype)
+    request.set_output_tensor(0, _openvino_tensor(out))
+
+    def run() -> Tensor:
+        assert inputs  # whose memory the request reads
+        request.infer()
+        return out
+
+    return run
+
+
+def _onnx_session(
+    node: str, attributes: Arguments, inputs: Sequence[Tensor | None], out: Tensor
+) -> Callable[[], None]:
+    """A call of one ONNX node on the memory of `inputs` and `out`; None stands for no input."""
+    try:
+        import onnxruntime
+        from onnx import TensorProto, helper
+    except ImportError:
+        raise Skipped("not installed (pip install onnx onnxruntime)") from None
+    import numpy
+
+    if out.dtype != torch.float32:
+        raise Skipped("its attention on CPUs is float32 alone")
+    kinds = {torch.float32: (TensorProto.FLOAT, numpy.float32),
+             torch.bool: (TensorProto.BOOL, numpy.bool_)}  # fmt: skip
+    given = {f"input{i}": t for i, t in enumerate(inputs) if t is not None}
+    domain = {} if node == "Attention" else {"domain": "com.microsoft"}
+    graph = helper.make_graph(
+        [
+            helper.make_node(
+                node,
+                [f"input{i}" if t is not None else "" for i, t in enumerate(inputs)],
+                ["out"],
+                **domain,
+                **attributes,
+            )  # fmt: skip
+        ],
+        "attention",
+        [helper.make_tensor_value_info(n, kinds[t.dtype][0], t.shape) for n, t in given.items()],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, out.shape)],
+    )
+    versions = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=versions, ir_version=11)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    binding = session.io_binding()
+    for name, tensor in given.items():
+        binding.bind_input(
+            name, "cpu", 0, kinds[tensor.dtype][1], list(tensor.shape), tensor.data_ptr()
+        )
+    binding.bind_output("out", "cpu", 0, numpy.float32, list(out.shape), out.data_ptr())
+
+    def run() -> None:
+        assert given  # whose memory the session reads
+        session.run_with_iobinding(binding)
+
+    return run
+
+
+def onnxruntime(call: Arguments) -> Callable[[], Tensor]:
+    """onnxruntime's Attention (ONNX opset 23)."""
+    inputs = _wide_heads(call)
+    mask = attend_mask(call)
+    if mask is not None:
+        inputs.append(mask.expand(*mask.shape[:-2], *_scores(inputs)).contiguous())
+    out = inputs[0].new_empty(*inputs[0].shape[:3], inputs[2].shape[3])
+    attributes = {"scale": _scale(call), "is_causal": int(bool(call.get("is_causal")))}
+    session = _onnx_session("Attention", attributes, inputs, out)
+
+    def run() -> Tensor:
+        session()
+        return out
+
+    return run
+
+
+def onnxruntime_fused(call: Arguments) -> Callable[[], Tensor]:
+    """onnxruntime's own MultiHeadAttention, whose tensors are (B, L, H * D)."""
+    wide = _wide_heads(call)
+    heads = wide[0].shape[1]
+    inputs: list[Any] = [t.transpose(1, 2).flatten(2) for t in wide]
+    bias = additive(attend_mask(call), wide[0].dtype)
+    if bias is not None:
+        inputs += [None, None, bias.expand(*bias.shape[:-2], *_scores(wide)).contiguous()]
+    out = inputs[0].new_empty(*inputs[0].shape[:2], inputs[2].shape[2])
+    attributes = {"num_heads": heads, "scale": _scale(call),
+                  "unidirectional": int(bool(call.get("is_causal")))}  # fmt: skip
+    session = _onnx_session("MultiHeadAttention", attributes, inputs, out)
+    view = out.unflatten(2, (heads, -1)).transpose(1, 2)
+
+    def run() -> Tensor:
+        session()
+        return view
+
+    return run
+
+
+# Without gradients.
+ALL = {"openvino": openvino, "onnxruntime": onnxruntime, "onnxruntime fused": onnxruntime_fused}
