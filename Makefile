@@ -34,7 +34,7 @@ OMP_NUM_THREADS=1 exec $$python -m fastfusion.benchmarks.$@ $(ARGS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test asan emulate lint format bench kernels gpu tune build wheel clean
+.PHONY: help demo test asan emulate lint format bench bench-check kernels gpu tune build wheel clean
 
 help:
 	@echo "make demo     answer questions about images, and compare with stock torch"
@@ -42,7 +42,9 @@ help:
 	@echo "make emulate  run the CPU kernels on other processors in QEMU: Arm, and x86-64 without AVX-512"
 	@echo "make asan     run the CPU kernels' tests on a build with sanitizers of memory and undefined behaviour"
 	@echo "make lint     ruff, mypy, clang-format      make format   apply them"
-	@echo "make bench    the microbenchmarks           make wheel    build a wheel into dist/"
+	@echo "make bench    the microbenchmarks, with a report and pictures in bench-results/ (10 minutes)"
+	@echo "make bench-check  whether two runs of a small set agree"
+	@echo "make wheel    build a wheel into dist/"
 	@echo "make kernels  compile the Triton kernels for every GPU, and check them (ARGS=--quick: 3 minutes)"
 	@echo "make gpu      test and time everything on an NVIDIA GPU (ARGS=--quick: 10 minutes)"
 	@echo "make tune     find the kernels' tiles for that GPU"
@@ -98,8 +100,22 @@ format: $(VENV)/dependencies.stamp
 	@$(BIN)/ruff format --quiet
 	@$(if $(CPP),$(BIN)/clang-format -i $(CPP))
 
-bench: build
-	@OMP_NUM_THREADS=1 $(BIN)/python -m fastfusion bench --quick
+$(VENV)/bench.stamp: $(VENV)/dependencies.stamp
+	@echo "installing the peers: onnxruntime, OpenVINO, transformers"
+	@$(BIN)/python -m pip install -qq --group bench
+	@touch $@
+
+# Everything on one thread, then attention on one and two.
+bench: build $(VENV)/bench.stamp
+	@mkdir -p bench-results/threads
+	@OMP_NUM_THREADS=1 $(BIN)/python -m fastfusion bench --quick --json bench-results/results.json \
+		--html bench-results/report.html --plots bench-results
+	@$(BIN)/python -m fastfusion bench attention --quick --threads 1,2 --peers sdpa \
+		--json bench-results/threads/results.json --html bench-results/threads/report.html \
+		--plots bench-results/threads
+
+bench-check: build
+	@OMP_NUM_THREADS=1 $(BIN)/python -m fastfusion.benchmarks.check
 
 # The committed table is that of all builds.
 kernels: build
@@ -122,6 +138,6 @@ wheel: $(VENV)/dependencies.stamp
 	@ls dist
 
 clean:
-	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks bench-results
 	@rm -rf $(GPU_VENV)
 	@rm -f fastfusion/*.so $(VENV)/install.stamp

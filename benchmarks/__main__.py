@@ -1,178 +1,216 @@
 """The command ``python -m fastfusion bench``: is it faster, for which shapes, by how much?"""
 
 import argparse
-import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from . import cpu_goals, layers, machine, ops, overhead, shapes
-from .results import Goal, Row, table, write_json
-
-SUITES = ("overhead", "attention", "bidirectional", "layers", "goals")
-WITHOUT_SHAPES = ("overhead", "goals")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-# A quick run leaves out what takes longer than about a tenth of a second per call.
-QUICK_FLOPS = 5e9
+from . import (
+    compare,
+    cpu_goals,
+    layers,
+    machine,
+    models,
+    ops,
+    overhead,
+    own,
+    plots,
+    report,
+    results,
+    roofline,
+)  # fmt: skip
+from .command import UsageError, choose, only_suite, parse
+from .results import OURS, Goal, Row, table
 
 Measure = Callable[[], Row]
-
-
-class UsageError(Exception):
-    """The command line makes no sense; the message says why in one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
-    result = _Parser(prog="python -m fastfusion bench", description=__doc__)
-    result.add_argument(
-        "suite",
-        nargs="?",
-        metavar="suite",
-        choices=SUITES,
-        help=f"{', '.join(SUITES)}; default all",
-    )
-    result.add_argument("--shape", help="measure this shape only (names: benchmarks/shapes.json)")
-    result.add_argument("--dtype", choices=DTYPES, default="float32", metavar="DTYPE")
-    result.add_argument("--threads", type=int, default=1, help="threads of torch, default 1")
-    result.add_argument("--rounds", type=int, help="times that everything is timed, default 20")
-    result.add_argument("--backward", action="store_true", help="time forward and backward")
-    result.add_argument("--quick", action="store_true", help="few rounds, no very large shapes")
-    result.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
-    return result
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The options, checked.
-
-    Raises:
-        UsageError: an option or a value that does not exist, or a shape of another suite.
-    """
-    options = parser().parse_args(argv)
-    if options.threads < 1:
-        raise UsageError(f"--threads must be at least 1, got {options.threads}")
-    if options.rounds is None:
-        options.rounds = 7 if options.quick else 20
-    if options.rounds < 1:
-        raise UsageError(f"--rounds must be at least 1, got {options.rounds}")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise UsageError(f"--json: there is no folder {options.json.parent}")
-    options.suites = [options.suite] if options.suite else list(SUITES)
-    if options.shape is not None:
-        options.suites = [name for name in options.suites if name not in WITHOUT_SHAPES]
-        try:
-            found = [name for name in options.suites if choose(name, options.shape)]
-        except shapes.UnknownShapeError as error:
-            raise UsageError(str(error)) from None
-        if not found:
-            raise UsageError(f"suite {options.suite} has no shape {options.shape}")
-        options.suites = found
-    return options
-
-
-def choose(suite: str, name: str | None) -> list[tuple[str, shapes.Shape]]:
-    """The shapes of a suite, or the one that was asked for, each with its group."""
-    groups = layers.GROUPS if suite == "layers" else (ops.SUITES[suite].group,)
-    return [(group, shape) for group in groups for shape in shapes.select(group, name)]
+Document = dict[str, Any]
 
 
 def plan(suite: str, options: argparse.Namespace) -> Iterator[tuple[str, Measure]]:
     """The shapes of a suite, each with the function that measures it."""
-    dtype = getattr(torch, options.dtype)
-    common: dict[str, Any] = {
-        "dtype": dtype,
-        "backward": options.backward,
-        "rounds": options.rounds,
-        "min_time": 1e-3 if options.quick else 5e-3,
-    }
+    if options.own is not None:
+        yield options.own["name"], partial(ops.run_shape, suite, options.own, options.settings)
+        return
     for group, shape in choose(suite, options.shape):
         if suite == "layers":
-            yield shape["name"], partial(layers.run_shape, group, shape, **common)
-        elif options.quick and ops.flops(suite, shape, dtype) > QUICK_FLOPS:
+            yield shape["name"], partial(layers.run_shape, group, shape, options.settings)
+        elif suite == "models":
+            yield shape["name"], partial(models.run_shape, shape, options.settings)
+        elif ops.flops(suite, shape, options.settings.dtype) > options.most:
             print(f"{shape['name']}: left out by --quick", file=sys.stderr)
         else:
-            yield shape["name"], partial(ops.run_shape, suite, shape, **common)
+            yield shape["name"], partial(ops.run_shape, suite, shape, options.settings)
 
 
-def run_rows(suite: str, options: argparse.Namespace, rows: list[Row]) -> None:
-    """Measures a suite and prints its table; an interrupt keeps what is measured."""
-    measured: list[Row] = []
-    jobs = list(plan(suite, options))
-    try:
-        for index, (name, job) in enumerate(jobs):
+class Run:
+    """What one process measures, as it goes: an interrupt loses only the cell at hand."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.rows: list[Row] = []
+        self.goals: dict[str, list[Goal]] = {}
+        self.machine = machine.describe()
+        self._ceilings: roofline.Machine | None = None
+
+    @property
+    def ceilings(self) -> roofline.Machine:
+        """The machine's peaks, measured in this run."""
+        if self._ceilings is None:
+            self._ceilings = roofline.ceilings(torch.get_num_threads())
+        return self._ceilings
+
+    def all(self) -> None:
+        """Every suite that was asked for."""
+        options = self.options
+        if options.model is not None:
+            jobs = partial(own.run, options.model, options.against, options.inputs)
+            self.cells("own", [(options.model, partial(jobs, options.settings))])
+            return
+        for suite in options.suites:
+            if suite == "overhead":
+                found = overhead.run(5 * options.rounds, min_time=5e-3)
+                self.judge([("overhead", found)])
+            elif suite == "goals":
+                settings = options.settings
+                self.judge(cpu_goals.run(settings.rounds, settings.min_time, options.most))
+            else:
+                self.cells(suite, list(plan(suite, options)))
+
+    def cells(self, suite: str, jobs: list[tuple[str, Measure]]) -> None:
+        """Measures a suite and prints its table, also where it is interrupted."""
+        measured: list[Row] = []
+        settings = self.options.settings
+        try:
+            for index, (name, job) in enumerate(jobs):
+                if sys.stderr.isatty():
+                    print(f"\r\033[K{suite} {index + 1}/{len(jobs)} {name}", end="",
+                          file=sys.stderr)  # fmt: skip
+                measured.append(self.shared(job()))
+        finally:
             if sys.stderr.isatty():
-                print(f"\r\033[K{suite} {index + 1}/{len(jobs)} {name}", end="", file=sys.stderr)
-            measured.append(job())
-    finally:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr)
-        rows += measured
-        if measured:
-            direction = "forward and backward" if options.backward else "forward"
-            print(
-                f"\n{suite}, {options.dtype}, {direction}: our time (quartiles), and how many "
-                "times as long the others take"
-            )
-            print(table(measured), flush=True)
+                print("\r\033[K", end="", file=sys.stderr)
+            self.rows += measured
+            if measured:
+                direction = "forward and backward" if settings.backward else "forward"
+                print(
+                    f"\n{suite}, {settings.dtype_name}, {direction}"
+                    f"{', cold' if settings.cold else ''}: our time (quartiles), and how many "
+                    "times as long the others take"
+                )
+                print(table(measured), flush=True)
+
+    def shared(self, row: Row) -> Row:
+        """The row with its share of the peak."""
+        if row.flops is not None and row.moved is not None and OURS in row.times:
+            seconds = row.times[OURS].median
+            row.share = self.ceilings.share(row.flops, row.moved, row.dtype, seconds, row.cold)
+        return row
+
+    def judge(self, sections: Iterable[tuple[str, list[Goal]]]) -> None:
+        """Prints sections of goals as they are measured."""
+        for about, section in sections:
+            self.goals[about] = section
+            print(f"\n{about}: each number beside its goal")
+            print(*section, sep="\n", flush=True)
+
+    def document(self) -> Document:
+        """Everything that was measured."""
+        options = self.options
+        names = ("suites", "shape", "dtype", "threads", "rounds", "backward", "cold", "peers",
+                 "quick", "model", "against", "inputs")  # fmt: skip
+        settings = {name: getattr(options, name) for name in names}
+        ceilings = {} if self._ceilings is None else asdict(self._ceilings)
+        return results.document(self.machine, settings, ceilings, self.rows, self.goals)
 
 
-def judge(goals: dict[str, list[Goal]], sections: Iterable[tuple[str, list[Goal]]]) -> None:
-    """Prints the sections as they are measured, and keeps them in `goals`."""
-    for about, section in sections:
-        goals[about] = section
-        print(f"\n{about}: each number beside its goal")
-        print(*section, sep="\n", flush=True)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Runs the suites; 1 where a result of ours was wrong or crashed, otherwise 0."""
-    torch.set_num_threads(options.threads)
-    about = machine.describe()
+def run(options: argparse.Namespace) -> tuple[int, Document]:
+    """Measures in this process; 1 where a result of ours was wrong or crashed, otherwise 0."""
+    torch.set_num_threads(options.counts[0])
+    this = Run(options)
+    about = this.machine
     print(
         f"{about['cpu']}, {about['threads']} thread(s) of {about['cores']} cores, "
         f"torch {about['torch']}, fastfusion {about['fastfusion']} {about['commit'] or ''}"
     )
-    rows: list[Row] = []
-    goals: dict[str, list[Goal]] = {}
     interrupted = False
     try:
-        for suite in options.suites:
-            if suite == "overhead":
-                judge(goals, [("overhead", overhead.run(5 * options.rounds, min_time=5e-3))])
-            elif suite == "goals":
-                most = QUICK_FLOPS if options.quick else math.inf
-                judge(goals, cpu_goals.run(options.rounds, 1e-3 if options.quick else 5e-3, most))
-            else:
-                run_rows(suite, options, rows)
+        this.all()
     except KeyboardInterrupt:
         interrupted = True
         print("\ninterrupted; what is above is complete", file=sys.stderr)
+    wrong = any(OURS in row.problems for row in this.rows)
+    return 130 if interrupted else int(wrong), this.document()
+
+
+def run_pinned(argv: list[str], options: argparse.Namespace) -> tuple[int, Document]:
+    """The same for each count of threads, in a new process whose threads keep to their cores."""
+    codes, documents = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for count in options.counts:
+            file = Path(folder, f"{count}.json")
+            command = [
+                *(sys.executable, "-m", "fastfusion.benchmarks", *only_suite(argv)),
+                *("--threads", str(count), "--json", str(file)),
+            ]
+            process = subprocess.Popen(command, env=machine.pinned(count))
+            try:
+                codes.append(process.wait())
+            except KeyboardInterrupt:  # the process has it, too, and keeps what it measured
+                codes.append(process.wait())
+                options.counts.clear()
+            if file.is_file():
+                documents.append(results.read(file))
+    if not documents:
+        raise UsageError("no run of any number of threads came to its end")
+    return max(codes), results.merged(documents)
+
+
+def output(options: argparse.Namespace, document: Document, argv: list[str]) -> None:
+    """Writes what was asked for, and compares.
+
+    Raises:
+        UsageError: what to compare with makes no sense.
+    """
     if options.json is not None:
-        settings = {
-            name: getattr(options, name)
-            for name in ("suites", "shape", "dtype", "threads", "rounds", "backward", "quick")
-        }
-        write_json(options.json, about, settings, rows, goals)
-    if interrupted:
-        return 130
-    return int(any("fastfusion" in row.problems for row in rows))
+        results.write(options.json, document)
+    if options.plots is not None:
+        try:
+            for path in plots.draw_all(document, options.plots):
+                print(path)
+        except ImportError:
+            print("--plots: matplotlib is not installed", file=sys.stderr)
+    if options.html is not None:
+        options.html.write_text(report.page(document))
+        print(options.html)
+    if options.compare is not None:
+        threads = ("--threads", options.threads)
+        try:
+            before = compare.load(options.compare, [*only_suite(argv), *threads])
+        except (ValueError, OSError) as error:
+            raise UsageError(str(error)) from None
+        print(f"\n{compare.report(before, document)}")
 
 
-def run_pinned(argv: list[str], threads: int) -> int:
-    """The same command in a new process whose threads stay on their cores."""
-    command = [sys.executable, "-m", "fastfusion.benchmarks", *argv]
-    return subprocess.run(command, env=machine.pinned(threads)).returncode
+def on_gpu(options: argparse.Namespace) -> int:
+    """Hands over to what `make gpu` times."""
+    if not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU")
+    from .gpu import main as gpu
+
+    words = ["--steps", "bench", "--dtypes", options.dtype]
+    words += ["--suite", options.suite] if options.suite else []
+    words += ["--shape", options.shape] if options.shape else []
+    words += ["--cold"] if options.cold else []
+    words += ["--quick"] if options.quick else []
+    return gpu(words)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -180,12 +218,16 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = parse(argv)
-    except UsageError as error:
+        if options.device == "cuda":
+            return on_gpu(options)
+        pinned = os.environ.get("OMP_PROC_BIND") == "true"
+        alone = len(options.counts) == 1 and (pinned or options.counts == [1])
+        code, document = run(options) if alone else run_pinned(argv, options)
+        output(options, document, argv)
+    except (UsageError, ValueError) as error:
         print(f"python -m fastfusion bench: {error}", file=sys.stderr)
         return 2
-    if options.threads > 1 and os.environ.get("OMP_PROC_BIND") != "true":
-        return run_pinned(argv, options.threads)
-    return run(options)
+    return code
 
 
 if __name__ == "__main__":

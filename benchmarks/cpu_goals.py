@@ -20,9 +20,12 @@ from fastfusion import _library
 
 from . import machine, ops, peers, shapes
 from .results import OURS, REFERENCE, Goal, Row
+from .settings import Settings
 from .timing import Measurement, geometric_mean, measure
 
 Call = Callable[[], Any]
+# What no cell may lose to.
+PEERS = ("sdpa", "unfused", "onnxruntime", "onnxruntime fused", "openvino")
 
 SHARES = {
     "float32": {"20x36": 0.66, "197x197": 0.85, "512x512": 0.87, "2048x2048": 0.89},
@@ -35,7 +38,7 @@ MASKED = {"float32": 1.06, "bfloat16": 1.10}
 
 
 @dataclass(frozen=True)
-class Settings:
+class Effort:
     """How long to measure; `most` is the number of operations beyond which a shape is left out."""
 
     rounds: int
@@ -60,24 +63,24 @@ def attend(call: dict[str, Any]) -> Call:
 
 def run(rounds: int, min_time: float, most: float) -> Iterator[tuple[str, list[Goal]]]:
     """Sections of goals, as they are measured."""
-    settings = Settings(rounds, min_time, most)
+    effort = Effort(rounds, min_time, most)
     with torch.inference_mode():
         for dtype in SHARES:
-            yield f"share of the peak, kernel, {dtype}", list(shares(dtype, settings))
+            yield f"share of the peak, kernel, {dtype}", list(shares(dtype, effort))
     for dtype in AGAINST_SDPA:
-        yield f"against peers, {dtype}", against_peers(dtype, False, settings)
+        yield f"against peers, {dtype}", against_peers(dtype, False, effort)
     for dtype in WITH_GRADIENT:
-        yield f"against peers with gradients, {dtype}", against_peers(dtype, True, settings)
+        yield f"against peers with gradients, {dtype}", against_peers(dtype, True, effort)
     with torch.inference_mode():
         for dtype in MASKED:
-            yield f"masks and views, {dtype}", list(masks(dtype, settings))
-    yield "2 threads against 1", threads(settings)
+            yield f"masks and views, {dtype}", list(masks(dtype, effort))
+    yield "2 threads against 1", threads(effort)
     for dtype in ("float32", "bfloat16"):
-        yield f"bidirectional, {dtype}", list(bidirectional(dtype, settings))
-    yield "one call, memory", [*calls(settings), *memory()]
+        yield f"bidirectional, {dtype}", list(bidirectional(dtype, effort))
+    yield "one call, memory", [*calls(effort), *memory()]
 
 
-def shares(dtype: str, settings: Settings) -> Iterator[Goal]:
+def shares(dtype: str, effort: Effort) -> Iterator[Goal]:
     """Operations per second of the kernel over those of a loop of products."""
     native: Any = _library.native
     op = torch.ops.fastfusion.attention_out.default
@@ -87,7 +90,7 @@ def shares(dtype: str, settings: Settings) -> Iterator[Goal]:
     for name, limit in SHARES[dtype].items():
         shape = shape_of(*map(int, name.split("x")))
         flops, _ = spec.cost(shape, getattr(torch, dtype))
-        if flops > settings.most:
+        if flops > effort.most:
             yield Goal(name, None, limit, detail="left out by --quick", unit="")
             continue
         call = inputs(shape, dtype)
@@ -97,8 +100,8 @@ def shares(dtype: str, settings: Settings) -> Iterator[Goal]:
                 "empty": partial(op, *few, *rest),
                 "peak": partial(native.peak_operations, dtype, 10000),
             },
-            settings.rounds,
-            settings.min_time,
+            effort.rounds,
+            effort.min_time,
         )
         peak = native.peak_operations(dtype, 10000) / timed.time("peak").median
         speed = flops / (timed.time("kernel").median - timed.time("empty").median)
@@ -106,23 +109,21 @@ def shares(dtype: str, settings: Settings) -> Iterator[Goal]:
         yield Goal(name, speed / peak, limit, detail=detail, unit="")
 
 
-def rows(suite: str, dtype: str, backward: bool, settings: Settings) -> list[Row]:
+def rows(suite: str, dtype: str, backward: bool, effort: Effort) -> list[Row]:
     """The shapes of a suite beside their peers."""
+    settings = Settings(
+        getattr(torch, dtype), backward, effort.rounds, effort.min_time, peers=PEERS
+    )
     chosen = [
         shape
         for shape in shapes.select(ops.SUITES[suite].group)
-        if ops.flops(suite, shape, getattr(torch, dtype)) <= settings.most
+        if ops.flops(suite, shape, getattr(torch, dtype)) <= effort.most
     ]
-    return [
-        ops.run_shape(
-            suite, shape, getattr(torch, dtype), backward, settings.rounds, settings.min_time
-        )
-        for shape in chosen
-    ]
+    return [ops.run_shape(suite, shape, settings) for shape in chosen]
 
 
-def against_peers(dtype: str, backward: bool, settings: Settings) -> list[Goal]:
-    found = [row for row in rows("attention", dtype, backward, settings) if OURS in row.times]
+def against_peers(dtype: str, backward: bool, effort: Effort) -> list[Goal]:
+    found = [row for row in rows("attention", dtype, backward, effort) if OURS in row.times]
     ratios = [row.ratios["sdpa"].median for row in found if "sdpa" in row.ratios]
     worst = min(found, key=lambda row: row.hardest().median)
     others = {k: v.median for k, v in worst.ratios.items() if k != REFERENCE}
@@ -144,38 +145,38 @@ def against_peers(dtype: str, backward: bool, settings: Settings) -> list[Goal]:
     return goals
 
 
-def masks(dtype: str, settings: Settings) -> Iterator[Goal]:
+def masks(dtype: str, effort: Effort) -> Iterator[Goal]:
     """What half the keys padded, a dense mask and strided views cost."""
     for q_len, kv_len, limit in ((20, 36, 0.7), (185, 185, 0.55), (512, 512, 0.55)):
         call = inputs(shape_of(q_len, kv_len), dtype)
         padding = torch.zeros(1, kv_len, dtype=torch.bool)
         padding[:, kv_len // 2 :] = True
-        timed = in_turns(attend({**call, "key_padding_mask": padding}), attend(call), settings)
+        timed = in_turns(attend({**call, "key_padding_mask": padding}), attend(call), effort)
         name = f"half the keys padded, {q_len}x{kv_len}"
         yield Goal(name, timed.ratio("a", "b").median, limit, at_most=True)
     for q_len, kv_len in ((197, 197), (512, 512)):
         call = inputs(shape_of(q_len, kv_len), dtype)
         mask = torch.rand(1, 1, q_len, kv_len) > 0.1
-        timed = in_turns(attend({**call, "attn_mask": mask}), attend(call), settings)
+        timed = in_turns(attend({**call, "attn_mask": mask}), attend(call), effort)
         name = f"dense bool mask, {q_len}x{kv_len}"
         yield Goal(name, timed.ratio("a", "b").median, MASKED[dtype], at_most=True)
     for q_len, kv_len in ((20, 36), (197, 197)):
         call = inputs(shape_of(q_len, kv_len), dtype)
         views = {k: t.transpose(1, 2).contiguous().transpose(1, 2) for k, t in call.items()}
-        timed = in_turns(attend(views), attend(call), settings)
+        timed = in_turns(attend(views), attend(call), effort)
         name = f"(B, L, H, D) views, {q_len}x{kv_len}"
         yield Goal(name, timed.ratio("a", "b").median, 1.1, at_most=True)
 
 
-def in_turns(a: Call, b: Call, settings: Settings) -> Measurement:
-    return measure({"a": a, "b": b}, settings.rounds, settings.min_time)
+def in_turns(a: Call, b: Call, effort: Effort) -> Measurement:
+    return measure({"a": a, "b": b}, effort.rounds, effort.min_time)
 
 
-def threads(settings: Settings) -> list[Goal]:
+def threads(effort: Effort) -> list[Goal]:
     """In a process of its own, whose threads keep to their cores."""
     command = [sys.executable, "-m", "fastfusion.benchmarks.cpu_goals"]
     result = subprocess.run(
-        [*command, str(settings.rounds), str(settings.min_time)],
+        [*command, str(effort.rounds), str(effort.min_time)],
         env=machine.pinned(2), capture_output=True, text=True, check=True,
     )  # fmt: skip
     return [Goal(**goal) for goal in json.loads(result.stdout)]
@@ -223,13 +224,13 @@ def two_calls(call: dict[str, Any]) -> Call:
     return run
 
 
-def bidirectional(dtype: str, settings: Settings) -> Iterator[Goal]:
+def bidirectional(dtype: str, effort: Effort) -> Iterator[Goal]:
     """Against two calls of our own attention, and against the formula of Grounding DINO."""
     op = ops.spec("bidirectional_attention")
     for masked in (False, True):
         own, formula, names = [], [], []
         for shape in shapes.select("bidirectional"):
-            if ops.flops("bidirectional", shape, getattr(torch, dtype)) > settings.most:
+            if ops.flops("bidirectional", shape, getattr(torch, dtype)) > effort.most:
                 continue
             shape = shape if masked else {**shape, "mask": None}
             call = op.inputs(shape, getattr(torch, dtype), "cpu", 0)
@@ -240,8 +241,8 @@ def bidirectional(dtype: str, settings: Settings) -> Iterator[Goal]:
                         "two": two_calls(call),
                         "formula": peers.two_unfused(call),
                     },
-                    settings.rounds,
-                    settings.min_time,
+                    effort.rounds,
+                    effort.min_time,
                 )
             names.append(shape["name"])
             own.append(timed.ratio("two", OURS).median)
@@ -257,7 +258,7 @@ def bidirectional(dtype: str, settings: Settings) -> Iterator[Goal]:
             yield Goal(f"{about}, {which}, each", ratios[worst], each, detail=names[worst])
 
 
-def calls(settings: Settings) -> Iterator[Goal]:
+def calls(effort: Effort) -> Iterator[Goal]:
     """What a call costs that has next to nothing to compute."""
     query = torch.randn(1, 1, 1, 8)
     op = torch.ops.fastfusion.attention_out.default
@@ -266,7 +267,7 @@ def calls(settings: Settings) -> Iterator[Goal]:
         timed = in_turns(
             partial(ff.scaled_dot_product_attention, query, query, query),
             lambda: op(query, query, query, *rest),
-            settings,
+            effort,
         )
     for name, key, limit in (("public call on 1x1", "a", 6.0), ("the op alone", "b", 3.8)):
         yield Goal(name, 1e6 * timed.time(key).median, limit, at_most=True, unit=" us")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 import fastfusion as ff
 
-from . import gate, peers, runtimes
+from . import compiled, gate, libraries, peers, runtimes
 from .results import OURS, REFERENCE, Row
+from .settings import Settings
 from .timing import measure
 
 Call = Callable[[], Any]
@@ -36,13 +37,28 @@ class Suite:
     others: dict[str, peers.Adapter]
 
 
+ATTENTION: dict[str, peers.Adapter] = {
+    "sdpa": peers.sdpa,
+    "unfused": peers.unfused,
+    "sdpa math": peers.sdpa_math,
+    **compiled.ALL,
+    **runtimes.ALL,
+    **libraries.ALL,
+}
 SUITES = {
     "attention": Suite(
         op="scaled_dot_product_attention",
         group="attention",
         results=1,
         plain="unfused",
-        others={"sdpa": peers.sdpa, "unfused": peers.unfused, **runtimes.ALL},
+        others=ATTENTION,
+    ),
+    "lengths": Suite(
+        op="scaled_dot_product_attention",
+        group="lengths",
+        results=1,
+        plain="unfused",
+        others=ATTENTION,
     ),
     "bidirectional": Suite(
         op="bidirectional_attention",
@@ -110,20 +126,23 @@ def expected_results(op: Any, call: dict[str, Any], count: int, backward: bool) 
     return torch.autograd.grad(results, leaves, [s.double() for s in seeds]), seeds
 
 
-def run_shape(
-    suite: str,
-    shape: dict[str, Any],
-    dtype: torch.dtype,
-    backward: bool,
-    rounds: int,
-    min_time: float,
-) -> Row:
+def left_out(name: str, shape: dict[str, Any], settings: Settings) -> str | None:
+    """Why a peer is not tried on a shape, None where it is."""
+    if settings.backward and name in runtimes.ALL:
+        return "has no gradients"
+    if name in compiled.ALL and settings.peers is None and shape["name"] not in compiled.SOME:
+        return "takes seconds per shape; --peers by name takes all shapes"
+    return None
+
+
+def run_shape(suite: str, shape: dict[str, Any], settings: Settings) -> Row:
     """Checks one shape and times it."""
-    about = SUITES[suite]
+    about, backward = SUITES[suite], settings.backward
     op, public = spec(about.op), getattr(ff, about.op)
-    call = op.inputs(shape, dtype, "cpu", 0)
-    row = Row(suite, shape, str(dtype).removeprefix("torch."), backward)
-    row.flops = None if backward else flops(suite, shape, dtype)
+    call = op.inputs(shape, settings.dtype, "cpu", 0)
+    row = Row(suite, shape, settings.dtype_name, backward, cold=settings.cold)
+    if not backward:
+        row.flops, row.moved = op.cost(shape, settings.dtype)
 
     expected, seeds = expected_results(op, call, about.results, backward)
     leaves = floating(call)
@@ -131,16 +150,20 @@ def run_shape(
         leaf.requires_grad_(backward)
     calls: dict[str, Call] = {OURS: partial(public, **call)}
     for name, adapter in about.others.items():
+        if not settings.wants(name) and name != about.plain:
+            continue
+        reason = left_out(name, shape, settings)
         try:
-            if backward and name in runtimes.ALL:
-                raise peers.Skipped("has no gradients")
+            if reason is not None:
+                raise peers.Skipped(reason)
             calls[name] = adapter(call)
-        except peers.Skipped as reason:
-            row.skipped[name] = str(reason)
+        except peers.Skipped as why:
+            row.skipped[name] = str(why)
         except Exception as error:
             row.problems[name] = crash(error)
-    row.path = ff.explain(public, **call).chosen
-    if row.path != REFERENCE:
+    explanation = ff.explain(public, **call)
+    row.path, row.how = explanation.chosen, explanation.path
+    if row.path != REFERENCE and settings.wants(REFERENCE):
         calls[REFERENCE] = partial(public, **call, backend=REFERENCE)
     if backward:
         calls = {name: with_gradients(run, leaves, seeds) for name, run in calls.items()}
@@ -149,9 +172,28 @@ def run_shape(
         plain = as_tuple(calls[about.plain]())
         problems, right = judge(calls, expected, plain, backward)
         row.problems |= problems
-        if OURS in right:
-            row.add(measure(right, rounds, min_time))
+        if not settings.wants(about.plain):
+            right.pop(about.plain, None)
+        timed_row(row, right, settings)
     return row
+
+
+@cache
+def _evicted() -> Tensor:
+    return torch.zeros(1 << 25)  # 128 MB, more than the caches of most machines hold
+
+
+def evict() -> None:
+    """Overwrites the caches."""
+    _evicted().add_(1.0)
+
+
+def timed_row(row: Row, calls: dict[str, Call], settings: Settings) -> None:
+    """Times what is right, if our own result is."""
+    row.threads = torch.get_num_threads()
+    if OURS in calls:
+        before = evict if settings.cold else None
+        row.add(measure(calls, settings.rounds, settings.min_time, before))
 
 
 def crash(error: Exception) -> str:

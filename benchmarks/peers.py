@@ -47,6 +47,16 @@ def sdpa(call: Arguments) -> Callable[[], Tensor]:
     )
 
 
+def sdpa_math(call: Arguments) -> Callable[[], Tensor]:
+    """SDPA's own unfused backend."""
+    options = {k: call[k] for k in ("is_causal", "scale", "enable_gqa") if k in call}
+    run = partial(
+        torch.ops.aten._scaled_dot_product_attention_math.default,
+        call["query"], call["key"], call["value"], attend_mask(call), 0.0, **options,
+    )  # fmt: skip
+    return lambda: run()[0]
+
+
 def unfused_formula(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:

@@ -25,9 +25,14 @@ class Row:
         ratios: its time over ours, by implementation; above 1 we are faster.
         samples: every single time behind them.
         loops: how many calls one time was averaged over.
+        how: in what way it ran.
+        threads: of torch, when it was timed.
+        cold: whether the caches were overwritten before each call.
         problems: why an implementation has no time: wrong, or crashed.
         skipped: why a peer took no part.
         flops: floating-point operations of one call, None where nobody has counted them.
+        moved: bytes of inputs and outputs.
+        share: of what the machine can do at most (roofline.py), None where that is unknown.
     """
 
     suite: str
@@ -35,6 +40,9 @@ class Row:
     dtype: str
     backward: bool
     path: str | None = None
+    how: str | None = None
+    threads: int = 1
+    cold: bool = False
     times: dict[str, Spread] = field(default_factory=dict)
     ratios: dict[str, Spread] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict)
@@ -42,6 +50,8 @@ class Row:
     problems: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     flops: int | None = None
+    moved: int | None = None
+    share: float | None = None
 
     def add(self, measurement: Measurement) -> None:
         """Takes over the times of this shape."""
@@ -63,14 +73,15 @@ def table(rows: list[Row]) -> str:
     rows = sorted(rows, key=lambda row: (not row.problems, row.hardest().median))
     peers = list(dict.fromkeys(name for row in rows for name in row.ratios))
     width = max(len(row.shape["name"]) for row in rows)
-    head = f"{'':5}{'shape':<{width}}  {'fastfusion us':>26}  {'path':<10}"
+    head = f"{'':5}{'shape':<{width}}  {'fastfusion us':>26}  {'of peak':>7}  {'path':<9}"
     lines = [head + "".join(f"  {name:>18}" for name in peers)]
     for row in rows:
         label = "LOST " if slower(row.hardest()) else ""
         cells = [_ratio_cell(row.ratios.get(name)) for name in peers]
         lines.append(
             f"{label:5}{row.shape['name']:<{width}}  {_time_cell(row.times.get(OURS)):>26}"
-            f"  {row.path or '':<10}" + "".join(f"  {cell:>18}" for cell in cells)
+            f"  {'' if row.share is None else f'{row.share:.0%}':>7}  {row.path or '':<9}"
+            + "".join(f"  {cell:>18}" for cell in cells)
         )
         lines += [f"{'':5}  {name}: {why}" for name, why in row.problems.items()]
     for name in peers:
@@ -129,21 +140,59 @@ class Goal:
         return f"{verdict:<12}  {self.name}{number} (goal {sign} {self.limit:g}{self.unit}){detail}"
 
 
-def write_json(
-    path: Path,
+def document(
     machine: dict[str, Any],
     settings: dict[str, Any],
+    ceilings: dict[str, Any],
     rows: list[Row],
     goals: dict[str, list[Goal]],
-) -> None:
-    """Writes everything that was measured; plots and comparisons start from this file."""
-    document = {
+) -> dict[str, Any]:
+    """Everything that was measured, ready for JSON: reports, pictures and comparisons take it."""
+    return {
         "machine": machine,
         "settings": settings,
+        "ceilings": ceilings,
         "rows": [asdict(row) for row in rows],
         "goals": {
             about: [{**asdict(goal), "met": goal.met} for goal in some]
             for about, some in goals.items()
         },
     }
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """Writes a document as JSON."""
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A document that `write` wrote.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict) or not {"machine", "rows"} <= found.keys():
+        raise ValueError(f"{path} holds no results of this tool")
+    return found
+
+
+def merged(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of one machine as one document: the first one's machine and settings, all rows."""
+    whole = dict(documents[0])
+    whole["rows"] = [row for document in documents for row in document["rows"]]
+    whole["goals"] = {k: v for document in documents for k, v in document["goals"].items()}
+    return whole
+
+
+def label(row: dict[str, Any]) -> str:
+    """What a row of a document is about, the same in every run."""
+    extra = [
+        *(["forward and backward"] if row["backward"] else []),
+        *([f"{row['threads']} threads"] if row.get("threads", 1) > 1 else []),
+        *(["cold"] if row.get("cold") else []),
+    ]
+    return ", ".join([row["suite"], row["shape"]["name"], row["dtype"], *extra])

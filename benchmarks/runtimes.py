@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .peers import Arguments, Skipped, additive, attend_mask
+from .peers import Arguments, Skipped, additive, attend_mask, lower_triangle
 
 
 def _wide_heads(call: Arguments) -> list[Tensor]:
@@ -157,11 +157,15 @@ def onnxruntime_fused(call: Arguments) -> Callable[[], Tensor]:
     heads = wide[0].shape[1]
     inputs: list[Any] = [t.transpose(1, 2).flatten(2) for t in wide]
     bias = additive(attend_mask(call), wide[0].dtype)
+    causal = bool(call.get("is_causal"))
+    if causal and wide[0].shape[2] != wide[1].shape[2]:  # its own diagonal is aligned bottom right
+        causal, hidden = False, additive(lower_triangle(*wide[:2]), wide[0].dtype)
+        bias = hidden if bias is None or hidden is None else bias + hidden
     if bias is not None:
+        bias = bias.expand(*[1] * (4 - bias.dim()), *bias.shape)
         inputs += [None, None, bias.expand(*bias.shape[:-2], *_scores(wide)).contiguous()]
     out = inputs[0].new_empty(*inputs[0].shape[:2], inputs[2].shape[2])
-    attributes = {"num_heads": heads, "scale": _scale(call),
-                  "unidirectional": int(bool(call.get("is_causal")))}  # fmt: skip
+    attributes = {"num_heads": heads, "scale": _scale(call), "unidirectional": int(causal)}
     session = _onnx_session("MultiHeadAttention", attributes, inputs, out)
     view = out.unflatten(2, (heads, -1)).transpose(1, 2)
 

@@ -55,17 +55,23 @@ class Measurement:
         return Spread.of([a / b for a, b in pairs])
 
 
-def measure(calls: Mapping[str, Call], rounds: int, min_time: float) -> Measurement:
+def measure(
+    calls: Mapping[str, Call], rounds: int, min_time: float, before: Call | None = None
+) -> Measurement:
     """Times ``calls`` against each other.
 
     Args:
         calls: what to time, by name. Every call is warmed up before the first round.
         rounds: how many times each of them is timed, at least 1.
         min_time: seconds that one timing should take; faster calls run in a loop.
+        before: runs before each timing, which is of a single call then.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
+    # Warms up, too.
     loops = {name: autorange(call, min_time) for name, call in calls.items()}
+    if before is not None:
+        loops = dict.fromkeys(loops, 1)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     collecting = gc.isenabled()
@@ -74,6 +80,8 @@ def measure(calls: Mapping[str, Call], rounds: int, min_time: float) -> Measurem
         for index in range(rounds):
             first = index % len(names)
             for name in names[first:] + names[:first]:
+                if before is not None:
+                    before()
                 samples[name].append(time_loop(calls[name], loops[name]) / loops[name])
     finally:
         if collecting:

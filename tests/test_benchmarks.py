@@ -1,10 +1,7 @@
 """The benchmark tool: its clock, its gate, its peers, its tables and its command line."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,21 +9,27 @@ import torch
 
 import fastfusion as ff
 from fastfusion.benchmarks import (
+    compiled,
     cpu_goals,
-    cpu_plot,
     gate,
     layers,
+    libraries,
+    models,
     ops,
     overhead,
     peers,
     results,
+    roofline,
+    runtimes,
     shapes,
     timing,
 )
 from fastfusion.benchmarks.__main__ import main
 from fastfusion.benchmarks.results import Goal, Row, Spread
+from fastfusion.benchmarks.settings import Settings
 
-SMALL = ["--shape", "lxmert_text_to_image", "--rounds", "1", "--quick"]
+SMALL = ["--shape", "lxmert_text_to_image", "--rounds", "1", "--quick", "--peers", "sdpa,unfused"]
+ONCE = Settings(rounds=1, min_time=0.0, peers=("sdpa", "two sdpa", "unfused", "reference"))
 
 
 @pytest.fixture(autouse=True)
@@ -179,7 +182,7 @@ BASE = {"name": "small", "batch": 2, "heads": 4, "q_len": 5, "kv_len": 8, "head_
     ids=lambda change: "-".join(map(str, change.values())) or "plain",
 )
 def test_every_implementation_agrees(change: dict[str, Any], backward: bool) -> None:
-    row = ops.run_shape("attention", BASE | change, torch.float32, backward, 1, 0.0)
+    row = ops.run_shape("attention", BASE | change, replace(ONCE, backward=backward))
     assert row.problems == {}
     assert {"fastfusion", "sdpa", "unfused"} <= set(row.times)
     assert set(row.ratios) == set(row.times) - {"fastfusion"}
@@ -189,7 +192,7 @@ def test_every_implementation_agrees(change: dict[str, Any], backward: bool) -> 
 @pytest.mark.parametrize("mask", [None, "both_padding"])
 def test_both_directions_agree(mask: str | None, backward: bool) -> None:
     shape = BASE | {"mask": mask}
-    row = ops.run_shape("bidirectional", shape, torch.float32, backward, 1, 0.0)
+    row = ops.run_shape("bidirectional", shape, replace(ONCE, backward=backward))
     assert row.problems == {}
     assert {"fastfusion", "two sdpa", "unfused"} <= set(row.times)
 
@@ -201,9 +204,11 @@ def test_layers_agree(group: str, backward: bool) -> None:
         "name": "small", "batch": 2, "length": 4, "q_len": 4, "kv_len": 6, "dim": 16,
         "context_dim": 24, "heads": 2, "ffn": 32,
     }  # fmt: skip
-    row = layers.run_shape(group, shape, torch.float32, backward, 1, 0.0)
+    settings = Settings(rounds=1, min_time=0.0, backward=backward)
+    row = layers.run_shape(group, shape, settings)
     assert row.problems == {}
-    assert set(row.times) == {"fastfusion", "torch.nn"}
+    assert set(row.times) == {"fastfusion", "torch.nn"} | (set() if backward else {"no fast path"})
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_mask_and_padding_combine() -> None:
@@ -242,7 +247,8 @@ def test_a_peer_that_crashes_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
 
     suite = ops.SUITES["attention"]
     monkeypatch.setitem(suite.others, "broken", lambda call: crash)
-    row = ops.run_shape("attention", BASE, torch.float32, False, 1, 0.0)
+    settings = replace(ONCE, peers=("sdpa", "broken"))
+    row = ops.run_shape("attention", BASE, settings)
     assert row.problems == {"broken": "ERROR: RuntimeError: no kernel image"}
     assert "sdpa" in row.times
 
@@ -317,106 +323,77 @@ def test_heavy_packages_are_found() -> None:
     assert overhead.heavy({"fastfusion", "triton", "onnx"}) == ["triton", "onnx"]
 
 
-# ---- the command
+# ---- peers that are optional
 
 
-def test_nothing_is_written_unless_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(SMALL) == 0
-    assert not list(tmp_path.iterdir())
-    assert "lxmert_text_to_image" in capsys.readouterr().out
+@pytest.mark.parametrize("name", [*runtimes.ALL, *libraries.ALL])
+def test_optional_peers_agree_or_say_why_not(name: str) -> None:
+    """Where a package is missing, it is skipped with a reason; where it is there, it is right."""
+    for change in ({}, {"mask": "key_padding"}, {"mask": "bias"}, {"causal": True}):
+        settings = replace(ONCE, peers=(name,))
+        made = ops.run_shape("attention", BASE | change, settings)
+        assert made.problems == {}
+        assert (name in made.times) != (name in made.skipped)
+        if name in made.skipped:
+            assert "not installed" in made.skipped[name]
 
 
-def test_a_picture_is_drawn_from_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, picture = tmp_path / "a.json", tmp_path / "a.png"
-    assert main([*SMALL, "--json", str(source)]) == 0
-    assert cpu_plot.main([str(picture), str(source), str(source)]) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert cpu_plot.main([str(picture), str(tmp_path / "none.json")]) == 2
-    assert "no file" in capsys.readouterr().err
+def test_peers_without_gradients_are_skipped() -> None:
+    settings = replace(ONCE, peers=tuple(runtimes.ALL), backward=True)
+    made = ops.run_shape("attention", BASE, settings)
+    assert set(made.skipped.values()) == {"has no gradients"}
 
 
-def test_json_holds_everything(tmp_path: Path) -> None:
-    file = tmp_path / "result.json"
-    assert main([*SMALL, "--dtype", "bfloat16", "--backward", "--json", str(file)]) == 0
-    document = json.loads(file.read_text())
-    assert document["machine"]["torch"] == str(torch.__version__)
-    assert document["machine"]["threads"] == 1
-    assert {"cpu", "cores", "commit", "taken"} <= set(document["machine"])
-    assert document["settings"]["suites"] == ["attention"]
-    (only,) = document["rows"]
-    assert only["dtype"] == "bfloat16"
-    assert only["backward"]
-    assert only["shape"]["heads"] == 12
-    assert len(only["samples"]["fastfusion"]) == 1
-    assert only["times"]["sdpa"]["median"] == only["samples"]["sdpa"][0]
-    assert only["ratios"]["sdpa"]["median"] > 0
+def test_compiled_peers_run_on_some_shapes() -> None:
+    everything = Settings(rounds=1, min_time=0.0)
+    reasons = [ops.left_out(name, BASE, everything) for name in compiled.ALL]
+    assert all("takes seconds per shape" in str(reason) for reason in reasons)
+    for name in compiled.ALL:
+        assert ops.left_out(name, {"name": compiled.SOME[0]}, everything) is None
+        assert ops.left_out(name, BASE, replace(everything, peers=(name,))) is None
+    known = {shape["name"] for group in shapes.load().values() for shape in group}
+    assert set(compiled.SOME) <= known
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--shape", "nowhere"], "unknown shape 'nowhere'; choose from lxmert_text_to_image, "),
-        (["layers", "--shape", "vit_b16"], "suite layers has no shape vit_b16"),
-        (["overhead", "--shape", "vit_b16"], "suite overhead has no shape vit_b16"),
-        (["--dtype", "float8"], "'float32', 'bfloat16', 'float16', 'float64'"),
-        (["everything"], "'overhead', 'attention', 'bidirectional', 'layers', 'goals'"),
-        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
-        (["--threads", "0"], "--threads must be at least 1, got 0"),
-        (["--json", "/nonexistent/file.json"], "there is no folder /nonexistent"),
-    ],
-    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
-)
-def test_bad_command_lines(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert message in captured.err
-    assert len(captured.err.splitlines()) == 1
+def test_skipped_peers_are_below_the_table() -> None:
+    made = row("won", 2.0)
+    made.skipped["openvino"] = "not installed"
+    last = results.table([made]).splitlines()[-1]
+    assert last.strip() == "openvino: skipped for 1 shape(s): not installed"
 
 
-def test_more_threads_run_pinned_in_a_process_of_their_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen: dict[str, Any] = {}
-
-    def run(command: list[str], env: dict[str, str]) -> Any:
-        seen.update(command=command, env=env)
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.delenv("OMP_PROC_BIND", raising=False)
-    assert main([*SMALL, "--threads", "2"]) == 0
-    assert seen["command"][1:3] == ["-m", "fastfusion.benchmarks"]
-    assert seen["command"][3:] == [*SMALL, "--threads", "2"]
-    expected = {"OMP_NUM_THREADS": "2", "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
-    assert expected.items() <= seen["env"].items()
+def test_models_agree() -> None:
+    shape = {
+        "name": "small", "batch": 2, "regions": 5, "words": 3, "visual_dim": 16, "text_dim": 8,
+        "heads": 2, "ffn": 16, "layers": 1,
+    }  # fmt: skip
+    made = models.run_shape(shape, Settings(rounds=1, min_time=0.0))
+    assert made.problems == {}
+    assert {"fastfusion", "torch.nn"} <= set(made.times)
 
 
-def test_interrupt_keeps_what_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    measure, calls = ops.measure, []
-
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return measure(*arguments)
-
-    monkeypatch.setattr(ops, "measure", interrupted)
-    file = tmp_path / "result.json"
-    assert main(["attention", "--quick", "--rounds", "1", "--json", str(file)]) == 130
-    assert "lxmert_text_to_image" in capsys.readouterr().out
-    assert len(json.loads(file.read_text())["rows"]) == 1
+# ---- ceilings, cold caches
 
 
-def test_the_command_runs_as_a_module() -> None:
-    command = [sys.executable, "-m", "fastfusion", "bench", *SMALL]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "lxmert_text_to_image" in result.stdout
+def test_ceilings_are_measured() -> None:
+    found = roofline.ceilings(threads=1, rounds=1)
+    assert found.bandwidth > 1e8
+    assert all(speed > 1e8 for speed in found.operations.values())
+    assert found.peak("float16") == found.peak("float32")
+
+
+def test_a_share_takes_the_lower_ceiling() -> None:
+    machine = roofline.Machine({"float32": 100.0}, bandwidth=10.0)
+    assert machine.share(50, 20, "float32", 4.0, cold=False) == 0.125
+    assert machine.share(50, 20, "float32", 4.0, cold=True) == 0.5
+    assert machine.share(50, 20, "bfloat16", 4.0, cold=True) is None
+
+
+def test_cold_calls_follow_an_eviction() -> None:
+    order: list[str] = []
+    calls: dict[str, Callable[[], object]] = {"a": lambda: order.append("a")}
+    measured = timing.measure(calls, 2, 0.0, before=lambda: order.append("-"))
+    assert "".join(order[-4:]) == "-a-a"
+    assert measured.loops == {"a": 1}
+    made = ops.run_shape("attention", BASE, replace(ONCE, cold=True))
+    assert made.cold and made.loops["sdpa"] == 1

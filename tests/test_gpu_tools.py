@@ -407,7 +407,7 @@ def test_no_sanitizer_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_what_the_sanitizer_watches_is_right() -> None:
     """On the CPU, so on another backend; the calls and the check are the same."""
     suites = [suite for suite, *_ in sanitize.cases()]
-    assert set(suites) == set(ops.SUITES)
+    assert set(suites) == set(cuda_peers.PEERS)
     for suite, shapes in sanitize.SHAPES.items():
         assert sanitize.check(suite, shapes[0], torch.float32, False, "cpu") is None
     assert (

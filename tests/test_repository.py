@@ -117,7 +117,8 @@ def test_versions_stand_in_pyproject_only(project: dict[str, Any]) -> None:
 
 def test_development_covers_what_the_extras_need(project: dict[str, Any]) -> None:
     extras = project["project"]["optional-dependencies"]
-    have = pins(project["dependency-groups"]["dev"])
+    groups = project["dependency-groups"]
+    have = pins(groups["dev"] + groups["bench"])
     assert set(extras["demo"]) | set(extras["bench"]) <= set(have)
 
 

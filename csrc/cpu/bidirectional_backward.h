@@ -112,8 +112,8 @@ class BidirectionalBackwardTask {
     Block block;
     int64_t place;  // of the first key among all
     bool for_queries, for_keys;
-    Left<Math> key, value, grad;  // rows of K, V and dO_k, as far as the pass multiplies them
-    Right<Math> key_columns, grad_columns;
+    Left<Math> key{}, value{}, grad{};  // rows of K, V and dO_k, as far as the pass multiplies them
+    Right<Math> key_columns{}, grad_columns{};
   };
 
   bool multiplies() const { return pass_ == Pass::kMaxima || !keeps_; }
@@ -135,17 +135,9 @@ class BidirectionalBackwardTask {
         for (int64_t i = 0; i < count_; ++i) place = start(panels[first + i], place, i);
         const Positions &seen = all_keys_.visible, &hidden = all_keys_.hidden;
         for (int64_t done = 0; done < seen.count; done += size_.keys)
-          serve({block_at(seen, done, size_.keys), done, true, visible, {}, {}, {}, {}, {}});
+          serve({block_at(seen, done, size_.keys), done, true, visible});
         for (int64_t done = 0; done < hidden.count && visible; done += size_.keys)
-          serve({block_at(hidden, done, size_.keys),
-                 seen.count + done,
-                 false,
-                 true,
-                 {},
-                 {},
-                 {},
-                 {},
-                 {}});
+          serve({block_at(hidden, done, size_.keys), seen.count + done, false, true});
         for (int64_t i = 0; i < count_; ++i) finish(panel_[i]);
       }
     }

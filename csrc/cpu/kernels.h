@@ -168,6 +168,10 @@ FF_EXPORT bool supported_isa(int index);
 // Instruction-set extensions of this machine that matter here, separated by spaces.
 FF_EXPORT const char* cpu_features();
 
+// Does products of 8-bit integers and nothing else; returns how many operations, 0 where the
+// machine has no instruction for them.
+FF_EXPORT double int8_peak_operations(int64_t rounds);
+
 // Memory of the calling thread, 64-byte aligned, kept until the thread ends and reused by the
 // next call. Null when the system has none.
 float* scratch(size_t floats);
