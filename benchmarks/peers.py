@@ -52,7 +52,8 @@ def sdpa_math(call: Arguments) -> Callable[[], Tensor]:
     options = {k: call[k] for k in ("is_causal", "scale", "enable_gqa") if k in call}
     run = partial(
         torch.ops.aten._scaled_dot_product_attention_math.default,
-        call["query"], call["key"], call["value"], attend_mask(call), 0.0, **options,
+        call["query"], call["key"], call["value"],
+        additive(attend_mask(call), call["query"].dtype), 0.0, **options,
     )  # fmt: skip
     return lambda: run()[0]
 

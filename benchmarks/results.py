@@ -68,20 +68,34 @@ class Row:
         return min(others, key=lambda ratio: ratio.median, default=none)
 
 
+MANY = 4  # peers whose quartiles fit beside each other
+
+
 def table(rows: list[Row]) -> str:
-    """The rows of one suite and dtype as text, lost cells first."""
+    """The rows of one suite and dtype as text, lost cells first.
+
+    Of many peers the closest one has its quartiles, and the others stand beside it.
+    """
     rows = sorted(rows, key=lambda row: (not row.problems, row.hardest().median))
     peers = list(dict.fromkeys(name for row in rows for name in row.ratios))
+    many = len(peers) > MANY
     width = max(len(row.shape["name"]) for row in rows)
     head = f"{'':5}{'shape':<{width}}  {'fastfusion us':>26}  {'of peak':>7}  {'path':<9}"
-    lines = [head + "".join(f"  {name:>18}" for name in peers)]
+    widths = [max(len(name), 5 if many else 18) for name in peers]
+    closest = f"  {'the closest':<32}" if many else ""
+    columns = zip(peers, widths, strict=True)
+    lines = [head + closest + "".join(f"  {name:>{size}}" for name, size in columns)]
     for row in rows:
         label = "LOST " if slower(row.hardest()) else ""
-        cells = [_ratio_cell(row.ratios.get(name)) for name in peers]
+        cells = "".join(
+            f"  {_ratio_cell(row.ratios.get(name), many):>{size}}"
+            for name, size in zip(peers, widths, strict=True)
+        )
         lines.append(
             f"{label:5}{row.shape['name']:<{width}}  {_time_cell(row.times.get(OURS)):>26}"
             f"  {'' if row.share is None else f'{row.share:.0%}':>7}  {row.path or '':<9}"
-            + "".join(f"  {cell:>18}" for cell in cells)
+            + (f"  {_closest_cell(row):<32}" if many else "")
+            + cells
         )
         lines += [f"{'':5}  {name}: {why}" for name, why in row.problems.items()]
     for name in peers:
@@ -110,8 +124,17 @@ def _time_cell(time: Spread | None) -> str:
     return f"{median} ({lower}-{upper})"
 
 
-def _ratio_cell(ratio: Spread | None) -> str:
-    return "-" if ratio is None else f"{ratio.median:.2f} ({ratio.lower:.2f}-{ratio.upper:.2f})"
+def _ratio_cell(ratio: Spread | None, short: bool = False) -> str:
+    if ratio is None:
+        return "-"
+    spread = "" if short else f" ({ratio.lower:.2f}-{ratio.upper:.2f})"
+    return f"{ratio.median:.2f}{spread}"
+
+
+def _closest_cell(row: Row) -> str:
+    found = row.hardest()
+    names = [name for name, ratio in row.ratios.items() if ratio == found and name != REFERENCE]
+    return f"{_ratio_cell(found)} {names[0]}" if names else ""
 
 
 @dataclass(frozen=True)

@@ -420,14 +420,22 @@ def inputs(
 
 
 def cost(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
-    """Floating-point operations of the two products, and bytes read and written once."""
+    """Floating-point operations of the two products, and bytes read and written once.
+
+    Scores that the diagonal or key padding (as `inputs` makes it) hides do not count.
+    """
     batch, heads = shape.get("batch", 1), shape.get("heads", 1)
     kv_heads, dim = shape.get("kv_heads", heads), shape["head_dim"]
     value_dim, q_len, kv_len = shape.get("value_dim", dim), shape["q_len"], shape["kv_len"]
-    scores = q_len * kv_len
-    if shape.get("causal"):
-        scores = sum(min(i + 1, kv_len) for i in range(q_len))
-    flops = 2 * batch * heads * scores * (dim + value_dim)
+
+    def scores(keys: int) -> int:
+        if shape.get("causal"):
+            return sum(min(i + 1, keys) for i in range(q_len))
+        return q_len * keys
+
+    padded = (batch + 1) // 2 if shape.get("mask") == "key_padding" else 0
+    seen = padded * scores(kv_len - kv_len // 4) + (batch - padded) * scores(kv_len)
+    flops = 2 * heads * seen * (dim + value_dim)
     elements = heads * q_len * (dim + value_dim) + kv_heads * kv_len * (dim + value_dim)
     return flops, batch * elements * dtype.itemsize
 
