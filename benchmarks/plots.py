@@ -1,8 +1,8 @@
 """Pictures of results on a CPU, from their JSON alone.
 
 ``python -m fastfusion.benchmarks.plots PICTURE FILE...`` draws the speed-ups of some files side by
-side: for every shape and peer a bar, how many times as long the peer takes; left of the line at 1
-we lose. `draw_all` makes every picture for which a document has the numbers.
+side: for every shape a mark per peer, how many times as long it takes; left of the line at 1 we
+lose. `draw_all` makes every picture for which a document has the numbers.
 """
 
 import json
@@ -15,8 +15,13 @@ from .results import OURS, REFERENCE
 
 Document = dict[str, Any]
 Rows = list[dict[str, Any]]
-COLORS = ("#2a6f97", "#a9d6e5", "#e09f3e", "#9e2a2b", "#540b0e", "#61a5c2", "#606c38", "#bc6c25")
-TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100)
+COLORS = (
+    "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
+    "#bcbd22", "#17becf", "#393b79", "#843c39",
+)  # fmt: skip
+MARKERS = "osD^vPX<>*hp"
+TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 30, 50, 100)
+FINE_TICKS = (0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.3, 1.4)
 
 
 def pyplot() -> Any:
@@ -51,27 +56,33 @@ def title(document: Document, rows: Rows) -> str:
 
 
 def speedups(axes: Any, document: Document, rows: Rows) -> None:
-    """Bars: the time of every peer over ours."""
+    """A line per shape, on it a mark per peer: its time over ours, quartiles as a bar."""
     from matplotlib import ticker
 
-    peers = peers_of(rows)
-    height = 0.8 / max(len(peers), 1)
-    for index, peer in enumerate(peers):
-        places = [place - 0.4 + height * (index + 0.5) for place in range(len(rows))]
-        values = [row["ratios"].get(peer, {"median": 0.0})["median"] for row in rows]
-        bars = axes.barh(places, values, height, label=peer, color=COLORS[index % len(COLORS)])
-        axes.bar_label(bars, [f" {v:.2f}" if v else "" for v in values], fontsize=6)
+    for index, peer in enumerate(peers_of(rows)):
+        found = [(place, row["ratios"][peer]) for place, row in enumerate(rows)
+                 if peer in row["ratios"]]  # fmt: skip
+        middle = [ratio["median"] for _, ratio in found]
+        below = [ratio["median"] - ratio["lower"] for _, ratio in found]
+        above = [ratio["upper"] - ratio["median"] for _, ratio in found]
+        axes.errorbar(middle, [place for place, _ in found], xerr=[below, above], label=peer,
+                      linestyle="none", marker=MARKERS[index % len(MARKERS)], markersize=5,
+                      color=COLORS[index % len(COLORS)], alpha=0.85)  # fmt: skip
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    axes.set_xticks([x for x in TICKS if low <= x <= high])
+    low = min(low, 0.9)
+    axes.set_xlim(low, high)
+    axes.set_xticks([x for x in (FINE_TICKS if high / low < 1.7 else TICKS) if low <= x <= high])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set_yticks(range(len(rows)), [row["shape"]["name"] for row in rows], size=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("time of the peer / ours; above 1 fastfusion is faster")
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="both", color="#e5e5e5", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("time of the peer / ours; right of the line at 1 fastfusion is faster")
     axes.set_title(title(document, rows), size=9)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def roofline(axes: Any, document: Document, rows: Rows) -> None:
@@ -91,7 +102,8 @@ def roofline(axes: Any, document: Document, rows: Rows) -> None:
             axes.axhline(peak / 1e9, color=color, linewidth=1)
             axes.annotate(f"{dtype} products", (min(x), peak / 1e9), size=7, va="bottom")
     low, high = axes.get_xlim()
-    ends = [max(low, 0.05), high]
+    most = max(ceilings["operations"].values())
+    ends = [max(low, 0.1), min(high, most / ceilings["bandwidth"])]
     axes.plot(ends, [e * ceilings["bandwidth"] / 1e9 for e in ends], "k--", linewidth=1,
               label=f"memory, {ceilings['bandwidth'] / 1e9:.0f} GB/s")  # fmt: skip
     axes.set_xscale("log")
@@ -110,8 +122,9 @@ def lengths(axes: Any, document: Document, rows: Rows) -> None:
         timed = [row for row in rows if name in row["times"]]
         x = [row["shape"]["q_len"] for row in timed]
         y = [1e6 * row["times"][name]["median"] for row in timed]
-        axes.plot(x, y, marker="o", markersize=3, label=name, color=COLORS[index % len(COLORS)],
-                  linewidth=2.5 if name == OURS else 1)  # fmt: skip
+        axes.plot(x, y, label=name, linewidth=2.5 if name == OURS else 1, markersize=4,
+                  marker=MARKERS[index % len(MARKERS)],
+                  color=COLORS[index % len(COLORS)])  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("queries, and as many keys; 12 heads of 64")
@@ -121,22 +134,27 @@ def lengths(axes: Any, document: Document, rows: Rows) -> None:
 
 
 def threads(axes: Any, document: Document, rows: Rows) -> None:
-    """How many times as fast each shape becomes with more threads."""
+    """How many times as fast each shape becomes with more threads, by its time with the fewest."""
     by_cell: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for row in rows:
         by_cell[row["shape"]["name"], row["dtype"]][row["threads"]] = row["times"][OURS]["median"]
-    for index, ((name, dtype), times) in enumerate(sorted(by_cell.items())):
-        counts = sorted(times)
-        least = counts[0]
-        axes.plot(counts, [least * times[least] / times[n] for n in counts], marker="o",
-                  markersize=3, label=f"{name}, {dtype}, {1e6 * times[least]:.0f} us",
-                  color=COLORS[index % len(COLORS)])  # fmt: skip
-    most = max(row["threads"] for row in rows)
-    axes.plot([1, most], [1, most], "k--", linewidth=1, label="perfect")
-    axes.set_xlabel("threads")
-    axes.set_ylabel("times as fast as one thread")
+    counts = sorted({row["threads"] for row in rows})
+    least = counts[0]
+    for index, count in enumerate(counts[1:]):
+        cells = {k: t for k, t in by_cell.items() if least in t and count in t}
+        x = [1e6 * times[least] for times in cells.values()]
+        y = [times[least] / times[count] for times in cells.values()]
+        color = COLORS[index % len(COLORS)]
+        axes.scatter(x, y, s=18, color=color, label=f"{count} threads")
+        axes.axhline(count / least, color=color, linewidth=1, linestyle="--")
+        for (name, _), a, b in zip(cells, x, y, strict=True):
+            axes.annotate(f" {name}", (a, b), size=6)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0.8)
+    axes.set_xlabel(f"microseconds with {least} thread(s)")
+    axes.set_ylabel("times as fast; dashed: perfect")
     axes.set_title(title(document, rows), size=9)
-    axes.legend(fontsize=6, ncols=2)
+    axes.legend(fontsize=8)
 
 
 def pictures(document: Document) -> dict[str, tuple[Any, Rows, tuple[float, float]]]:
@@ -153,8 +171,7 @@ def pictures(document: Document) -> dict[str, tuple[Any, Rows, tuple[float, floa
         if own[0]["suite"] == "lengths":
             found[name] = lengths, own, (7, 5)
         elif peers_of(own):
-            bars = len(own) * len(peers_of(own))
-            found[name] = speedups, own, (8, 1.6 + 0.12 * bars + 0.1 * len(own))
+            found[name] = speedups, own, (9, 1.6 + 0.27 * max(len(own), 4))
     counted = [row for row in rows if row.get("flops") and row.get("moved")]
     if counted and document.get("ceilings", {}).get("operations"):
         fewest = min(row.get("threads", 1) for row in counted)
@@ -185,7 +202,7 @@ def draw(picture: Path, sources: list[Path]) -> None:
     documents = [json.loads(source.read_text()) for source in sources]
     most = max(len(document["rows"]) for document in documents)
     figure, all_axes = drawing.subplots(
-        1, len(documents), figsize=(7.5 * len(documents), 1.5 + 0.42 * most), layout="constrained",
+        1, len(documents), figsize=(8 * len(documents), 1.6 + 0.27 * most), layout="constrained",
         squeeze=False,
     )  # fmt: skip
     for axes, document in zip(all_axes[0], documents, strict=True):
