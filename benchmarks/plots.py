@@ -2,16 +2,16 @@
 
 ``python -m fastfusion.benchmarks.plots PICTURE FILE...`` draws the speed-ups of some files side by
 side: for every shape a mark per peer, how many times as long it takes; left of the line at 1 we
-lose. `draw_all` makes every picture for which a document has the numbers.
+lose. With a folder in the place of the picture it draws whatever the files together have the
+numbers for: also the roofline, time against length, and threads.
 """
 
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from .results import OURS, REFERENCE
+from .results import OURS, REFERENCE, merged, read
 
 Document = dict[str, Any]
 Rows = list[dict[str, Any]]
@@ -199,7 +199,7 @@ def draw_all(document: Document, folder: Path) -> list[Path]:
 def draw(picture: Path, sources: list[Path]) -> None:
     """Draws the speed-ups of every file into one picture."""
     drawing = pyplot()
-    documents = [json.loads(source.read_text()) for source in sources]
+    documents = [read(source) for source in sources]
     most = max(len(document["rows"]) for document in documents)
     figure, all_axes = drawing.subplots(
         1, len(documents), figsize=(8 * len(documents), 1.6 + 0.27 * most), layout="constrained",
@@ -216,11 +216,18 @@ def main(argv: list[str] | None = None) -> int:
     names = [Path(name) for name in (sys.argv[1:] if argv is None else argv)]
     missing = [str(path) for path in names[1:] if not path.is_file()]
     if len(names) < 2 or missing:
-        wanted = f"no file {', '.join(missing)}" if missing else "name a picture and its files"
-        print(f"plots: {wanted}", file=sys.stderr)
+        usage = "name a picture or a folder, and files"
+        print(f"plots: {f'no file {missing[0]}' if missing else usage}", file=sys.stderr)
         return 2
-    draw(names[0], names[1:])
-    print(names[0])
+    try:
+        if names[0].is_dir():
+            print(*draw_all(merged([read(name) for name in names[1:]]), names[0]), sep="\n")
+        else:
+            draw(names[0], names[1:])
+            print(names[0])
+    except ValueError as error:
+        print(f"plots: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -50,6 +50,10 @@ def test_a_picture_is_drawn_from_json(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([*SMALL, "--json", str(source)]) == 0
     assert plots.main([str(picture), str(source), str(source)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert plots.main([str(tmp_path), str(source)]) == 0
+    assert {p.name for p in tmp_path.glob("*.png")} == {
+        "a.png", "attention-float32.png", "roofline.png",
+    }  # fmt: skip
     assert plots.main([str(picture), str(tmp_path / "none.json")]) == 2
     assert "no file" in capsys.readouterr().err
 

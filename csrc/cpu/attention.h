@@ -3,8 +3,9 @@
 // three queries leave most lanes empty: few.h serves them.
 //
 // A panel is up to 48 queries of one head. Some panels that share keys and values are served
-// together: they walk the keys in blocks of 256, prepare each block once for all, and take it
-// through the online softmax: m the running maximum, l the sum, O the accumulator,
+// together: they walk the keys in blocks of 256 (512 in bfloat16, which rounds the weights anyway),
+// prepare each block once for all, and take it through the online softmax: m the running maximum, l
+// the sum, O the accumulator,
 //     m' = max(m, max_j S)   O = O * exp(m - m') + exp(S - m') V   l = l * exp(m - m') + sum_j ...
 #pragma once
 
@@ -170,7 +171,7 @@ class ForwardTask {
   }
 
   static constexpr int64_t kMostPanels = 16;
-  static constexpr int64_t kKeys = kBlock * Math::kDepth;
+  static constexpr int64_t kKeys = kBlock * Math::kDepth;  // at most kLargestBlock
 
   const AttentionForward& p_;
   int64_t value_columns_, most_, count_ = 0;

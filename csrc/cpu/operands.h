@@ -61,6 +61,7 @@ inline Split split(const bool* padding, int64_t offset, int64_t stride, int64_t 
 }
 
 constexpr int64_t kBlock = 256;  // keys in one accumulation chain: longer ones lose accuracy
+constexpr int64_t kLargestBlock = 2 * kBlock;
 
 // Some of the positions: `count` from the `first` on.
 struct Block {

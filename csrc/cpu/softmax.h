@@ -186,7 +186,7 @@ inline bool maskable_product(const Scores& s, const Block& block, float unit) {
 // The lanes of each key and register of queries that a mask leaves, which a product can store
 // without another look at its scores.
 inline void shown_lanes(const Scores& s, const Block& block, uint16_t* shown) {
-  constexpr int64_t kLanes = Vec::kLanes, kBits = 32, kGroups = 2 * kBlock / kBits;
+  constexpr int64_t kLanes = Vec::kLanes, kBits = 32, kGroups = kLargestBlock / kBits;
   const Attention& p = s.p;
   const int64_t vectors = s.columns / kLanes;
   const int64_t head = s.b * p.mask.batch + s.h * p.mask.head;
