@@ -134,6 +134,7 @@ class Run:
 def run(options: argparse.Namespace) -> tuple[int, Document]:
     """Measures in this process; 1 where a result of ours was wrong or crashed, otherwise 0."""
     torch.set_num_threads(options.counts[0])
+    machine.keep_memory()
     this = Run(options)
     about = this.machine
     print(

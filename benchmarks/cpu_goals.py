@@ -308,4 +308,5 @@ def memory() -> Iterator[Goal]:
 
 
 if __name__ == "__main__":
+    machine.keep_memory()
     print(json.dumps(list(measure_threads(int(sys.argv[1]), float(sys.argv[2])))))

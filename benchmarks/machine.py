@@ -1,5 +1,6 @@
 """What a measurement was taken on: a time without its machine says nothing."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -37,6 +38,18 @@ def pinned(threads: int) -> dict[str, str]:
     """
     openmp = {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
     return {**os.environ, **openmp}
+
+
+def keep_memory() -> None:
+    """Lets the process keep what it frees, up to the largest sizes that glibc's heap takes.
+
+    glibc comes to that by itself after some large blocks, sooner or later: until then each of them
+    is fresh pages, and the same formula takes twice as long in one process as in another.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        library.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def describe() -> dict[str, Any]:
