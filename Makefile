@@ -108,9 +108,9 @@ $(VENV)/bench.stamp: $(VENV)/dependencies.stamp
 # Everything on one thread, then attention on one and two.
 bench: build $(VENV)/bench.stamp
 	@mkdir -p bench-results/threads
-	@OMP_NUM_THREADS=1 $(BIN)/python -m fastfusion bench --quick --json bench-results/results.json \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m fastfusion bench --quick --rounds 21 --json bench-results/results.json \
 		--html bench-results/report.html --plots bench-results
-	@$(BIN)/python -m fastfusion bench attention --quick --threads 1,2 --peers sdpa \
+	@$(BIN)/python -m fastfusion bench attention --quick --rounds 21 --threads 1,2 --peers sdpa \
 		--json bench-results/threads/results.json --html bench-results/threads/report.html \
 		--plots bench-results/threads
 
