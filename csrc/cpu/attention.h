@@ -13,10 +13,16 @@
 #include "few.h"
 #include "outputs.h"
 #include "panels.h"
+#include "rest.h"
 #include "task.h"
 
 namespace ff {
 namespace {
+
+template <class Math>
+Panels panels_of(const Attention& p) {
+  return Panels({p.q_len, nullptr}, Panels::kMost, rest_queries<Math>(p));
+}
 
 template <class Math>
 class ForwardTask {
@@ -24,7 +30,9 @@ class ForwardTask {
   explicit ForwardTask(const AttentionForward& p)
       : p_(p),
         value_columns_(padded(p.value_dim)),
-        unit_(Math::kDepth > 1 ? std::fabs(p.scale) : 1),
+        base_(base_of(p)),
+        factor_of_queries_(p.scale * exponents_per_e(base_)),
+        unit_(Math::kDepth > 1 ? std::fabs(factor_of_queries_) : 1),
         turned_(2 * p.value_dim <= Vec::kLanes) {
     constexpr int64_t kFloats = 98304;  // 384 KB of the second cache
     const int64_t fitting = kFloats / (query_floats() + Panels::kMost * value_columns_);
@@ -51,12 +59,13 @@ class ForwardTask {
   // Panels first .. end of the query heads that share key head `group`.
   void run(int64_t b, int64_t group, int64_t first, int64_t end) {
     const int64_t members = p_.heads / p_.kv_heads;
-    const Panels panels = all_panels(p_);
+    const Panels panels = panels_of<Math>(p_);
     int64_t limit = 0;
     count_ = end - first;
     for (int64_t i = 0; i < count_; ++i) {
       const int64_t panel = first + i;
-      start(b, group * members + panel / panels.count, panels[panel % panels.count], i);
+      const int64_t place = panel % panels.count;
+      start(b, group * members + panel / panels.count, panels[place], panels.rest_at(place), i);
       limit = limit > limit_of(panel_[i]) ? limit : limit_of(panel_[i]);
     }
     const Slice key(p_.key, p_.type, b, group), value(p_.value, p_.type, b, group);
@@ -75,7 +84,7 @@ class ForwardTask {
   }
 
  private:
-  int64_t query_floats() const { return (p_.head_dim + p_.head_dim % 2) * Panels::kMost; }
+  int64_t query_floats() const { return padded(p_.head_dim) * Panels::kMost; }
 
   // The keys that the diagonal leaves to a panel.
   int64_t limit_of(const Panel& panel) const {
@@ -83,18 +92,16 @@ class ForwardTask {
     return p_.causal && limit < p_.kv_len ? limit : p_.kv_len;
   }
 
-  void start(int64_t b, int64_t h, const Block& queries, int64_t i) {
+  void start(int64_t b, int64_t h, const Block& queries, bool rest, int64_t i) {
     constexpr int64_t kMost = Panels::kMost;
     float* statistics = statistics_ + i * 3 * kMost;
     Panel& panel = panel_[i];
-    panel = {h,
-             queries,
-             padded(queries.count),
-             0,
-             {statistics, statistics + kMost, statistics + 2 * kMost}};
-    query_[i] = Operands<Math>::lanes(Slice(p_.query, p_.type, b, h), queries, p_.head_dim,
-                                      p_.scale, queries_ + i * query_floats());
-    panel.statistics.clear(panel.columns);
+    panel = {h, queries, rest ? rest_columns(queries.count) : padded(queries.count),
+             0, rest,    {statistics, statistics + kMost, statistics + 2 * kMost}};
+    const auto operand = rest ? rest_rows<Math> : Operands<Math>::lanes;
+    query_[i] = operand(Slice(p_.query, p_.type, b, h), queries, p_.head_dim, factor_of_queries_,
+                        queries_ + i * query_floats());
+    panel.statistics.clear(padded(panel.columns));
   }
 
   float* out_of(int64_t i) const { return outs_ + i * Panels::kMost * value_columns_; }
@@ -104,25 +111,12 @@ class ForwardTask {
     const Panel& panel = panel_[i];
     const int64_t columns = panel.columns;
     const bool first = block.first == 0;
-    const Scores scores{p_, b, panel.h, panel.queries, columns, scores_};
-    for (int64_t e = 0; e < columns; ++e) maximum_[e] = -kInfinity;
-    const auto score = [&](const auto& finish) {
-      multiply(key, query_[i], block.count, columns, Operands<Math>::steps(p_.head_dim), finish);
-    };
-    float unit = unit_;
-    if (maskable_product(scores, block, unit)) {
-      shown_lanes(scores, block, shown_);
-      score(StoreShown{scores_, columns, maximum_, shown_});
+    if (panel.rest) {
+      attend_rest(key, query_[i], block.count, Operands<Math>::steps(p_.head_dim), columns, base_,
+                  unit_, maximum_, scores_, panel.statistics);
     } else {
-      score(StoreMaximum{scores_, columns, maximum_});
-      if (p_.mask.data || crosses_diagonal(scores, block)) {
-        mask_scores(scores, block, unit, maximum_);
-        unit = 1.0f;
-      }
+      weigh(b, i, block, key);
     }
-    if (p_.dropout) dropout_factors(scores, block, kRowStream, factor_);
-    online_softmax<Math>(block, columns, unit, maximum_, p_.dropout ? factor_ : nullptr, scores_,
-                         panel.statistics);
     const auto weights = Weights<Math>::by_query(scores_, columns);
     if (turned_) {
       multiply<Math>({value.data, Math::kDepth, value.step}, {weights.data, weights.step},
@@ -142,6 +136,31 @@ class ForwardTask {
                         panel.statistics, first ? nullptr : out_of(i), maximum_, product);
   }
 
+  // The weights of a block, in the place of the scores; the statistics move on.
+  void weigh(int64_t b, int64_t i, const Block& block, const Left<Math>& key) {
+    const Panel& panel = panel_[i];
+    const int64_t columns = panel.columns;
+    const Scores scores{p_, b, panel.h, panel.queries, columns, scores_};
+    for (int64_t e = 0; e < columns; ++e) maximum_[e] = -kInfinity;
+    const auto score = [&](const auto& finish) {
+      multiply(key, query_[i], block.count, columns, Operands<Math>::steps(p_.head_dim), finish);
+    };
+    float unit = unit_;
+    if (maskable_product(scores, block, unit)) {
+      shown_lanes(scores, block, shown_);
+      score(StoreShown{scores_, columns, maximum_, shown_});
+    } else {
+      score(StoreMaximum{scores_, columns, maximum_});
+      if (p_.mask.data || crosses_diagonal(scores, block)) {
+        mask_scores(scores, block, unit, maximum_);
+        unit = 1.0f;
+      }
+    }
+    if (p_.dropout) dropout_factors(scores, block, kRowStream, factor_);
+    online_softmax<Math>(base_, block, columns, unit, maximum_, p_.dropout ? factor_ : nullptr,
+                         scores_, panel.statistics);
+  }
+
   // Whether the last product of a panel goes straight to the output.
   bool direct(const Panel& panel) const {
     return panel.visible > 0 && !turned_ && takes_registers(p_.out, panel.queries, p_.value_dim);
@@ -159,7 +178,7 @@ class ForwardTask {
       store_means(p_.out, p_.out_type(), b, panel.h, panel.queries, p_.value_dim,
                   panel.statistics.sum, outs);
     }
-    store_lse(p_.lse, p_.sums, b, panel.h, panel.queries, panel.statistics);
+    store_lse(p_.lse, p_.sums, b, panel.h, panel.queries, panel.statistics, base_);
   }
 
   // Sums that had lanes of queries as rows of them, in the place of the scores.
@@ -175,7 +194,8 @@ class ForwardTask {
 
   const AttentionForward& p_;
   int64_t value_columns_, most_, count_ = 0;
-  float unit_;
+  Base base_;
+  float factor_of_queries_, unit_;
   bool turned_;  // few columns of values: the lanes of the second product are queries, too
   float *queries_, *outs_, *statistics_, *maximum_, *scores_, *factor_, *key_, *value_;
   uint16_t* shown_;
@@ -185,8 +205,9 @@ class ForwardTask {
 };
 
 // The panels of a key head, each a part of the call.
-inline int64_t panels_of_group(const Attention& p) {
-  return p.heads / p.kv_heads * all_panels(p).count;
+template <class Math>
+int64_t panels_of_group(const Attention& p) {
+  return p.heads / p.kv_heads * panels_of<Math>(p).count;
 }
 
 // Panels begin .. end, evenly divided into runs within a key head.
@@ -195,7 +216,7 @@ void forward_tasks(int64_t begin, int64_t end, const void* context) {
   const auto& p = *static_cast<const AttentionForward*>(context);
   ForwardTask<Math> task(p);
   if (!task.allocate()) return;
-  const int64_t panels = panels_of_group(p);
+  const int64_t panels = panels_of_group<Math>(p);
   while (begin < end) {
     const int64_t slice = begin / panels, first = begin % panels;
     const int64_t left = panels - first < end - begin ? panels - first : end - begin;
@@ -214,9 +235,12 @@ const char* attention_path(const AttentionForward& p) {
   return half ? "panels of 48 queries, bfloat16 products" : "panels of 48 queries, as float32";
 }
 
-inline int64_t attention_parts(const AttentionForward& p) {
+template <class HalfMath>
+int64_t attention_parts(const AttentionForward& p) {
   if (p.batch * p.heads * p.q_len == 0) return 0;
-  return p.batch * p.kv_heads * (p.q_len <= kFew ? 1 : panels_of_group(p));
+  const bool half = p.type == Type::kBFloat16;
+  auto* panels = half ? panels_of_group<HalfMath> : panels_of_group<Float32Math>;
+  return p.batch * p.kv_heads * (p.q_len <= kFew ? 1 : panels(p));
 }
 
 template <class HalfMath>

@@ -72,7 +72,7 @@ inline Vec key_maxima(const Scores& s, int64_t first, int64_t count, Vec last) {
 
 // The softmax of a tile along its rows. The block's weights go to `weights`, as the left operand
 // of the product with the queries' values, times the factors of dropout if there are any.
-template <class Math>
+template <class Math, Base kBase>
 inline void key_softmax(const Scores& s, const Block& block, float unit, const float* dropout,
                         float* weights, const Statistics& keys) {
   constexpr int64_t kLanes = Vec::kLanes;
@@ -81,7 +81,7 @@ inline void key_softmax(const Scores& s, const Block& block, float unit, const f
     const int64_t count = block.count - first < kLanes ? block.count - first : kLanes;
     const Vec largest = key_maxima(s, first, count, last) * Vec::set(unit);
     const Vec maximum = Vec::load(keys.maximum + first, count), now = Vec::max(largest, maximum);
-    const Vec rescale = exponential(maximum, 1.0f, finite(now));
+    const Vec rescale = exponential<Precision::kFloat32, kBase>(maximum, 1.0f, finite(now));
     now.store(keys.maximum + first, count);
     rescale.store(keys.rescale + first, count);
     float offsets[kLanes];
@@ -94,7 +94,7 @@ inline void key_softmax(const Scores& s, const Block& block, float unit, const f
         const Vec offset = Vec::set(offsets[r]);
         for_lanes(s, last, [&](int64_t lane, const auto& select) {
           const Vec score = Vec::load(s.data + at + lane);
-          Vec weight = exponential<Weights<Math>::kPrecision>(score, unit, offset);
+          Vec weight = exponential<Weights<Math>::kPrecision, kBase>(score, unit, offset);
           weight = select(weight, Vec::zero());
           sum = sum + weight;
           if (dropout) weight = weight * Vec::load(dropout + at + lane);
@@ -122,7 +122,9 @@ class BidirectionalTask {
       : p_(p),
         value_columns_(padded(p.value_dim)),
         query_value_columns_(padded(p.query_value_dim)),
-        unit_(Math::kDepth > 1 ? std::fabs(p.scale) : 1.0f),
+        base_(base_of(p)),
+        factor_of_queries_(p.scale * exponents_per_e(base_)),
+        unit_(Math::kDepth > 1 ? std::fabs(factor_of_queries_) : 1.0f),
         size_(p.kv_len) {}
 
   bool allocate() {
@@ -180,7 +182,7 @@ class BidirectionalTask {
     panel_[i] = {queries, {statistics, statistics + most, statistics + 2 * most}};
     panel_[i].statistics.clear(padded(queries.count));
     query_[i] = Operands<Math>::lanes(Slice(p_.query, p_.type, b, h), queries, p_.head_dim,
-                                      p_.scale, queries_ + i * query_floats());
+                                      factor_of_queries_, queries_ + i * query_floats());
     if (visible) {
       query_value_[i] =
           Operands<Math>::columns(Slice(p_.query_value, p_.type, b, h), queries, p_.query_value_dim,
@@ -229,7 +231,9 @@ class BidirectionalTask {
                       int64_t i) {
     const Statistics keys{keys_.maximum + place, keys_.sum + place, keys_.rescale + place};
     if (p_.dropout) dropout_factors(scores, block, kColumnStream, factor_);
-    key_softmax<Math>(scores, block, unit, p_.dropout ? factor_ : nullptr, weights_, keys);
+    const auto softmax =
+        base_ == Base::kTwo ? key_softmax<Math, Base::kTwo> : key_softmax<Math, Base::kE>;
+    softmax(scores, block, unit, p_.dropout ? factor_ : nullptr, weights_, keys);
     const auto product = [&](const auto& finish) {
       multiply(Weights<Math>::by_key(weights_, scores.columns), query_value_[i], block.count,
                query_value_columns_, Operands<Math>::steps(scores.queries.count), finish);
@@ -248,8 +252,8 @@ class BidirectionalTask {
                    int64_t i) {
     const Statistics& statistics = panel_[i].statistics;
     if (p_.dropout) dropout_factors(scores, block, kRowStream, factor_);
-    online_softmax<Math>(block, scores.columns, unit, maximum_, p_.dropout ? factor_ : nullptr,
-                         scores_, statistics);
+    online_softmax<Math>(base_, block, scores.columns, unit, maximum_,
+                         p_.dropout ? factor_ : nullptr, scores_, statistics);
     const auto product = [&](const auto& finish) {
       multiply(Weights<Math>::by_query(scores_, scores.columns), value, scores.queries.count,
                value_columns_, Operands<Math>::steps(block.count), finish);
@@ -272,7 +276,7 @@ class BidirectionalTask {
     if (visible_keys == 0 || !takes_registers(p_.out_q, queries, p_.value_dim)) {
       store_means(p_.out_q, p_.type, b, h, queries, p_.value_dim, statistics.sum, out_of(i));
     }
-    store_lse(p_.lse_q, nullptr, b, h, queries, statistics);
+    store_lse(p_.lse_q, nullptr, b, h, queries, statistics, base_);
   }
 
   void finish_keys(int64_t b, int64_t h, const Positions& keys, int64_t place) {
@@ -283,7 +287,7 @@ class BidirectionalTask {
       store_means(p_.out_k, p_.type, b, h, all(keys), p_.query_value_dim, keys_.sum + place, outs);
     }
     const Statistics statistics{keys_.maximum + place, keys_.sum + place, keys_.rescale + place};
-    store_lse(p_.lse_k, nullptr, b, h, all(keys), statistics);
+    store_lse(p_.lse_k, nullptr, b, h, all(keys), statistics, base_);
   }
 
   struct BidirectionalPanel {
@@ -293,7 +297,8 @@ class BidirectionalTask {
 
   const BidirectionalForward& p_;
   int64_t value_columns_, query_value_columns_, visible_queries_ = 0, count_ = 0;
-  float unit_;
+  Base base_;
+  float factor_of_queries_, unit_;
   TileSize size_;
   float *queries_, *query_values_, *outs_, *statistics_, *maximum_, *scores_, *weights_, *factor_;
   float *key_, *value_, *key_outs_, *inverse_;

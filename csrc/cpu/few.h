@@ -9,8 +9,6 @@
 namespace ff {
 namespace {
 
-constexpr int64_t kFew = 3;  // queries; from 4 on the lanes of a panel are full enough
-
 struct FewScratch {
   float *query, *scores, *factor, *out, *copy;
   int32_t* list;
@@ -218,7 +216,7 @@ void few_row(const AttentionForward& p, int64_t b, int64_t h, int64_t query, con
   store(p.out.data, p.out_type(), b * p.out.batch + h * p.out.head + query * p.out.row,
         p.out.column, p.value_dim, inverse(sum), s.out);
   float *maximum = &statistics.maximum, *total = &statistics.sum;
-  store_lse(p.lse, p.sums, b, h, one(query), {maximum, total, nullptr});
+  store_lse(p.lse, p.sums, b, h, one(query), {maximum, total, nullptr}, Base::kE);
 }
 
 // A task is a key head, whose keys and values stay in cache for the query heads that share them.

@@ -25,6 +25,7 @@ struct Float32Math {
 
   static Operand broadcast(const float* p) { return Vec::set(*p); }
   static Operand load(const float* p) { return Vec::load(p); }
+  static Operand load(const float* p, int64_t count) { return Vec::load(p, count); }
   static Vec add_product(Operand a, Operand b, Vec sum) { return Vec::fma(a, b, sum); }
 };
 

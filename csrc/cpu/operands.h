@@ -167,6 +167,13 @@ struct Operands<Float32Math> {
     return {buffer, width};
   }
 
+  // A row times `factor`, zeros up to `width`.
+  static void row(const Slice& from, int64_t i, int64_t dim, int64_t width, float factor,
+                  float* to) {
+    load(from.data, from.type, from.offset + i * from.row, from.column, dim, width, to);
+    for (int64_t d = 0; d < dim; ++d) to[d] *= factor;
+  }
+
   // Rows times `factor` as the right operand that is summed over the dim: lanes are rows, zeros up
   // to the next register.
   static Right<Float32Math> lanes(const Slice& from, const Block& block, int64_t dim, float factor,

@@ -47,6 +47,13 @@ struct Operands<BFloat16Math> {
     return {pairs, 2 * width};
   }
 
+  // A row times the sign of `factor`, zeros up to `width`.
+  static void row(const Slice& from, int64_t i, int64_t dim, int64_t width, float factor,
+                  uint16_t* to) {
+    copy_row(from, i, 0, dim, width, to);
+    for (int64_t d = 0; d < dim && factor < 0.0f; ++d) to[d] ^= 0x8000u;
+  }
+
   // The sign of `factor` is all that is multiplied in: the rest would round.
   static Right<BFloat16Math> lanes(const Slice& from, const Block& block, int64_t dim, float factor,
                                    float* buffer) {
@@ -101,7 +108,11 @@ struct Operands<BFloat16Math> {
   static void copy_row(const Slice& from, int64_t i, int64_t first, int64_t count, int64_t columns,
                        uint16_t* to) {
     const uint16_t* row = from.at<uint16_t>(i) + first * from.column;
-    for (int64_t c = 0; c < count; ++c) to[c] = row[c * from.column];
+    if (from.column == 1) {
+      __builtin_memcpy(to, row, size_t(count) * sizeof *to);
+    } else {
+      for (int64_t c = 0; c < count; ++c) to[c] = row[c * from.column];
+    }
     for (int64_t c = count; c < columns; ++c) to[c] = 0;
   }
 };

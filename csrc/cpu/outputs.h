@@ -94,14 +94,14 @@ inline void store_product(const MutableView& out, Type type, int64_t b, int64_t 
   }
 }
 
-// Log-sum-exps, or maxima and sums where these have a place.
+// Log-sum-exps, or maxima as they are and sums where these have a place.
 inline void store_lse(const MutableLse& lse, float* sums, int64_t b, int64_t h, const Block& rows,
-                      const Statistics& s) {
+                      const Statistics& s, Base base) {
   if (!lse.data) return;
   const int64_t head = b * lse.batch + h * lse.head;
   for (int64_t i = 0; i < rows.count; ++i) {
     const int64_t at = head + rows[i] * lse.row;
-    lse.data[at] = sums ? s.maximum[i] : log_sum(s.maximum[i], s.sum[i]);
+    lse.data[at] = sums ? s.maximum[i] : log_sum(s.maximum[i], s.sum[i], base);
     if (sums) sums[at] = s.sum[i];
   }
 }

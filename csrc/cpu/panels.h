@@ -13,20 +13,27 @@ struct Panels {
   static constexpr int64_t kMost = 48;  // queries; a caller may want another multiple of the lanes
 
   Positions queries;
+  int64_t rest;  // of them, a panel of their own behind the others
   int64_t vectors, count;
 
-  explicit Panels(const Positions& queries, int64_t most = kMost)
+  explicit Panels(const Positions& queries, int64_t most = kMost, int64_t rest = 0)
       : queries(queries),
-        vectors(padded(queries.count) / Vec::kLanes),
-        count((padded(queries.count) + most - 1) / most) {}
+        rest(rest),
+        vectors(padded(queries.count - rest) / Vec::kLanes),
+        count((padded(queries.count - rest) + most - 1) / most + (rest > 0)) {}
+
+  bool rest_at(int64_t panel) const { return rest > 0 && panel == count - 1; }
 
   Block operator[](int64_t panel) const {
+    if (rest_at(panel)) return {queries, queries.count - rest, rest};
     const int64_t begin = first(panel), next = first(panel + 1);
     return {queries, begin, (next < queries.count ? next : queries.count) - begin};
   }
 
  private:
-  int64_t first(int64_t panel) const { return panel * vectors / count * Vec::kLanes; }
+  int64_t first(int64_t panel) const {
+    return panel * vectors / (count - (rest > 0)) * Vec::kLanes;
+  }
 };
 
 // All queries of a head.
@@ -37,6 +44,7 @@ struct Panel {
   Block queries;
   int64_t columns;
   int64_t visible;  // keys, the first of those that no padding hides
+  bool rest;
   Statistics statistics;
 };
 

@@ -48,8 +48,9 @@ class PieceTasks {
   PieceTasks(const AttentionForward& p, const Pieces& pieces)
       : p_(p),
         pieces_(pieces),
+        base_(base_of(p)),
         rows_(p.heads / p.kv_heads * p.q_len),
-        parts_(attention_parts(p) / (p.batch * p.kv_heads)) {}
+        parts_(attention_parts<HalfMath>(p) / (p.batch * p.kv_heads)) {}
 
   // Key heads at a time, so that their results take no more than 2 MB.
   void run(ParallelFor parallel) {
@@ -118,7 +119,7 @@ class PieceTasks {
     for (int64_t i = 0; i < pieces_.count; ++i) {
       const int64_t at = place(i) + row;
       const float* other = means_ + at * p_.value_dim;
-      const float weight = sums_[at] == 0.0f ? 0.0f : std::exp(maxima_[at] - maximum) * sums_[at];
+      const float weight = sums_[at] == 0.0f ? 0.0f : power(maxima_[at] - maximum) * sums_[at];
       for (int64_t d = 0; d < p_.value_dim; d += Vec::kLanes) {
         const int64_t some = p_.value_dim - d < Vec::kLanes ? p_.value_dim - d : Vec::kLanes;
         const Vec before = i == 0 ? Vec::zero() : Float32::load(mean + d, some);
@@ -132,11 +133,15 @@ class PieceTasks {
     store(p_.out.data, p_.type, b * p_.out.batch + h * p_.out.head + query * p_.out.row,
           p_.out.column, p_.value_dim, inverse(sum), mean);
     if (!p_.lse.data) return;
-    p_.lse.data[b * p_.lse.batch + h * p_.lse.head + query * p_.lse.row] = log_sum(maximum, sum);
+    p_.lse.data[b * p_.lse.batch + h * p_.lse.head + query * p_.lse.row] =
+        log_sum(maximum, sum, base_);
   }
+
+  float power(float x) const { return base_ == Base::kTwo ? std::exp2(x) : std::exp(x); }
 
   const AttentionForward& p_;
   const Pieces& pieces_;
+  Base base_;      // of the maxima
   int64_t rows_;   // of a key head
   int64_t parts_;  // of a key head in a piece
   int64_t first_ = 0, count_ = 0;
@@ -146,7 +151,7 @@ class PieceTasks {
 template <class HalfMath>
 void attention_forward(const AttentionForward& p, ParallelFor parallel) {
   const Pieces pieces(p);
-  if (attention_parts(p) > 0 && pieces.count > 1) {
+  if (attention_parts<HalfMath>(p) > 0 && pieces.count > 1) {
     PieceTasks<HalfMath>(p, pieces).run(parallel);
     return;
   }
@@ -155,7 +160,7 @@ void attention_forward(const AttentionForward& p, ParallelFor parallel) {
   const auto body = [](int64_t begin, int64_t end, const void* context) {
     attention_part<HalfMath>(*static_cast<const AttentionForward*>(context), begin, end);
   };
-  ff::run(parallel, attention_parts(p), flops, body, p);
+  ff::run(parallel, attention_parts<HalfMath>(p), flops, body, p);
 }
 
 }  // namespace

@@ -12,29 +12,41 @@ namespace {
 // errors of 7e-8; kBFloat16 is for weights that are rounded to bfloat16 next, which errs by 2e-3.
 enum class Precision { kFloat32, kBFloat16 };
 
-// exp(x) for x <= 0 (a little above is fine) by minimax polynomials for 2^f; NaN stays, -inf
-// gives 0.
-template <Precision kPrecision>
-inline Vec exp(Vec x) {
-  const Vec log2e = Vec::set(1.44269504f);
-  if constexpr (kPrecision == Precision::kBFloat16) {
-    const Vec y = x * log2e, f = Vec::fraction(y);  // in [0, 1]: degree 3 errs by 9e-5
-    Vec p = Vec::set(7.706704736e-02f);
-    p = Vec::fma(p, f, Vec::set(2.276449949e-01f));
-    p = Vec::fma(p, f, Vec::set(6.951167583e-01f));
-    return Vec::scale(Vec::fma(p, f, Vec::set(1.0f)), y);
-  }
-  // The fraction by an fma with the same x: that of a rounded product would err by 2e-7 at x = -5.
-  const Vec bounded = Vec::max(Vec::set(-200.0f), x);
-  const Vec n = Vec::round(bounded * log2e);
-  const Vec f = Vec::fma(bounded, log2e, Vec::zero() - n);  // in [-1/2, 1/2]
-  Vec p = Vec::set(1.535336196e-04f);  // degree 6 errs by 2e-9; 5 would add 8e-8, too much where a
-  p = Vec::fma(p, f, Vec::set(1.339887502e-03f));  // softmax has a handful of keys
+// 2^(f + n) for |f| <= 1/2 by a minimax polynomial. Degree 6 errs by 2e-9; 5 would add 8e-8, too
+// much where a softmax has a handful of keys.
+inline Vec scaled_power(Vec f, Vec n) {
+  Vec p = Vec::set(1.535336196e-04f);
+  p = Vec::fma(p, f, Vec::set(1.339887502e-03f));
   p = Vec::fma(p, f, Vec::set(9.618436918e-03f));
   p = Vec::fma(p, f, Vec::set(5.550332367e-02f));
   p = Vec::fma(p, f, Vec::set(2.402264774e-01f));
   p = Vec::fma(p, f, Vec::set(6.931471825e-01f));
   return Vec::scale(Vec::fma(p, f, Vec::set(1.0f)), n);
+}
+
+// 2^x for x <= 0 (a little above is fine); NaN stays, -inf gives 0.
+template <Precision kPrecision>
+inline Vec exp2(Vec x) {
+  if constexpr (kPrecision == Precision::kBFloat16) {
+    const Vec f = Vec::fraction(x);  // in [0, 1]: degree 3 errs by 9e-5
+    Vec p = Vec::set(7.706704736e-02f);
+    p = Vec::fma(p, f, Vec::set(2.276449949e-01f));
+    p = Vec::fma(p, f, Vec::set(6.951167583e-01f));
+    return Vec::scale(Vec::fma(p, f, Vec::set(1.0f)), x);
+  }
+  const Vec bounded = Vec::for_scale(x), n = Vec::round(bounded);
+  return scaled_power(bounded - n, n);
+}
+
+// exp(x), likewise.
+template <Precision kPrecision>
+inline Vec exp(Vec x) {
+  const Vec log2e = Vec::set(1.44269504f);
+  if constexpr (kPrecision == Precision::kBFloat16) return exp2<kPrecision>(x * log2e);
+  // The fraction by an fma with the same x: that of a rounded product would err by 2e-7 at x = -5.
+  const Vec bounded = Vec::max(Vec::set(-200.0f), x);
+  const Vec n = Vec::round(bounded * log2e);
+  return scaled_power(Vec::fms(bounded, log2e, n), n);
 }
 
 // A sum over keys in four chains: one chain of 256 positive terms errs by 4e-7, and that error is
@@ -60,19 +72,36 @@ inline Vec finite(Vec maximum) {
   return Vec::select(endless, Vec::max(maximum, Vec::zero()), maximum);
 }
 
-// exp(unit * score - maximum), exactly 1 at the maximum if the unit is 1. The maximum goes first:
-// masks of finfo.min would overflow when multiplied.
-template <Precision kPrecision = Precision::kFloat32>
+constexpr int64_t kFew = 3;  // queries; from 4 on the lanes of a panel are full enough
+
+// The base that scores and their maxima are exponents of. Two saves four instructions a weight, but
+// a mask is added to natural exponents, as finfo.min would overflow when multiplied by log2(e), and
+// of few scores single roundings are all the error there is.
+enum class Base { kE, kTwo };
+
+inline Base base_of(const Attention& p) {
+  const bool few = p.q_len <= kFew || p.kv_len <= kFew;
+  return few || (p.mask.data && p.mask_type != Type::kBool) ? Base::kE : Base::kTwo;
+}
+
+// What turns natural exponents into those of a base.
+inline float exponents_per_e(Base base) { return base == Base::kTwo ? 1.44269504f : 1.0f; }
+
+// base ^ (unit * score - maximum), exactly 1 at the maximum if the unit is 1.
+template <Precision kPrecision = Precision::kFloat32, Base kBase = Base::kE>
 inline Vec exponential(Vec score, float unit, Vec maximum) {
-  return exp<kPrecision>(Vec::fma(score, Vec::set(unit), Vec::zero() - maximum));
+  const Vec x = Vec::fma(score, Vec::set(unit), Vec::zero() - maximum);
+  return kBase == Base::kTwo ? exp2<kPrecision>(x) : exp<kPrecision>(x);
 }
 
 // 1 / sum; 0 for a row without a key.
 inline float inverse(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
-// maximum + log(sum); -inf for a row without a key.
-inline float log_sum(float maximum, float sum) {
-  return sum == 0.0f ? -kInfinity : float(double(maximum) + std::log(double(sum)));
+// The maximum, in natural exponents, + log(sum); -inf for a row without a key.
+inline float log_sum(float maximum, float sum, Base base) {
+  if (sum == 0.0f) return -kInfinity;
+  const double unit = base == Base::kTwo ? 0.69314718055994531 : 1.0;
+  return float(double(maximum) * unit + std::log(double(sum)));
 }
 
 // Bits or numbers of a mask: kLanes of them along its rows or columns.
@@ -263,9 +292,9 @@ struct Weights<Float32Math> {
   }
 };
 
-// exp(unit * score - offset) of one register of queries, over the scores and times the factors of
-// dropout; returns the sums over the keys.
-template <class Math, bool kDropout>
+// base ^ (unit * score - offset) of one register of queries, over the scores and times the factors
+// of dropout; returns the sums over the keys.
+template <class Math, Base kBase, bool kDropout>
 inline Vec weigh(int64_t count, int64_t columns, float unit, Vec offset, const float* dropout,
                  float* scores) {
   FourSums sum;
@@ -275,7 +304,8 @@ inline Vec weigh(int64_t count, int64_t columns, float unit, Vec offset, const f
     for (int k = 0; k < 4; ++k) {
       if (k >= some) continue;
       const int64_t at = (j + k) * columns;
-      weights[k] = exponential<Weights<Math>::kPrecision>(Vec::load(scores + at), unit, offset);
+      weights[k] =
+          exponential<Weights<Math>::kPrecision, kBase>(Vec::load(scores + at), unit, offset);
       sum.part[k] = sum.part[k] + weights[k];
       if constexpr (kDropout) weights[k] = weights[k] * Vec::load(dropout + at);
     }
@@ -288,10 +318,10 @@ inline Vec weigh(int64_t count, int64_t columns, float unit, Vec offset, const f
 }
 
 // One step of the online softmax of Milakov and Gimelshein (2018). The block's scores become
-// exp(S - m') as the left operand of the product with the values, times the factors of dropout if
-// there are any; the statistics move on, and rescale = exp(m - m') is what earlier sums have to be
-// multiplied by. `maximum` holds that of the block, in units.
-template <class Math>
+// base ^ (S - m') as the left operand of the product with the values, times the factors of dropout
+// if there are any; the statistics move on, and rescale = base ^ (m - m') is what earlier sums have
+// to be multiplied by. `maximum` holds that of the block, in units.
+template <class Math, Base kBase>
 inline void online_softmax(const Block& block, int64_t columns, float unit, const float* maximum,
                            const float* dropout, float* scores, const Statistics& s) {
   for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
@@ -299,13 +329,23 @@ inline void online_softmax(const Block& block, int64_t columns, float unit, cons
     const Vec now = Vec::max(Vec::load(maximum + lane) * Vec::set(unit), before);
     now.store(s.maximum + lane);
     const Vec offset = finite(now);
-    const auto weigh_lane = dropout ? weigh<Math, true> : weigh<Math, false>;
+    const auto weigh_lane = dropout ? weigh<Math, kBase, true> : weigh<Math, kBase, false>;
     const Vec sum = weigh_lane(block.count, columns, unit, offset, dropout + lane, scores + lane);
     const bool first = block.first == 0;
-    const Vec rescale = first ? Vec::zero() : exponential(before, 1.0f, offset);
+    const Vec rescale =
+        first ? Vec::zero() : exponential<Precision::kFloat32, kBase>(before, 1.0f, offset);
     rescale.store(s.rescale + lane);
     Vec::fma(Vec::load(s.sum + lane), rescale, sum).store(s.sum + lane);
   }
+}
+
+template <class Math>
+inline void online_softmax(Base base, const Block& block, int64_t columns, float unit,
+                           const float* maximum, const float* dropout, float* scores,
+                           const Statistics& s) {
+  const auto step =
+      base == Base::kTwo ? online_softmax<Math, Base::kTwo> : online_softmax<Math, Base::kE>;
+  step(block, columns, unit, maximum, dropout, scores, s);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ constexpr KernelTable table(const char* isa) {
           attention_path<HalfMath>,
           attention_pieces,
           attention_backward<HalfMath>,
-          attention_parts,
+          attention_parts<HalfMath>,
           attention_part<HalfMath>,
           attention_backward_part<HalfMath>,
           bidirectional_forward<HalfMath>,

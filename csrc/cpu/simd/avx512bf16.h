@@ -20,6 +20,9 @@ struct BFloat16Math {
   }
 
   static Operand load(const uint16_t* p) { return (Operand)_mm512_loadu_si512(p); }
+  static Operand load(const uint16_t* p, int64_t count) {
+    return (Operand)_mm512_maskz_loadu_epi32(Vec::first(count), p);
+  }
   static Vec add_product(Operand a, Operand b, Vec sum) { return {_mm512_dpbf16_ps(sum.v, a, b)}; }
 
   // Lane i holds low[i] and high[i], rounded.

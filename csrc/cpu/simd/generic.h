@@ -175,6 +175,7 @@ struct Vec {
         __builtin_convertvector(a.v, Doubles) * __builtin_convertvector(b.v, Doubles);
     return {__builtin_convertvector(product + __builtin_convertvector(c.v, Doubles), Native)};
   }
+  static Vec fms(Vec a, Vec b, Vec c) { return fma(a, b, {-c.v}); }
 
   // The second operand where either is NaN, as the x86 instruction.
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
@@ -184,6 +185,9 @@ struct Vec {
     const Native magic = set(12582912.0f).v;  // 1.5 * 2^23 pushes the fraction out
     return {(a.v + magic) - magic};
   }
+
+  // What `scale` and the remainder after `round` take in the place of x: no -inf.
+  static Vec for_scale(Vec x) { return max(set(-200.0f), x); }
 
   // x - floor(x), which rounding may make 1; some number from 0 to 1 for -inf.
   static Vec fraction(Vec x) {

@@ -137,11 +137,15 @@ struct Vec {
   friend Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
   friend Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
   static Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+  static Vec fms(Vec a, Vec b, Vec c) { return {vnegq_f32(vfmsq_f32(c.v, a.v, b.v))}; }
 
   // The second operand where either is NaN, as the x86 instruction.
   static Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
 
   static Vec round(Vec a) { return {vrndnq_f32(a.v)}; }
+
+  // What `scale` and the remainder after `round` take in the place of x: no -inf.
+  static Vec for_scale(Vec x) { return max(set(-200.0f), x); }
 
   // x - floor(x), which rounding may make 1; some number from 0 to 1 for -inf.
   static Vec fraction(Vec x) {

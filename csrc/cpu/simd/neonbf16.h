@@ -20,6 +20,9 @@ struct BFloat16Math {
   }
 
   static Operand load(const uint16_t* p) { return vreinterpretq_bf16_u16(vld1q_u16(p)); }
+  static Operand load(const uint16_t* p, int64_t count) {
+    return vreinterpretq_bf16_f32(load_pairs(p, count).v);
+  }
   static Vec add_product(Operand a, Operand b, Vec sum) { return {vbfdotq_f32(sum.v, a, b)}; }
 
   // Lane i holds low[i] and high[i], rounded.

@@ -1,0 +1,155 @@
+// The queries that a head has beyond whole registers of them, where they would leave most lanes of
+// another one empty: their scores are dot products with lanes along the head dim, R queries to a
+// row of K, so that 16 sums make one register of R queries by 16 / R keys.
+#pragma once
+
+#include "softmax.h"
+
+namespace ff {
+namespace {
+
+// More would take longer than a register with empty lanes.
+template <class Math>
+constexpr int64_t kMostRest =
+    Vec::kLanes == 16 && Math::kDepth == 1 ? 8 : Vec::kLanes / (4 * Math::kDepth);
+
+// How many queries of each head that are. Masks, the diagonal and dropout want lanes of queries.
+template <class Math>
+int64_t rest_queries(const Attention& p) {
+  const int64_t rest = p.q_len % Vec::kLanes;
+  const bool plain = !p.mask.data && !p.causal && !p.dropout;
+  const bool wide = 2 * p.value_dim > Vec::kLanes;
+  return plain && wide && p.q_len > Vec::kLanes && rest <= kMostRest<Math> ? rest : 0;
+}
+
+// The power of two that R is for so many queries.
+inline int64_t rest_columns(int64_t queries) {
+  int64_t columns = 1;
+  while (columns < queries) columns *= 2;
+  return columns;
+}
+
+// Rows of queries for the products below, zeros up to whole registers.
+template <class Math>
+Right<Math> rest_rows(const Slice& from, const Block& block, int64_t dim, float factor,
+                      float* buffer) {
+  const int64_t width = padded(Operands<Math>::steps(dim)) * Math::kDepth;
+  auto* to = reinterpret_cast<typename Math::Element*>(buffer);
+  for (int64_t i = 0; i < rest_columns(block.count); ++i) {
+    const int64_t row = block[i < block.count ? i : block.count - 1];  // the last one again
+    Operands<Math>::row(from, row, dim, width, factor, to + i * width);
+  }
+  return {to, width};
+}
+
+// Scores of `count` keys: register v holds R queries by kLanes / R keys, as the weights are kept.
+// In pairs of registers one has the even keys and one the odd ones. `maximum` gets one.
+template <class Math, int R>
+void rest_scores(const Left<Math>& key, const Right<Math>& query, int64_t count, int64_t steps,
+                 float* scores, float* maximum) {
+  constexpr int64_t kLanes = Vec::kLanes, kDepth = Math::kDepth, kKeys = kLanes / R;
+  Vec largest = Vec::set(-kInfinity);
+  for (int64_t j = 0; j < count; j += kKeys * kDepth) {
+    for (int64_t first = j; first < j + kDepth; ++first, scores += kLanes) {
+      const typename Math::Element* rows[kKeys];
+#pragma GCC unroll 16
+      for (int64_t g = 0; g < kKeys; ++g) {
+        const int64_t k = first + g * kDepth;
+        rows[g] = key.data + (k < count ? k : count - 1) * key.row;
+      }
+      Vec sum[kLanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i) sum[i] = Vec::zero();
+      const auto step = [&](int64_t s, const auto& load) __attribute__((always_inline)) {
+        typename Math::Operand x[R];
+#pragma GCC unroll 8
+        for (int64_t q = 0; q < R; ++q) x[q] = Math::load(query.data + q * query.step + s * kDepth);
+#pragma GCC unroll 16
+        for (int64_t g = 0; g < kKeys; ++g) {
+          const typename Math::Operand y = load(rows[g] + s * kDepth);
+#pragma GCC unroll 8
+          for (int64_t q = 0; q < R; ++q)
+            sum[g * R + q] = Math::add_product(x[q], y, sum[g * R + q]);
+        }
+      };
+      int64_t s = 0;
+      for (; s + kLanes <= steps; s += kLanes) step(s, [](const auto* p) { return Math::load(p); });
+      if (s < steps) step(s, [&](const auto* p) { return Math::load(p, steps - s); });
+      Vec score = Vec::totals(sum);
+      if (first + (kKeys - 1) * kDepth >= count) {
+        score.store(scores);
+        for (int64_t i = 0; i < kLanes; ++i)
+          if (first + i / R * kDepth >= count) scores[i] = -kInfinity;
+        score = Vec::load(scores);
+      }
+      score.store(scores);
+      largest = Vec::max(score, largest);
+    }
+  }
+  largest.store(maximum);
+}
+
+// Lane i of the result: join of all lanes i % R, i % R + R, ...
+template <int R, class Join>
+inline Vec fold(Vec lanes, const Join& join) {
+  float all[2 * Vec::kLanes];
+  for (int width = R; width < Vec::kLanes; width *= 2) {  // lane i with lane i + width
+    lanes.store(all);
+    lanes.store(all + Vec::kLanes);
+    lanes = join(lanes, Vec::load(all + width));
+  }
+  return lanes;
+}
+
+// online_softmax for scores as above. Of `maximum` lane i belongs to query i % R.
+template <class Math, Base kBase, int R>
+void rest_softmax(int64_t count, float unit, const float* maximum, float* scores,
+                  const Statistics& s) {
+  constexpr int64_t kLanes = Vec::kLanes;
+  float lanes[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = s.maximum[i % R];
+  const Vec before = Vec::load(lanes);
+  const Vec now = fold<R>(Vec::max(Vec::load(maximum) * Vec::set(unit), before), Vec::max);
+  const Vec offset = finite(now);
+  const Vec rescale = exponential<Precision::kFloat32, kBase>(before, 1.0f, offset);
+  constexpr int64_t kTile = kLanes / R * Math::kDepth;
+  const int64_t registers = (count + kTile - 1) / kTile * Math::kDepth;
+  FourSums sum;
+  for (int64_t v = 0; v < registers; v += Math::kDepth) {
+    Vec weights[Math::kDepth];
+    for (int64_t k = 0; k < Math::kDepth; ++k) {
+      const Vec score = Vec::load(scores + (v + k) * kLanes);
+      weights[k] = exponential<Weights<Math>::kPrecision, kBase>(score, unit, offset);
+      Vec& part = sum.part[(v + k) % 4];
+      part = part + weights[k];
+    }
+    Weights<Math>::store(scores, v, kLanes, weights, Math::kDepth);
+  }
+  const Vec total = fold<R>(sum.total(), [](Vec a, Vec b) { return a + b; });
+  now.store(s.maximum);
+  rescale.store(s.rescale);
+  Vec::fma(Vec::load(s.sum), rescale, total).store(s.sum);
+}
+
+// A block of keys for the rest of a head's queries: `scores` become the weights, the left operand
+// of the product with the values, and the statistics move on.
+template <class Math>
+void attend_rest(const Left<Math>& key, const Right<Math>& query, int64_t count, int64_t steps,
+                 int64_t columns, Base base, float unit, float* maximum, float* scores,
+                 const Statistics& s) {
+  const auto run = [&]<int R>() {
+    if constexpr (R <= kMostRest<Math>) {
+      rest_scores<Math, R>(key, query, count, steps, scores, maximum);
+      const auto softmax =
+          base == Base::kTwo ? rest_softmax<Math, Base::kTwo, R> : rest_softmax<Math, Base::kE, R>;
+      softmax(count, unit, maximum, scores, s);
+    }
+  };
+  if (columns == 1) run.template operator()<1>();
+  if (columns == 2) run.template operator()<2>();
+  if (columns == 4) run.template operator()<4>();
+  if (columns == 8) run.template operator()<8>();
+}
+
+}  // namespace
+}  // namespace ff
