@@ -1,0 +1,28 @@
+// All that a kernel may use of a GPU. nvcc compiles kernels against device_ptx.h; a C++ compiler
+// compiles the same source against emulate/device.h and runs it on the host, for tests.
+//
+//   FF_DEVICE, FF_KERNEL(threads)        in front of device functions, and of kernels instead of
+//   void FF_ARCH                              compute capability (80) in kernels; means nothing
+//   elsewhere has_mma<T>()                         whether FF_ARCH multiplies matrices of T
+//
+//   thread_index, lane_index, warp_index, block_index, block_count         all one-dimensional
+//   Shared::take<T>(count)               dynamic shared memory, array after array
+//   barrier, barrier_warp, fence         of a block, of a warp, between blocks
+//   shuffle_xor, shuffle                 4 bytes from another lane; whole warps
+//   load_matrix4, ..._transposed         four 8x8 matrices of 16-bit values
+//   mma<T>                               16x8 += 16x16 times 16x8
+//   copy_async16, commit_copies, wait_copies<N>
+//   exp2, pack<T>, low<T>, high<T>, to_float, from_float<T>, add_atomic
+//
+//   launch<kernel>(Launch, arguments...), compute_capability, shared_limit, shared_bytes<T>   host
+//
+// Where a program links emulated kernels of two FF_ARCH, they stand in unnamed namespaces.
+#pragma once
+
+#include "launch.h"
+
+#ifdef __CUDACC__
+#include "device_ptx.h"
+#else
+#include "../emulate/device.h"
+#endif
