@@ -106,7 +106,7 @@ class ForwardTask {
 
   float* out_of(int64_t i) const { return outs_ + i * Panels::kMost * value_columns_; }
 
-  void attend(int64_t b, int64_t i, const Block& block, const Left<Math>& key,
+  void attend(int64_t b, int64_t i, const Block& block, const LeftRows<Math>& key,
               const Right<Math>& value) {
     const Panel& panel = panel_[i];
     const int64_t columns = panel.columns;
@@ -119,9 +119,9 @@ class ForwardTask {
     }
     const auto weights = Weights<Math>::by_query(scores_, columns);
     if (turned_) {
-      multiply<Math>({value.data, Math::kDepth, value.step}, {weights.data, weights.step},
-                     p_.value_dim, columns, Operands<Math>::steps(block.count),
-                     RescaleColumns{out_of(i), columns, panel.statistics.rescale, first});
+      multiply(LeftColumns<Math>{value.data, value.step}, {weights.data, weights.step},
+               p_.value_dim, columns, Operands<Math>::steps(block.count),
+               RescaleColumns{out_of(i), columns, panel.statistics.rescale, first});
       return;
     }
     const auto product = [&](const auto& finish) {
@@ -137,7 +137,7 @@ class ForwardTask {
   }
 
   // The weights of a block, in the place of the scores; the statistics move on.
-  void weigh(int64_t b, int64_t i, const Block& block, const Left<Math>& key) {
+  void weigh(int64_t b, int64_t i, const Block& block, const LeftRows<Math>& key) {
     const Panel& panel = panel_[i];
     const int64_t columns = panel.columns;
     const Scores scores{p_, b, panel.h, panel.queries, columns, scores_};

@@ -38,7 +38,7 @@ struct Gradients<Float32Math> {
   static void store_pairs(int64_t, int64_t, const float*, float*) {}
   static void round_rows(int64_t, int64_t, float*) {}
 
-  static Left<Float32Math> by_query(const float* scores, const float*, int64_t columns) {
+  static LeftColumns<Float32Math> by_query(const float* scores, const float*, int64_t columns) {
     return Weights<Float32Math>::by_query(scores, columns);
   }
 };
@@ -144,7 +144,7 @@ class BackwardTask {
       const bool first = pass == 0, last = pass == 1 || one_block;
       for (int64_t done = 0; done < keys.count; done += kBlock) {
         const Block block = block_at(keys, done);
-        Left<Math> key_rows{}, value_rows{};
+        LeftRows<Math> key_rows{}, value_rows{};
         Right<Math> key_columns{};
         if (first) {
           key_rows = Operands<Math>::rows(key, block, p_.head_dim, key_);
@@ -201,8 +201,8 @@ class BackwardTask {
 
   // exp(S - m) and dP of a block, the latter with its dropout factors, and the statistics so far:
   // m, l and sum_j exp(S - m) dP.
-  void products(int64_t b, int64_t i, const Block& block, const Kept& to, const Left<Math>& key,
-                const Left<Math>& value) {
+  void products(int64_t b, int64_t i, const Block& block, const Kept& to, const LeftRows<Math>& key,
+                const LeftRows<Math>& value) {
     const BackwardPanel& panel = panel_[i];
     const int64_t columns = panel.columns;
     for (int64_t e = 0; e < columns; ++e) maximum_[e] = -kInfinity;

@@ -213,7 +213,7 @@ class BidirectionalTask {
   }
 
   // Fills the scores and `maximum_`; returns their unit.
-  float score(const Scores& scores, const Block& block, const Left<Math>& key, int64_t i) {
+  float score(const Scores& scores, const Block& block, const LeftRows<Math>& key, int64_t i) {
     for (int64_t e = 0; e < scores.columns; ++e) maximum_[e] = -kInfinity;
     const int64_t steps = Operands<Math>::steps(p_.head_dim);
     if (has_few(p_)) {

@@ -112,7 +112,8 @@ class BidirectionalBackwardTask {
     Block block;
     int64_t place;  // of the first key among all
     bool for_queries, for_keys;
-    Left<Math> key{}, value{}, grad{};  // rows of K, V and dO_k, as far as the pass multiplies them
+    LeftRows<Math> key{}, value{},
+        grad{};  // rows of K, V and dO_k, as far as the pass multiplies them
     Right<Math> key_columns{}, grad_columns{};
   };
 
@@ -241,7 +242,7 @@ class BidirectionalBackwardTask {
     if (few || p_.mask.data) {
       mask_scores(scores, block, Math::kDepth > 1 ? std::fabs(p_.scale) : 1.0f, maximum_);
     }
-    const auto gradients = [&](const Left<Math>& left, const Right<Math>& right, int64_t dim,
+    const auto gradients = [&](const LeftRows<Math>& left, const Right<Math>& right, int64_t dim,
                                uint32_t stream, float* to) {
       if (!left.data) return;
       const int64_t steps = Operands<Math>::steps(dim);

@@ -29,11 +29,51 @@ struct Float32Math {
   static Vec add_product(Operand a, Operand b, Vec sum) { return Vec::fma(a, b, sum); }
 };
 
-// The left operand: kDepth elements of row r and step s stand at data + r * row + s * step.
-template <class Math>
-struct Left {
+// The left operand, kDepth elements at a time: those of one step, or those of one row, follow each
+// other in memory, and the compiler knows which, or it would keep a register for every row.
+
+// Row r and step s at data + r * row + s * kDepth.
+template <class Math_>
+struct LeftRows {
+  using Math = Math_;
   const typename Math::Element* data;
-  int64_t row, step;
+  int64_t row;
+
+  // Four rows to a pointer, or offsets of twelve would take the registers of the loop.
+  template <int R>
+  struct Cursor {
+    static constexpr int kPointers = (R + 3) / 4;
+    const typename Math::Element* at[kPointers];
+    int64_t row;
+
+    Cursor(const LeftRows& a, int64_t first) : row(a.row) {
+#pragma GCC unroll 3
+      for (int i = 0; i < kPointers; ++i) at[i] = a.data + (first + 4 * i) * a.row;
+    }
+    const typename Math::Element* operator[](int r) const { return at[r / 4] + r % 4 * row; }
+    void advance() {
+#pragma GCC unroll 3
+      for (int i = 0; i < kPointers; ++i) at[i] += Math::kDepth;
+    }
+  };
+};
+
+// Row r and step s at data + r * kDepth + s * step.
+template <class Math_>
+struct LeftColumns {
+  using Math = Math_;
+  const typename Math::Element* data;
+  int64_t step;
+
+  template <int R>
+  struct Cursor {
+    const typename Math::Element* at;
+    int64_t step;
+
+    Cursor(const LeftColumns& a, int64_t first) : at(a.data + first * Math::kDepth), step(a.step) {}
+    const typename Math::Element* operator[](int r) const { return at + r * Math::kDepth; }
+    void advance() { at += step; }
+  };
 };
 
 // The right operand: the lanes of step s, kDepth elements each, stand at data + s * step.
@@ -145,11 +185,13 @@ struct RescaleColumns {
   }
 };
 
-template <class Math, int R, int N, class Finish>
-__attribute__((noinline)) void multiply_tile(const typename Math::Element* a, int64_t a_row,
-                                             int64_t a_step, const typename Math::Element* b,
-                                             int64_t b_step, int64_t steps, int64_t row,
-                                             int64_t column, const Finish& finish) {
+template <class Left, int R, int N, class Finish>
+__attribute__((noinline)) void multiply_tile(const Left& left,
+                                             const typename Left::Math::Element* b, int64_t b_step,
+                                             int64_t steps, int64_t row, int64_t column,
+                                             const Finish& finish) {
+  using Math = typename Left::Math;
+  typename Left::template Cursor<R> a(left, row);
   Vec sum[R][N];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -161,14 +203,15 @@ __attribute__((noinline)) void multiply_tile(const typename Math::Element* a, in
     for (int n = 0; n < N; ++n) lanes[n] = Math::load(b + n * Vec::kLanes * Math::kDepth);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const typename Math::Operand x = Math::broadcast(a + r * a_row);
+      const typename Math::Operand x = Math::broadcast(a[r]);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) sum[r][n] = Math::add_product(x, lanes[n], sum[r][n]);
     }
-    a += a_step;
+    a.advance();
     b += b_step;
   }
-  finish(row, column, sum);
+  const Finish local = finish;  // or its members would be read again after every store
+  local(row, column, sum);
 }
 
 // As many rows as leave registers for N columns and one broadcast; beyond 8 rows of K at a stride
@@ -181,26 +224,26 @@ constexpr int kTileRows = Vec::kRegisters == 32 ? (N == 4   ? 6
                                                    : N == 2 ? 6
                                                             : 12);
 
-template <class Math, int N, class Finish, int... R>
-void multiply_columns(const Left<Math>& a, const Right<Math>& b, int64_t rows, int64_t steps,
-                      int64_t column, const Finish& finish, std::integer_sequence<int, R...>) {
-  using Tile =
-      void (*)(const typename Math::Element*, int64_t, int64_t, const typename Math::Element*,
-               int64_t, int64_t, int64_t, int64_t, const Finish&);
-  static constexpr Tile kTiles[] = {multiply_tile<Math, R + 1, N, Finish>...};
+template <int N, class Left, class Finish, int... R>
+void multiply_columns(const Left& a, const Right<typename Left::Math>& b, int64_t rows,
+                      int64_t steps, int64_t column, const Finish& finish,
+                      std::integer_sequence<int, R...>) {
+  using Math = typename Left::Math;
+  using Tile = void (*)(const Left&, const typename Math::Element*, int64_t, int64_t, int64_t,
+                        int64_t, const Finish&);
+  static constexpr Tile kTiles[] = {multiply_tile<Left, R + 1, N, Finish>...};
   constexpr int64_t kMost = sizeof...(R);
   int64_t row = 0;
   for (int64_t parts = (rows + kMost - 1) / kMost; parts > 0; --parts) {
     const int64_t some = (rows - row + parts - 1) / parts;
-    kTiles[some - 1](a.data + row * a.row, a.row, a.step, b.data + column * Math::kDepth, b.step,
-                     steps, row, column, finish);
+    kTiles[some - 1](a, b.data + column * Math::kDepth, b.step, steps, row, column, finish);
     row += some;
   }
 }
 
 // A B, `columns` a multiple of the lanes.
-template <class Math, class Finish>
-void multiply(const Left<Math>& a, const Right<Math>& b, int64_t rows, int64_t columns,
+template <class Left, class Finish>
+void multiply(const Left& a, const Right<typename Left::Math>& b, int64_t rows, int64_t columns,
               int64_t steps, const Finish& finish) {
   constexpr int64_t kWidest = Vec::kRegisters == 32 ? 4 : 3;
   const int64_t vectors = columns / Vec::kLanes;
@@ -208,8 +251,8 @@ void multiply(const Left<Math>& a, const Right<Math>& b, int64_t rows, int64_t c
   for (int64_t parts = (vectors + kWidest - 1) / kWidest; parts > 0; --parts) {
     const int64_t n = (vectors - done + parts - 1) / parts;
     const auto run = [&]<int N>() {
-      multiply_columns<Math, N>(a, b, rows, steps, done * Vec::kLanes, finish,
-                                std::make_integer_sequence<int, kTileRows<N>>{});
+      multiply_columns<N>(a, b, rows, steps, done * Vec::kLanes, finish,
+                          std::make_integer_sequence<int, kTileRows<N>>{});
     };
     if (n == 1) run.template operator()<1>();
     if (n == 2) run.template operator()<2>();
@@ -224,13 +267,13 @@ void multiply(const Left<Math>& a, const Right<Math>& b, int64_t rows, int64_t c
 // The same into `to`, as sums over 16 steps each that are added in order: half the error of one
 // chain. For products of so few rows or columns that the plain formula takes dot products.
 template <class Math>
-void multiply_in_parts(const Left<Math>& a, const Right<Math>& b, int64_t rows, int64_t columns,
+void multiply_in_parts(const LeftRows<Math>& a, const Right<Math>& b, int64_t rows, int64_t columns,
                        int64_t steps, float* to) {
   constexpr int64_t kPart = 16;
   for (int64_t s = 0; s == 0 || s < steps; s += kPart) {
     const int64_t some = steps - s < kPart ? steps - s : kPart;
-    multiply<Math>({a.data + s * a.step, a.row, a.step}, {b.data + s * b.step, b.step}, rows,
-                   columns, some, Add{to, columns, s == 0});
+    multiply(LeftRows<Math>{a.data + s * Math::kDepth, a.row}, {b.data + s * b.step, b.step}, rows,
+             columns, some, Add{to, columns, s == 0});
   }
 }
 

@@ -148,12 +148,13 @@ struct Operands<Float32Math> {
   static constexpr int64_t steps(int64_t depth) { return depth; }
 
   // Rows as the left operand, summed over the dim.
-  static Left<Float32Math> rows(const Slice& from, const Block& block, int64_t dim, float* buffer) {
+  static LeftRows<Float32Math> rows(const Slice& from, const Block& block, int64_t dim,
+                                    float* buffer) {
     if (from.type == Type::kFloat32 && from.column == 1 && block.adjacent()) {
-      return {from.at<float>(block[0]), from.row, 1};
+      return {from.at<float>(block[0]), from.row};
     }
     convert_rows(from, block, dim, dim, buffer);
-    return {buffer, dim, 1};
+    return {buffer, dim};
   }
 
   // Rows as the right operand, summed over the rows; zeros from `dim` up to the next register.

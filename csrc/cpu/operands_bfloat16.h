@@ -11,16 +11,16 @@ template <>
 struct Operands<BFloat16Math> {
   static constexpr int64_t steps(int64_t depth) { return (depth + 1) / 2; }
 
-  static Left<BFloat16Math> rows(const Slice& from, const Block& block, int64_t dim,
-                                 float* buffer) {
+  static LeftRows<BFloat16Math> rows(const Slice& from, const Block& block, int64_t dim,
+                                     float* buffer) {
     if (from.column == 1 && block.adjacent() && dim % 2 == 0) {
-      return {from.at<uint16_t>(block[0]), from.row, 2};
+      return {from.at<uint16_t>(block[0]), from.row};
     }
     auto* copy = reinterpret_cast<uint16_t*>(buffer);
     const int64_t stride = 2 * steps(dim);
     for (int64_t i = 0; i < block.count; ++i)
       copy_row(from, block[i], 0, dim, stride, copy + i * stride);
-    return {copy, stride, 2};
+    return {copy, stride};
   }
 
   static Right<BFloat16Math> columns(const Slice& from, const Block& block, int64_t dim,
@@ -130,16 +130,16 @@ struct Weights<BFloat16Math> {
     }
   }
 
-  static Left<BFloat16Math> by_query(const float* scores, int64_t columns) {
-    return {reinterpret_cast<const uint16_t*>(scores), 2, 2 * columns};
+  static LeftColumns<BFloat16Math> by_query(const float* scores, int64_t columns) {
+    return {reinterpret_cast<const uint16_t*>(scores), 2 * columns};
   }
 
   static void store_row(float* row, int64_t lane, Vec weights) {
     weights.store_bfloat16(reinterpret_cast<uint16_t*>(row) + lane, Vec::kLanes);
   }
 
-  static Left<BFloat16Math> by_key(const float* scores, int64_t columns) {
-    return {reinterpret_cast<const uint16_t*>(scores), 2 * columns, 2};
+  static LeftRows<BFloat16Math> by_key(const float* scores, int64_t columns) {
+    return {reinterpret_cast<const uint16_t*>(scores), 2 * columns};
   }
 };
 
@@ -162,7 +162,7 @@ struct Gradients<BFloat16Math> {
         Weights<BFloat16Math>::store_row(data + e, lane, Vec::load(data + e + lane));
   }
 
-  static Left<BFloat16Math> by_query(const float*, const float* pairs, int64_t columns) {
+  static LeftColumns<BFloat16Math> by_query(const float*, const float* pairs, int64_t columns) {
     return Weights<BFloat16Math>::by_query(pairs, columns);
   }
 };

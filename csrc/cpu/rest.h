@@ -45,7 +45,7 @@ Right<Math> rest_rows(const Slice& from, const Block& block, int64_t dim, float 
 // Scores of `count` keys: register v holds R queries by kLanes / R keys, as the weights are kept.
 // In pairs of registers one has the even keys and one the odd ones. `maximum` gets one.
 template <class Math, int R>
-void rest_scores(const Left<Math>& key, const Right<Math>& query, int64_t count, int64_t steps,
+void rest_scores(const LeftRows<Math>& key, const Right<Math>& query, int64_t count, int64_t steps,
                  float* scores, float* maximum) {
   constexpr int64_t kLanes = Vec::kLanes, kDepth = Math::kDepth, kKeys = kLanes / R;
   Vec largest = Vec::set(-kInfinity);
@@ -134,7 +134,7 @@ void rest_softmax(int64_t count, float unit, const float* maximum, float* scores
 // A block of keys for the rest of a head's queries: `scores` become the weights, the left operand
 // of the product with the values, and the statistics move on.
 template <class Math>
-void attend_rest(const Left<Math>& key, const Right<Math>& query, int64_t count, int64_t steps,
+void attend_rest(const LeftRows<Math>& key, const Right<Math>& query, int64_t count, int64_t steps,
                  int64_t columns, Base base, float unit, float* maximum, float* scores,
                  const Statistics& s) {
   const auto run = [&]<int R>() {

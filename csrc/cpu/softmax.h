@@ -281,14 +281,14 @@ struct Weights<Float32Math> {
     for (int64_t k = 0; k < count; ++k) weights[k].store(scores + (key + k) * columns);
   }
 
-  static Left<Float32Math> by_query(const float* scores, int64_t columns) {
-    return {scores, 1, columns};
+  static LeftColumns<Float32Math> by_query(const float* scores, int64_t columns) {
+    return {scores, columns};
   }
 
   static void store_row(float* row, int64_t lane, Vec weights) { weights.store(row + lane); }
 
-  static Left<Float32Math> by_key(const float* scores, int64_t columns) {
-    return {scores, columns, 1};
+  static LeftRows<Float32Math> by_key(const float* scores, int64_t columns) {
+    return {scores, columns};
   }
 };
 
