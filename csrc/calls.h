@@ -1,0 +1,116 @@
+// Calls as kernels of every device take them: plain pointers, sizes and strides, no framework.
+//
+// Letters: B batch, H heads, G kv heads, Lq query length, Lk key length, D head dim, Dv value dim.
+// Strides count elements and may be 0 or any other number.
+#pragma once
+
+#include <cstdint>
+
+namespace ff {
+
+enum class Type : int32_t { kFloat32, kBFloat16, kFloat16, kBool };
+
+// A (B, heads, rows, columns) operand somewhere in memory.
+struct View {
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0, column = 0;
+};
+
+struct MutableView {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0, column = 0;
+};
+
+struct Attention {
+  int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim;
+  Type type;   // of query, key, value and out
+  View query;  // (B, H, Lq, D)
+  View key;    // (B, G, Lk, D); head h reads key head h / (H / G)
+  View value;  // (B, G, Lk, Dv)
+
+  View mask;  // (B, H, Lq, Lk) by strides of 0 where it broadcasts; no data: none
+  Type mask_type = Type::kBool;
+  const bool* padding = nullptr;  // (B, Lk), true = the key is never read
+  int64_t padding_batch = 0, padding_column = 0;
+
+  float scale;
+  bool causal;
+
+  bool dropout = false;
+  int64_t entry = 0;  // number of the first batch entry, for dropout
+  uint64_t seed = 0;
+  uint64_t threshold = 0;  // a score is kept where its 32-bit word reaches this
+  float keep_scale = 1.0f;
+
+  bool* out_of_memory;  // set where a thread finds no scratch memory: the results are then void
+};
+
+// Gradients of log-sum-exps: (B, H, L) by strides, or none.
+struct LseGradient {
+  const float* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+
+  float at(int64_t b, int64_t h, int64_t i) const {
+    return data ? data[b * batch + h * head + i * row] : 0.0f;
+  }
+};
+
+// Where the gradient of a mask goes. One of the two arrays, zeroed by the caller, or neither where
+// it is not wanted. A mask that broadcasts has strides of 0 and sums over the scores that share an
+// entry: possibly millions.
+struct MaskGradient {
+  float* values = nullptr;
+  double* sums = nullptr;
+  int64_t batch = 0, head = 0, row = 0, column = 0;
+
+  // Heads that have to be summed by one task.
+  int64_t heads_of_a_task(int64_t batches, int64_t heads) const {
+    return !sums || (batch != 0 && head != 0) ? 1 : batch == 0 ? batches * heads : heads;
+  }
+};
+
+// Log-sum-exps: (B, H, L) by strides, or none.
+struct MutableLse {
+  float* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+};
+
+struct AttentionForward : Attention {
+  MutableView out;  // (B, H, Lq, Dv)
+  MutableLse lse;
+
+  // Where it is set, the call is a piece of another one: `out` is float32, and in the place of a
+  // log-sum-exp the row's maximum goes to `lse` and its sum of exponentials here.
+  float* sums = nullptr;
+
+  Type out_type() const { return sums ? Type::kFloat32 : type; }
+};
+
+struct AttentionBackward : Attention {
+  View grad_out;  // (B, H, Lq, Dv)
+  LseGradient grad_lse;
+  MutableView grad_query, grad_key, grad_value;
+  MaskGradient grad_mask;
+};
+
+// Attention from queries to keys and, with the same scores, from keys to queries.
+struct Bidirectional : Attention {  // kv_heads = heads, not causal
+  int64_t query_value_dim;
+  View query_value;                     // (B, H, Lq, Dw)
+  const bool* query_padding = nullptr;  // (B, Lq), true = the query is not read by keys
+  int64_t query_padding_batch = 0, query_padding_column = 0;
+};
+
+struct BidirectionalForward : Bidirectional {
+  MutableView out_q, out_k;  // (B, H, Lq, Dv), (B, H, Lk, Dw)
+  MutableLse lse_q, lse_k;
+};
+
+struct BidirectionalBackward : Bidirectional {
+  View grad_out_q, grad_out_k;
+  LseGradient grad_lse_q, grad_lse_k;
+  MutableView grad_query, grad_key, grad_value, grad_query_value;
+  MaskGradient grad_mask;
+};
+
+}  // namespace ff
