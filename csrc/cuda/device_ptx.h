@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #define FF_DEVICE __device__ __forceinline__
-#define FF_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define FF_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 
 // nvcc reads kernels once more for the host, where it discards their bodies.
 #ifdef __CUDA_ARCH__

@@ -1,0 +1,11 @@
+#include "attention_half.cuh"
+#include "attention_types.h"
+
+namespace ff::cuda {
+
+const char* attention_bfloat16(const AttentionForward& p, int capability, void* workspace,
+                               void* stream) {
+  return attention_half<BFloat16>(p, capability, workspace, stream);
+}
+
+}  // namespace ff::cuda

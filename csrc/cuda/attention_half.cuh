@@ -1,0 +1,18 @@
+// Attention forward of a 16-bit type: which kernels run.
+#pragma once
+
+#include "attention_short.cuh"
+#include "attention_tile.cuh"
+
+namespace ff::cuda {
+namespace {
+
+template <class T>
+const char* attention_half(const AttentionForward& p, int capability, void* workspace,
+                           void* stream) {
+  if (is_short(p)) return run_short<T>(p, short_plan(p, capability), workspace, stream);
+  return run_tiles<T>(p, capability, stream);
+}
+
+}  // namespace
+}  // namespace ff::cuda

@@ -1,0 +1,10 @@
+#include "attention_types.h"
+#include "bidirectional_short.cuh"
+
+namespace ff::cuda {
+
+const char* bidirectional_bfloat16(const BidirectionalForward& p, void* stream) {
+  return run_short_pair<BFloat16>(p, stream);
+}
+
+}  // namespace ff::cuda

@@ -1,0 +1,290 @@
+// Tiles of rows in shared memory, and what a warp makes of them on tensor cores.
+//
+// A warp owns 16 rows of scores. Of each 16x8 tile a lane holds four: rows lane / 4 and that + 8,
+// columns lane % 4 * 2 and the next.
+#pragma once
+
+#include <cstddef>
+
+#include "../calls.h"
+#include "device.h"
+
+namespace ff::cuda {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
+
+// Rows of kDim 16-bit values. Their 16-byte chunks are permuted so that the same chunk of eight
+// rows in sequence lies in all 32 banks, as the loads of matrices want it.
+template <class T, int kDim>
+struct Tile {
+  static_assert(kDim == 32 || kDim % 64 == 0);
+  static constexpr int kChunks = kDim / 8;
+
+  T* data;
+
+  FF_DEVICE T* chunk(int row, int chunk) const {
+    const int turn = kChunks == 4 ? row >> 1 & 3 : row & 7;
+    return data + row * kDim + (chunk ^ turn) * 8;
+  }
+};
+
+// One head of an operand: `count` rows of `dim` adjacent values.
+template <class T>
+struct Head {
+  const T* data;
+  int64_t stride;
+  int count, dim;
+  bool aligned;  // rows begin at multiples of 16 bytes
+
+  FF_DEVICE Head(const View& view, int64_t b, int64_t h, int64_t count, int64_t dim)
+      : data(static_cast<const T*>(view.data) + b * view.batch + h * view.head),
+        stride(view.row),
+        count(int(count)),
+        dim(int(dim)),
+        aligned(reinterpret_cast<size_t>(data) % 16 == 0 && stride % 8 == 0) {}
+};
+
+// Flags of hidden keys of a batch entry, or none.
+struct Padding {
+  const bool* data = nullptr;
+  int64_t stride = 0;
+
+  FF_DEVICE Padding(const bool* all, int64_t batch, int64_t column, int64_t b)
+      : data(all ? all + b * batch : nullptr), stride(column) {}
+  FF_DEVICE bool hides(int i) const { return data && data[i * stride]; }
+};
+
+// Rows first .. first + rows of a head into a tile, zeros where there are none or `padding` hides
+// them, by `threads` threads of which this is number `thread`. Asynchronous in part.
+template <class T, int kDim>
+FF_DEVICE void load_rows(const Tile<T, kDim>& tile, const Head<T>& from, const Padding& padding,
+                         int first, int rows, int thread, int threads) {
+  constexpr int kChunks = Tile<T, kDim>::kChunks;
+  for (int i = thread; i < rows * kChunks; i += threads) {
+    const int row = i / kChunks, chunk = i % kChunks, left = from.dim - chunk * 8;
+    const bool there = first + row < from.count && left > 0 && !padding.hides(first + row);
+    const T* source = there ? from.data + (first + row) * from.stride + chunk * 8 : from.data;
+    T* to = tile.chunk(row, chunk);
+    if (from.aligned && (!there || left >= 8)) {
+      copy_async16(to, source, there);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) to[e] = there && e < left ? source[e] : T{0};
+    }
+  }
+}
+
+// scores[n] = rows `row` .. row + 16 of `query` times keys first + 8 n .. of `key`, for n < tiles.
+template <class T, int kDim, int kTiles>
+FF_DEVICE void multiply_scores(const Tile<T, kDim>& query, int row, const Tile<T, kDim>& key,
+                               int first, int tiles, float (&scores)[kTiles][4]) {
+  const int lane = lane_index();
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scores[n][i] = 0.0f;
+#pragma unroll
+  for (int chunk = 0; chunk < kDim / 8; chunk += 4) {
+    uint32_t a[2][4];
+    load_matrix4(a[0], query.chunk(row + lane % 16, chunk + lane / 16));
+    load_matrix4(a[1], query.chunk(row + lane % 16, chunk + 2 + lane / 16));
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      if (n >= tiles) continue;
+      uint32_t b[4];
+      load_matrix4(b, key.chunk(first + n * 8 + lane % 8, chunk + lane / 8));
+      mma<T>(scores[n], a[0], b[0], b[1]);
+      mma<T>(scores[n], a[1], b[2], b[3]);
+    }
+  }
+}
+
+// A 16x16 tile of weights as the left operand.
+template <class T>
+FF_DEVICE void left_operand(const float (&low)[4], const float (&high)[4], uint32_t (&a)[4]) {
+  a[0] = pack<T>(low[0], low[1]), a[1] = pack<T>(low[2], low[3]);
+  a[2] = pack<T>(high[0], high[1]), a[3] = pack<T>(high[2], high[3]);
+}
+
+// out += a times rows first .. first + 16 of `value`.
+template <class T, int kDim>
+FF_DEVICE void add_product(const uint32_t (&a)[4], const Tile<T, kDim>& value, int first,
+                           float (&out)[kDim / 8][4]) {
+  const int lane = lane_index();
+#pragma unroll
+  for (int d = 0; d < kDim / 8; d += 2) {
+    uint32_t b[4];
+    load_matrix4_transposed(b, value.chunk(first + lane % 16, d + lane / 16));
+    mma<T>(out[d], a, b[0], b[1]);
+    mma<T>(out[d + 1], a, b[2], b[3]);
+  }
+}
+
+// out += weights of kTiles * 8 keys, of which `tiles` are there, times their values.
+template <class T, int kDim, int kTiles>
+FF_DEVICE void add_values(const float (&weights)[kTiles][4], int tiles, const Tile<T, kDim>& value,
+                          int first, float (&out)[kDim / 8][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; n += 2) {
+    if (n >= tiles) continue;
+    uint32_t a[4];
+    left_operand<T>(weights[n], weights[n + 1], a);
+    add_product(a, value, first + n * 8, out);
+  }
+}
+
+template <int kTiles>
+FF_DEVICE void clear(float (&tiles)[kTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) tiles[n][i] = 0.0f;
+}
+
+// Over the four lanes that share a row.
+FF_DEVICE float row_maximum(float x) {
+  x = fmaxf(x, shuffle_xor(x, 1));
+  return fmaxf(x, shuffle_xor(x, 2));
+}
+FF_DEVICE float row_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+// The maximum with 0 in place of -inf, a row without a key so far: -inf - -inf would be NaN.
+FF_DEVICE float finite(float maximum) { return maximum == -kInfinity ? 0.0f : maximum; }
+
+// From products of queries and keys to exponents: of 2, or of e where a float mask is added, since
+// finfo.min would overflow when multiplied by log2(e).
+struct Exponents {
+  const void* mask;  // of this batch entry and head
+  int64_t row, column;
+  Type type;
+  Padding padding;
+  float scale, per_power;  // per_power: exponents of 2 in one of these
+  bool causal;
+  int q_len, kv_len;
+
+  FF_DEVICE Exponents(const Attention& p, int64_t b, int64_t h)
+      : mask(p.mask.data),
+        row(p.mask.row),
+        column(p.mask.column),
+        type(p.mask_type),
+        padding(p.padding, p.padding_batch, p.padding_column, b),
+        causal(p.causal),
+        q_len(int(p.q_len)),
+        kv_len(int(p.kv_len)) {
+    const bool natural = p.mask.data && p.mask_type != Type::kBool;
+    scale = natural ? p.scale : p.scale * kLog2E;
+    per_power = natural ? kLog2E : 1.0f;
+    if (mask) {
+      const int size = type == Type::kFloat32 ? 4 : type == Type::kBool ? 1 : 2;
+      mask = static_cast<const char*>(mask) + (b * p.mask.batch + h * p.mask.head) * size;
+    }
+  }
+
+  // Of a single score.
+  FF_DEVICE float operator()(float product, int query, int key) const {
+    const float x = product * scale;
+    if (key >= kv_len || (causal && key > query) || padding.hides(key)) return -kInfinity;
+    if (!mask || query >= q_len) return x;
+    const int64_t at = query * row + key * column;
+    if (type == Type::kBool) return static_cast<const bool*>(mask)[at] ? x : -kInfinity;
+    if (type == Type::kFloat32) return x + static_cast<const float*>(mask)[at];
+    if (type == Type::kFloat16) return x + to_float(static_cast<const Half*>(mask)[at]);
+    return x + to_float(static_cast<const BFloat16*>(mask)[at]);
+  }
+
+  // Of a lane's scores: rows `query` and query + 8, keys from `first` on.
+  template <int kTiles>
+  FF_DEVICE void apply(int query, int first, float (&scores)[kTiles][4]) const {
+    const int lane_query = query + lane_index() / 4, lane_key = first + lane_index() % 4 * 2;
+    const bool all = !mask && !padding.data && first + 8 * kTiles <= kv_len &&
+                     !(causal && first + 8 * kTiles > query + 1);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        scores[n][i] =
+            all ? scores[n][i] * scale
+                : (*this)(scores[n][i], lane_query + i / 2 * 8, lane_key + n * 8 + i % 2);
+  }
+
+  FF_DEVICE float power(float exponent, float maximum) const {
+    return exp2((exponent - maximum) * per_power);
+  }
+
+  // -inf for a row without a key.
+  FF_DEVICE float log_sum(float maximum, float sum) const {
+    if (sum == 0.0f) return -kInfinity;
+    return (per_power == 1.0f ? maximum * kLn2 : maximum) + logf(sum);
+  }
+};
+
+// Two neighbours of a row of the output, as far as they are there.
+template <class T>
+FF_DEVICE void store_pair(T* row, int column, int dim, float first, float second) {
+  T* to = row + column;
+  if (column + 1 < dim && reinterpret_cast<size_t>(to) % 4 == 0) {
+    *reinterpret_cast<uint32_t*>(to) = pack<T>(first, second);
+  } else {
+    if (column < dim) to[0] = from_float<T>(first);
+    if (column + 1 < dim) to[1] = from_float<T>(second);
+  }
+}
+
+template <class T>
+FF_DEVICE T* output_row(const MutableView& out, int64_t b, int64_t h, int64_t i) {
+  return static_cast<T*>(out.data) + b * out.batch + h * out.head + i * out.row;
+}
+
+// Rows `row` .. row + 16 of weighted values over their sums of weights, of `count` rows in all.
+template <class T, int kDim>
+FF_DEVICE void store_means(const MutableView& to, int64_t b, int64_t h, int row, int count, int dim,
+                           const float (&sum)[2], const float (&out)[kDim / 8][4]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int i = row + lane_index() / 4 + r * 8;
+    if (i >= count) continue;
+    const float factor = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
+    T* const values = output_row<T>(to, b, h, i);
+#pragma unroll
+    for (int d = 0; d < kDim / 8; ++d)
+      store_pair(values, d * 8 + lane_index() % 4 * 2, dim, out[d][2 * r] * factor,
+                 out[d][2 * r + 1] * factor);
+  }
+}
+
+FF_DEVICE void store_lse(const MutableLse& lse, int64_t b, int64_t h, int64_t i, float value) {
+  if (lse.data) lse.data[b * lse.batch + h * lse.head + i * lse.row] = value;
+}
+
+// The class of head dims that kernels are made for.
+inline int padded_dim(int64_t head_dim, int64_t value_dim) {
+  const int64_t dim = head_dim > value_dim ? head_dim : value_dim;
+  return dim <= 32 ? 32 : int((dim + 63) / 64 * 64);
+}
+
+// Calls body<kDim>() for the class of a call.
+template <class Body>
+const char* with_dim(int dim, const Body& body) {
+  switch (dim) {
+    case 32:
+      return body.template operator()<32>();
+    case 64:
+      return body.template operator()<64>();
+    case 128:
+      return body.template operator()<128>();
+    case 192:
+      return body.template operator()<192>();
+    case 256:
+      return body.template operator()<256>();
+    default:
+      return "head dims above 256 have no kernel";
+  }
+}
+
+}  // namespace
+}  // namespace ff::cuda
