@@ -14,13 +14,13 @@ bool runs(Type type, int capability) {
 int current_capability() { return compute_capability(); }
 
 int64_t attention_workspace(const AttentionForward& p, int capability) {
-  if (p.type == Type::kFloat32 || !is_short(p)) return 0;
+  if (p.type == Type::kFloat32 || !is_short(p, capability)) return 0;
   return short_workspace(p, short_plan(p, capability)) * int64_t(sizeof(float));
 }
 
 const char* attention_path(const AttentionForward& p, int capability) {
   if (p.type == Type::kFloat32) return attention_float32_path(p, capability);
-  if (!is_short(p)) {
+  if (!is_short(p, capability)) {
     return takes_wide_tiles(p, capability) ? "blocks of 128 queries, tiles of keys"
                                            : "blocks of 64 queries, tiles of keys";
   }

@@ -22,39 +22,38 @@ struct ShortPlan {
   float* statistics;  // (B, H, chunks, Lq, 2) maxima and sums
 };
 
-template <int kDim>
-constexpr int short_bytes(const ShortPlan& plan) {
-  const int queries = shared_bytes<uint16_t>(plan.tiles * 16 * kDim);
-  const int keys = shared_bytes<uint16_t>(plan.slices * plan.keys * kDim);
+inline int short_bytes(const ShortPlan& plan, int dim) {
+  const int queries = shared_bytes<uint16_t>(plan.tiles * 16 * dim);
+  const int keys = shared_bytes<uint16_t>(plan.slices * plan.keys * dim);
   const int statistics = shared_bytes<float>(plan.tiles * plan.slices * 16);
   return queries + 2 * keys + 2 * statistics;
 }
 
-// The most slices whose keys and values fit beside 16 queries.
-inline int fitting_slices(int dim, int capability) {
-  const int left = shared_limit(capability) - 16 * dim * 2 - 2 * kMostSlices * 16 * 4 - 1024;
-  const int slices = left / (2 * kSlice * dim * 2);
-  return slices < kMostSlices ? slices : kMostSlices;
-}
-
-// Whether a call goes this way: a matter of one sequence's lengths and the device alone.
-inline bool is_short(const Attention& p) { return p.q_len <= 64 || p.kv_len <= kSlice; }
-
 inline ShortPlan short_plan(const Attention& p, int capability) {
   ShortPlan plan{1, kSlice, 1, 0, 1, nullptr, nullptr};
-  const int64_t tiles = (p.q_len + 15) / 16;
-  if (p.kv_len <= kSlice) {
+  const int dim = padded_dim(p.head_dim, p.value_dim);
+  const auto fits = [&] { return short_bytes(plan, dim) <= shared_limit(capability); };
+  const int64_t tiles = (p.q_len + 15) / 16, slices = (p.kv_len + kSlice - 1) / kSlice;
+  if (slices <= 1) {
     plan.keys = p.kv_len == 0 ? 16 : int(p.kv_len + 15) / 16 * 16;
     plan.tiles = int(tiles < kMostTiles ? tiles : kMostTiles);
+    while (plan.tiles > 1 && !fits()) --plan.tiles;
   } else {
-    const int most = fitting_slices(padded_dim(p.head_dim, p.value_dim), capability);
-    const int64_t slices = (p.kv_len + kSlice - 1) / kSlice;
-    plan.slices = int(slices < most ? slices : most);
-    if (slices > most) plan.slices = most < kMostSlices / 2 ? most : kMostSlices / 2;
+    plan.slices = int(slices < kMostSlices ? slices : kMostSlices);
+    while (plan.slices > 1 && !fits()) --plan.slices;
+    constexpr int kChunk = kMostSlices / 2;  // longer ones would leave too few blocks
+    if (plan.slices < slices && plan.slices > kChunk) plan.slices = kChunk;
     plan.chunks = (slices + plan.slices - 1) / plan.slices;
   }
   plan.groups = (tiles + plan.tiles - 1) / plan.tiles;
   return plan;
+}
+
+// Whether a call goes this way: a matter of one sequence's lengths and the device alone.
+inline bool is_short(const Attention& p, int capability) {
+  const int dim = padded_dim(p.head_dim, p.value_dim);
+  return (p.q_len <= 64 || p.kv_len <= kSlice) &&
+         short_bytes(short_plan(p, capability), dim) <= shared_limit(capability);
 }
 
 // Floats of the workspace.
@@ -249,7 +248,7 @@ const char* run_short(const AttentionForward& p, ShortPlan plan, void* workspace
   plan.statistics = plan.outs + heads * plan.chunks * p.q_len * p.value_dim;
   const char* error = with_dim(padded_dim(p.head_dim, p.value_dim), [&]<int kDim>() {
     const Launch size{heads * plan.chunks * plan.groups, plan.slices * plan.tiles * 32,
-                      short_bytes<kDim>(plan), stream};
+                      short_bytes(plan, kDim), stream};
     return launch<attention_short<T, kDim>>(size, p, plan);
   });
   if (error || plan.chunks == 1) return error;
