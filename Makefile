@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Prints one dependency group, for a pip that is too old to read groups by itself.
 READ_GROUP := import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]])
-CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # `make gpu` and `make tune` need a torch that sees the GPU: that of GPU_PYTHON where it is set (fastfusion has to be
 # installed there), of .venv, or of $(PYTHON), with fastfusion in a thin environment on top. ARGS goes to the command.
@@ -34,18 +34,19 @@ OMP_NUM_THREADS=1 exec $$python -m fastfusion.benchmarks.$@ $(ARGS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test asan emulate lint format bench bench-check kernels gpu tune build wheel clean
+.PHONY: help demo test asan emulate lint format bench bench-check kernels cuda gpu tune build wheel clean
 
 help:
 	@echo "make demo     answer questions about images, and compare with stock torch"
 	@echo "make test     run the tests"
 	@echo "make emulate  run the CPU kernels on other processors in QEMU: Arm, and x86-64 without AVX-512"
-	@echo "make asan     run the CPU kernels' tests on a build with sanitizers of memory and undefined behaviour"
+	@echo "make asan     run the C++ and emulated CUDA kernels' tests with sanitizers of memory and undefined behaviour"
 	@echo "make lint     ruff, mypy, clang-format      make format   apply them"
 	@echo "make bench    the microbenchmarks, with a report and pictures in bench-results/ (10 minutes)"
 	@echo "make bench-check  whether two runs of a small set agree"
 	@echo "make wheel    build a wheel into dist/"
-	@echo "make kernels  compile the Triton kernels for every GPU, and check them (ARGS=--quick: 3 minutes)"
+	@echo "make kernels  compile the Triton and CUDA kernels for every GPU, and check them (ARGS=--quick: 5 minutes)"
+	@echo "make cuda     build the CUDA kernels with nvcc, also where torch cannot use them"
 	@echo "make gpu      test and time everything on an NVIDIA GPU (ARGS=--quick: 10 minutes)"
 	@echo "make tune     find the kernels' tiles for that GPU"
 	@echo "make clean    remove what was built (.venv stays)"
@@ -68,11 +69,17 @@ build: $(VENV)/install.stamp
 	@echo "building the native part (only what changed)"
 	@$(BIN)/python $(BUILD)
 
+cuda: $(VENV)/install.stamp
+	@echo "building the native part with the CUDA kernels (the first time takes 10 minutes)"
+	@$(BIN)/python $(BUILD) --cuda
+
 demo: build
 	@$(BIN)/python -m fastfusion demo
 
 # One thread per process: the processes share the cores already.
 test: build
+	@echo "building the CUDA kernels for their emulator"
+	@$(BIN)/python setup.py --quiet build_emulated
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -p no:benchmark
 
 # A copy of the package, since its libraries load with the sanitizers alone. Python's own leaks do not count, and
@@ -83,8 +90,11 @@ RUNTIME = $$($${CXX:-g++} -print-file-name=libasan.so):$$($${CXX:-g++} -print-fi
 asan: $(VENV)/dependencies.stamp
 	@echo "building with $(SANITIZERS)"
 	@CXXFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet build --build-base build/sanitized --build-lib $(SANITIZED)
+	@CXXFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet build_emulated --folder build/sanitized/emulated
 	@cd $(SANITIZED) && LD_PRELOAD="$(RUNTIME)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python \
-		-m pytest -n $(JOBS) -p no:benchmark -k "not triton and not scratch_memory" $(CURDIR)/tests/ops $(CURDIR)/tests/test_native.py
+		-m pytest -n $(JOBS) -p no:benchmark -k "not triton and not scratch_memory" \
+		--emulated $(CURDIR)/build/sanitized/emulated/sm80/_emulated_ops.so \
+		$(CURDIR)/tests/ops $(CURDIR)/tests/test_native.py $(CURDIR)/tests/test_cuda.py
 
 emulate: $(VENV)/dependencies.stamp
 	@$(BIN)/python tests/native/emulate.py
@@ -117,10 +127,14 @@ bench: build $(VENV)/bench.stamp
 bench-check: build
 	@OMP_NUM_THREADS=1 $(BIN)/python -m fastfusion.benchmarks.check
 
-# The committed table is that of all builds.
+# The committed tables are those of all builds. Options for a part of Triton's table leave the other one out.
 kernels: build
-	@OMP_NUM_THREADS=1 $(BIN)/python -m fastfusion.benchmarks.kernels --jobs $(JOBS) \
-		$(if $(ARGS),$(ARGS),--json benchmarks/results/kernels-triton.json)
+	@status=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m fastfusion.benchmarks.kernels --jobs $(JOBS) \
+		$(if $(ARGS),$(ARGS),--json benchmarks/results/kernels-triton.json) || status=$$?; \
+	$(if $(filter-out --quick,$(ARGS)),:,$(BIN)/python -m fastfusion.benchmarks.kernels_cuda --jobs $(JOBS) \
+		$(if $(ARGS),$(ARGS),--json benchmarks/results/kernels-cuda.json)) || status=$$?; \
+	exit $$status
 
 $(GPU_VENV)/install.stamp: setup.py pyproject.toml
 	@echo "installing fastfusion into $(GPU_VENV), on top of the packages of $(PYTHON)"

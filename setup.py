@@ -9,12 +9,20 @@ The native part is three shared libraries, built by ninja from a build.ninja tha
 One kernel library under two front ends, so that a process holds one copy of the ISA choice.
 Without a C++ compiler the native part is left out and the package runs on its reference; a compiler
 that is there and fails is an error. CXX, CXXFLAGS and LDFLAGS are honoured as usual.
+
+Where torch is a CUDA build, or with ``build_ext --cuda``, and where nvcc is found ($NVCC first):
+
+    fastfusion/libfastfusion_cuda.so  the CUDA kernels; no torch, CUDA's runtime linked in
+    fastfusion/_torch_cuda_ops.so     their registration, loaded where torch is a CUDA build
+
+``build_emulated`` compiles the CUDA kernels for the host, for tests: they are never installed.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,7 +31,7 @@ import sysconfig
 from importlib import metadata, util
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -59,7 +67,20 @@ COMPILE_FLAGS = [
 ]
 LINK_FLAGS = ["-shared", "-Wl,-rpath,$ORIGIN"]
 COMPLETE = "-Wl,--no-undefined"
+CUDA_OPS = "torch_cuda*.cpp"  # the front ends that are not part of _torch_ops.so
 TORCH_FLAGS = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+
+# Binaries are not portable to Tegra (87), nor from one generation to the next; what comes after the
+# last one compiles its PTX.
+CUDA_ARCHS = (75, 80, 86, 87, 89, 90)
+OLDEST_NVCC = 12  # the first with C++20
+NVCC_FLAGS = [
+    *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
+    *("-Icsrc", "--threads", "2"),
+]
+# Kernels see the same bytes as different types, which device code may.
+EMULATED_ARCHS = (75, 80)
+EMULATED_FLAGS = ["-O2", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-DFF_CUDA_EMULATED"]
 
 # Folders of the repository that install below fastfusion: their own names belong to other packages.
 MAPPED = ["kernels", "benchmarks"]
@@ -73,6 +94,42 @@ def find_compiler() -> list[str] | None:
         if shutil.which(command[0]):
             return command
     return None
+
+
+def find_nvcc() -> list[str] | None:
+    """nvcc's command: $NVCC alone where it is set, otherwise that of PATH or the usual folder."""
+    named = os.environ.get("NVCC")
+    for candidate in [named] if named else ["nvcc", "/usr/local/cuda/bin/nvcc"]:
+        command = shlex.split(candidate)
+        if shutil.which(command[0]):
+            return command
+    return None
+
+
+def nvcc_version(nvcc: list[str]) -> int:
+    """The first number of its release."""
+    text = subprocess.run([*nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)", text)
+    if found is None:
+        raise SystemExit(f"fastfusion: {shlex.join(nvcc)} --version names no release: {text}")
+    return int(found[1])
+
+
+def cuda_flags() -> list[str]:
+    """Machine code for every architecture, and PTX of the last."""
+    codes = [(arch, f"sm_{arch}") for arch in CUDA_ARCHS]
+    codes.append((CUDA_ARCHS[-1], f"compute_{CUDA_ARCHS[-1]}"))
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes]
+
+
+def cuda_sources() -> list[str]:
+    """The launchers, each with its kernels."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
+
+
+def cuda_ops() -> list[str]:
+    """Their front ends."""
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(CUDA_OPS))
 
 
 def isa_flags() -> dict[str, str]:
@@ -96,7 +153,7 @@ def escape(path: Path) -> str:
 class NinjaFile:
     """The text of a build.ninja, gathered one shared library at a time."""
 
-    def __init__(self, compiler: list[str], objects: Path) -> None:
+    def __init__(self, compiler: list[str], objects: Path, nvcc: list[str] | None = None) -> None:
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         self.objects = objects
         self.link_extra = [*extra, *shlex.split(os.environ.get("LDFLAGS", ""))]
@@ -112,10 +169,39 @@ class NinjaFile:
             f"  command = {quote(compiler)} $flags $in -o $out $libraries",
             "  description = link $out",
         ]
+        if nvcc is not None:
+            self.lines += [
+                "rule nvcc",
+                f"  command = {quote(nvcc)} $flags -MD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+                "  description = nvcc $in",
+                "rule nvcc_link",
+                f"  command = {quote(nvcc)} $flags $in -o $out",
+                "  description = link $out",
+            ]
 
-    def compile(self, source: str, flags: list[str]) -> Path:
-        """Adds one object file; ``source`` is relative: no absolute path enters the binary."""
-        target = self.objects / Path(source).with_suffix(".o")
+    def nvcc(self, target: Path, sources: list[str], flags: list[str]) -> Path:
+        """Adds one shared library of CUDA sources, each compiled by itself."""
+        objects = []
+        for source in sources:
+            objects.append(self.objects / Path(source).with_suffix(".o"))
+            self.lines += [
+                f"build {escape(objects[-1])}: nvcc {source}",
+                f"  flags = {quote([*NVCC_FLAGS, *cuda_flags()])}",
+            ]
+        self.lines += [
+            f"build {escape(target)}: nvcc_link {' '.join(map(escape, objects))}",
+            f"  flags = {quote(['-shared', '-cudart=static', *flags])}",
+        ]
+        return target
+
+    def compile(self, source: str, flags: list[str], folder: str = "") -> Path:
+        """Adds one object file; ``source`` is relative: no absolute path enters the binary.
+
+        Sources that are compiled more than once have a folder for each.
+        """
+        target = self.objects / folder / Path(source).with_suffix(".o")
         self.lines += [
             f"build {escape(target)}: compile {source}",
             f"  flags = {quote([*COMPILE_FLAGS, *flags, *self.compile_extra])}",
@@ -152,6 +238,24 @@ def torch_folder() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def torch_has_cuda(torch: Path) -> bool:
+    """Whether this is a CUDA build, by the file that torch.version reads."""
+    found = re.search(r"^cuda\b[^=\n]*=\s*(\S+)", (torch / "version.py").read_text(), re.MULTILINE)
+    return found is not None and found[1] != "None"
+
+
+def torch_flags(torch: Path) -> list[str]:
+    """How files that include torch are compiled."""
+    include = torch / "include"
+    includes = ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
+    return [*TORCH_FLAGS, *includes]
+
+
+def torch_libraries(torch: Path) -> list[str]:
+    """What they are linked with."""
+    return [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
 def build_facts(compiler: list[str]) -> list[str]:
     """What `ff.info()` reports on the build, as macros for csrc/python.cpp."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
@@ -177,10 +281,10 @@ def python_includes() -> list[str]:
     return ["-isystem", include, "-isystem", pybind11.get_include()]
 
 
-def write_ninja(compiler: list[str], temp: Path, package: Path) -> Path:
-    """Writes build.ninja, which puts the three libraries into ``package``; returns its path."""
+def write_ninja(compiler: list[str], temp: Path, package: Path, nvcc: list[str] | None) -> Path:
+    """Writes build.ninja, which puts the libraries into ``package``; returns its path."""
     torch = torch_folder()
-    ninja = NinjaFile(compiler, temp)
+    ninja = NinjaFile(compiler, temp, nvcc)
 
     flags = {f"isa_{isa}": shlex.split(line) for isa, line in isa_flags().items()}
     for source in (ROOT / "csrc/cpu").glob("*.cpp"):
@@ -194,14 +298,23 @@ def write_ninja(compiler: list[str], temp: Path, package: Path) -> Path:
         [],
     )
 
-    include = torch / "include"
-    torch_includes = ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
     torch_ops = [
-        ninja.compile(f"csrc/{source.name}", [*TORCH_FLAGS, *torch_includes])
+        ninja.compile(f"csrc/{source.name}", torch_flags(torch))
         for source in sorted((ROOT / "csrc").glob("torch_*.cpp"))
+        if not source.match(CUDA_OPS)
     ]
-    torch_libraries = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    ninja.link(package / "_torch_ops.so", [*torch_ops, cpu], [COMPLETE], torch_libraries)
+    ninja.link(package / "_torch_ops.so", [*torch_ops, cpu], [COMPLETE], torch_libraries(torch))
+
+    if nvcc is not None:
+        # Nobody else is to find the runtime that is linked in.
+        linker = "-soname=libfastfusion_cuda.so,--exclude-libs=ALL,--no-undefined"
+        cuda = ninja.nvcc(package / "libfastfusion_cuda.so", cuda_sources(), ["-Xlinker", linker])
+        # Streams are in libtorch_cuda.so. A CPU build of torch, which never loads this library, has
+        # none: it is not linked as complete.
+        ops = [ninja.compile(source, torch_flags(torch)) for source in cuda_ops()]
+        streams = ["-ltorch_cuda"] if (torch / "lib/libtorch_cuda.so").exists() else []
+        libraries = [*torch_libraries(torch), *streams]
+        ninja.link(package / "_torch_cuda_ops.so", [*ops, cuda], [], libraries)
 
     # An extension module takes Python's symbols from the interpreter that loads it.
     module = ninja.compile("csrc/python.cpp", [*python_includes(), *build_facts(compiler)])
@@ -211,8 +324,62 @@ def write_ninja(compiler: list[str], temp: Path, package: Path) -> Path:
     return ninja.write()
 
 
+def write_emulated_ninja(compiler: list[str], folder: Path) -> Path:
+    """Writes build.ninja for ``folder``/sm<arch>/_emulated_ops.so; returns its path."""
+    torch = torch_folder()
+    ninja = NinjaFile(compiler, folder)
+    flags = [*torch_flags(torch), *EMULATED_FLAGS]
+    shared = [ninja.compile(source, flags) for source in cuda_ops()]
+    for source in sorted((ROOT / "csrc/emulate").glob("*.cpp")):
+        shared.append(ninja.compile(f"csrc/emulate/{source.name}", EMULATED_FLAGS))
+    for arch in EMULATED_ARCHS:
+        flags = [*EMULATED_FLAGS, f"-DFF_ARCH={arch}", "-x", "c++"]
+        kernels = [ninja.compile(source, flags, f"sm{arch}") for source in cuda_sources()]
+        target = folder / f"sm{arch}/_emulated_ops.so"
+        ninja.link(target, [*kernels, *shared], [COMPLETE], [*torch_libraries(torch), "-pthread"])
+    return ninja.write()
+
+
+def run_ninja(file: Path, verbose: bool, what: str) -> None:
+    """Builds everything that a build.ninja names."""
+    quiet = [] if verbose else ["--quiet"]
+    if subprocess.run(
+        [sys.executable, "-m", "ninja", *quiet, "-f", str(file)], cwd=ROOT
+    ).returncode:
+        raise SystemExit(f"fastfusion: {what} did not compile; the compiler's messages stand above")
+
+
 class BuildNative(build_ext):
     """``build_ext`` by way of ninja: recompiles only what changed, headers included."""
+
+    user_options = [
+        *build_ext.user_options,
+        ("cuda", None, "with the CUDA kernels, also where torch is a CPU build"),
+    ]
+    boolean_options = [*build_ext.boolean_options, "cuda"]
+
+    def initialize_options(self) -> None:
+        """The CUDA kernels where torch can use them."""
+        super().initialize_options()
+        self.cuda = False
+
+    def find_nvcc(self) -> list[str] | None:
+        """nvcc where the CUDA kernels are to be built, with a line where it is missing."""
+        if not self.cuda and not torch_has_cuda(torch_folder()):
+            return None
+        nvcc = find_nvcc()
+        reason = None
+        if nvcc is None:
+            wanted = os.environ.get("NVCC") or "nvcc, /usr/local/cuda/bin/nvcc"
+            reason = f"no CUDA compiler found ({wanted})"
+        elif nvcc_version(nvcc) < OLDEST_NVCC:
+            reason = f"{shlex.join(nvcc)} is older than {OLDEST_NVCC}"
+        if reason is None:
+            return nvcc
+        if self.cuda:
+            raise SystemExit(f"fastfusion: no CUDA kernels: {reason}")
+        print(f"fastfusion: CUDA kernels left out: {reason}")
+        return None
 
     def run(self) -> None:
         """Builds into the source tree (editable, ``--inplace``) or into the build folder."""
@@ -226,13 +393,9 @@ class BuildNative(build_ext):
             if editable
             else Path(self.build_temp)
         )
-        ninja_file = write_ninja(compiler, temp.resolve(), self.package_folder().resolve())
-        quiet = [] if self.distribution.verbose else ["--quiet"]
-        command = [sys.executable, "-m", "ninja", *quiet, "-f", str(ninja_file)]
-        if subprocess.run(command, cwd=ROOT).returncode:
-            raise SystemExit(
-                "fastfusion: the native part did not compile; the compiler's messages stand above"
-            )
+        package = self.package_folder().resolve()
+        file = write_ninja(compiler, temp.resolve(), package, self.find_nvcc())
+        run_ninja(file, self.distribution.verbose, "the native part")
 
     def package_folder(self) -> Path:
         """The folder that receives the libraries."""
@@ -240,17 +403,40 @@ class BuildNative(build_ext):
         return (ROOT if editable else Path(self.build_lib)) / "fastfusion"
 
     def get_outputs(self) -> list[str]:
-        """The three libraries."""
+        """The libraries."""
         names = [
             "libfastfusion_cpu.so",
             "_torch_ops.so",
             "_native" + sysconfig.get_config_var("EXT_SUFFIX"),
         ]
-        return [str(self.package_folder() / name) for name in names]
+        cuda = ["libfastfusion_cuda.so", "_torch_cuda_ops.so"]
+        folder = self.package_folder()
+        names += [name for name in cuda if (folder / name).exists()]
+        return [str(folder / name) for name in names]
 
     def get_output_mapping(self) -> dict[str, str]:
         """Nothing is copied: ninja writes the libraries where they belong."""
         return {}
+
+
+class BuildEmulated(Command):
+    """``build_emulated``: the CUDA kernels for the host, one library per architecture."""
+
+    user_options = [("folder=", None, "where they are built, default build/emulated")]
+
+    def initialize_options(self) -> None:
+        """The usual folder."""
+        self.folder = "build/emulated"
+
+    def finalize_options(self) -> None:
+        """Nothing depends on other commands."""
+
+    def run(self) -> None:
+        """Compiles what changed; without a compiler nothing."""
+        compiler = find_compiler()
+        if sys.platform == "linux" and compiler is not None and cuda_sources():
+            file = write_emulated_ninja(compiler, (ROOT / self.folder).resolve())
+            run_ninja(file, self.distribution.verbose, "the emulated CUDA kernels")
 
 
 def native_extensions() -> list[Extension]:
@@ -283,5 +469,5 @@ if __name__ == "__main__":
         },
         include_package_data=False,
         ext_modules=native_extensions(),
-        cmdclass={"build_ext": BuildNative},
+        cmdclass={"build_ext": BuildNative, "build_emulated": BuildEmulated},
     )

@@ -109,7 +109,7 @@ def test_command(quick: bool, report: Path, workers: int) -> list[str]:
     if importlib.util.find_spec("xdist") is not None and workers > 1:
         command += ["-n", str(workers)]
     if quick:
-        places = ("tests/ops", "tests/kernels", "tests/test_cuda_graph.py")
+        places = ("tests/ops", "tests/kernels", "tests/test_cuda.py", "tests/test_cuda_graph.py")
         command += [place for place in places if (ROOT / place).exists()]
         command += ["-k", "triton or cuda or kernels"]
     return command

@@ -1,4 +1,4 @@
-"""What compute-sanitizer watches: each op on the device's own kernels, at sizes no tile divides.
+"""What compute-sanitizer watches: each op on all kernels of the device, at sizes no tile divides.
 
     compute-sanitizer --tool memcheck python -m fastfusion.benchmarks.sanitize
 
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 import fastfusion as ff
+from fastfusion._op import Op
 
 from . import gate, ops
+from .results import REFERENCE
 
 # Lengths of one tile and less, of several with a rest, and long enough to be split.
 SHAPES: dict[str, list[dict[str, Any]]] = {
@@ -44,10 +46,22 @@ def cases() -> Iterator[tuple[str, dict[str, Any], torch.dtype, bool]]:
                     yield suite, shape, dtype, backward
 
 
+def kernels(op: Op, call: dict[str, Any]) -> list[str]:
+    """The backends that have kernels for a call on its device."""
+    given = op.normalize(**call)
+    return [
+        i.backend
+        for i in op.implementations
+        if i.backend != REFERENCE
+        and not i.refuses(*given)
+        and not (i.on_request and i.on_request(*given))
+    ]
+
+
 def check(
     suite: str, shape: dict[str, Any], dtype: torch.dtype, backward: bool, device: str
 ) -> str | None:
-    """Runs one call; why its result is wrong, or None."""
+    """Runs one call on each backend; why a result is wrong, or None."""
     about = ops.SUITES[suite]
     op, public = ops.spec(about.op), getattr(ff, about.op)
     call = op.inputs(shape, dtype, device, 0)
@@ -55,12 +69,18 @@ def check(
     leaves = ops.floating(call)
     for leaf in leaves:
         leaf.requires_grad_(backward)
-    calls: list[ops.Call] = [partial(public, **call), about.others[about.plain](call)]
+    backends = kernels(op, call)
+    calls: list[ops.Call] = [partial(public, **call, backend=backend) for backend in backends]
+    calls.append(about.others[about.plain](call))
     if backward:
         calls = [ops.with_gradients(run, leaves, seeds) for run in calls]
     with torch.inference_mode(not backward):
-        actual, plain = (ops.as_tuple(run()) for run in calls)
-    return gate.verdict(actual, expected, plain, backward)
+        *results, plain = (ops.as_tuple(run()) for run in calls)
+    for backend, actual in zip(backends, results, strict=True):
+        why = gate.verdict(actual, expected, plain, backward)
+        if why is not None:
+            return f"{backend}: {why}"
+    return None if backends else "no backend has kernels for it"
 
 
 def main(device: str = "cuda") -> int:

@@ -1,6 +1,6 @@
 // scaled_dot_product_attention as torch ops.
 
-#include "torch_tensors.h"
+#include "torch_cpu.h"
 
 namespace {
 
@@ -11,11 +11,11 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   describe(p, query, key, value, mask, padding, seed, dropout_p, is_causal, scale);
   STD_TORCH_CHECK(enable_gqa || p.heads == p.kv_heads || p.kv_heads == 1,
                   "fastfusion: more query heads than key heads need enable_gqa");
-  Tensor out = empty_rows_outside(p.batch, p.heads, p.q_len, p.value_dim, dtype_code(query));
+  Tensor out = empty_rows_outside(p.batch, p.heads, p.q_len, p.value_dim, kind_of(query));
   p.out = mutable_view(out);
   if (lse) {
     const int64_t sizes[] = {p.batch, p.heads, p.q_len};
-    *lse = empty_contiguous(3, sizes, aoti_torch_dtype_float32());
+    *lse = empty_contiguous(3, sizes, float32_beside(query));
     p.lse = mutable_lse(*lse);
   }
   run(p, [&] { ff::kernels().attention_forward(p, parallel_for); });
@@ -49,13 +49,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   p.grad_out =
       gradient_view(grad_out, {p.batch, p.heads, p.q_len, p.value_dim}, query.scalar_type());
   p.grad_lse = lse_gradient(grad_lse, p.batch, p.heads, p.q_len);
-  const int32_t dtype = dtype_code(query);
-  Tensor grad_query = empty_rows_outside(p.batch, p.heads, p.q_len, p.head_dim, dtype);
-  Tensor grad_key = empty_rows_outside(p.batch, p.kv_heads, p.kv_len, p.head_dim, dtype);
-  Tensor grad_value = empty_rows_outside(p.batch, p.kv_heads, p.kv_len, p.value_dim, dtype);
+  const Kind kind = kind_of(query);
+  Tensor grad_query = empty_rows_outside(p.batch, p.heads, p.q_len, p.head_dim, kind);
+  Tensor grad_key = empty_rows_outside(p.batch, p.kv_heads, p.kv_len, p.head_dim, kind);
+  Tensor grad_value = empty_rows_outside(p.batch, p.kv_heads, p.kv_len, p.value_dim, kind);
   p.grad_query = mutable_view(grad_query), p.grad_key = mutable_view(grad_key);
   p.grad_value = mutable_view(grad_value);
-  MaskGradientTensor grad_mask(p, mask, mask_gradient, dtype, p.grad_mask);
+  MaskGradientTensor grad_mask(p, mask, mask_gradient, kind, p.grad_mask);
   run(p, [&] { ff::kernels().attention_backward(p, parallel_for); });
   return {grad_query, grad_key, grad_value, grad_mask.tensor()};
 }

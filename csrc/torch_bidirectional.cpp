@@ -1,42 +1,23 @@
 // bidirectional_attention as torch ops.
 
-#include "torch_tensors.h"
+#include "torch_cpu.h"
 
 namespace {
-
-void describe(ff::Bidirectional& p, const Tensor& query, const Tensor& key, const Tensor& value,
-              const Tensor& query_value, const MaybeTensor& mask, const MaybeTensor& query_padding,
-              const MaybeTensor& key_padding, const MaybeTensor& seed, double dropout_p,
-              std::optional<double> scale) {
-  describe(p, query, key, value, mask, key_padding, seed, dropout_p, false, scale);
-  STD_TORCH_CHECK(p.heads == p.kv_heads, "fastfusion: key must have the heads of query");
-  STD_TORCH_CHECK(query_value.dim() == 4 && query_value.size(0) == p.batch &&
-                      query_value.size(1) == p.heads && query_value.size(2) == p.q_len &&
-                      query_value.is_cpu() && query_value.scalar_type() == query.scalar_type(),
-                  "fastfusion: query_value does not fit");
-  p.query_value_dim = query_value.size(3);
-  p.query_value = view(query_value);
-  if (query_padding) {
-    p.query_padding = padding_data(*query_padding, p.batch, p.q_len);
-    p.query_padding_batch = query_padding->stride(0);
-    p.query_padding_column = query_padding->stride(1);
-  }
-}
 
 struct Results {
   Tensor out_q, out_k, lse_q, lse_k;
 };
 
 Results forward(ff::BidirectionalForward& p, const Tensor& query, bool lse) {
-  const int32_t dtype = dtype_code(query);
+  const Kind kind = kind_of(query);
   Results r;
-  r.out_q = empty_rows_outside(p.batch, p.heads, p.q_len, p.value_dim, dtype);
-  r.out_k = empty_rows_outside(p.batch, p.heads, p.kv_len, p.query_value_dim, dtype);
+  r.out_q = empty_rows_outside(p.batch, p.heads, p.q_len, p.value_dim, kind);
+  r.out_k = empty_rows_outside(p.batch, p.heads, p.kv_len, p.query_value_dim, kind);
   p.out_q = mutable_view(r.out_q), p.out_k = mutable_view(r.out_k);
   if (lse) {
     const int64_t rows[] = {p.batch, p.heads, p.q_len}, columns[] = {p.batch, p.heads, p.kv_len};
-    r.lse_q = empty_contiguous(3, rows, aoti_torch_dtype_float32());
-    r.lse_k = empty_contiguous(3, columns, aoti_torch_dtype_float32());
+    r.lse_q = empty_contiguous(3, rows, float32_beside(query));
+    r.lse_k = empty_contiguous(3, columns, float32_beside(query));
     p.lse_q = mutable_lse(r.lse_q), p.lse_k = mutable_lse(r.lse_k);
   }
   run(p, [&] { ff::kernels().bidirectional_forward(p, parallel_for); });
@@ -74,11 +55,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_backward(
   ff::BidirectionalBackward p;
   describe(p, query, key, value, query_value, mask, query_padding, key_padding, seed, dropout_p,
            scale);
-  const int32_t dtype = dtype_code(query);
+  const Kind kind = kind_of(query);
   const int64_t rows[4] = {p.batch, p.heads, p.q_len, p.value_dim};
   const int64_t columns[4] = {p.batch, p.heads, p.kv_len, p.query_value_dim};
   const auto zeros = [&](const int64_t (&sizes)[4]) {
-    return fill_zeros(empty_contiguous(4, sizes, dtype));
+    return fill_zeros(empty_contiguous(4, sizes, kind));
   };
   const Tensor to_rows = grad_out_q ? *grad_out_q : zeros(rows);
   const Tensor to_columns = grad_out_k ? *grad_out_k : zeros(columns);
@@ -87,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_backward(
   p.grad_lse_q = lse_gradient(grad_lse_q, p.batch, p.heads, p.q_len);
   p.grad_lse_k = lse_gradient(grad_lse_k, p.batch, p.heads, p.kv_len);
   const auto gradient = [&](int64_t length, int64_t dim) {
-    return empty_rows_outside(p.batch, p.heads, length, dim, dtype);
+    return empty_rows_outside(p.batch, p.heads, length, dim, kind);
   };
   Tensor grad_query = gradient(p.q_len, p.head_dim), grad_key = gradient(p.kv_len, p.head_dim);
   Tensor grad_value = gradient(p.kv_len, p.value_dim);
@@ -95,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_backward(
   p.grad_query = mutable_view(grad_query), p.grad_key = mutable_view(grad_key);
   p.grad_value = mutable_view(grad_value);
   p.grad_query_value = mutable_view(grad_query_value);
-  MaskGradientTensor grad_mask(p, mask, mask_gradient, dtype, p.grad_mask);
+  MaskGradientTensor grad_mask(p, mask, mask_gradient, kind, p.grad_mask);
   run(p, [&] { ff::kernels().bidirectional_backward(p, parallel_for); });
   return {grad_query, grad_key, grad_value, grad_query_value, grad_mask.tensor()};
 }

@@ -1,6 +1,8 @@
 // What the torch front end of every op shares: checks, views and outputs, over torch's stable ABI
 // (torch >= 2.11). Every check that memory safety depends on is on this side, since compiled graphs
 // call the ops without Python; the words for a person come from check() of an op's Python file.
+//
+// FF_TORCH_CUDA: the kernels take tensors on a GPU; without it on the CPU.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,12 +11,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
-#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "calls.h"
 
 namespace {
 
@@ -35,48 +36,64 @@ inline ff::Type kernel_type(ScalarType type) {
     case ScalarType::Bool:
       return ff::Type::kBool;
     default:
-      STD_TORCH_CHECK(false, "fastfusion: this dtype has no CPU kernel");
+      STD_TORCH_CHECK(false, "fastfusion: this dtype has no kernel");
   }
 }
 
-inline int32_t dtype_code(const Tensor& tensor) {
+// Where the kernels take tensors, and whether one can be used together with `query`.
+#ifdef FF_TORCH_CUDA
+inline int32_t device_type() { return aoti_torch_device_type_cuda(); }
+inline int32_t device_index(const Tensor& tensor) { return tensor.get_device_index(); }
+inline bool is_here(const Tensor& tensor, const Tensor& query) {
+  return tensor.is_cuda() && device_index(tensor) == device_index(query);
+}
+#else
+inline int32_t device_type() { return aoti_torch_device_type_cpu(); }
+inline int32_t device_index(const Tensor&) { return 0; }
+inline bool is_here(const Tensor& tensor, const Tensor&) { return tensor.is_cpu(); }
+#endif
+
+// Dtype and device of a tensor that is to be made, in torch's codes.
+struct Kind {
+  int32_t dtype, device_index;
+};
+
+inline Kind kind_of(const Tensor& tensor) {
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return dtype;
+  return {dtype, device_index(tensor)};
+}
+
+inline Kind float32_beside(const Tensor& tensor) {
+  return {aoti_torch_dtype_float32(), device_index(tensor)};
 }
 
 // torch::stable::new_empty goes through the dispatcher and costs 0.9 us more.
-inline Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+inline Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, Kind kind) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, kind.dtype, device_type(),
+                                                  kind.device_index, &handle));
   return Tensor(handle);
 }
 
-inline Tensor empty_contiguous(int64_t dims, const int64_t* sizes, int32_t dtype) {
+inline Tensor empty_contiguous(int64_t dims, const int64_t* sizes, Kind kind) {
   std::vector<int64_t> strides(static_cast<size_t>(dims));
   int64_t stride = 1;
   for (int64_t i = dims; i-- > 0;) {
     strides[size_t(i)] = stride;
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
-  return empty(dims, sizes, strides.data(), dtype);
-}
-
-// For the gradient of an output that nothing depends on.
-inline Tensor fill_zeros(const Tensor& t) {
-  std::memset(t.mutable_data_ptr(), 0, size_t(t.numel() * t.element_size()));
-  return t;
+  return empty(dims, sizes, strides.data(), kind);
 }
 
 // (B, heads, length, dim) in memory (B, length, heads, dim): modules need no copy.
 inline Tensor empty_rows_outside(int64_t batch, int64_t heads, int64_t length, int64_t dim,
-                                 int32_t dtype) {
+                                 Kind kind) {
   const auto size = [](int64_t n) { return n > 0 ? n : int64_t{1}; };
   const int64_t row = size(heads) * size(dim);
   const int64_t sizes[] = {batch, heads, length, dim};
   const int64_t strides[] = {size(length) * row, size(dim), row, 1};
-  return empty(4, sizes, strides, dtype);
+  return empty(4, sizes, strides, kind);
 }
 
 inline ff::View view(const Tensor& t) {
@@ -107,16 +124,12 @@ inline void broadcast_strides(const Tensor& mask, const int64_t (&target)[4],
   }
 }
 
-inline void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, const void*),
-                         const void* context) {
-  torch::stable::parallel_for(0, tasks, 1,
-                              [=](int64_t begin, int64_t end) { body(begin, end, context); });
-}
-
 // The data of a mask that is to be bool (batch, length).
-inline const bool* padding_data(const Tensor& padding, int64_t batch, int64_t length) {
+inline const bool* padding_data(const Tensor& padding, int64_t batch, int64_t length,
+                                const Tensor& query) {
   STD_TORCH_CHECK(padding.dim() == 2 && padding.scalar_type() == ScalarType::Bool &&
-                      padding.size(0) == batch && padding.size(1) == length && padding.is_cpu(),
+                      padding.size(0) == batch && padding.size(1) == length &&
+                      is_here(padding, query),
                   "fastfusion: a padding mask does not fit");
   return static_cast<const bool*>(padding.const_data_ptr());
 }
@@ -146,10 +159,31 @@ inline void describe_kind(ff::Attention& p, const Tensor& query, const Tensor& k
                   "fastfusion: the shapes of query, key and value do not fit");
   STD_TORCH_CHECK(p.kv_len <= INT32_MAX && p.q_len <= INT32_MAX, "fastfusion: too long");
   const ScalarType type = query.scalar_type();
-  STD_TORCH_CHECK(key.scalar_type() == type && value.scalar_type() == type && key.is_cpu() &&
-                      value.is_cpu() && query.is_cpu() && type != ScalarType::Bool,
+  STD_TORCH_CHECK(key.scalar_type() == type && value.scalar_type() == type &&
+                      is_here(query, query) && is_here(key, query) && is_here(value, query) &&
+                      type != ScalarType::Bool,
                   "fastfusion: dtypes or devices differ");
   p.type = kernel_type(type);
+}
+
+// Once sizes are known.
+inline void describe_masks(ff::Attention& p, const Tensor& query, const MaybeTensor& mask,
+                           const MaybeTensor& padding) {
+  if (mask) {
+    STD_TORCH_CHECK(is_here(*mask, query), "fastfusion: attn_mask is on another device");
+    const ScalarType mask_type = mask->scalar_type();
+    STD_TORCH_CHECK(mask_type == ScalarType::Bool || mask_type == ScalarType::Float ||
+                        mask_type == query.scalar_type(),
+                    "fastfusion: attn_mask has the wrong dtype");
+    int64_t strides[4];
+    broadcast_strides(*mask, {p.batch, p.heads, p.q_len, p.kv_len}, strides);
+    p.mask = {mask->const_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+    p.mask_type = kernel_type(mask_type);
+  }
+  if (padding) {
+    p.padding = padding_data(*padding, p.batch, p.kv_len, query);
+    p.padding_batch = padding->stride(0), p.padding_column = padding->stride(1);
+  }
 }
 
 inline void describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Tensor& value,
@@ -165,93 +199,28 @@ inline void describe(ff::Attention& p, const Tensor& query, const Tensor& key, c
   describe_kind(p, query, key, value);
   p.query = view(query), p.key = view(key), p.value = view(value);
 
-  if (mask) {
-    STD_TORCH_CHECK(mask->is_cpu(), "fastfusion: attn_mask is on another device");
-    const ScalarType mask_type = mask->scalar_type();
-    STD_TORCH_CHECK(mask_type == ScalarType::Bool || mask_type == ScalarType::Float ||
-                        mask_type == query.scalar_type(),
-                    "fastfusion: attn_mask has the wrong dtype");
-    int64_t strides[4];
-    broadcast_strides(*mask, {p.batch, p.heads, p.q_len, p.kv_len}, strides);
-    p.mask = {mask->const_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
-    p.mask_type = kernel_type(mask_type);
-  }
-  if (padding) {
-    p.padding = padding_data(*padding, p.batch, p.kv_len);
-    p.padding_batch = padding->stride(0), p.padding_column = padding->stride(1);
-  }
+  describe_masks(p, query, mask, padding);
   describe_numbers(p, seed, dropout_p, is_causal, scale);
 }
 
-// The gradient of an output, which has a size to keep.
-inline ff::View gradient_view(const Tensor& grad, const int64_t (&sizes)[4], ScalarType type) {
-  STD_TORCH_CHECK(grad.dim() == 4 && grad.is_cpu() && grad.scalar_type() == type,
-                  "fastfusion: a gradient must be like its output");
-  for (int i = 0; i < 4; ++i)
-    STD_TORCH_CHECK(grad.size(i) == sizes[i], "fastfusion: a gradient does not fit");
-  return view(grad);
-}
-
-inline ff::LseGradient lse_gradient(const MaybeTensor& grad, int64_t batch, int64_t heads,
-                                    int64_t length) {
-  if (!grad) return {};
-  STD_TORCH_CHECK(grad->dim() == 3 && grad->is_cpu() && grad->scalar_type() == ScalarType::Float &&
-                      grad->size(0) == batch && grad->size(1) == heads && grad->size(2) == length,
-                  "fastfusion: the gradient of a log-sum-exp must be float32 and fit");
-  return {static_cast<const float*>(grad->const_data_ptr()), grad->stride(0), grad->stride(1),
-          grad->stride(2)};
-}
-
-// The gradient of a mask while kernels add it up, and as a tensor afterwards.
-class MaskGradientTensor {
- public:
-  MaskGradientTensor(const ff::Attention& p, const MaybeTensor& mask, bool wanted, int32_t dtype,
-                     ff::MaskGradient& gradient)
-      : type_(p.mask_type) {
-    if (!wanted || !mask || type_ == ff::Type::kBool) {
-      const int64_t nothing[] = {0};
-      tensor_ = empty_contiguous(1, nothing, dtype);
-      return;
-    }
-    tensor_ = empty_contiguous(mask->dim(), mask->sizes().data(), dtype_code(*mask));
-    const auto size = size_t(mask->numel());
-    // One element more: an empty vector has no data and would look unwanted.
-    if (mask->numel() == p.batch * p.heads * p.q_len * p.kv_len) {
-      values_.assign(size + 1, 0.0f);
-      gradient.values = values_.data();
-    } else {
-      sums_.assign(size + 1, 0.0);
-      gradient.sums = sums_.data();
-    }
-    int64_t strides[4];
-    broadcast_strides(tensor_, {p.batch, p.heads, p.q_len, p.kv_len}, strides);
-    gradient.batch = strides[0], gradient.head = strides[1];
-    gradient.row = strides[2], gradient.column = strides[3];
+inline void describe(ff::Bidirectional& p, const Tensor& query, const Tensor& key,
+                     const Tensor& value, const Tensor& query_value, const MaybeTensor& mask,
+                     const MaybeTensor& query_padding, const MaybeTensor& key_padding,
+                     const MaybeTensor& seed, double dropout_p, std::optional<double> scale) {
+  describe(p, query, key, value, mask, key_padding, seed, dropout_p, false, scale);
+  STD_TORCH_CHECK(p.heads == p.kv_heads, "fastfusion: key must have the heads of query");
+  STD_TORCH_CHECK(query_value.dim() == 4 && query_value.size(0) == p.batch &&
+                      query_value.size(1) == p.heads && query_value.size(2) == p.q_len &&
+                      is_here(query_value, query) &&
+                      query_value.scalar_type() == query.scalar_type(),
+                  "fastfusion: query_value does not fit");
+  p.query_value_dim = query_value.size(3);
+  p.query_value = view(query_value);
+  if (query_padding) {
+    p.query_padding = padding_data(*query_padding, p.batch, p.q_len, query);
+    p.query_padding_batch = query_padding->stride(0);
+    p.query_padding_column = query_padding->stride(1);
   }
-
-  // After the kernels have run.
-  Tensor tensor() {
-    if (!sums_.empty()) values_.assign(sums_.begin(), sums_.end());
-    if (!values_.empty()) {
-      ff::kernels().convert(values_.data(), tensor_.mutable_data_ptr(), type_, tensor_.numel());
-    }
-    return tensor_;
-  }
-
- private:
-  ff::Type type_;
-  Tensor tensor_;
-  std::vector<float> values_;
-  std::vector<double> sums_;
-};
-
-// Calls `kernel` and raises where it found no memory.
-template <class Kernel>
-inline void run(ff::Attention& p, const Kernel& kernel) {
-  bool out_of_memory = false;
-  p.out_of_memory = &out_of_memory;
-  kernel();
-  STD_TORCH_CHECK(!out_of_memory, "fastfusion: out of memory");
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // varlen_attention as torch ops.
 
-#include "torch_tensors.h"
+#include "torch_cpu.h"
 
 namespace {
 
@@ -65,7 +65,7 @@ Packing describe(ff::Attention& p, const Tensor& query, const Tensor& key, const
 
 Tensor like(const Tensor& rows, int64_t dim) {
   const int64_t sizes[] = {rows.size(0), rows.size(1), dim};
-  return empty_contiguous(3, sizes, dtype_code(rows));
+  return empty_contiguous(3, sizes, kind_of(rows));
 }
 
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& q_offsets,
@@ -78,7 +78,7 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   p.out = packed_output(out);
   if (lse) {
     const int64_t sizes[] = {p.q_len, p.heads};
-    *lse = empty_contiguous(2, sizes, aoti_torch_dtype_float32());
+    *lse = empty_contiguous(2, sizes, float32_beside(query));
     p.lse = {static_cast<float*>(lse->mutable_data_ptr()), 0, lse->stride(1), lse->stride(0)};
   }
   run(p, [&] { ff::varlen_forward(p, packing.sequences(), parallel_for); });

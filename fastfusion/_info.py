@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastfusion import _library, _op, _triton, ops
+from fastfusion import _cuda, _library, _op, _triton, ops
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _version(package: str) -> str:
 def backend_reasons() -> dict[str, str | None]:
     """Each backend's reason for being unavailable on this machine, None where it is available."""
     return {
-        "cuda": "CUDA kernels are not part of this version",
+        "cuda": _cuda.unavailable(),
         "triton": _triton.unavailable(),
         "cpu": _library.cpu_unavailable,
         "reference": None,

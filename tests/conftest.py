@@ -1,16 +1,21 @@
 """The device, seeds, thread counts and the generation of the shared op suite.
 
 `pytest --device cuda` runs on a GPU; the default is the CPU, where Triton kernels run in Triton's
-interpreter.
+interpreter, and CUDA kernels in the emulator of csrc/emulate: `--emulated FILE` takes another
+library than that of sm_80, which is brought up to date first.
 """
 
+import ctypes
 import os
+import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 # Read when Triton is imported, so it is set before any other import. pytest's workers do not see
 # the option so early, but inherit the variable.
-_ON_GPU = "cuda" in sys.argv or "--device=cuda" in sys.argv
+_ON_GPU = "--device cuda" in " ".join(sys.argv).replace("=", " ")
 os.environ.setdefault("TRITON_INTERPRET", "0" if _ON_GPU else "1")
 
 import hypothesis  # noqa: E402
@@ -20,6 +25,9 @@ import triton_interpreter  # noqa: E402
 from suite import DEVICE, OpSuite  # noqa: E402
 
 import fastfusion as ff  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+EMULATED = ROOT / "build/emulated/sm80/_emulated_ops.so"
 
 # The same examples in every run: a red run must be red again. To search with fresh ones, run
 # pytest --hypothesis-profile=default.
@@ -35,19 +43,41 @@ hypothesis.settings.load_profile("fastfusion")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.addoption("--emulated", type=Path, metavar="FILE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if DEVICE == "cpu":
         triton_interpreter.mend()
+        emulate(config.getoption("emulated"), hasattr(config, "workerinput"))
     else:
         torch.set_default_device(DEVICE)
 
 
+def emulate(library: Path | None, is_worker: bool) -> None:
+    """Loads the emulated kernels; without a compiler there are none. Workers build nothing."""
+    if library is None and not is_worker:
+        command = [sys.executable, "setup.py", "--quiet", "build_emulated"]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            pytest.exit("the emulated CUDA kernels were not built", returncode=3)
+    library = library or EMULATED
+    if library.exists():
+        ff._cuda.emulate(library)
+
+
+def emulated_order(name: str) -> None:
+    """Blocks, warps and lanes of the emulator in an order of this test's own, always the same."""
+    if ff._cuda.emulated is not None:
+        number = zlib.crc32(name.encode())
+        order = (number & 1, number >> 1 & 1, number >> 2 & 1)
+        ctypes.CDLL(str(ff._cuda.emulated)).ff_emulate_options(*order)
+
+
 @pytest.fixture(autouse=True)
-def _fresh_state() -> Iterator[None]:
+def _fresh_state(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test starts from one seed and leaves threads, backend and ISA as they were."""
     torch.manual_seed(0)
+    emulated_order(request.node.name)
     threads = torch.get_num_threads()
     yield
     if torch.get_num_threads() != threads:
@@ -65,8 +95,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     wanted = set(metafunc.fixturenames)
     if "case" in wanted:
         metafunc.parametrize("case", suite.cases, ids=lambda case: case.name)
-    for name in ("target", "native_target", "threaded_target", "fast_target", "slow_target"):
-        if name in wanted:
+    for name in sorted(wanted):
+        if name.endswith("target"):
             metafunc.parametrize(name, getattr(suite, f"{name}s")(), ids=str)
     if "dtype" in wanted:
         metafunc.parametrize("dtype", suite.dtypes, ids=lambda d: str(d).removeprefix("torch."))

@@ -17,7 +17,7 @@ from accuracy import assert_accurate
 from torch import Tensor
 
 import fastfusion as ff
-from fastfusion import _library
+from fastfusion import _cuda, _library
 from fastfusion._op import Op
 
 # Where the tests run: set by conftest.py, which reads --device.
@@ -38,7 +38,12 @@ class Target:
 
     @property
     def interpreted(self) -> bool:
-        return self.backend == "triton" and DEVICE == "cpu"
+        return self.backend in ("triton", "cuda") and DEVICE == "cpu"
+
+    @property
+    def drops(self) -> bool:
+        """Whether it takes calls with dropout."""
+        return self.backend != "cuda"
 
     def call(self, function: Callable[..., Any], **kwargs: Any) -> tuple[Tensor, ...]:
         if self.isa is not None and _library.native is not None:
@@ -93,7 +98,7 @@ class OpSuite:
                 native = _library.native
                 isas = native.isas(runnable=True) if native is not None else []
                 targets += [Target("cpu", isa, implementation.differentiable) for isa in isas]
-            else:
+            elif implementation.backend != "cuda" or _cuda.unavailable() is None:
                 targets.append(Target(implementation.backend, None, implementation.differentiable))
         return targets
 
@@ -103,12 +108,20 @@ class OpSuite:
 
     @classmethod
     def fast_targets(cls) -> list[Target]:
-        """All but kernels in Triton's interpreter, which is a thousand times slower."""
+        """All but kernels of GPUs on the CPU, which are a thousand times slower."""
         return [t for t in cls.targets() if not t.interpreted]
 
     @classmethod
     def slow_targets(cls) -> list[Target]:
         return [t for t in cls.targets() if t.interpreted]
+
+    @classmethod
+    def differentiable_targets(cls) -> list[Target]:
+        return [t for t in cls.targets() if t.differentiable]
+
+    @classmethod
+    def dropout_targets(cls) -> list[Target]:
+        return [t for t in cls.targets() if t.drops]
 
     @classmethod
     def threaded_targets(cls) -> list[Target]:
@@ -128,9 +141,12 @@ class OpSuite:
         the relative error of one number is luck."""
         return tensor.flatten(1) if tensor.dim() == 3 else tensor.t()
 
-    def build(self, case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    def build(self, case: Case, dtype: torch.dtype, target: Target) -> dict[str, Any]:
+        """The call of a case, without dropout where the target takes none."""
         call = self.op.inputs(case.shape, dtype, seed=len(case.name))
         call.update(case.options)
+        if not target.drops:
+            call.pop("dropout_p", None)
         if case.edit is not None:
             case.edit(call)
         return call
@@ -188,12 +204,12 @@ class OpSuite:
             )
 
     def test_accuracy(self, case: Case, target: Target, dtype: torch.dtype) -> None:
-        self.compare(target, self.build(case, dtype))
+        self.compare(target, self.build(case, dtype, target))
 
     @pytest.mark.parametrize("layout", ["transposed", "offset", "repeated", "reversed_last"])
     def test_strides(self, layout: str, target: Target, dtype: torch.dtype) -> None:
         """Any strides give the result of contiguous inputs, and no neighbour is read or written."""
-        call = self.build(self.cases[0], dtype)
+        call = self.build(self.cases[0], dtype, target)
         viewed = dict(call)
         for name in leaves(call):
             viewed[name] = relayout(call[name], layout)
@@ -215,7 +231,7 @@ class OpSuite:
 
     def test_output_memory_is_all_written(self, case: Case, target: Target) -> None:
         """With every fresh tensor full of NaN, results are the same bits."""
-        call = self.build(case, torch.float32)
+        call = self.build(case, torch.float32, target)
 
         def run(**kw: Any) -> tuple[Tensor, ...]:
             return target.call(type(self).function, **kw, return_lse=True)
@@ -233,7 +249,7 @@ class OpSuite:
             assert torch.equal(gradients[name], expected_gradients[name])
 
     def test_same_bits_for_any_threads(self, case: Case, threaded_target: Target) -> None:
-        call = self.build(case, torch.float32)
+        call = self.build(case, torch.float32, threaded_target)
         runs = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)

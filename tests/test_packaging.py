@@ -6,6 +6,7 @@ tested is setup.py, and the real compiler has built the package that the other t
 
 import importlib.metadata
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ FAKE_COMPILER = """#!{python}
 import os, pathlib, sys
 arguments = sys.argv[1:]
 if arguments == ["--version"]:
-    print("fake compiler 1.0")
+    print("fake compiler, release 13.0")
     sys.exit()
 with open({log!r}, "a") as log:
     print(*arguments, file=log)
@@ -80,9 +81,13 @@ def compiler(tmp_path: Path) -> Compiler:
 def run(
     source: Path, *arguments: str, cxx: str | None, path: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs Python in the source tree with $CXX (unset: None) and optionally another $PATH."""
+    """Runs Python in the source tree with $CXX (unset: None) and optionally another $PATH.
+
+    Without nvcc, unless $NVCC is set: it takes minutes.
+    """
     unset = ("CXX", "CXXFLAGS", "LDFLAGS", "TRITON_INTERPRET")
-    environment = {k: v for k, v in os.environ.items() if k not in unset}
+    environment = {"NVCC": "/nonexistent/nvcc"}
+    environment |= {k: v for k, v in os.environ.items() if k not in unset}
     if cxx is not None:
         environment["CXX"] = cxx
     if path is not None:
@@ -208,6 +213,94 @@ def test_each_isa_is_compiled_with_its_own_flags(source: Path, compiler: Compile
     assert len(links) == 3
     assert all("-Wl,-rpath,$ORIGIN" in line for line in links)
     assert not [line for line in links if "libpython" in line or "-lpython" in line]
+
+
+def build_cuda(source: Path, compiler: Compiler) -> subprocess.CompletedProcess[str]:
+    command = ("setup.py", "-q", "build_ext", "--inplace", "--cuda")
+    return run(source, *command, cxx=str(compiler.path))
+
+
+def test_cuda_kernels_on_request(
+    source: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each source once, for all architectures, into a library that knows no torch; a second build
+    compiles nothing."""
+    monkeypatch.setenv("NVCC", str(compiler.path))
+    result = build_cuda(source, compiler)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = compiler.commands()
+    units = [line for line in lines if "-gencode" in line]
+    sources = [str(p.relative_to(source)) for p in sorted((source / "csrc/cuda").glob("*.cu"))]
+    assert sources and sorted(u.split()[u.split().index("-c") + 1] for u in units) == sources
+    for unit in units:
+        assert unit.count("-gencode") == 7
+        assert all(f"code=sm_{arch}" in unit for arch in (75, 80, 86, 87, 89, 90))
+        assert "code=compute_90" in unit and "torch" not in unit
+    (link,) = (line for line in lines if "-cudart=static" in line)
+    assert link.endswith("fastfusion/libfastfusion_cuda.so") and "-ltorch" not in link
+    for name in ("libfastfusion_cuda.so", "_torch_cuda_ops.so", "_torch_ops.so"):
+        assert (source / "fastfusion" / name).exists()
+    build_cuda(source, compiler)
+    assert compiler.compiled() == set()
+    changed = source / "csrc/torch_cuda.cpp"
+    changed.write_text(changed.read_text() + "\n")
+    build_cuda(source, compiler)
+    assert compiler.compiled() == {"csrc/torch_cuda.cpp"}
+
+
+@pytest.mark.parametrize("reason", ["absent", "old"])
+def test_no_cuda_compiler(
+    reason: str, source: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error where the kernels were asked for, one line where they come by themselves."""
+    if reason == "absent":
+        nvcc, words = "/nonexistent/nvcc", "no CUDA compiler found (/nonexistent/nvcc)"
+    else:
+        old = source.parent / "old-nvcc"
+        old.write_text("#!/bin/sh\necho release 11.8\n")
+        old.chmod(0o755)
+        nvcc, words = str(old), f"{old} is older than 12"
+    monkeypatch.setenv("NVCC", nvcc)
+    result = build_cuda(source, compiler)
+    assert result.returncode != 0
+    assert result.stderr.splitlines()[-1] == f"fastfusion: no CUDA kernels: {words}"
+    setup = source / "setup.py"
+    code = setup.read_text().replace("not torch_has_cuda(torch_folder())", "False")
+    setup.write_text(code)
+    result = run(source, "setup.py", "-q", "build_ext", "--inplace", cxx=str(compiler.path))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [f"fastfusion: CUDA kernels left out: {words}"]
+    assert not list((source / "fastfusion").glob("*cuda*.so"))
+
+
+def test_a_cuda_build_of_torch_is_recognised(tmp_path: Path) -> None:
+    has_cuda = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")["torch_has_cuda"]
+    for text, expected in (
+        ("cuda: Optional[str] = None\nhip = None\n", False),
+        ("cuda: Optional[str] = '13.0'\n", True),
+        ("debug = False\ncuda = '12.6'\n", True),
+        ("hip = '6.4'\ncuda = None\n", False),
+        ("debug = False\n", False),
+    ):
+        (tmp_path / "version.py").write_text(text)
+        assert has_cuda(tmp_path) == expected
+
+
+def test_emulated_kernels_stay_out_of_the_package(source: Path, compiler: Compiler) -> None:
+    """One library per architecture, in a folder that no wheel takes."""
+    command = ("setup.py", "-q", "build_emulated")
+    result = run(source, *command, cxx=str(compiler.path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = compiler.commands()
+    kernels = [line for line in lines if "csrc/cuda/attention.cu " in line]
+    assert ["-DFF_ARCH=75" in k for k in kernels].count(True) == 1
+    assert ["-DFF_ARCH=80" in k for k in kernels].count(True) == 1
+    assert all("-DFF_CUDA_EMULATED" in line for line in lines if " -c " in line)
+    found = {str(p.relative_to(source)) for p in source.rglob("*.so")}
+    assert found == {f"build/emulated/sm{arch}/_emulated_ops.so" for arch in (75, 80)}
+    run(source, *command, cxx=str(compiler.path))
+    assert compiler.commands() == []
+    assert run(source, *command, cxx="/nonexistent/g++").returncode == 0
 
 
 def test_flags_from_the_environment_are_used(

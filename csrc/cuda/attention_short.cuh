@@ -33,7 +33,8 @@ inline ShortPlan short_plan(const Attention& p, int capability) {
   ShortPlan plan{1, kSlice, 1, 0, 1, nullptr, nullptr};
   const int dim = padded_dim(p.head_dim, p.value_dim);
   const auto fits = [&] { return short_bytes(plan, dim) <= shared_limit(capability); };
-  const int64_t tiles = (p.q_len + 15) / 16, slices = (p.kv_len + kSlice - 1) / kSlice;
+  const int64_t tiles = p.q_len > 0 ? (p.q_len + 15) / 16 : 1,
+                slices = (p.kv_len + kSlice - 1) / kSlice;
   if (slices <= 1) {
     plan.keys = p.kv_len == 0 ? 16 : int(p.kv_len + 15) / 16 * 16;
     plan.tiles = int(tiles < kMostTiles ? tiles : kMostTiles);

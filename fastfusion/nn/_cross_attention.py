@@ -113,8 +113,9 @@ class CrossAttention(nn.Module):
         if not need_weights:
             if attn_mask is not None and attn_mask.dtype == torch.bool:
                 attn_mask = ~attn_mask
-            if _fused.cross_attention_fits(self, query, context):
-                return _fused.cross_attention(self, query, context, key_padding_mask, attn_mask)
+            run = _fused.cross_attention_kernels(self, query, context, attn_mask)
+            if run is not None:
+                return run(self, query, context, key_padding_mask, attn_mask)
         heads = (self.num_heads, self.head_dim)
         q = self.q_proj(query).unflatten(-1, heads).transpose(1, 2)
         k, v = self.kv_proj(context).unflatten(-1, (2, *heads)).unbind(2)

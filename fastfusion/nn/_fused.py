@@ -13,7 +13,7 @@ Launches of `CrossModalAttention` for both streams together, each kernel taking 
 
 that is 7, and one more for each further kernel of the attention op; torch needs 9 a stream and the
 attention. `CrossAttention`: 3 (q_proj and kv_proj, attention, out_proj); torch needs 3 and the
-attention.
+attention. The kernels are Triton's; of `CrossAttention` there is a CUDA version: _cuda_block.py.
 
 A sum is rounded once where torch rounds after every step, so results differ by rounding only. Any
 circumstance in which a kernel would skip something that a user may count on (a gradient, dropout, a
@@ -31,7 +31,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._device import DeviceContext
 
 from fastfusion import _arguments as arguments
-from fastfusion import _triton
+from fastfusion import _cuda_block, _triton
 from fastfusion._op import forced_backend
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
@@ -52,11 +52,23 @@ def cross_modal_fits(module: Any, visual: Tensor, text: Tensor) -> bool:
     return _plain_call((visual, text), [m for s in streams for m in s._modules.values()])
 
 
-def cross_attention_fits(module: Any, query: Tensor, context: Tensor) -> bool:
-    """Whether a `CrossAttention` without weights may take `cross_attention` for this call."""
-    if not kernels_run_on(query) or (module.training and module.dropout > 0.0):
-        return False
-    return _plain_call((query, context), module._modules.values())
+def cross_attention_kernels(
+    module: Any, query: Tensor, context: Tensor, attn_mask: Tensor | None
+) -> Callable[..., Tensor] | None:
+    """What takes the place of `CrossAttention.forward` without weights for this call: a function
+    like `cross_attention`, or nothing."""
+    run: Callable[..., Tensor]
+    if kernels_run_on(query):
+        run = cross_attention
+    elif _cuda_block.runs_on(module, query, context):
+        run = _cuda_block.cross_attention
+    else:
+        return None
+    if (module.training and module.dropout > 0.0) or (
+        attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
+    ):
+        return None
+    return run if _plain_call((query, context), module._modules.values()) else None
 
 
 def cross_modal(
@@ -96,8 +108,8 @@ def cross_attention(
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
 ) -> Tensor:
-    """`CrossAttention.forward` where `cross_attention_fits`; a bool `attn_mask` is True where a
-    query attends."""
+    """`CrossAttention.forward` in Triton's kernels; a bool `attn_mask` is True where a query
+    attends."""
     (q,), (k, v) = _heads(
         [module.q_proj, module.kv_proj], (query, context), (1, 2), module.num_heads
     )

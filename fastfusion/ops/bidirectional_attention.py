@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastfusion import _arguments as arguments
-from fastfusion import _philox, _registration, _triton
+from fastfusion import _cuda, _philox, _registration, _triton
 from fastfusion._kernel_op import Interface
 from fastfusion._op import Implementation, Op, never_refuses
 from fastfusion._reference import (
@@ -285,6 +285,34 @@ def _triton_refuses(
     return reasons or _triton.refuses(query, key, query_value)
 
 
+def _cuda_given(*given: Any) -> tuple[Any, ...]:
+    """Normalised arguments without seed, dropout, and whether there are to be lse."""
+    return *given[:7], given[9]
+
+
+def _cuda_fake(*given: Any) -> tuple[Tensor, ...]:
+    return _fake(*given[:7], None)
+
+
+def _cuda_reference(*given: Any) -> tuple[Tensor, ...]:
+    return _full_reference(*given[:7], None, 0.0, given[7])
+
+
+_CUDA = _cuda.ForwardOp("bidirectional", _cuda_fake, _cuda_reference, outputs=2)
+
+
+def _run_cuda(*given: Any) -> tuple[Tensor, ...]:
+    return _CUDA(given[-1], *_cuda_given(*given))
+
+
+def _cuda_refuses(*given: Any) -> Sequence[str]:
+    return _cuda.refuses(given[8], given[4], *given[:4])
+
+
+def _cuda_path(*given: Any) -> str:
+    return _CUDA.path(*_cuda_given(*given))
+
+
 def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """(out_q, out_k, lse_q, lse_k) of a call with public arguments, in plain torch."""
     given = normalize(*args, **{**kwargs, "return_lse": True})
@@ -358,6 +386,10 @@ OP = Op(
     implementations=(
         Implementation("cpu", _run_cpu, _registration.refuses, path=_cpu_path),
         Implementation("triton", _run_triton, _triton_refuses, on_request=_triton.interprets),
+        # Behind Triton until both have been timed on hardware: for where Triton cannot go.
+        Implementation(
+            "cuda", _run_cuda, _cuda_refuses, False, on_request=_cuda.emulates, path=_cuda_path
+        ),
         Implementation("reference", _run_reference, never_refuses),
     ),
 )

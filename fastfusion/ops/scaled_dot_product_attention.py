@@ -12,14 +12,14 @@ and with P the softmax, c the dropout factor of a score (0, or 1 / (1 - p) where
 A row with no key left gives out = 0, lse = -inf and no gradient.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastfusion import _arguments as arguments
-from fastfusion import _philox, _registration, _triton
+from fastfusion import _cuda, _philox, _registration, _triton
 from fastfusion._kernel_op import Interface
 from fastfusion._op import Implementation, Op, never_refuses
 from fastfusion._reference import attention_reference
@@ -306,6 +306,37 @@ _TRITON = _triton.kernel_op(
 )  # fmt: skip
 
 
+def _cuda_given(*given: Any) -> tuple[Any, ...]:
+    """Normalised arguments without seed and dropout, and whether there is to be an lse."""
+    query, key, value, attn_mask, key_padding_mask, _, _, is_causal, scale, gqa, _ = given
+    return query, key, value, attn_mask, key_padding_mask, is_causal, scale, gqa
+
+
+def _cuda_fake(*given: Any) -> tuple[Tensor, Tensor]:
+    return _registration.fake_attention(*given[:5], None)
+
+
+def _cuda_reference(*given: Any) -> tuple[Tensor, Tensor]:
+    return _full_reference(*given[:5], None, 0.0, *given[5:7])
+
+
+_CUDA = _cuda.ForwardOp("attention", _cuda_fake, _cuda_reference, outputs=1)
+
+
+def _run_cuda(*given: Any) -> Any:
+    return _CUDA(given[-1], *_cuda_given(*given))
+
+
+def _cuda_refuses(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *others: Any
+) -> Sequence[str]:
+    return _cuda.refuses(others[2], attn_mask, query, key, value)
+
+
+def _cuda_path(*given: Any) -> str:
+    return _CUDA.path(*_cuda_given(*given))
+
+
 def _cpu_path(query: Tensor, key: Tensor, *others: Any) -> str:
     dropout_p, is_causal = others[4:6]
     return _registration.path(query, query.shape[2], key.shape[2], is_causal, dropout_p > 0.0)
@@ -456,6 +487,10 @@ OP = Op(
     implementations=(
         Implementation("cpu", _registration.attention, _registration.refuses, path=_cpu_path),
         Implementation("triton", _run_triton, _triton.refuses, on_request=_triton.interprets),
+        # Behind Triton until both have been timed on hardware: for where Triton cannot go.
+        Implementation(
+            "cuda", _run_cuda, _cuda_refuses, False, on_request=_cuda.emulates, path=_cuda_path
+        ),
         Implementation("reference", _run_reference, never_refuses),
     ),
 )

@@ -205,7 +205,7 @@ def _fits(module: Any, *inputs: Tensor) -> bool:
     given = inputs or tokens(next(module.parameters()).dtype)
     with torch.no_grad():
         if isinstance(module, ff.nn.CrossAttention):
-            return _fused.cross_attention_fits(module, *given)
+            return _fused.cross_attention_kernels(module, *given, None) is not None
         return _fused.cross_modal_fits(module, *given)
 
 
@@ -220,6 +220,9 @@ def test_what_fits() -> None:
     with torch.device(DEVICE):
         assert _fits(module)
     assert _fits(cross_modal(dropout=0.0).train()) and not _fits(module.train())
+    frozen, bias = cross_attention().requires_grad_(False), values(VISUAL, TEXT)
+    assert _fused.cross_attention_kernels(frozen, *tokens(), bias) is not None
+    assert _fused.cross_attention_kernels(frozen, *tokens(), bias.requires_grad_()) is None
 
 
 class _Linear(torch.nn.Linear):

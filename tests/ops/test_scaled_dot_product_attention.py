@@ -179,7 +179,8 @@ class TestScaledDotProductAttention(OpSuite):
         results, gradients = self.evaluate(run, call)
         assert all(map(torch.equal, results, clean))
         assert all(torch.equal(gradients[n], clean_gradients[n]) for n in gradients)
-        assert (gradients["key"].masked_select(hidden[:, None, :, None]) == 0).all()
+        if target.differentiable:
+            assert (gradients["key"].masked_select(hidden[:, None, :, None]) == 0).all()
 
     def test_nan_in_a_query_stays_in_its_row(self, target: Target) -> None:
         call = spec.inputs(shape(20, 36), torch.float32)
@@ -202,9 +203,10 @@ class TestScaledDotProductAttention(OpSuite):
             torch.testing.assert_close(target.call(self.function, **call)[0], torch_sdpa(**call))
 
     @pytest.mark.parametrize("mask", ["keys", "one", "entries", "heads"])
-    def test_long_sums_in_gradients(self, mask: Any, target: Target) -> None:
+    def test_long_sums_in_gradients(self, mask: Any, differentiable_target: Target) -> None:
         """Terms of one sign from thousands of rows of several heads, added to few gradients: a
         single float32 chain errs by ten times the plain formula."""
+        target = differentiable_target
         batch, heads, length = (1, 4, 2048) if target.interpreted else (2, 8, 4096)
         query, weight = torch.rand(2, batch, heads, length, 8)
         key = torch.rand(batch, 1, 40, 8)

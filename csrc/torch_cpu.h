@@ -1,0 +1,94 @@
+// What the torch front ends of the CPU kernels share beside torch_tensors.h.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "torch_tensors.h"
+
+namespace {
+
+inline void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, const void*),
+                         const void* context) {
+  torch::stable::parallel_for(0, tasks, 1,
+                              [=](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+// For the gradient of an output that nothing depends on.
+inline Tensor fill_zeros(const Tensor& t) {
+  std::memset(t.mutable_data_ptr(), 0, size_t(t.numel() * t.element_size()));
+  return t;
+}
+
+// The gradient of an output, which has a size to keep.
+inline ff::View gradient_view(const Tensor& grad, const int64_t (&sizes)[4], ScalarType type) {
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.is_cpu() && grad.scalar_type() == type,
+                  "fastfusion: a gradient must be like its output");
+  for (int i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(grad.size(i) == sizes[i], "fastfusion: a gradient does not fit");
+  return view(grad);
+}
+
+inline ff::LseGradient lse_gradient(const MaybeTensor& grad, int64_t batch, int64_t heads,
+                                    int64_t length) {
+  if (!grad) return {};
+  STD_TORCH_CHECK(grad->dim() == 3 && grad->is_cpu() && grad->scalar_type() == ScalarType::Float &&
+                      grad->size(0) == batch && grad->size(1) == heads && grad->size(2) == length,
+                  "fastfusion: the gradient of a log-sum-exp must be float32 and fit");
+  return {static_cast<const float*>(grad->const_data_ptr()), grad->stride(0), grad->stride(1),
+          grad->stride(2)};
+}
+
+// The gradient of a mask while kernels add it up, and as a tensor afterwards.
+class MaskGradientTensor {
+ public:
+  MaskGradientTensor(const ff::Attention& p, const MaybeTensor& mask, bool wanted, Kind kind,
+                     ff::MaskGradient& gradient)
+      : type_(p.mask_type) {
+    if (!wanted || !mask || type_ == ff::Type::kBool) {
+      const int64_t nothing[] = {0};
+      tensor_ = empty_contiguous(1, nothing, kind);
+      return;
+    }
+    tensor_ = empty_contiguous(mask->dim(), mask->sizes().data(), kind_of(*mask));
+    const auto size = size_t(mask->numel());
+    // One element more: an empty vector has no data and would look unwanted.
+    if (mask->numel() == p.batch * p.heads * p.q_len * p.kv_len) {
+      values_.assign(size + 1, 0.0f);
+      gradient.values = values_.data();
+    } else {
+      sums_.assign(size + 1, 0.0);
+      gradient.sums = sums_.data();
+    }
+    int64_t strides[4];
+    broadcast_strides(tensor_, {p.batch, p.heads, p.q_len, p.kv_len}, strides);
+    gradient.batch = strides[0], gradient.head = strides[1];
+    gradient.row = strides[2], gradient.column = strides[3];
+  }
+
+  // After the kernels have run.
+  Tensor tensor() {
+    if (!sums_.empty()) values_.assign(sums_.begin(), sums_.end());
+    if (!values_.empty()) {
+      ff::kernels().convert(values_.data(), tensor_.mutable_data_ptr(), type_, tensor_.numel());
+    }
+    return tensor_;
+  }
+
+ private:
+  ff::Type type_;
+  Tensor tensor_;
+  std::vector<float> values_;
+  std::vector<double> sums_;
+};
+
+// Calls `kernel` and raises where it found no memory.
+template <class Kernel>
+inline void run(ff::Attention& p, const Kernel& kernel) {
+  bool out_of_memory = false;
+  p.out_of_memory = &out_of_memory;
+  kernel();
+  STD_TORCH_CHECK(!out_of_memory, "fastfusion: out of memory");
+}
+
+}  // namespace

@@ -1,0 +1,128 @@
+// The fused cross-modal block as a torch op, beside those of torch_cuda.cpp.
+
+#include "torch_cuda.h"
+
+#include <list>
+
+#include "cuda/block.h"
+
+namespace {
+
+void check(bool fits, const char* name) {
+  STD_TORCH_CHECK(fits, "fastfusion: ", name, " does not fit");
+}
+
+// What a call reads, kept alive, where the kernels want adjacent values.
+class Operands {
+ public:
+  Operands(const Tensor& query, int64_t batch) : query_(query), batch_(batch) {}
+
+  cuda::Sequence sequence(const Tensor& t, int64_t length, int64_t width, const char* name) {
+    check(is_like_query(t) && t.dim() == 3 && t.size(0) == batch_ && t.size(1) == length &&
+              t.size(2) == width,
+          name);
+    const Tensor& kept = keep(t, width > 1 && t.stride(2) != 1);
+    // A stride over one element may be anything, and would pass for one that is not aligned.
+    return {kept.const_data_ptr(), batch_ > 1 ? kept.stride(0) : 0,
+            length > 1 ? kept.stride(1) : 0};
+  }
+
+  cuda::Linear linear(const Tensor& weight, const MaybeTensor& bias, int64_t features,
+                      int64_t width, const char* name) {
+    check(is_like_query(weight) && weight.dim() == 2 && weight.size(0) == features &&
+              weight.size(1) == width,
+          name);
+    return {keep(weight, !weight.is_contiguous()).const_data_ptr(), vector(bias, features, name)};
+  }
+
+  cuda::Norm norm(std::optional<double> eps, bool rms, const MaybeTensor& weight,
+                  const MaybeTensor& bias, int64_t width, const char* name) {
+    if (!eps) return {};
+    const auto kind = rms ? cuda::NormKind::kRms : cuda::NormKind::kLayer;
+    return {kind, vector(weight, width, name), vector(bias, width, name), float(*eps)};
+  }
+
+ private:
+  const void* vector(const MaybeTensor& t, int64_t size, const char* name) {
+    if (!t) return nullptr;
+    check(is_like_query(*t) && t->dim() == 1 && t->size(0) == size, name);
+    return keep(*t, !t->is_contiguous()).const_data_ptr();
+  }
+
+  bool is_like_query(const Tensor& t) const {
+    return is_here(t, query_) && t.scalar_type() == query_.scalar_type();
+  }
+
+  const Tensor& keep(const Tensor& t, bool copied) {
+    return copied ? copies_.emplace_back(torch::stable::contiguous(t)) : t;
+  }
+
+  const Tensor& query_;
+  int64_t batch_;
+  std::list<Tensor> copies_;
+};
+
+Tensor cross_attention_block(
+    const Tensor& query, const Tensor& context, const Tensor& q_weight, const MaybeTensor& q_bias,
+    const Tensor& kv_weight, const MaybeTensor& kv_bias, const Tensor& out_weight,
+    const MaybeTensor& out_bias, const MaybeTensor& mask, const MaybeTensor& padding,
+    const MaybeTensor& residual, const MaybeTensor& query_norm_weight,
+    const MaybeTensor& query_norm_bias, const MaybeTensor& context_norm_weight,
+    const MaybeTensor& context_norm_bias, int64_t heads, std::optional<double> scale,
+    std::optional<double> query_norm_eps, std::optional<double> context_norm_eps, bool rms_norm) {
+  const Device device(query);
+  check(query.dim() == 3 && context.dim() == 3 && query.size(2) > 0 && context.size(2) > 0,
+        "query or context");
+  check(q_weight.dim() == 2 && out_weight.dim() == 2 && heads > 0 && q_weight.size(0) > 0 &&
+            q_weight.size(0) % heads == 0,
+        "q_weight");
+  cuda::CrossAttentionBlock p;
+  p.batch = query.size(0), p.q_len = query.size(1), p.kv_len = context.size(1);
+  p.heads = p.kv_heads = heads, p.head_dim = p.value_dim = q_weight.size(0) / heads;
+  p.query_dim = query.size(2), p.context_dim = context.size(2), p.out_dim = out_weight.size(0);
+  p.type = kernel_type(query.scalar_type());
+  const int64_t inner = q_weight.size(0);
+
+  Operands operands(query, p.batch);
+  p.x = operands.sequence(query, p.q_len, p.query_dim, "query");
+  p.context = operands.sequence(context, p.kv_len, p.context_dim, "context");
+  p.q_proj = operands.linear(q_weight, q_bias, inner, p.query_dim, "q_weight or its bias");
+  p.kv_proj =
+      operands.linear(kv_weight, kv_bias, 2 * inner, p.context_dim, "kv_weight or its bias");
+  p.out_proj = operands.linear(out_weight, out_bias, p.out_dim, inner, "out_weight or its bias");
+  p.query_norm = operands.norm(query_norm_eps, rms_norm, query_norm_weight, query_norm_bias,
+                               p.query_dim, "the norm of query");
+  p.context_norm = operands.norm(context_norm_eps, rms_norm, context_norm_weight, context_norm_bias,
+                                 p.context_dim, "the norm of context");
+  if (residual) p.residual = operands.sequence(*residual, p.q_len, p.out_dim, "residual");
+  describe_masks(p, query, mask, padding);
+  describe_numbers(p, std::nullopt, 0.0, false, scale);
+  const int capability = check_kernels(p);
+
+  const int64_t sizes[] = {p.batch, p.q_len, p.out_dim};
+  Tensor out = empty_contiguous(3, sizes, kind_of(query));
+  p.out = out.mutable_data_ptr();
+  const Workspace workspace(cuda::cross_attention_block_workspace(p, capability), query);
+  check_launch(cuda::cross_attention_block(p, workspace.data, device.stream()));
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) {
+  m.def(
+      "cuda_cross_attention_block(Tensor query, Tensor context, Tensor q_weight, Tensor? q_bias, "
+      "Tensor kv_weight, Tensor? kv_bias, Tensor out_weight, Tensor? out_bias, Tensor? attn_mask, "
+      "Tensor? key_padding_mask, Tensor? residual, Tensor? query_norm_weight, "
+      "Tensor? query_norm_bias, Tensor? context_norm_weight, Tensor? context_norm_bias, "
+      "int num_heads, float? scale, float? query_norm_eps, float? context_norm_eps, "
+      "bool rms_norm) -> Tensor");
+}
+
+#ifdef FF_TORCH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastfusion, CUDA, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(fastfusion, CPU, m) {
+#endif
+  m.impl("cuda_cross_attention_block", TORCH_BOX(&cross_attention_block));
+}
+
+}  // namespace
