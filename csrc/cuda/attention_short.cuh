@@ -69,14 +69,14 @@ FF_DEVICE int64_t chunk_row(const Attention& p, const ShortPlan& plan, int64_t h
   return (head * plan.chunks + chunk) * p.q_len + i;
 }
 
-// Sums of a warp's rows, every `step`-th register of columns from the `first` on: to the output, or
-// to the workspace.
+// Sums of a warp's rows, those of 8 columns whose bit is set in `own`: to the output, or to the
+// workspace.
 template <class T, int kDim>
 FF_DEVICE void store_rows(const AttentionForward& p, const ShortPlan& plan,
-                          const Exponents& exponents, int64_t head, int64_t chunk, int query,
-                          int first, int step, const float (&maximum)[2], const float (&sum)[2],
+                          const Exponents& exponents, int b, int h, int chunk, int query,
+                          uint32_t own, const float (&maximum)[2], const float (&sum)[2],
                           const float (&out)[kDim / 8][4]) {
-  const int64_t b = head / p.heads, h = head % p.heads;
+  const int64_t head = b * p.heads + h;
   const int column = lane_index() % 4 * 2, dim = int(p.value_dim);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -87,9 +87,9 @@ FF_DEVICE void store_rows(const AttentionForward& p, const ShortPlan& plan,
       T* row = output_row<T>(p.out, b, h, i);
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d)
-        if (d % step == first)
+        if (own >> d & 1)
           store_pair(row, d * 8 + column, dim, out[d][2 * r] * factor, out[d][2 * r + 1] * factor);
-      if (column == 0 && first == 0)
+      if (column == 0 && (own & 1))
         store_lse(p.lse, b, h, i, exponents.log_sum(maximum[r], sum[r]));
       continue;
     }
@@ -98,9 +98,9 @@ FF_DEVICE void store_rows(const AttentionForward& p, const ShortPlan& plan,
     for (int d = 0; d < kDim / 8; ++d)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        if (d % step == first && d * 8 + column + e < dim)
+        if ((own >> d & 1) && d * 8 + column + e < dim)
           plan.outs[at * dim + d * 8 + column + e] = out[d][2 * r + e];
-    if (column == 0 && first == 0) {
+    if (column == 0 && (own & 1)) {
       plan.statistics[2 * at] = maximum[r];
       plan.statistics[2 * at + 1] = sum[r];
     }
@@ -112,13 +112,11 @@ FF_KERNEL(kMostSlices * 32)
 attention_short(const AttentionForward p, const ShortPlan plan) {
   if constexpr (has_mma<T>()) {
     constexpr int kTiles = kSlice / 8;
-    int64_t index = block_index();
-    const int64_t group = index % plan.groups;
-    index /= plan.groups;
-    const int64_t chunk = index % plan.chunks, head = index / plan.chunks;
-    const int64_t b = head / p.heads, h = head % p.heads, kv_head = h / (p.heads / p.kv_heads);
-    const int keys = plan.slices * plan.keys, first_key = int(chunk) * keys;
-    const int first_query = int(group) * plan.tiles * 16;
+    uint32_t index = uint32_t(block_index());
+    const int first_query = take_last(index, plan.groups) * plan.tiles * 16;
+    const int chunk = take_last(index, plan.chunks), h = take_last(index, p.heads), b = int(index);
+    const int keys = plan.slices * plan.keys, first_key = chunk * keys;
+    const int kv_head = kv_head_of(p, h);
 
     Shared shared;
     const Tile<T, kDim> query{shared.take<T>(plan.tiles * 16 * kDim)};
@@ -178,6 +176,7 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
     float out[kDim / 8][4];
     clear(out);
     add_values(weights, tiles, value, slice * plan.keys, out);
+    uint32_t own = ~0u;
     if (plan.slices > 1) {
       // Partial outputs, 16 rows of float32 a warp, where the keys were: 64 rows of 16 bits. Of
       // their sum every warp makes a part.
@@ -193,6 +192,8 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
       barrier();
       sum[0] = sum[1] = 0.0f;
       clear(out);
+      own = 0;
+      for (int d = slice; d < kDim / 8; d += plan.slices) own |= 1u << d;
       for (int s = 0; s < plan.slices; ++s) {
         const int other = place + (s - slice) * 16;
         sum[0] += sums[other], sum[1] += sums[other + 8];
@@ -200,12 +201,11 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
         for (int d = 0; d < kDim / 8; ++d)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            if (d % plan.slices == slice)
+            if (own >> d & 1)
               out[d][i] += parts[(other + i / 2 * 8) * kStride + d * 8 + column + i % 2];
       }
     }
-    store_rows<T, kDim>(p, plan, exponents, head, chunk, row, slice, plan.slices, maximum, sum,
-                        out);
+    store_rows<T, kDim>(p, plan, exponents, b, h, chunk, row, own, maximum, sum, out);
   }
 }
 
@@ -216,10 +216,12 @@ constexpr int kCombined = 4;  // rows of a block, a warp each
 template <class T>
 FF_KERNEL(kCombined * 32)
 combine_chunks(const AttentionForward p, const ShortPlan plan) {
-  const int64_t index = block_index() * kCombined + warp_index();
-  if (index >= p.batch * p.heads * p.q_len) return;
-  const int64_t head = index / p.q_len, i = index % p.q_len;
-  const int64_t b = head / p.heads, h = head % p.heads;
+  const int64_t row_index = block_index() * kCombined + warp_index();
+  if (row_index >= p.batch * p.heads * p.q_len) return;
+  uint32_t index = uint32_t(row_index);
+  const int i = take_last(index, p.q_len);
+  const int64_t head = index;
+  const int h = take_last(index, p.heads), b = int(index);
   const Exponents exponents(p, b, h);
   float maximum = -kInfinity, sum = 0.0f;
   for (int64_t c = 0; c < plan.chunks; ++c)
@@ -245,6 +247,7 @@ combine_chunks(const AttentionForward p, const ShortPlan plan) {
 template <class T>
 const char* run_short(const AttentionForward& p, ShortPlan plan, void* workspace, void* stream) {
   const int64_t heads = p.batch * p.heads;
+  if (heads * p.q_len > 0xffffffff) return "more than 2^32 queries";
   plan.outs = static_cast<float*>(workspace);
   plan.statistics = plan.outs + heads * plan.chunks * p.q_len * p.value_dim;
   const char* error = with_dim(padded_dim(p.head_dim, p.value_dim), [&]<int kDim>() {

@@ -62,9 +62,9 @@ FF_KERNEL(kWarps * 32)
 attention_tile(const AttentionForward p, const TilePlan plan) {
   if constexpr (has_tile<T, kDim, kKeys>()) {
     constexpr int kThreads = kWarps * 32;
-    const int64_t group = block_index() % plan.groups, head = block_index() / plan.groups;
-    const int64_t b = head / p.heads, h = head % p.heads, kv_head = h / (p.heads / p.kv_heads);
-    const int first_query = int(group) * kWarps * 16;
+    uint32_t index = uint32_t(block_index());
+    const int first_query = take_last(index, plan.groups) * kWarps * 16;
+    const int h = take_last(index, p.heads), b = int(index), kv_head = kv_head_of(p, h);
 
     Shared shared;
     const Tile<T, kDim> query{shared.take<T>(kWarps * 16 * kDim)};

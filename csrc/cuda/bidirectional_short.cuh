@@ -119,7 +119,8 @@ FF_KERNEL(kPairWarps * 32)
 bidirectional_short(const BidirectionalForward p, const PairPlan plan) {
   if constexpr (has_mma<T>()) {
     constexpr int kTiles = 8, kThreads = kPairWarps * 32;
-    const int64_t b = block_index() / p.heads, h = block_index() % p.heads;
+    uint32_t index = uint32_t(block_index());
+    const int h = take_last(index, p.heads), b = int(index);
     const int stride = score_stride(plan);
 
     Shared shared;

@@ -30,6 +30,19 @@ struct Tile {
   }
 };
 
+// The last coordinate of a flat index, which is left without it. In 32 bits, as a grid's size has:
+// in 64 a division is a function call.
+FF_DEVICE int take_last(uint32_t& index, int64_t count) {
+  const uint32_t size = uint32_t(count), last = index % size;
+  index /= size;
+  return int(last);
+}
+
+// The key head of a query head.
+FF_DEVICE int kv_head_of(const Attention& p, int h) {
+  return h / int(uint32_t(p.heads) / uint32_t(p.kv_heads));
+}
+
 // One head of an operand: `count` rows of `dim` adjacent values.
 template <class T>
 struct Head {
