@@ -42,7 +42,7 @@ help:
 	@echo "make emulate  run the CPU kernels on other processors in QEMU: Arm, and x86-64 without AVX-512"
 	@echo "make asan     run the C++ and emulated CUDA kernels' tests with sanitizers of memory and undefined behaviour"
 	@echo "make lint     ruff, mypy, clang-format      make format   apply them"
-	@echo "make bench    the microbenchmarks, with a report and pictures in bench-results/ (10 minutes)"
+	@echo "make bench    the microbenchmarks, with a report and pictures in bench-results/ (5 minutes)"
 	@echo "make bench-check  whether two runs of a small set agree"
 	@echo "make wheel    build a wheel into dist/"
 	@echo "make kernels  compile the Triton and CUDA kernels for every GPU, and check them (ARGS=--quick: 5 minutes)"
@@ -70,7 +70,7 @@ build: $(VENV)/install.stamp
 	@$(BIN)/python $(BUILD)
 
 cuda: $(VENV)/install.stamp
-	@echo "building the native part with the CUDA kernels (the first time takes 10 minutes)"
+	@echo "building the native part with the CUDA kernels (the first time takes minutes)"
 	@$(BIN)/python $(BUILD) --cuda
 
 demo: build
