@@ -68,10 +68,6 @@ std::string attention_path(const Tensor& query, const Tensor& key, const Tensor&
 
 // ---- bidirectional_attention
 
-struct Results {
-  Tensor out_q, out_k, lse_q, lse_k;
-};
-
 struct Bidirectional {
   Device device;
   Tensor query, key, value, query_value;
@@ -95,18 +91,7 @@ struct Bidirectional {
   }
 
   Results run(bool lse) {
-    const Kind kind = kind_of(query);
-    Results r;
-    r.out_q = empty_rows_outside(p.batch, p.heads, p.q_len, p.value_dim, kind);
-    r.out_k = empty_rows_outside(p.batch, p.heads, p.kv_len, p.query_value_dim, kind);
-    p.out_q = mutable_view(r.out_q), p.out_k = mutable_view(r.out_k);
-    if (lse) {
-      const int64_t rows[] = {p.batch, p.heads, p.q_len};
-      const int64_t columns[] = {p.batch, p.heads, p.kv_len};
-      r.lse_q = empty_contiguous(3, rows, float32_beside(query));
-      r.lse_k = empty_contiguous(3, columns, float32_beside(query));
-      p.lse_q = mutable_lse(r.lse_q), p.lse_k = mutable_lse(r.lse_k);
-    }
+    const Results r = make_results(p, query, lse);
     const Workspace workspace(cuda::bidirectional_workspace(p, capability), query);
     check_launch(cuda::bidirectional_forward(p, workspace.data, device.stream()));
     return r;

@@ -223,4 +223,24 @@ inline void describe(ff::Bidirectional& p, const Tensor& query, const Tensor& ke
   }
 }
 
+struct Results {
+  Tensor out_q, out_k, lse_q, lse_k;
+};
+
+// The outputs of a call that is described.
+inline Results make_results(ff::BidirectionalForward& p, const Tensor& query, bool lse) {
+  const Kind kind = kind_of(query);
+  Results r;
+  r.out_q = empty_rows_outside(p.batch, p.heads, p.q_len, p.value_dim, kind);
+  r.out_k = empty_rows_outside(p.batch, p.heads, p.kv_len, p.query_value_dim, kind);
+  p.out_q = mutable_view(r.out_q), p.out_k = mutable_view(r.out_k);
+  if (lse) {
+    const int64_t rows[] = {p.batch, p.heads, p.q_len}, columns[] = {p.batch, p.heads, p.kv_len};
+    r.lse_q = empty_contiguous(3, rows, float32_beside(query));
+    r.lse_k = empty_contiguous(3, columns, float32_beside(query));
+    p.lse_q = mutable_lse(r.lse_q), p.lse_k = mutable_lse(r.lse_k);
+  }
+  return r;
+}
+
 }  // namespace

@@ -24,9 +24,9 @@ def build(capability: int, folder: Path) -> Path:
         pytest.skip("no C++ compiler")
     sources = [CHECK, *sorted((ROOT / "csrc/emulate").glob("*.cpp"))]
     kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    flags = ["-std=c++20", "-O2", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-Icsrc"]
+    flags = [*BUILD["COMPILE_FLAGS"], *BUILD["EMULATED_FLAGS"]]
     program = folder / "check_cuda_attention"
-    command = [*compiler, *flags, "-DFF_CUDA_EMULATED", f"-DFF_ARCH={capability}", *sources]
+    command = [*compiler, *flags, f"-DFF_ARCH={capability}", *sources]
     command += ["-x", "c++", *kernels, "-x", "none", "-pthread", "-o", program]
     subprocess.run([str(part) for part in command], cwd=ROOT, check=True)
     return program

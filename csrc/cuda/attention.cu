@@ -14,18 +14,20 @@ bool runs(Type type, int capability) {
 int current_capability() { return compute_capability(); }
 
 int64_t attention_workspace(const AttentionForward& p, int capability) {
-  if (p.type == Type::kFloat32 || !is_short(p, capability)) return 0;
-  return short_workspace(p, short_plan(p, capability)) * int64_t(sizeof(float));
+  const auto plan = short_plan(p, capability);
+  if (p.type == Type::kFloat32 || !plan) return 0;
+  return short_workspace(p, *plan) * int64_t(sizeof(float));
 }
 
 const char* attention_path(const AttentionForward& p, int capability) {
   if (p.type == Type::kFloat32) return attention_float32_path(p, capability);
-  if (!is_short(p, capability)) {
+  const auto plan = short_plan(p, capability);
+  if (!plan) {
     return takes_wide_tiles(p, capability) ? "blocks of 128 queries, tiles of keys"
                                            : "blocks of 64 queries, tiles of keys";
   }
-  return short_plan(p, capability).chunks == 1 ? "all keys in shared memory"
-                                               : "chunks of keys in shared memory, then combined";
+  return plan->chunks == 1 ? "all keys in shared memory"
+                           : "chunks of keys in shared memory, then combined";
 }
 
 const char* attention_forward(const AttentionForward& p, void* workspace, void* stream) {

@@ -10,7 +10,7 @@ namespace {
 template <class T>
 const char* attention_half(const AttentionForward& p, int capability, void* workspace,
                            void* stream) {
-  if (is_short(p, capability)) return run_short<T>(p, short_plan(p, capability), workspace, stream);
+  if (const auto plan = short_plan(p, capability)) return run_short<T>(p, *plan, workspace, stream);
   return run_tiles<T>(p, capability, stream);
 }
 

@@ -4,6 +4,8 @@
 // and partial outputs. Chunks are put together by a second kernel.
 #pragma once
 
+#include <optional>
+
 #include "tile.cuh"
 
 namespace ff::cuda {
@@ -29,7 +31,9 @@ inline int short_bytes(const ShortPlan& plan, int dim) {
   return queries + 2 * keys + 2 * statistics;
 }
 
-inline ShortPlan short_plan(const Attention& p, int capability) {
+// How a call goes this way, if it does: a matter of one sequence's lengths and the device alone.
+inline std::optional<ShortPlan> short_plan(const Attention& p, int capability) {
+  if (p.q_len > 64 && p.kv_len > kSlice) return std::nullopt;
   ShortPlan plan{1, kSlice, 1, 0, 1, nullptr, nullptr};
   const int dim = padded_dim(p.head_dim, p.value_dim);
   const auto fits = [&] { return short_bytes(plan, dim) <= shared_limit(capability); };
@@ -47,14 +51,7 @@ inline ShortPlan short_plan(const Attention& p, int capability) {
     plan.chunks = (slices + plan.slices - 1) / plan.slices;
   }
   plan.groups = (tiles + plan.tiles - 1) / plan.tiles;
-  return plan;
-}
-
-// Whether a call goes this way: a matter of one sequence's lengths and the device alone.
-inline bool is_short(const Attention& p, int capability) {
-  const int dim = padded_dim(p.head_dim, p.value_dim);
-  return (p.q_len <= 64 || p.kv_len <= kSlice) &&
-         short_bytes(short_plan(p, capability), dim) <= shared_limit(capability);
+  return fits() ? std::optional(plan) : std::nullopt;
 }
 
 // Floats of the workspace.

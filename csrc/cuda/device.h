@@ -1,9 +1,10 @@
 // All that a kernel may use of a GPU. nvcc compiles kernels against device_ptx.h; a C++ compiler
 // compiles the same source against emulate/device.h and runs it on the host, for tests.
 //
-//   FF_DEVICE, FF_KERNEL(threads)        in front of device functions, and of kernels instead of
-//   void FF_ARCH                              compute capability (80) in kernels; means nothing
-//   elsewhere has_mma<T>()                         whether FF_ARCH multiplies matrices of T
+//   FF_DEVICE                            in front of device functions
+//   FF_KERNEL(threads)                   in front of kernels, instead of void
+//   FF_ARCH                              compute capability (80); only in kernels
+//   has_mma<T>()                         whether FF_ARCH multiplies matrices of T
 //
 //   thread_index, lane_index, warp_index, block_index, block_count         all one-dimensional
 //   Shared::take<T>(count)               dynamic shared memory, array after array

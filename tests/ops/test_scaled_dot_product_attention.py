@@ -75,6 +75,10 @@ CASES = [
          edit=hide_a_piece),
     Case("past_a_panel", "tails of panels and key blocks", shape(49, 257)),
     Case("blocks", "several key blocks", shape(17, 600)),
+    Case("rest", "queries beyond whole registers, tails of registers along the head dim", shape(
+        22, 300, 77, heads=4, kv_heads=2)),
+    Case("rest_of_two", "the same of fewer, around hidden keys", shape(34, 41, 40),
+         edit=hide_all_of_one),
     # More numbers than the others: on few, the plain formula's error is luck.
     Case("dim_1", "tails of registers", shape(45, 51, 1, heads=8)),
     *(Case(f"dim_{d}", "tails of registers", shape(13, 19, d)) for d in (6, 14, 40, 77, 97)),
