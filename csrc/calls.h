@@ -35,6 +35,13 @@ struct Attention {
 
   float scale;
   bool causal;
+  int64_t diagonal = 0;  // of a causal call: query i sees the keys up to i + diagonal
+
+  // How many of the keys, from the first on, the diagonal leaves to a query.
+  int64_t keys_seen_by(int64_t query) const {
+    const int64_t seen = query + diagonal + 1;
+    return !causal || seen > kv_len ? kv_len : seen < 0 ? 0 : seen;
+  }
 
   bool dropout = false;
   int64_t entry = 0;  // number of the first batch entry, for dropout
@@ -94,7 +101,7 @@ struct AttentionBackward : Attention {
 };
 
 // Attention from queries to keys and, with the same scores, from keys to queries.
-struct Bidirectional : Attention {  // kv_heads = heads, not causal
+struct Bidirectional : Attention {  // kv_heads = heads
   int64_t query_value_dim;
   View query_value;                     // (B, H, Lq, Dw)
   const bool* query_padding = nullptr;  // (B, Lq), true = the query is not read by keys

@@ -6,9 +6,10 @@ namespace {
 
 Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
                const MaybeTensor& padding, const MaybeTensor& seed, double dropout_p,
-               bool is_causal, std::optional<double> scale, bool enable_gqa, Tensor* lse) {
+               bool is_causal, bool bottom_right, std::optional<double> scale, bool enable_gqa,
+               Tensor* lse) {
   ff::AttentionForward p;
-  describe(p, query, key, value, mask, padding, seed, dropout_p, is_causal, scale);
+  describe(p, query, key, value, mask, padding, seed, dropout_p, is_causal, bottom_right, scale);
   STD_TORCH_CHECK(enable_gqa || p.heads == p.kv_heads || p.kv_heads == 1,
                   "fastfusion: more query heads than key heads need enable_gqa");
   Tensor out = empty_rows_outside(p.batch, p.heads, p.q_len, p.value_dim, kind_of(query));
@@ -24,28 +25,28 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
 
 Tensor attention_out(const Tensor& query, const Tensor& key, const Tensor& value, MaybeTensor mask,
                      MaybeTensor padding, MaybeTensor seed, double dropout_p, bool is_causal,
-                     std::optional<double> scale, bool enable_gqa) {
-  return forward(query, key, value, mask, padding, seed, dropout_p, is_causal, scale, enable_gqa,
-                 nullptr);
+                     bool bottom_right, std::optional<double> scale, bool enable_gqa) {
+  return forward(query, key, value, mask, padding, seed, dropout_p, is_causal, bottom_right, scale,
+                 enable_gqa, nullptr);
 }
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key,
                                              const Tensor& value, MaybeTensor mask,
                                              MaybeTensor padding, MaybeTensor seed,
-                                             double dropout_p, bool is_causal,
+                                             double dropout_p, bool is_causal, bool bottom_right,
                                              std::optional<double> scale, bool enable_gqa) {
   Tensor lse;
-  Tensor out = forward(query, key, value, mask, padding, seed, dropout_p, is_causal, scale,
-                       enable_gqa, &lse);
+  Tensor out = forward(query, key, value, mask, padding, seed, dropout_p, is_causal, bottom_right,
+                       scale, enable_gqa, &lse);
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, MaybeTensor grad_lse, const Tensor& query, const Tensor& key,
     const Tensor& value, MaybeTensor mask, MaybeTensor padding, MaybeTensor seed, double dropout_p,
-    bool is_causal, std::optional<double> scale, bool mask_gradient) {
+    bool is_causal, bool bottom_right, std::optional<double> scale, bool mask_gradient) {
   ff::AttentionBackward p;
-  describe(p, query, key, value, mask, padding, seed, dropout_p, is_causal, scale);
+  describe(p, query, key, value, mask, padding, seed, dropout_p, is_causal, bottom_right, scale);
   p.grad_out =
       gradient_view(grad_out, {p.batch, p.heads, p.q_len, p.value_dim}, query.scalar_type());
   p.grad_lse = lse_gradient(grad_lse, p.batch, p.heads, p.q_len);
@@ -55,7 +56,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor grad_value = empty_rows_outside(p.batch, p.kv_heads, p.kv_len, p.value_dim, kind);
   p.grad_query = mutable_view(grad_query), p.grad_key = mutable_view(grad_key);
   p.grad_value = mutable_view(grad_value);
-  MaskGradientTensor grad_mask(p, mask, mask_gradient, kind, p.grad_mask);
+  const int64_t scores[4] = {p.batch, p.heads, p.q_len, p.kv_len};
+  MaskGradientTensor grad_mask(p, scores, mask, mask_gradient, kind, p.grad_mask);
   run(p, [&] { ff::kernels().attention_backward(p, parallel_for); });
   return {grad_query, grad_key, grad_value, grad_mask.tensor()};
 }
@@ -63,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
 #define FF_INPUTS                                                                         \
   "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask, " \
   "Tensor? seed"
-#define FF_OPTIONS "float dropout_p, bool is_causal, float? scale"
+#define FF_OPTIONS "float dropout_p, bool is_causal, bool bottom_right, float? scale"
 
 STABLE_TORCH_LIBRARY(fastfusion, m) {
   m.def("attention(" FF_INPUTS ", " FF_OPTIONS ", bool enable_gqa) -> (Tensor, Tensor)");

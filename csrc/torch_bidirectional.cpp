@@ -14,10 +14,11 @@ std::tuple<Tensor, Tensor> bidirectional_out(const Tensor& query, const Tensor& 
                                              const Tensor& value, const Tensor& query_value,
                                              MaybeTensor mask, MaybeTensor query_padding,
                                              MaybeTensor key_padding, MaybeTensor seed,
-                                             double dropout_p, std::optional<double> scale) {
+                                             double dropout_p, bool is_causal, bool bottom_right,
+                                             std::optional<double> scale) {
   ff::BidirectionalForward p;
   describe(p, query, key, value, query_value, mask, query_padding, key_padding, seed, dropout_p,
-           scale);
+           is_causal, bottom_right, scale);
   const Results r = forward(p, query, false);
   return {r.out_q, r.out_k};
 }
@@ -25,10 +26,10 @@ std::tuple<Tensor, Tensor> bidirectional_out(const Tensor& query, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_value,
     MaybeTensor mask, MaybeTensor query_padding, MaybeTensor key_padding, MaybeTensor seed,
-    double dropout_p, std::optional<double> scale) {
+    double dropout_p, bool is_causal, bool bottom_right, std::optional<double> scale) {
   ff::BidirectionalForward p;
   describe(p, query, key, value, query_value, mask, query_padding, key_padding, seed, dropout_p,
-           scale);
+           is_causal, bottom_right, scale);
   const Results r = forward(p, query, true);
   return {r.out_q, r.out_k, r.lse_q, r.lse_k};
 }
@@ -37,10 +38,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_backward(
     MaybeTensor grad_out_q, MaybeTensor grad_out_k, MaybeTensor grad_lse_q, MaybeTensor grad_lse_k,
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_value,
     MaybeTensor mask, MaybeTensor query_padding, MaybeTensor key_padding, MaybeTensor seed,
-    double dropout_p, std::optional<double> scale, bool mask_gradient) {
+    double dropout_p, bool is_causal, bool bottom_right, std::optional<double> scale,
+    bool mask_gradient) {
   ff::BidirectionalBackward p;
   describe(p, query, key, value, query_value, mask, query_padding, key_padding, seed, dropout_p,
-           scale);
+           is_causal, bottom_right, scale);
   const Kind kind = kind_of(query);
   const int64_t rows[4] = {p.batch, p.heads, p.q_len, p.value_dim};
   const int64_t columns[4] = {p.batch, p.heads, p.kv_len, p.query_value_dim};
@@ -62,7 +64,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_backward(
   p.grad_query = mutable_view(grad_query), p.grad_key = mutable_view(grad_key);
   p.grad_value = mutable_view(grad_value);
   p.grad_query_value = mutable_view(grad_query_value);
-  MaskGradientTensor grad_mask(p, mask, mask_gradient, kind, p.grad_mask);
+  const int64_t scores[4] = {p.batch, p.heads, p.q_len, p.kv_len};
+  MaskGradientTensor grad_mask(p, scores, mask, mask_gradient, kind, p.grad_mask);
   run(p, [&] { ff::kernels().bidirectional_backward(p, parallel_for); });
   return {grad_query, grad_key, grad_value, grad_query_value, grad_mask.tensor()};
 }
@@ -70,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_backward(
 #define FF_INPUTS                                                                         \
   "Tensor query, Tensor key, Tensor value, Tensor query_value, Tensor? attn_mask, "       \
   "Tensor? query_padding_mask, Tensor? key_padding_mask, Tensor? seed, float dropout_p, " \
-  "float? scale"
+  "bool is_causal, bool bottom_right, float? scale"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) {
   m.def("bidirectional(" FF_INPUTS ") -> (Tensor, Tensor, Tensor, Tensor)");

@@ -42,8 +42,9 @@ inline ff::LseGradient lse_gradient(const MaybeTensor& grad, int64_t batch, int6
 // The gradient of a mask while kernels add it up, and as a tensor afterwards.
 class MaskGradientTensor {
  public:
-  MaskGradientTensor(const ff::Attention& p, const MaybeTensor& mask, bool wanted, Kind kind,
-                     ff::MaskGradient& gradient)
+  // `scores`: the sizes that the mask broadcasts to.
+  MaskGradientTensor(const ff::Attention& p, const int64_t (&scores)[4], const MaybeTensor& mask,
+                     bool wanted, Kind kind, ff::MaskGradient& gradient)
       : type_(p.mask_type) {
     if (!wanted || !mask || type_ == ff::Type::kBool) {
       const int64_t nothing[] = {0};
@@ -53,7 +54,7 @@ class MaskGradientTensor {
     tensor_ = empty_contiguous(mask->dim(), mask->sizes().data(), kind_of(*mask));
     const auto size = size_t(mask->numel());
     // One element more: an empty vector has no data and would look unwanted.
-    if (mask->numel() == p.batch * p.heads * p.q_len * p.kv_len) {
+    if (mask->numel() == scores[0] * scores[1] * scores[2] * scores[3]) {
       values_.assign(size + 1, 0.0f);
       gradient.values = values_.data();
     } else {
@@ -61,7 +62,7 @@ class MaskGradientTensor {
       gradient.sums = sums_.data();
     }
     int64_t strides[4];
-    broadcast_strides(tensor_, {p.batch, p.heads, p.q_len, p.kv_len}, strides);
+    broadcast_strides(tensor_, scores, strides);
     gradient.batch = strides[0], gradient.head = strides[1];
     gradient.row = strides[2], gradient.column = strides[3];
   }

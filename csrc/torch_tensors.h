@@ -135,10 +135,11 @@ inline const bool* padding_data(const Tensor& padding, int64_t batch, int64_t le
 }
 
 inline void describe_numbers(ff::Attention& p, const MaybeTensor& seed, double dropout_p,
-                             bool is_causal, std::optional<double> scale) {
+                             bool is_causal, bool bottom_right, std::optional<double> scale) {
   p.scale = float(scale ? *scale : 1.0 / std::sqrt(double(p.head_dim)));
   STD_TORCH_CHECK(std::isfinite(p.scale), "fastfusion: scale must be finite");
   p.causal = is_causal;
+  p.diagonal = bottom_right ? p.kv_len - p.q_len : 0;
   STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p <= 1.0 && (dropout_p == 0.0 || seed),
                   "fastfusion: dropout_p must be between 0 and 1 and come with a seed");
   if (dropout_p > 0.0) {
@@ -166,20 +167,25 @@ inline void describe_kind(ff::Attention& p, const Tensor& query, const Tensor& k
   p.type = kernel_type(type);
 }
 
+// A mask that broadcasts to `scores`.
+inline void describe_mask(ff::Attention& p, const Tensor& query, const MaybeTensor& mask,
+                          const int64_t (&scores)[4]) {
+  if (!mask) return;
+  STD_TORCH_CHECK(is_here(*mask, query), "fastfusion: attn_mask is on another device");
+  const ScalarType mask_type = mask->scalar_type();
+  STD_TORCH_CHECK(mask_type == ScalarType::Bool || mask_type == ScalarType::Float ||
+                      mask_type == query.scalar_type(),
+                  "fastfusion: attn_mask has the wrong dtype");
+  int64_t strides[4];
+  broadcast_strides(*mask, scores, strides);
+  p.mask = {mask->const_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+  p.mask_type = kernel_type(mask_type);
+}
+
 // Once sizes are known.
 inline void describe_masks(ff::Attention& p, const Tensor& query, const MaybeTensor& mask,
                            const MaybeTensor& padding) {
-  if (mask) {
-    STD_TORCH_CHECK(is_here(*mask, query), "fastfusion: attn_mask is on another device");
-    const ScalarType mask_type = mask->scalar_type();
-    STD_TORCH_CHECK(mask_type == ScalarType::Bool || mask_type == ScalarType::Float ||
-                        mask_type == query.scalar_type(),
-                    "fastfusion: attn_mask has the wrong dtype");
-    int64_t strides[4];
-    broadcast_strides(*mask, {p.batch, p.heads, p.q_len, p.kv_len}, strides);
-    p.mask = {mask->const_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
-    p.mask_type = kernel_type(mask_type);
-  }
+  describe_mask(p, query, mask, {p.batch, p.heads, p.q_len, p.kv_len});
   if (padding) {
     p.padding = padding_data(*padding, p.batch, p.kv_len, query);
     p.padding_batch = padding->stride(0), p.padding_column = padding->stride(1);
@@ -188,7 +194,8 @@ inline void describe_masks(ff::Attention& p, const Tensor& query, const MaybeTen
 
 inline void describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Tensor& value,
                      const MaybeTensor& mask, const MaybeTensor& padding, const MaybeTensor& seed,
-                     double dropout_p, bool is_causal, std::optional<double> scale) {
+                     double dropout_p, bool is_causal, bool bottom_right,
+                     std::optional<double> scale) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                   "fastfusion: query, key and value must be 4-D");
   const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
@@ -200,14 +207,16 @@ inline void describe(ff::Attention& p, const Tensor& query, const Tensor& key, c
   p.query = view(query), p.key = view(key), p.value = view(value);
 
   describe_masks(p, query, mask, padding);
-  describe_numbers(p, seed, dropout_p, is_causal, scale);
+  describe_numbers(p, seed, dropout_p, is_causal, bottom_right, scale);
 }
 
 inline void describe(ff::Bidirectional& p, const Tensor& query, const Tensor& key,
                      const Tensor& value, const Tensor& query_value, const MaybeTensor& mask,
                      const MaybeTensor& query_padding, const MaybeTensor& key_padding,
-                     const MaybeTensor& seed, double dropout_p, std::optional<double> scale) {
-  describe(p, query, key, value, mask, key_padding, seed, dropout_p, false, scale);
+                     const MaybeTensor& seed, double dropout_p, bool is_causal, bool bottom_right,
+                     std::optional<double> scale) {
+  describe(p, query, key, value, mask, key_padding, seed, dropout_p, is_causal, bottom_right,
+           scale);
   STD_TORCH_CHECK(p.heads == p.kv_heads, "fastfusion: key must have the heads of query");
   STD_TORCH_CHECK(query_value.dim() == 4 && query_value.size(0) == p.batch &&
                       query_value.size(1) == p.heads && query_value.size(2) == p.q_len &&

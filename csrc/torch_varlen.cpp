@@ -31,21 +31,30 @@ std::vector<int64_t> offsets_of(const Tensor& offsets, int64_t total, int64_t lo
     STD_TORCH_CHECK(i == 0 || (values[i] >= values[i - 1] && values[i] - values[i - 1] <= longest),
                     "fastfusion: cu_seqlens must never fall, nor rise by more than max_seqlen");
   }
-  STD_TORCH_CHECK(values.front() == 0 && values.back() == total,
-                  "fastfusion: cu_seqlens must start at 0 and end at the number of rows");
+  STD_TORCH_CHECK(values.front() == 0 && values.back() <= total,
+                  "fastfusion: cu_seqlens must start at 0 and end within the rows");
   return values;
 }
 
 struct Packing {
   std::vector<int64_t> q, kv;
+  int64_t max_q, max_k;
+  bool bottom_right;
 
-  ff::Sequences sequences() const { return {int64_t(q.size()) - 1, q.data(), kv.data()}; }
+  int64_t count() const { return int64_t(q.size()) - 1; }
+  ff::Sequences sequences() const { return {count(), q.data(), kv.data(), bottom_right}; }
+
+  // (sequences, heads, max_q, max_k), what a mask broadcasts to.
+  struct Scores {
+    int64_t sizes[4];
+  };
+  Scores scores(int64_t heads) const { return {{count(), heads, max_q, max_k}}; }
 };
 
 Packing describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Tensor& value,
-                 const Tensor& q_offsets, const Tensor& kv_offsets, int64_t max_q, int64_t max_k,
-                 const MaybeTensor& seed, double dropout_p, bool is_causal,
-                 std::optional<double> scale) {
+                 const MaybeTensor& mask, const Tensor& q_offsets, const Tensor& kv_offsets,
+                 int64_t max_q, int64_t max_k, const MaybeTensor& seed, double dropout_p,
+                 bool is_causal, bool bottom_right, std::optional<double> scale) {
   STD_TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3,
                   "fastfusion: query, key and value must be 3-D");
   p.batch = 1, p.heads = query.size(1), p.kv_heads = key.size(1);
@@ -56,64 +65,75 @@ Packing describe(ff::Attention& p, const Tensor& query, const Tensor& key, const
       "fastfusion: the shapes of query, key and value do not fit");
   describe_kind(p, query, key, value);
   p.query = packed_view(query), p.key = packed_view(key), p.value = packed_view(value);
-  describe_numbers(p, seed, dropout_p, is_causal, scale);
-  Packing packing{offsets_of(q_offsets, p.q_len, max_q), offsets_of(kv_offsets, p.kv_len, max_k)};
+  describe_numbers(p, seed, dropout_p, is_causal, bottom_right, scale);
+  Packing packing{offsets_of(q_offsets, p.q_len, max_q), offsets_of(kv_offsets, p.kv_len, max_k),
+                  max_q, max_k, bottom_right};
   STD_TORCH_CHECK(packing.q.size() == packing.kv.size(),
                   "fastfusion: cu_seqlens_q and cu_seqlens_k differ in length");
+  describe_mask(p, query, mask, packing.scores(p.heads).sizes);
   return packing;
 }
 
-Tensor like(const Tensor& rows, int64_t dim) {
+// A tensor for `dim` numbers a row and head, 0 in the rows behind the last sequence.
+Tensor like(const Tensor& rows, int64_t dim, const std::vector<int64_t>& offsets) {
   const int64_t sizes[] = {rows.size(0), rows.size(1), dim};
-  return empty_contiguous(3, sizes, kind_of(rows));
+  Tensor made = empty_contiguous(3, sizes, kind_of(rows));
+  const int64_t used = offsets.back();
+  const size_t row = size_t(sizes[1] * sizes[2] * made.element_size());
+  std::memset(static_cast<char*>(made.mutable_data_ptr()) + size_t(used) * row, 0,
+              size_t(sizes[0] - used) * row);
+  return made;
 }
 
-Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& q_offsets,
-               const Tensor& kv_offsets, int64_t max_q, int64_t max_k, const MaybeTensor& seed,
-               double dropout_p, bool is_causal, std::optional<double> scale, Tensor* lse) {
+Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
+               const Tensor& q_offsets, const Tensor& kv_offsets, int64_t max_q, int64_t max_k,
+               const MaybeTensor& seed, double dropout_p, bool is_causal, bool bottom_right,
+               std::optional<double> scale, Tensor* lse) {
   ff::AttentionForward p;
-  const Packing packing = describe(p, query, key, value, q_offsets, kv_offsets, max_q, max_k, seed,
-                                   dropout_p, is_causal, scale);
-  Tensor out = like(query, p.value_dim);
+  const Packing packing = describe(p, query, key, value, mask, q_offsets, kv_offsets, max_q, max_k,
+                                   seed, dropout_p, is_causal, bottom_right, scale);
+  Tensor out = like(query, p.value_dim, packing.q);
   p.out = packed_output(out);
   if (lse) {
     const int64_t sizes[] = {p.q_len, p.heads};
     *lse = empty_contiguous(2, sizes, float32_beside(query));
-    p.lse = {static_cast<float*>(lse->mutable_data_ptr()), 0, lse->stride(1), lse->stride(0)};
+    auto* data = static_cast<float*>(lse->mutable_data_ptr());
+    p.lse = {data, 0, lse->stride(1), lse->stride(0)};
+    std::fill(data + packing.q.back() * p.heads, data + p.q_len * p.heads, -INFINITY);
   }
   run(p, [&] { ff::varlen_forward(p, packing.sequences(), parallel_for); });
   return out;
 }
 
-Tensor varlen_out(const Tensor& query, const Tensor& key, const Tensor& value,
+Tensor varlen_out(const Tensor& query, const Tensor& key, const Tensor& value, MaybeTensor mask,
                   const Tensor& q_offsets, const Tensor& kv_offsets, int64_t max_q, int64_t max_k,
-                  MaybeTensor seed, double dropout_p, bool is_causal, std::optional<double> scale) {
-  return forward(query, key, value, q_offsets, kv_offsets, max_q, max_k, seed, dropout_p, is_causal,
-                 scale, nullptr);
+                  MaybeTensor seed, double dropout_p, bool is_causal, bool bottom_right,
+                  std::optional<double> scale) {
+  return forward(query, key, value, mask, q_offsets, kv_offsets, max_q, max_k, seed, dropout_p,
+                 is_causal, bottom_right, scale, nullptr);
 }
 
 std::tuple<Tensor, Tensor> varlen_forward(const Tensor& query, const Tensor& key,
-                                          const Tensor& value, const Tensor& q_offsets,
-                                          const Tensor& kv_offsets, int64_t max_q, int64_t max_k,
-                                          MaybeTensor seed, double dropout_p, bool is_causal,
+                                          const Tensor& value, MaybeTensor mask,
+                                          const Tensor& q_offsets, const Tensor& kv_offsets,
+                                          int64_t max_q, int64_t max_k, MaybeTensor seed,
+                                          double dropout_p, bool is_causal, bool bottom_right,
                                           std::optional<double> scale) {
   Tensor lse;
-  Tensor out = forward(query, key, value, q_offsets, kv_offsets, max_q, max_k, seed, dropout_p,
-                       is_causal, scale, &lse);
+  Tensor out = forward(query, key, value, mask, q_offsets, kv_offsets, max_q, max_k, seed,
+                       dropout_p, is_causal, bottom_right, scale, &lse);
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> varlen_backward(MaybeTensor grad_out, MaybeTensor grad_lse,
-                                                   const Tensor& query, const Tensor& key,
-                                                   const Tensor& value, const Tensor& q_offsets,
-                                                   const Tensor& kv_offsets, int64_t max_q,
-                                                   int64_t max_k, MaybeTensor seed,
-                                                   double dropout_p, bool is_causal,
-                                                   std::optional<double> scale, bool) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_backward(
+    MaybeTensor grad_out, MaybeTensor grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, MaybeTensor mask, const Tensor& q_offsets, const Tensor& kv_offsets,
+    int64_t max_q, int64_t max_k, MaybeTensor seed, double dropout_p, bool is_causal,
+    bool bottom_right, std::optional<double> scale, bool mask_gradient) {
   ff::AttentionBackward p;
-  const Packing packing = describe(p, query, key, value, q_offsets, kv_offsets, max_q, max_k, seed,
-                                   dropout_p, is_causal, scale);
-  Tensor grad = like(query, p.value_dim);
+  const Packing packing = describe(p, query, key, value, mask, q_offsets, kv_offsets, max_q, max_k,
+                                   seed, dropout_p, is_causal, bottom_right, scale);
+  Tensor grad = like(query, p.value_dim, packing.q);
   if (grad_out) {
     STD_TORCH_CHECK(grad_out->dim() == 3 && grad_out->is_cpu() && grad_out->size(0) == p.q_len &&
                         grad_out->size(1) == p.heads && grad_out->size(2) == p.value_dim &&
@@ -132,25 +152,28 @@ std::tuple<Tensor, Tensor, Tensor> varlen_backward(MaybeTensor grad_out, MaybeTe
     p.grad_lse = {static_cast<const float*>(grad_lse->const_data_ptr()), 0, grad_lse->stride(1),
                   grad_lse->stride(0)};
   }
-  Tensor grad_query = like(query, p.head_dim), grad_key = like(key, p.head_dim);
-  Tensor grad_value = like(value, p.value_dim);
+  Tensor grad_query = like(query, p.head_dim, packing.q);
+  Tensor grad_key = like(key, p.head_dim, packing.kv);
+  Tensor grad_value = like(value, p.value_dim, packing.kv);
   p.grad_query = packed_output(grad_query), p.grad_key = packed_output(grad_key);
   p.grad_value = packed_output(grad_value);
+  MaskGradientTensor grad_mask(p, packing.scores(p.heads).sizes, mask, mask_gradient,
+                               kind_of(query), p.grad_mask);
   run(p, [&] { ff::varlen_backward(p, packing.sequences(), parallel_for); });
-  return {grad_query, grad_key, grad_value};
+  return {grad_query, grad_key, grad_value, grad_mask.tensor()};
 }
 
-#define FF_INPUTS                                                                             \
-  "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "        \
-  "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? seed, float dropout_p, bool is_causal, " \
-  "float? scale"
+#define FF_INPUTS                                                                                  \
+  "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor cu_seqlens_q, "               \
+  "Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? seed, float dropout_p, " \
+  "bool is_causal, bool bottom_right, float? scale"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) {
   m.def("varlen(" FF_INPUTS ") -> (Tensor, Tensor)");
   m.def("varlen_forward(" FF_INPUTS ") -> (Tensor, Tensor)");
   m.def("varlen_out(" FF_INPUTS ") -> Tensor");
   m.def("varlen_backward(Tensor? grad_0, Tensor? grad_1, " FF_INPUTS
-        ", bool mask_gradient) -> (Tensor, Tensor, Tensor)");
+        ", bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfusion, CPU, m) {

@@ -1,10 +1,13 @@
 """Checks and shape arithmetic that the op specifications share."""
 
+import numbers
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -35,8 +38,8 @@ def check_tensors(**tensors: Any) -> None:
 def check_dense(name: str, tensor: Tensor) -> None:
     if tensor.is_nested:
         raise TypeError(
-            f"{name} is a nested tensor; pass its values and offsets to "
-            "fastfusion.varlen_attention, or use the modules of fastfusion.nn"
+            f"{name} is a nested tensor; ops take its values and offsets: "
+            "fastfusion.varlen_attention"
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
@@ -62,16 +65,13 @@ def check_attn_mask(mask: Any, query: Tensor, target: tuple[int, ...], given: st
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a Tensor or None, got {type(mask).__name__}")
     check_dense("attn_mask", mask)
-    if mask.dtype not in (torch.bool, query.dtype, torch.float32) or (
-        mask.dtype == torch.float32 and query.dtype == torch.float64
-    ):
+    if mask.dtype not in (torch.bool, query.dtype, torch.float32):
         raise TypeError(
             f"attn_mask must be bool, float32 or of the query's dtype, {query.dtype}, "
             f"got {mask.dtype}"
         )
     check_device("attn_mask", mask, "query", query)
-    pairs = zip(reversed(mask.shape), reversed(target), strict=False)
-    if mask.dim() > len(target) or any(m not in (1, t) for m, t in pairs):
+    if not _broadcasts(mask, target):
         raise ValueError(
             f"attn_mask must broadcast to {target}, got shape {tuple(mask.shape)}; {given}"
         )
@@ -80,7 +80,7 @@ def check_attn_mask(mask: Any, query: Tensor, target: tuple[int, ...], given: st
 def check_padding_mask(
     name: str, mask: Any, query: Tensor, target: tuple[int, ...], given: str
 ) -> None:
-    """`mask` is bool, True = ignore, of exactly the shape `target`."""
+    """`mask` is bool, True = ignore, and broadcasts to `target`."""
     if mask is None:
         return
     if not isinstance(mask, Tensor):
@@ -89,14 +89,42 @@ def check_padding_mask(
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be bool (True = ignore), got {mask.dtype}")
     check_device(name, mask, "query", query)
-    if tuple(mask.shape) != target:
-        raise ValueError(f"{name} must have shape {target}, got {tuple(mask.shape)}; {given}")
+    if not _broadcasts(mask, target):
+        raise ValueError(f"{name} must broadcast to {target}, got {tuple(mask.shape)}; {given}")
+
+
+def _broadcasts(mask: Tensor, target: tuple[int, ...]) -> bool:
+    pairs = zip(reversed(mask.shape), reversed(target), strict=False)
+    return mask.dim() <= len(target) and all(m in (1, t) for m, t in pairs)
+
+
+def number(name: str, value: Any) -> Any:
+    """A Python number for one of NumPy or a tensor without dimensions; anything else as it is.
+
+    Raises:
+        TypeError: a tensor that requires a gradient, which would be lost.
+    """
+    if isinstance(value, Tensor) and value.dim() == 0 and value.dtype != torch.bool:
+        if value.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                f"{name} must be a number here: a tensor's gradient would be lost "
+                "(multiply the query by it instead)"
+            )
+        return value.item()
+    if type(value) in (int, float, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def check_scale(scale: Any, query: Tensor) -> None:
     """`scale` is a number that is finite in the dtype of the scores."""
     if scale is None:
+        if query.shape[-1] == 0:
+            raise ValueError("scale must be given where head_dim is 0")
         return
+    scale = number("scale", scale)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
     scores = torch.promote_types(query.dtype, torch.float32)
@@ -114,6 +142,52 @@ def check_dropout(dropout_p: Any) -> None:
 def check_flag(name: str, flag: Any) -> None:
     if not isinstance(flag, bool):
         raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+
+
+ALIGNMENTS = ("top_left", "bottom_right")
+BOTTOM_RIGHT = {"top_left": False, "bottom_right": True}
+
+
+def check_alignment(causal_alignment: Any) -> None:
+    if not isinstance(causal_alignment, str) or causal_alignment not in ALIGNMENTS:
+        raise ValueError(
+            f"causal_alignment must be top_left or bottom_right, got {causal_alignment!r}"
+        )
+
+
+def causal_bias(mask: Any) -> Any:
+    """`mask` if it is one of torch's objects for a causal mask (`torch.nn.attention.bias`), whose
+    own memory is empty; otherwise None."""
+    if type(mask) in _PLAIN:
+        return None
+    module = sys.modules.get("torch.nn.attention.bias")  # whoever has made one has imported it
+    return mask if module is not None and isinstance(mask, module.CausalBias) else None
+
+
+def resolve_causal(
+    mask: Any, is_causal: Any, causal_alignment: Any, q_len: int, kv_len: int
+) -> tuple[Any, Any, Any]:
+    """(attn_mask, is_causal, causal_alignment), the flags in the place of a causal mask object.
+
+    Raises:
+        ValueError: the object beside is_causal=True, as in torch, or one for other lengths.
+    """
+    bias = causal_bias(mask)
+    if bias is None:
+        return mask, is_causal, causal_alignment
+    if is_causal is True:
+        raise ValueError("attn_mask is a causal mask already: is_causal must be False beside it")
+    made_for = (bias.seq_len_q, bias.seq_len_kv)
+    if made_for != (q_len, kv_len):
+        raise ValueError(f"attn_mask is a causal mask for {made_for}, got lengths {q_len, kv_len}")
+    return None, True, ALIGNMENTS[bias.variant.name == "LOWER_RIGHT"]
+
+
+def with_a_head_dim(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Queries and keys as they are; where head_dim is 0, with one of zeros: scores are 0."""
+    if tensors[0].shape[-1] > 0:
+        return tensors
+    return tuple(torch.nn.functional.pad(t, (0, 1)) for t in tensors)
 
 
 def softmax_scale(scale: float | None, head_dim: int) -> float:

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -46,6 +47,35 @@ def bidirectional_backward(*shapes: Any, **kwargs: Any) -> int:
     return 2 * batch * heads * q_len * key[2] * (3 * dim + 2 * value[3] + 2 * query_value[3])
 
 
+def _pairs(cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any, max_seqlen_k: Any) -> int:
+    """Scores of all sequences; of fake tensors, which have no values, as if all were longest."""
+    if isinstance(cu_seqlens_q, FakeTensor) or cu_seqlens_q.is_meta:
+        return (cu_seqlens_q.shape[0] - 1) * max_seqlen_q * max_seqlen_k
+    return int((cu_seqlens_q.diff().long() * cu_seqlens_k.diff().long()).sum())
+
+
+def varlen(query: Any, key: Any, value: Any, attn_mask: Any, *given: Any, **kwargs: Any) -> int:
+    return 2 * query.shape[1] * _pairs(*given[:4]) * (query.shape[2] + value.shape[2])
+
+
+def varlen_backward(
+    grad_out: Any, grad_lse: Any, query: Any, key: Any, value: Any, attn_mask: Any, *given: Any,
+    **kwargs: Any,
+) -> int:  # fmt: skip
+    dims = 3 * query.shape[2] + 2 * value.shape[2]
+    return 2 * query.shape[1] * _pairs(*given[:4]) * dims
+
+
+# From tensors: what they cost is in the values of the offsets.
+_RAW_FORMULAS: dict[str, Callable[..., int]] = {
+    "varlen": varlen,
+    "varlen_forward": varlen,
+    "varlen_out": varlen,
+    "varlen_backward": varlen_backward,
+    "triton_varlen": varlen,
+    "triton_varlen_forward": varlen,
+    "triton_varlen_backward": varlen_backward,
+}
 _FORMULAS: dict[str, Callable[..., int]] = {
     "attention": attention,
     "attention_forward": attention,
@@ -69,10 +99,12 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def _register(counter: Any) -> None:
-    for name, formula in _FORMULAS.items():
-        if hasattr(torch.ops.fastfusion, name):
-            op = getattr(torch.ops.fastfusion, name)
-            counter.register_flop_formula(op)(lambda *a, out_shape=None, f=formula, **k: f(*a, **k))
+    for formulas, raw in ((_FORMULAS, False), (_RAW_FORMULAS, True)):
+        for name, formula in formulas.items():
+            if hasattr(torch.ops.fastfusion, name):
+                counter.register_flop_formula(getattr(torch.ops.fastfusion, name), get_raw=raw)(
+                    lambda *a, out_shape=None, out_val=None, f=formula, **k: f(*a, **k)
+                )
 
 
 class _Hook(importlib.abc.MetaPathFinder, importlib.abc.Loader):

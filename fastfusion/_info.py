@@ -1,13 +1,16 @@
 """`info` and `explain`: what this installation can do and what a call would run."""
 
+import inspect
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fastfusion import _cuda, _library, _op, _triton, ops
 
@@ -95,25 +98,119 @@ def info() -> Info:
     return Info(facts, backend_reasons())
 
 
-def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> _op.Explanation:
+@dataclass(frozen=True)
+class ModuleExplanation:
+    """Which implementation each attention of a module took.
+
+    Attributes:
+        rows: the name of a part and the explanation of the op that it called, in the order of the
+            calls; None behind the names of attentions that called no op.
+    """
+
+    rows: tuple[tuple[str, _op.Explanation | None], ...]
+
+    def __str__(self) -> str:
+        lines = []
+        for name, explanation in self.rows:
+            text = "no op of fastfusion was called: plain torch" if explanation is None else ""
+            lines.append(f"{name or 'the module itself'}: {text or explanation}")
+        return "\n".join(lines) or "no attention was called"
+
+    __repr__ = __str__
+
+
+class Watching(TorchFunctionMode):
+    """Explains every call of an op while it is on, beside the part of `module` that makes it."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.names = {id(part): name for name, part in module.named_modules()}
+        self.rows: list[tuple[str, _op.Explanation | None]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        spec = next((spec for function, spec in ops.FUNCTIONS.items() if function is func), None)
+        if spec is not None:
+            given = inspect.signature(func).bind(*args, **kwargs)
+            told = {
+                name: value
+                for name, value in given.arguments.items()
+                if isinstance(value, torch.Tensor)
+                or value != given.signature.parameters[name].default
+            }
+            self.rows.append((self._caller(), _op.explain_op(spec, (), told)))
+        return func(*args, **kwargs)
+
+    def _caller(self) -> str:
+        """The innermost part that is running."""
+        frame: Any = sys._getframe(2)
+        while frame is not None:
+            for variable in ("self", "module"):
+                name = self.names.get(id(frame.f_locals.get(variable)))
+                if name is not None:
+                    return name
+            frame = frame.f_back
+        return "?"
+
+
+def _explain_module(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ModuleExplanation:
+    from fastfusion import nn
+
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    watching = Watching(module)
+    devices = {t.device for t in (*module.parameters(), *module.buffers()) if t.is_cuda}
+    with torch.random.fork_rng(devices):
+        try:
+            with watching:
+                module(*args, **kwargs)
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+    called = {name for name, _ in watching.rows}
+    attentions = (torch.nn.MultiheadAttention, nn.CrossAttention, nn.CrossModalAttention)
+    silent = [
+        (name, None)
+        for name, part in module.named_modules()
+        if isinstance(part, attentions) and name not in called
+    ]
+    return ModuleExplanation((*watching.rows, *silent))
+
+
+@overload
+def explain(op: torch.nn.Module, *args: Any, **kwargs: Any) -> ModuleExplanation: ...
+@overload
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> _op.Explanation: ...
+def explain(
+    op: Callable[..., Any], *args: Any, **kwargs: Any
+) -> _op.Explanation | ModuleExplanation:
     """Which implementation would run this call, and why each other one would not.
 
     Args:
-        op: one of the ops, such as `fastfusion.scaled_dot_product_attention`.
-        args: its arguments, positional and keyword, as for a call. Nothing is computed.
+        op: one of the ops, such as `fastfusion.scaled_dot_product_attention`, or a module.
+        args: its arguments, positional and keyword, as for a call. Of an op nothing is computed;
+            a module runs once, in the mode that it is in, and its buffers and the random state
+            are then as before.
 
     Returns:
-        An object that prints as a table; `chosen` is the name of the backend, or None where the
-        backend asked for cannot run the call, and `path` says in what way it runs, where there are
-        several: on the CPU the instruction set and how queries are served.
+        An object that prints as a table. Of an op: `chosen` is the name of the backend, or None
+        where the backend asked for cannot run the call, and `path` says in what way it runs, where
+        there are several: on the CPU the instruction set and how queries are served. Of a module:
+        `rows` with the name of each attention and such an explanation, or None where plain torch
+        runs, as for attention weights.
 
     Raises:
-        TypeError: `op` is not an op of fastfusion, or the arguments are not legal.
+        TypeError: `op` is neither an op of fastfusion nor a module, or the arguments are not legal.
         ValueError: the arguments are not legal.
     """
+    if isinstance(op, torch.nn.Module):
+        return _explain_module(op, args, kwargs)
     spec = next((spec for function, spec in ops.FUNCTIONS.items() if function is op), None)
     if spec is None:
         names = ", ".join(o.name for o in ops.ALL)
-        raise TypeError(f"op must be one of {names}, got {op!r}")
-    spec.check(*args, **kwargs)
+        raise TypeError(f"op must be a module or one of {names}, got {op!r}")
     return _op.explain_op(spec, args, kwargs)

@@ -21,7 +21,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state  # of torch.jit.trace, in which sizes are tensors
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class KernelOp:
 
     def run(self, lse: bool, *given: Any) -> tuple[Any, ...]:
         """Without a gradient: by the launcher, or by the op where somebody watches ops."""
-        if _dispatch_modes() or not _PLAIN.issuperset(map(type, given[: self.tensors])):
+        if _dispatch_modes() or not PLAIN.issuperset(map(type, given[: self.tensors])):
             return self.raw(*given)
         return self.launch(*given, lse)
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fastfusion._arguments import autocast_dtype
+
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 # A module global and not a ContextVar: torch.compile guards on it, so a compiled function
@@ -67,6 +69,8 @@ class Implementation:
         run: called with the op's normalised arguments.
         refuses: called with the same arguments; returns one sentence per reason, or nothing.
         differentiable: False where it refuses inputs that require a gradient.
+        checks: False where `run` relies on arguments as `normalize` makes them; the others raise
+            for what they cannot take, so that an eager call may try them first.
         on_request: called with the same arguments; True where it could run the call but is not
             to be chosen for it, as an interpreter.
         path: called with the same arguments if the call would run here; says in what way.
@@ -76,6 +80,7 @@ class Implementation:
     run: Callable[..., Any]
     refuses: Callable[..., Sequence[str]]
     differentiable: bool = True
+    checks: bool = True
     on_request: Callable[..., bool] | None = None
     path: Callable[..., str] | None = None
 
@@ -92,7 +97,8 @@ class Op:
     Attributes:
         name: the public name.
         check: raises ValueError or TypeError for arguments that are not legal.
-        normalize: public arguments (positional and keyword) to those of `Implementation.run`.
+        normalize: public arguments (positional and keyword), cast as autocast asks and checked, to
+            those of `Implementation.run`.
         reference: the definition, in plain differentiable torch.
         inputs: (shape, dtype, device, seed) to keyword arguments of the public function.
         cost: (shape, dtype) to (floating-point operations, bytes that must move).
@@ -130,13 +136,14 @@ class Op:
             f"\n  - it has no implementation there; implementations: {available}"
         )
 
-    def run(self, backend: str | None, arguments: tuple[Any, ...], autocast_off: str | None) -> Any:
-        """Select and run, with the autocast of the device type `autocast_off` disabled: it would
-        round the float32 products of the reference."""
+    def run(self, backend: str | None, arguments: tuple[Any, ...]) -> Any:
+        """Select and run, without autocast: it would round the float32 products of the
+        reference."""
         implementation = self.select(backend, arguments)
-        if autocast_off is None:
+        device_type = arguments[0].device.type
+        if autocast_dtype(device_type) is None:
             return implementation.run(*arguments)
-        with torch.autocast(autocast_off, enabled=False):
+        with torch.autocast(device_type, enabled=False):
             return implementation.run(*arguments)
 
 

@@ -30,10 +30,14 @@ def masked_scores(
     key: Tensor,
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
-    is_causal: bool,
+    diagonal: int | Tensor | None,
     scale: float,
 ) -> Tensor:
-    """S in the accumulation dtype, -inf where a score is hidden; key has the query's heads."""
+    """S in the accumulation dtype, -inf where a score is hidden; key has the query's heads.
+
+    With a `diagonal`, query i sees the keys up to i + diagonal; a tensor has one for each entry of
+    the batch.
+    """
     acc = accumulation_dtype(query.dtype)
     scores = (query.to(acc) @ key.to(acc).transpose(-1, -2)) * scale
     if attn_mask is not None:
@@ -42,12 +46,19 @@ def masked_scores(
         else:
             # Cast first: the gradient is then reduced before it is rounded to 16 bits.
             scores = scores + attn_mask.to(acc).expand(scores.shape)
-    if is_causal:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~visible, -math.inf)
+    if diagonal is not None:
+        if isinstance(diagonal, Tensor):
+            diagonal = diagonal[:, None, None, None]
+        rows, columns = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
+        scores = scores.masked_fill(columns > rows[:, None] + diagonal, -math.inf)
     if key_padding_mask is not None:
         scores = scores.masked_fill(key_padding_mask[:, None, None, :], -math.inf)
     return scores
+
+
+def diagonal_of(is_causal: bool, bottom_right: bool, q_len: int, kv_len: int) -> int | None:
+    """By how much the last key that a query sees is ahead of it; None where it sees all."""
+    return (kv_len - q_len if bottom_right else 0) if is_causal else None
 
 
 def safe_softmax(scores: Tensor, dim: int) -> Tensor:
@@ -104,14 +115,33 @@ def attention_reference(
     seed: Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    bottom_right: bool,
     scale: float | None,
 ) -> tuple[Tensor, Callable[[], Tensor]]:
     """out, and lse on demand, of normalised arguments; see `scaled_dot_product_attention`."""
+    diagonal = diagonal_of(is_causal, bottom_right, query.shape[2], key.shape[2])
+    return attention_below(
+        diagonal, query, key, value, attn_mask, key_padding_mask, seed, dropout_p, scale
+    )
+
+
+def attention_below(
+    diagonal: int | Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """The same with the diagonal of `masked_scores`."""
     heads, acc = query.shape[1], accumulation_dtype(query.dtype)
     scale = softmax_scale(scale, query.shape[-1])
     key = _grouped(hide(key, key_padding_mask), heads)
     value = _grouped(hide(value, key_padding_mask), heads)
-    scores = masked_scores(query, key, attn_mask, key_padding_mask, is_causal, scale)
+    scores = masked_scores(query, key, attn_mask, key_padding_mask, diagonal, scale)
     probabilities = safe_softmax(scores, -1)
     factor = dropout_factor(probabilities, seed, dropout_p, _philox.ROW_STREAM)
     if factor is not None:
@@ -131,6 +161,7 @@ def attention_backward_reference(
     seed: Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    bottom_right: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, d attn_mask) by the formulas that the kernels compute.
@@ -142,7 +173,8 @@ def attention_backward_reference(
     scale = softmax_scale(scale, query.shape[-1])
     key = _grouped(hide(key, key_padding_mask), heads)
     value = _grouped(hide(value, key_padding_mask), heads)
-    scores = masked_scores(query, key, attn_mask, key_padding_mask, is_causal, scale)
+    diagonal = diagonal_of(is_causal, bottom_right, query.shape[2], key.shape[2])
+    scores = masked_scores(query, key, attn_mask, key_padding_mask, diagonal, scale)
     probabilities = safe_softmax(scores, -1)
     factor = dropout_factor(probabilities, seed, dropout_p, _philox.ROW_STREAM)
     gradient = grad_out.to(acc)

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastfusion import _library
-from fastfusion._arguments import check_one_device
-from fastfusion._kernel_op import Interface, KernelOp
+from fastfusion._arguments import ALIGNMENTS, check_one_device
+from fastfusion._kernel_op import PLAIN, Interface, KernelOp
 from fastfusion._op import Op
 from fastfusion._reference import attention_backward_reference, attention_reference
 
@@ -36,7 +36,7 @@ _any_autocast = torch._C._is_any_autocast_enabled
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 # What follows the tensors in every schema.
-_OPTIONS = ("dropout_p", "is_causal", "scale")
+_OPTIONS = ("dropout_p", "is_causal", "bottom_right", "scale")
 _out: Any = None
 _forward: Any = None
 _backward: Any = None
@@ -52,6 +52,7 @@ def attention(
     seed: Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    bottom_right: bool,
     scale: float | None,
     enable_gqa: bool,
     return_lse: bool,
@@ -64,8 +65,8 @@ def attention(
         or (attn_mask is not None and attn_mask.requires_grad)
     )
     given = (
-        query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal, scale,
-        enable_gqa,
+        query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal, bottom_right,
+        scale, enable_gqa,
     )  # fmt: skip
     if _is_compiling():
         if _transforms_active():
@@ -133,8 +134,10 @@ def run_checked(
     cpu: KernelOp | None,
     op: Op,
     backend: str | None,
+    attn_mask: Any,
     scale: Any,
     dropout_p: Any,
+    causal_alignment: Any,
     flags: tuple[Any, ...],
     given: tuple[Any, ...],
 ) -> Any:
@@ -150,12 +153,15 @@ def run_checked(
         return None
     if scale is not None and type(scale) is not float:
         return None
-    if any(flag is not False and flag is not True for flag in flags):
+    if type(attn_mask) not in PLAIN or causal_alignment not in ALIGNMENTS:
         return None
+    for flag in flags:
+        if flag is not False and flag is not True:
+            return None
     try:
         chosen = op.select(backend, given)
         return chosen.run(*given) if chosen.backend == "cpu" else None
-    except Exception:
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # of arguments; others go on
         return None
 
 
@@ -219,7 +225,7 @@ class _Backward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:8])
-        ctx.options, ctx.mask_gradient = inputs[8:11], inputs[11]
+        ctx.options, ctx.mask_gradient = inputs[8:12], inputs[12]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -254,12 +260,12 @@ class _Backward(Function):
         )
         (pulled,) = pullback(filled)
         order = ("grad_out", "grad_lse", "query", "key", "value", "attn_mask")
-        return (*(pulled.get(name) for name in order), *[None] * 6)
+        return (*(pulled.get(name) for name in order), *[None] * 7)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
         tensors, dims, size = given[:8], list(in_dims[:8]), info.batch_size
-        mask_gradient = given[11]
+        mask_gradient = given[12]
         if size > 0 and (given[7] is not None or mask_gradient):
             # A dropout mask is a function of the batch index, and a mask's gradient is reduced
             # over the batch: neither survives folding.
@@ -297,7 +303,7 @@ class _Attention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.save_for_backward(*inputs[:6])
-        ctx.options = inputs[6:9]
+        ctx.options = inputs[6:10]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -305,7 +311,7 @@ class _Attention(Function):
         query, key, value, attn_mask, padding, seed = ctx.saved_tensors
         if grad_out is None:
             if grad_lse is None:
-                return (None,) * 10
+                return (None,) * 11
             grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
         mask_gradient = attn_mask is not None and ctx.needs_input_grad[3]
         differentiable = torch.is_grad_enabled() or _transforms_active()
@@ -314,7 +320,7 @@ class _Attention(Function):
             grad_out, grad_lse, query, key, value, attn_mask, padding, seed, *ctx.options,
             mask_gradient,
         )  # fmt: skip
-        return (*gradients[:3], gradients[3] if mask_gradient else None, *[None] * 6)
+        return (*gradients[:3], gradients[3] if mask_gradient else None, *[None] * 7)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
@@ -348,7 +354,7 @@ class _Eager(Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Any:
         ctx.save_for_backward(*given[:6])
-        ctx.options = given[6:9]
+        ctx.options = given[6:10]
         return _out(*given)
 
     @staticmethod

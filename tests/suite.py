@@ -291,6 +291,13 @@ def plain_lse(scores: Tensor, dim: int) -> Tensor:
     return (maximum + (scores - maximum).exp().sum(dim, keepdim=True).log()).squeeze(dim)
 
 
+def above_diagonal(scores: Tensor, alignment: str) -> Tensor:
+    """The scores that a causal mask hides."""
+    q_len, kv_len = scores.shape[-2:]
+    last = kv_len - q_len if alignment == "bottom_right" else 0
+    return torch.ones(q_len, kv_len, dtype=torch.bool, device=scores.device).triu(last + 1)
+
+
 def plain_attention(
     query: Tensor,
     key: Tensor,
@@ -302,6 +309,7 @@ def plain_attention(
     enable_gqa: bool = False,
     *,
     key_padding_mask: Tensor | None = None,
+    causal_alignment: str = "top_left",
 ) -> tuple[Tensor, Tensor]:
     """Unfused attention as a user writes it, every step in the dtype of the inputs."""
     if key.shape[1] != query.shape[1]:
@@ -314,8 +322,7 @@ def plain_attention(
     elif attn_mask is not None:
         scores = scores + attn_mask
     if is_causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(hidden, -torch.inf)
+        scores = scores.masked_fill(above_diagonal(scores, causal_alignment), -torch.inf)
     if key_padding_mask is not None:
         scores = scores.masked_fill(key_padding_mask[:, None, None, :], -torch.inf)
     dead = (scores == -torch.inf).all(-1, keepdim=True)

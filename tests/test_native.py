@@ -129,7 +129,7 @@ def test_bad_calls_of_the_raw_ops_raise() -> None:
     query = torch.randn(2, 3, 5, 8)
     key, value = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 6)
     padding = torch.zeros(2, 7, dtype=torch.bool)
-    rest = (None, None, None, 0.0, False, None, False)
+    rest = (None, None, None, 0.0, False, False, None, False)
     bad = [
         (query[0], key, value, *rest),
         (query[..., :7], key, value, *rest),
@@ -146,7 +146,7 @@ def test_bad_calls_of_the_raw_ops_raise() -> None:
         (query, key, value, None, None, None, 0.5, *rest[4:]),
         (query, key, value, None, None, torch.tensor([1.0]), 0.5, *rest[4:]),
         (query, key, value, None, None, torch.tensor([1]), 1.5, *rest[4:]),
-        (query, key, value, *rest[:5], float("nan"), False),
+        (query, key, value, *rest[:6], float("nan"), False),
     ]
     for arguments in bad:
         with pytest.raises(RuntimeError, match="fastfusion"):

@@ -117,7 +117,7 @@ class TestOpcheck:
         if gradient and mask is not None and mask.is_floating_point():
             mask = mask.clone().requires_grad_()
         arguments: tuple[Any, ...] = (
-            *qkv(gradient), mask, padding, seed, dropout_p, True, 0.3,
+            *qkv(gradient), mask, padding, seed, dropout_p, True, True, 0.3,
         )  # fmt: skip
         names = ["attention"] if gradient else ["attention_forward", "attention"]
         if backend_now == "cpu":
@@ -131,7 +131,8 @@ class TestOpcheck:
     def test_backward(self, mask: Any, with_lse: bool) -> None:
         grad_lse = torch.randn(2, 3, 5) if with_lse else None
         arguments = (
-            torch.randn(2, 3, 5, 6), grad_lse, *qkv(), mask, PADDING, None, 0.0, False, None, True,
+            torch.randn(2, 3, 5, 6), grad_lse, *qkv(), mask, PADDING, None, 0.0, False, False, None,
+            True,
         )  # fmt: skip
         torch.library.opcheck(op("attention_backward"), arguments)
 

@@ -88,8 +88,7 @@ class ForwardTask {
 
   // The keys that the diagonal leaves to a panel.
   int64_t limit_of(const Panel& panel) const {
-    const int64_t limit = panel.queries.first + panel.queries.count;
-    return p_.causal && limit < p_.kv_len ? limit : p_.kv_len;
+    return p_.keys_seen_by(panel.queries.first + panel.queries.count - 1);
   }
 
   void start(int64_t b, int64_t h, const Block& queries, bool rest, int64_t i) {

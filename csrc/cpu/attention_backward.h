@@ -136,8 +136,8 @@ class BackwardTask {
     const Slice key(p_.key, p_.type, b, group), value(p_.value, p_.type, b, group);
     for (int64_t i = 0; i < count_; ++i) {
       BackwardPanel& panel = panel_[i];
-      const int64_t end = panel.queries.first + panel.queries.count;
-      panel.visible = p_.causal ? keys.before(end) : keys.count;
+      const int64_t last = panel.queries.first + panel.queries.count - 1;
+      panel.visible = keys.before(p_.keys_seen_by(last));
     }
     const bool one_block = keys.count <= kBlock;
     for (int pass = 0; pass < 2 - one_block; ++pass) {

@@ -221,7 +221,7 @@ class BidirectionalTask {
     } else {
       multiply(key, query_[i], block.count, scores.columns, steps,
                StoreMaximum{scores_, scores.columns, maximum_});
-      if (!p_.mask.data) return unit_;
+      if (!p_.mask.data && !crosses_diagonal(scores, block)) return unit_;
     }
     mask_scores(scores, block, unit_, maximum_);
     return 1.0f;
@@ -309,7 +309,7 @@ class BidirectionalTask {
   Right<Math> query_[kPanels], query_value_[kPanels];
 };
 
-// The same call from the other side; not for dropout, whose bits know rows from columns.
+// The same call from the other side; dropout and the diagonal know rows from columns.
 template <class Call>
 inline Call exchanged(Call p) {
   std::swap(p.q_len, p.kv_len);
@@ -323,7 +323,9 @@ inline Call exchanged(Call p) {
   return p;
 }
 
-inline bool wants_exchange(const Bidirectional& p) { return p.kv_len > p.q_len && !p.dropout; }
+inline bool wants_exchange(const Bidirectional& p) {
+  return p.kv_len > p.q_len && !p.dropout && !p.causal;
+}
 
 template <class HalfMath>
 void bidirectional_forward(const BidirectionalForward& given, ParallelFor parallel) {

@@ -37,7 +37,8 @@ class BidirectionalBackwardTask {
         value_dim_(padded(p.value_dim)),
         query_value_dim_(padded(p.query_value_dim)),
         rows_size_(padded(p.q_len) + Vec::kLanes),
-        unit_(Math::kDepth > 1 && !p.mask.data && !has_few(p) ? std::fabs(p.scale) : 1.0f),
+        masked_(has_few(p) || p.mask.data || p.causal),
+        unit_(Math::kDepth > 1 && !masked_ ? std::fabs(p.scale) : 1.0f),
         size_(p.kv_len),
         keeps_(3 * p.kv_len * rows_size_ <= kKept) {}
 
@@ -239,7 +240,7 @@ class BidirectionalBackwardTask {
       multiply(keys.key, panel.query_t, block.count, columns, steps,
                StoreMaximum{tile.scores, columns, maximum_});
     }
-    if (few || p_.mask.data) {
+    if (masked_) {
       mask_scores(scores, block, Math::kDepth > 1 ? std::fabs(p_.scale) : 1.0f, maximum_);
     }
     const auto gradients = [&](const LeftRows<Math>& left, const Right<Math>& right, int64_t dim,
@@ -360,6 +361,7 @@ class BidirectionalBackwardTask {
 
   const BidirectionalBackward& p_;
   int64_t dim_, value_dim_, query_value_dim_, rows_size_, count_ = 0, b_ = 0, h_ = 0;
+  bool masked_;  // scores are in natural units
   float unit_;
   TileSize size_;
   bool keeps_;  // tiles between the passes

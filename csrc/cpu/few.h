@@ -151,8 +151,9 @@ inline void mask_row(const Scores& s, const Block& block) {
       (logical ? Vec::select(bias, score, Vec::set(-kInfinity)) : score + bias)
           .store(s.data + j, some);
     }
+    const int64_t seen = p.keys_seen_by(s.queries[0]);
     for (int64_t i = 0; i < some && p.causal; ++i)
-      if (block[j + i] > s.queries[0]) s.data[j + i] = -kInfinity;
+      if (block[j + i] >= seen) s.data[j + i] = -kInfinity;
   }
 }
 
@@ -230,8 +231,8 @@ inline void few_tasks(int64_t begin, int64_t end, const void* context) {
       for (int64_t row = 0; row < members * p.q_len; ++row) {
         const int64_t b = slice / p.kv_heads, query = row % p.q_len;
         const int64_t h = slice % p.kv_heads * members + row / p.q_len;
-        const int64_t limit = p.causal && query + 1 < p.kv_len ? query + 1 : p.kv_len;
-        few_row<decltype(kind)>(p, b, h, query, visible_keys(p, b, limit, s.list), s);
+        const Positions keys = visible_keys(p, b, p.keys_seen_by(query), s.list);
+        few_row<decltype(kind)>(p, b, h, query, keys, s);
       }
   });
 }

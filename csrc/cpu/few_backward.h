@@ -127,9 +127,23 @@ class FewBackwardTask {
     });
     const float divisor = inverse(sum), mean = sum == 0.0f ? 0.0f : delta / sum;
     const float grad_lse = sum == 0.0f ? 0.0f : p_.grad_lse.at(b, h, query);
+    // What the rounding of the mean leaves over is common to a row: without it the gradient of a
+    // query over 4,500 keys of one sign errs three times as much.
+    float rest = 0.0f;
+    for_blocks(keys, [&](const Block& block) {
+      FourSums left;
+      for (int64_t j = block.first; j < block.first + block.count; j += Vec::kLanes) {
+        const Vec grad = Vec::load(grads + j) - Vec::set(mean);
+        Vec& part = left.part[j / Vec::kLanes % 4];
+        part = Vec::fma(Vec::load(scores + j), grad, part);
+      }
+      rest += left.total().total();
+    });
+    rest *= divisor;
     for (int64_t j = 0; j < keys.count; j += Vec::kLanes) {
       const Vec weight = Vec::load(scores + j) * Vec::set(divisor);
-      const Vec grad = (Vec::load(grads + j) - Vec::set(mean)) + Vec::set(grad_lse);
+      const Vec centred = (Vec::load(grads + j) - Vec::set(mean)) - Vec::set(rest);
+      const Vec grad = centred + Vec::set(grad_lse);
       (weight * grad).store(grads + j);
       (p_.dropout ? weight * Vec::load(factor_ + j) : weight).store(scores + j);
     }

@@ -132,7 +132,7 @@ struct Scores {
 
 // Whether the diagonal hides some of a block's keys from some queries.
 inline bool crosses_diagonal(const Scores& s, const Block& block) {
-  return s.p.causal && block.count > 0 && block[block.count - 1] > s.queries[0];
+  return block.count > 0 && block[block.count - 1] >= s.p.keys_seen_by(s.queries[0]);
 }
 
 // The mask of one key for `count` queries from the `first` on.
@@ -193,8 +193,8 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
         }
         score.store(at);
         if (causal) {
-          const int64_t earlier = block[first + k] - s.queries[lane];  // queries before this key
-          for (int64_t i = 0; i < (earlier < kLanes ? earlier : kLanes); ++i) at[i] = -kInfinity;
+          const int64_t sees = block[first + k] - p.diagonal;  // the first query that does
+          for (int64_t i = 0; i < some && s.queries[lane + i] < sees; ++i) at[i] = -kInfinity;
           score = Vec::load(at);
         }
         largest = Vec::max(score, largest);

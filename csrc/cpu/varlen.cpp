@@ -13,7 +13,7 @@
 namespace ff {
 namespace {
 
-int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
+int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : type == Type::kBool ? 1 : 2; }
 
 void advance(View& view, Type type, int64_t rows) {
   view.data = static_cast<const char*>(view.data) + rows * view.row * size_of(type);
@@ -23,21 +23,30 @@ void advance(MutableView& view, Type type, int64_t rows) {
   view.data = static_cast<char*>(view.data) + rows * view.row * size_of(type);
 }
 
-void advance_outputs(AttentionForward& p, int64_t queries, int64_t) {
+void advance_outputs(AttentionForward& p, int64_t, int64_t queries, int64_t) {
   advance(p.out, p.type, queries);
   if (p.lse.data) p.lse.data += queries * p.lse.row;
 }
 
-void advance_outputs(AttentionBackward& p, int64_t queries, int64_t keys) {
+void advance_outputs(AttentionBackward& p, int64_t sequence, int64_t queries, int64_t keys) {
   advance(p.grad_out, p.type, queries);
   if (p.grad_lse.data) p.grad_lse.data += queries * p.grad_lse.row;
   advance(p.grad_query, p.type, queries);
   advance(p.grad_key, p.type, keys);
   advance(p.grad_value, p.type, keys);
+  if (p.grad_mask.values) p.grad_mask.values += sequence * p.grad_mask.batch;
+  if (p.grad_mask.sums) p.grad_mask.sums += sequence * p.grad_mask.batch;
+  p.grad_mask.batch = 1;  // alone, its heads share no entry with another sequence
 }
 
 int64_t parts_of(const AttentionForward& p) { return kernels().attention_parts(p); }
-int64_t parts_of(const AttentionBackward& p) { return p.kv_heads; }
+int64_t parts_of(const AttentionBackward& p) {
+  return p.kv_heads > 0 ? p.kv_heads / p.grad_mask.heads_of_a_task(1, p.kv_heads) : 0;
+}
+
+// Whether all sequences add to the same entries of a mask's gradient.
+bool shares_sums(const AttentionForward&) { return false; }
+bool shares_sums(const AttentionBackward& p) { return p.grad_mask.sums && p.grad_mask.batch == 0; }
 
 void run_parts(const AttentionForward& p, int64_t begin, int64_t end) {
   kernels().attention_part(p, begin, end);
@@ -63,6 +72,7 @@ class Packed {
   }
 
   void run(ParallelFor parallel) {
+    if (shares_sums(whole_)) return run_heads(parallel);
     const double flops = 2.0 * work_.back() * double(whole_.head_dim + whole_.value_dim);
     chunks_ = flops < 2e6 ? 1 : std::min(parts_.back(), kChunks);
     const auto body = [](int64_t begin, int64_t end, const void* context) {
@@ -74,6 +84,16 @@ class Packed {
  private:
   static constexpr int64_t kChunks = 256;
 
+  // One sequence after the other for each part of the heads, so that sums have one order.
+  void run_heads(ParallelFor parallel) {
+    const auto body = [](int64_t begin, int64_t end, const void* context) {
+      const auto& all = *static_cast<const Packed*>(context);
+      for (int64_t i = 0; i < all.sequences_.count; ++i) run_parts(all.sequence(i), begin, end);
+    };
+    const int64_t parts = sequences_.count > 0 ? parts_of(sequence(0)) : 0;
+    if (parts > 0) parallel(parts, body, this);
+  }
+
   Call sequence(int64_t i) const {
     const int64_t q = sequences_.q_offsets[i], k = sequences_.kv_offsets[i];
     Call p = whole_;
@@ -82,7 +102,11 @@ class Packed {
     advance(p.query, p.type, q);
     advance(p.key, p.type, k);
     advance(p.value, p.type, k);
-    advance_outputs(p, q, k);
+    if (p.mask.data) {
+      p.mask.data = static_cast<const char*>(p.mask.data) + i * p.mask.batch * size_of(p.mask_type);
+    }
+    p.diagonal = sequences_.bottom_right ? p.kv_len - p.q_len : 0;
+    advance_outputs(p, i, q, k);
     return p;
   }
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fastfusion import _arguments as arguments
 from fastfusion import _cuda, _philox, _registration, _triton
@@ -30,6 +31,7 @@ from fastfusion._kernel_op import Interface
 from fastfusion._op import Implementation, Op, never_refuses
 from fastfusion._reference import (
     accumulation_dtype,
+    diagonal_of,
     dropout_factor,
     hide,
     log_sum_exp,
@@ -48,6 +50,8 @@ def bidirectional_attention(
     attn_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -62,9 +66,12 @@ def bidirectional_attention(
         value: (batch, heads, kv_len, value_dim), what queries gather from keys.
         query_value: (batch, heads, q_len, query_value_dim), what keys gather from queries.
         attn_mask: broadcastable to (batch, heads, q_len, kv_len): bool, True = attend, or a
-            float bias that is added to the scores and may require a gradient.
-        query_padding_mask: bool (batch, q_len), True = keys ignore this query.
-        key_padding_mask: bool (batch, kv_len), True = queries ignore this key.
+            float bias that is added to the scores and may require a gradient; or a causal mask
+            of `torch.nn.attention.bias`.
+        query_padding_mask: bool, broadcastable to (batch, q_len), True = keys ignore this query.
+        key_padding_mask: bool, broadcastable to (batch, kv_len), True = queries ignore this key.
+        is_causal: query i and key j see each other where j <= i; combines with the masks.
+        causal_alignment: "top_left", or "bottom_right": j <= i + kv_len - q_len.
         scale: factor of the scores, any finite number; 1 / sqrt(head_dim) by default.
         dropout_p: probability of dropping a weight, drawn anew for each direction.
         return_lse: also return the log-sum-exp of each row and of each column of the scores.
@@ -79,33 +86,34 @@ def bidirectional_attention(
         ValueError: shapes, devices or numbers that do not fit; the message prints them.
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
+    tensors = (query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask)
+    if not torch.compiler.is_compiling() and has_torch_function(tensors):
+        asked = tuple(t for t in tensors if arguments.causal_bias(t) is None)
+        if has_torch_function(asked):
+            return handle_torch_function(
+                bidirectional_attention, asked,
+                query, key, value, query_value, attn_mask=attn_mask,
+                query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
+                is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
+                dropout_p=dropout_p, return_lse=return_lse, backend=backend,
+            )  # fmt: skip
     result = _registration.run_checked(
-        _CPU, OP, backend, scale, dropout_p, (return_lse,),
+        _CPU, OP, backend, attn_mask, scale, dropout_p, causal_alignment, (is_causal, return_lse),
         (
             query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask, None,
-            0.0, scale, return_lse,
+            0.0, is_causal, causal_alignment == "bottom_right", scale, return_lse,
         ),
     )  # fmt: skip
     if result is not None:
         return result
-    device_type = arguments.device_type_of(query)
-    dtype = arguments.autocast_dtype(device_type)
-    query, key, value, query_value = arguments.autocast_cast(dtype, query, key, value, query_value)
-    attn_mask = arguments.autocast_mask(dtype, attn_mask)
-    if not torch.compiler.is_compiling():
-        check(
-            query, key, value, query_value, attn_mask=attn_mask,
-            query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
-            scale=scale, dropout_p=dropout_p, return_lse=return_lse,
-        )  # fmt: skip
-    unbatched = query.dim() == 3
     given = normalize(
         query, key, value, query_value, attn_mask=attn_mask,
         query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
-        scale=scale, dropout_p=dropout_p, return_lse=return_lse,
+        is_causal=is_causal, causal_alignment=causal_alignment, scale=scale, dropout_p=dropout_p,
+        return_lse=return_lse,
     )  # fmt: skip
-    results = OP.run(backend, given, None if dtype is None else device_type)
-    return tuple(r.squeeze(0) for r in results) if unbatched else results
+    results = OP.run(backend, given)
+    return tuple(r.squeeze(0) for r in results) if query.dim() == 3 else results
 
 
 def check(
@@ -117,6 +125,8 @@ def check(
     attn_mask: Any = None,
     query_padding_mask: Any = None,
     key_padding_mask: Any = None,
+    is_causal: Any = False,
+    causal_alignment: Any = "top_left",
     scale: Any = None,
     dropout_p: Any = 0.0,
     return_lse: Any = False,
@@ -133,13 +143,16 @@ def check(
     for name, tensor in tensors.items():
         if tuple(tensor.shape[:-2]) != leading:
             raise ValueError(f"{name} must have the batch and heads of query, got {given}")
-    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
-        raise ValueError(f"key must have the head_dim of query, at least 1, got {given}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"key must have the head_dim of query, got {given}")
     if value.shape[-2] != key.shape[-2]:
         raise ValueError(f"value must have the kv_len of key, got {given}")
     if query_value.shape[-2] != query.shape[-2]:
         raise ValueError(f"query_value must have the q_len of query, got {given}")
     q_len, kv_len, batch = query.shape[-2], key.shape[-2], leading[:-1]
+    arguments.check_flag("is_causal", is_causal)
+    arguments.check_alignment(causal_alignment)
+    attn_mask, *_ = arguments.resolve_causal(attn_mask, is_causal, causal_alignment, q_len, kv_len)
     arguments.check_attn_mask(attn_mask, query, (*leading, q_len, kv_len), given)
     arguments.check_padding_mask(
         "query_padding_mask", query_padding_mask, query, (*batch, q_len), given
@@ -161,21 +174,41 @@ def normalize(
     attn_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> tuple[Any, ...]:
-    """Legal public arguments as every implementation takes them: 4-D, with a seed."""
+    """Public arguments, cast as autocast asks and checked, as every implementation takes them:
+    4-D, with a seed."""
+    dtype = arguments.autocast_dtype(arguments.device_type_of(query))
+    query, key, value, query_value = arguments.autocast_cast(dtype, query, key, value, query_value)
+    attn_mask = arguments.autocast_mask(dtype, attn_mask)
+    if not torch.compiler.is_compiling():
+        check(
+            query, key, value, query_value, attn_mask=attn_mask,
+            query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
+            is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
+            dropout_p=dropout_p, return_lse=return_lse,
+        )  # fmt: skip
+    attn_mask, is_causal, causal_alignment = arguments.resolve_causal(
+        attn_mask, is_causal, causal_alignment, query.shape[-2], key.shape[-2]
+    )
+    scale = arguments.number("scale", scale)
+    query, key = arguments.with_a_head_dim(query, key)
     if query.dim() == 3:
         query, key, value, query_value = (t[None] for t in (query, key, value, query_value))
-        query_padding_mask, key_padding_mask = (
-            None if t is None else t[None] for t in (query_padding_mask, key_padding_mask)
-        )
+    batch = query.shape[0]
+    query_padding_mask, key_padding_mask = (
+        None if mask is None else mask.expand(batch, length)
+        for mask, length in ((query_padding_mask, query.shape[2]), (key_padding_mask, key.shape[2]))
+    )
     seed = _philox.draw_seed(query.device) if dropout_p > 0.0 else None
     return (
         query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask, seed,
-        dropout_p, scale, return_lse,
+        dropout_p, is_causal, causal_alignment == "bottom_right", scale, return_lse,
     )  # fmt: skip
 
 
@@ -189,12 +222,15 @@ def _run_reference(
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    is_causal: bool,
+    bottom_right: bool,
     scale: float | None,
     return_lse: bool,
 ) -> tuple[Tensor, ...]:
     acc = accumulation_dtype(query.dtype)
     scale = arguments.softmax_scale(scale, query.shape[-1])
-    scores = masked_scores(query, key, attn_mask, None, False, scale)
+    diagonal = diagonal_of(is_causal, bottom_right, query.shape[2], key.shape[2])
+    scores = masked_scores(query, key, attn_mask, None, diagonal, scale)
     rows = columns = scores
     if key_padding_mask is not None:
         rows = scores.masked_fill(key_padding_mask[:, None, None, :], -torch.inf)
@@ -246,7 +282,7 @@ _INTERFACE = Interface(
         "Tensor query", "Tensor key", "Tensor value", "Tensor query_value", "Tensor? attn_mask",
         "Tensor? query_padding_mask", "Tensor? key_padding_mask", "Tensor? seed",
     ),
-    options=("float dropout_p", "float? scale"),
+    options=("float dropout_p", "bool is_causal", "bool bottom_right", "float? scale"),
     outputs=4,
     gradients=5,
     masked=True,
@@ -287,7 +323,7 @@ def _triton_refuses(
 
 def _cuda_given(*given: Any) -> tuple[Any, ...]:
     """Normalised arguments without seed, dropout, and whether there are to be lse."""
-    return *given[:7], given[9]
+    return *given[:7], *given[9:12]
 
 
 def _cuda_fake(*given: Any) -> tuple[Tensor, ...]:
@@ -295,7 +331,7 @@ def _cuda_fake(*given: Any) -> tuple[Tensor, ...]:
 
 
 def _cuda_reference(*given: Any) -> tuple[Tensor, ...]:
-    return _full_reference(*given[:7], None, 0.0, given[7])
+    return _full_reference(*given[:7], None, 0.0, *given[7:])
 
 
 _CUDA = _cuda.ForwardOp("bidirectional", _cuda_fake, _cuda_reference, outputs=2)
@@ -390,6 +426,6 @@ OP = Op(
         Implementation(
             "cuda", _run_cuda, _cuda_refuses, False, on_request=_cuda.emulates, path=_cuda_path
         ),
-        Implementation("reference", _run_reference, never_refuses),
+        Implementation("reference", _run_reference, never_refuses, checks=False),
     ),
 )

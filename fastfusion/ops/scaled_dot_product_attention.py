@@ -9,7 +9,8 @@ and with P the softmax, c the dropout factor of a score (0, or 1 / (1 - p) where
     dV = (P c)^T dO      dS = P * (c * (dO V^T) - rowsum(dO * out) + d lse)      d bias = dS
     dQ = scale * dS K    dK = scale * dS^T Q
 
-A row with no key left gives out = 0, lse = -inf and no gradient.
+A row with no key left gives out = 0, lse = -inf and no gradient. A causal mask hides key j from
+query i where j > i + diagonal; the diagonal is 0, or kv_len - q_len if it ends bottom right.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fastfusion import _arguments as arguments
 from fastfusion import _cuda, _philox, _registration, _triton
-from fastfusion._kernel_op import Interface
+from fastfusion._kernel_op import PLAIN, Interface
 from fastfusion._op import Implementation, Op, never_refuses
 from fastfusion._reference import attention_reference
 
@@ -40,28 +42,33 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     key_padding_mask: Tensor | None = None,
+    causal_alignment: str = "top_left",
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Any:
     """softmax(scale * query @ key^T + bias) @ value, fused: the scores are never stored.
 
     A drop-in replacement of `torch.nn.functional.scaled_dot_product_attention`. Rows with no key
-    left are 0 and never NaN.
+    left are 0 and never NaN, and masks and `is_causal` combine, which torch refuses from 2.14 on.
 
     Args:
-        query: (batch, heads, q_len, head_dim), float32, bfloat16, float16 or float64. 2-D, 3-D
-            and 5-D inputs and size-1 batch and head dimensions are accepted as in torch.
+        query: (batch, heads, q_len, head_dim), float32, bfloat16, float16 or float64. 2-D and 3-D
+            inputs, more batch dimensions and size-1 batch and head dimensions are accepted as in
+            torch.
         key: (batch, kv_heads, kv_len, head_dim).
         value: (batch, kv_heads, kv_len, value_dim).
         attn_mask: broadcastable to (batch, heads, q_len, kv_len): bool, True = attend, or a
-            float bias that is added to the scores and may require a gradient.
+            float bias (of the query's dtype or float32) that is added to the scores and may
+            require a gradient; or a causal mask of `torch.nn.attention.bias`.
         dropout_p: probability of dropping a score; applied whenever it is above 0.
-        is_causal: query i sees keys 0..i (aligned top left); combines with the masks.
+        is_causal: query i sees keys 0..i; combines with the masks.
         scale: factor of the scores, any finite number; 1 / sqrt(head_dim) by default.
         enable_gqa: heads may be a multiple of kv_heads; query head h reads
             key head h // (heads // kv_heads).
-        key_padding_mask: bool (batch, kv_len), True = ignore this key; what it hides is never
-            read into a result and gets gradient 0.
+        key_padding_mask: bool, broadcastable to (batch, kv_len), True = ignore this key; what it
+            hides is never read into a result and gets gradient 0.
+        causal_alignment: "top_left", or "bottom_right", where the last query sees the last key:
+            query i sees keys 0..i + kv_len - q_len, as in FlashAttention. Of `is_causal`.
         return_lse: also return the log-sum-exp of each row of scores.
         backend: "cpu", "triton", "cuda" or "reference" to insist on one; None chooses.
 
@@ -78,9 +85,21 @@ def scaled_dot_product_attention(
     if _is_compiling():
         return _call(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            key_padding_mask, return_lse, backend,
+            key_padding_mask, causal_alignment, return_lse, backend,
         )  # fmt: skip
+    tensors = (query, key, value, attn_mask, key_padding_mask)
+    if has_torch_function(tensors):
+        # A subclass or a mode decides, as with torch's function; torch's causal masks are ours.
+        asked = tuple(t for t in tensors if arguments.causal_bias(t) is None)
+        if has_torch_function(asked):
+            return handle_torch_function(
+                scaled_dot_product_attention, asked,
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                key_padding_mask=key_padding_mask, causal_alignment=causal_alignment,
+                return_lse=return_lse, backend=backend,
+            )  # fmt: skip
     try:
+        bottom_right = arguments.BOTTOM_RIGHT.get(causal_alignment)
         # By type, since the dispatcher would take 1 for True and a tensor for a number.
         typed = (
             (is_causal is False or is_causal is True)
@@ -88,26 +107,40 @@ def scaled_dot_product_attention(
             and (return_lse is False or return_lse is True)
             and (scale is None or type(scale) is float)
             and type(dropout_p) is float
+            and type(attn_mask) in PLAIN
+            and bottom_right is not None
         )
         if typed and dropout_p == 0.0 and not _any_autocast() and query.dim() == 4:
             given = (
-                query, key, value, attn_mask, key_padding_mask, None, 0.0, is_causal, scale,
-                enable_gqa, return_lse,
+                query, key, value, attn_mask, key_padding_mask, None, 0.0, is_causal, bottom_right,
+                scale, enable_gqa, return_lse,
             )  # fmt: skip
-            return OP.select(backend, given).run(*given)
-    except Exception:
-        # The compiled op checks everything and says little; check() finds the words. What it
-        # accepts was refused for a size-1 batch or head dimension, which _call expands.
+            chosen = OP.select(backend, given)
+            if chosen.checks:
+                return chosen.run(*given)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        # Kernels check everything and say little; check() has the words. What it accepts was
+        # refused for what normalisation changes, or the error is not about arguments.
         check(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            key_padding_mask=key_padding_mask, return_lse=return_lse,
+            key_padding_mask=key_padding_mask, causal_alignment=causal_alignment,
+            return_lse=return_lse,
         )  # fmt: skip
-        if query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        if _is_normal(query, key, value, key_padding_mask):
             raise
     return _call(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        key_padding_mask, return_lse, backend,
+        key_padding_mask, causal_alignment, return_lse, backend,
     )  # fmt: skip
+
+
+def _is_normal(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> bool:
+    """Whether `normalize` would leave legal 4-D tensors as they are."""
+    return (
+        query.shape[:2] == key.shape[:2] == value.shape[:2]
+        and query.shape[3] > 0
+        and (padding is None or padding.shape == (key.shape[0], key.shape[2]))
+    )
 
 
 def _call(
@@ -120,28 +153,20 @@ def _call(
     scale: float | None,
     enable_gqa: bool,
     key_padding_mask: Tensor | None,
+    causal_alignment: str,
     return_lse: bool,
     backend: str | None,
 ) -> Any:
     """The general road: any rank, broadcast dimensions, autocast, dropout, tracing."""
-    device_type = arguments.device_type_of(query)
-    dtype = arguments.autocast_dtype(device_type)
-    query, key, value = arguments.autocast_cast(dtype, query, key, value)
-    attn_mask = arguments.autocast_mask(dtype, attn_mask)
-    if not _is_compiling():
-        check(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            key_padding_mask=key_padding_mask, return_lse=return_lse,
-        )  # fmt: skip
-    leading = query.shape[:-3] if query.dim() != 4 else None
     given = normalize(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        key_padding_mask=key_padding_mask, return_lse=return_lse,
+        key_padding_mask=key_padding_mask, causal_alignment=causal_alignment,
+        return_lse=return_lse,
     )  # fmt: skip
-    result = OP.run(backend, given, None if dtype is None else device_type)
-    if leading is None:
+    result = OP.run(backend, given)
+    if query.dim() == 4:
         return result
-    leading = torch.broadcast_shapes(leading, key.shape[:-3], value.shape[:-3])
+    leading = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value)))
     heads = given[0].shape[1:2] if query.dim() > 2 else ()
     if return_lse:
         return tuple(t.reshape(leading + heads + t.shape[2:]) for t in result)
@@ -159,16 +184,17 @@ def check(
     enable_gqa: Any = False,
     *,
     key_padding_mask: Any = None,
+    causal_alignment: Any = "top_left",
     return_lse: Any = False,
     backend: Any = None,
 ) -> None:
     """Raise TypeError or ValueError for arguments that are not legal."""
     arguments.check_tensors(query=query, key=key, value=value)
     given = arguments.shapes(query=query, key=key, value=value)
-    if not query.dim() == key.dim() == value.dim() or not 2 <= query.dim() <= 5:
-        raise ValueError(f"query, key and value must have the same rank, 2 to 5, got {given}")
-    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
-        raise ValueError(f"key must have the head_dim of query, at least 1, got {given}")
+    if not query.dim() == key.dim() == value.dim() or query.dim() < 2:
+        raise ValueError(f"query, key and value must have the same rank, at least 2, got {given}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"key must have the head_dim of query, got {given}")
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"value must have the kv_len of key, got {given}")
     try:
@@ -194,13 +220,15 @@ def check(
         heads = (q_heads if enable_gqa or kv_heads == 1 else kv_heads,)
     q_len, kv_len = query.shape[-2], key.shape[-2]
     target = (*leading, *heads, q_len, kv_len)
+    arguments.check_flag("is_causal", is_causal)
+    arguments.check_alignment(causal_alignment)
+    attn_mask, *_ = arguments.resolve_causal(attn_mask, is_causal, causal_alignment, q_len, kv_len)
     arguments.check_attn_mask(attn_mask, query, target, given)
     arguments.check_padding_mask(
         "key_padding_mask", key_padding_mask, query, (*leading, kv_len), given
     )
     arguments.check_dropout(dropout_p)
     arguments.check_scale(scale, query)
-    arguments.check_flag("is_causal", is_causal)
     arguments.check_flag("return_lse", return_lse)
 
 
@@ -215,37 +243,54 @@ def normalize(
     enable_gqa: bool = False,
     *,
     key_padding_mask: Tensor | None = None,
+    causal_alignment: str = "top_left",
     return_lse: bool = False,
     backend: str | None = None,
 ) -> tuple[Any, ...]:
-    """Legal public arguments as every implementation takes them.
+    """Public arguments, cast as autocast asks and checked, as every implementation takes them.
 
     query (B, H, Lq, D), key (B, Hkv, Lk, D) and value (B, Hkv, Lk, Dv) with Hkv dividing H,
-    attn_mask of rank 4 or less, key_padding_mask (B, Lk), seed, dropout_p, is_causal, scale,
-    enable_gqa, return_lse.
+    attn_mask of rank 4 or less, key_padding_mask (B, Lk), seed, dropout_p, is_causal, bottom_right,
+    scale, enable_gqa, return_lse.
     """
+    dtype = arguments.autocast_dtype(arguments.device_type_of(query))
+    query, key, value = arguments.autocast_cast(dtype, query, key, value)
+    attn_mask = arguments.autocast_mask(dtype, attn_mask)
+    if not _is_compiling():
+        check(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            key_padding_mask=key_padding_mask, causal_alignment=causal_alignment,
+            return_lse=return_lse,
+        )  # fmt: skip
+    attn_mask, is_causal, causal_alignment = arguments.resolve_causal(
+        attn_mask, is_causal, causal_alignment, query.shape[-2], key.shape[-2]
+    )
+    scale = arguments.number("scale", scale)
     rank = query.dim()
-    if rank == 2:
-        query, key, value = (t[None, None] for t in (query, key, value))
-    elif rank == 3:
-        query, key, value = (t[None] for t in (query, key, value))
-    if rank < 4 and key_padding_mask is not None:
-        key_padding_mask = key_padding_mask[None]
+    query, key = arguments.with_a_head_dim(query, key)
     leading = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value)))
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask.expand(*leading, key.shape[-2])
+    if rank < 4:
+        query, key, value = (t[(None,) * (4 - rank)] for t in (query, key, value))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
     kv_heads = value.shape[-3] if key.shape[-3] == 1 else key.shape[-3]
     heads = query.shape[-3] if enable_gqa or kv_heads == 1 else kv_heads
-    query = query.expand(*leading, heads, -1, -1)
-    key, value = (t.expand(*leading, kv_heads, -1, -1) for t in (key, value))
-    if rank == 5:
-        query, key, value = (t.flatten(0, 1) for t in (query, key, value))
+    query = query.expand(*leading, heads, -1, -1) if rank > 3 else query.expand(-1, heads, -1, -1)
+    key, value = (
+        t.expand(*leading, kv_heads, -1, -1) if rank > 3 else t.expand(-1, kv_heads, -1, -1)
+        for t in (key, value)
+    )
+    if rank > 4:
+        query, key, value = (t.flatten(0, rank - 4) for t in (query, key, value))
         if attn_mask is not None and attn_mask.dim() > 3:
-            attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, 1)
+            attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, rank - 4)
         if key_padding_mask is not None:
-            key_padding_mask = key_padding_mask.flatten(0, 1)
+            key_padding_mask = key_padding_mask.flatten(0, rank - 4)
     seed = _philox.draw_seed(query.device) if dropout_p > 0.0 else None
     return (
-        query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal, scale,
-        enable_gqa or kv_heads != heads, return_lse,
+        query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal,
+        causal_alignment == "bottom_right", scale, enable_gqa or kv_heads != heads, return_lse,
     )  # fmt: skip
 
 
@@ -258,26 +303,15 @@ def _run_reference(
     seed: Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    bottom_right: bool,
     scale: float | None,
     enable_gqa: bool,
     return_lse: bool,
 ) -> Any:
-    if not _is_compiling():
-        check(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            key_padding_mask=key_padding_mask, return_lse=return_lse,
-        )  # fmt: skip
     out, lse = attention_reference(
-        query,
-        key,
-        value,
-        attn_mask,
-        key_padding_mask,
-        seed,
-        dropout_p,
-        is_causal,
+        query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal, bottom_right,
         scale,
-    )
+    )  # fmt: skip
     return (out, lse()) if return_lse else out
 
 
@@ -291,7 +325,7 @@ _INTERFACE = Interface(
         "Tensor query", "Tensor key", "Tensor value", "Tensor? attn_mask",
         "Tensor? key_padding_mask", "Tensor? seed",
     ),
-    options=("float dropout_p", "bool is_causal", "float? scale"),
+    options=("float dropout_p", "bool is_causal", "bool bottom_right", "float? scale"),
     outputs=2,
     gradients=4,
     masked=True,
@@ -308,8 +342,8 @@ _TRITON = _triton.kernel_op(
 
 def _cuda_given(*given: Any) -> tuple[Any, ...]:
     """Normalised arguments without seed and dropout, and whether there is to be an lse."""
-    query, key, value, attn_mask, key_padding_mask, _, _, is_causal, scale, gqa, _ = given
-    return query, key, value, attn_mask, key_padding_mask, is_causal, scale, gqa
+    query, key, value, attn_mask, padding, _, _, is_causal, bottom_right, scale, gqa, _ = given
+    return query, key, value, attn_mask, padding, is_causal, bottom_right, scale, gqa
 
 
 def _cuda_fake(*given: Any) -> tuple[Tensor, Tensor]:
@@ -317,7 +351,7 @@ def _cuda_fake(*given: Any) -> tuple[Tensor, Tensor]:
 
 
 def _cuda_reference(*given: Any) -> tuple[Tensor, Tensor]:
-    return _full_reference(*given[:5], None, 0.0, *given[5:7])
+    return _full_reference(*given[:5], None, 0.0, *given[5:8])
 
 
 _CUDA = _cuda.ForwardOp("attention", _cuda_fake, _cuda_reference, outputs=1)
@@ -351,6 +385,7 @@ def _run_triton(
     seed: Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    bottom_right: bool,
     scale: float | None,
     enable_gqa: bool,
     return_lse: bool,
@@ -359,7 +394,7 @@ def _run_triton(
         _require_fit(query, key, value, attn_mask, key_padding_mask, scale, enable_gqa)
     out, lse = _TRITON(
         return_lse, query, key, value, attn_mask, key_padding_mask, seed, dropout_p,
-        is_causal, scale,
+        is_causal, bottom_right, scale,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -491,6 +526,6 @@ OP = Op(
         Implementation(
             "cuda", _run_cuda, _cuda_refuses, False, on_request=_cuda.emulates, path=_cuda_path
         ),
-        Implementation("reference", _run_reference, never_refuses),
+        Implementation("reference", _run_reference, never_refuses, checks=False),
     ),
 )

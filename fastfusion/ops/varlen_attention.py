@@ -3,20 +3,24 @@
 Sequence b holds rows cu_seqlens_q[b] : cu_seqlens_q[b + 1] of the queries and
 cu_seqlens_k[b] : cu_seqlens_k[b + 1] of the keys, and attends to itself alone, by the formulas of
 `scaled_dot_product_attention`. Positions in causal masks and dropout count inside the sequence, so
-packed and padded calls agree. The layout is FlashAttention's (Dao et al., 2022, unpadded calls).
+packed and padded calls agree. Rows behind the last sequence, as buffers of a fixed size have them,
+give out = 0, lse = -inf and no gradient. The layout is FlashAttention's (Dao et al., 2022, unpadded
+calls).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fastfusion import _arguments as arguments
 from fastfusion import _philox, _registration, _triton
-from fastfusion._kernel_op import Interface
+from fastfusion._kernel_op import PLAIN, Interface
 from fastfusion._op import Implementation, Op, never_refuses
-from fastfusion._reference import attention_reference
+from fastfusion._reference import attention_below
 
 
 def varlen_attention(
@@ -25,10 +29,12 @@ def varlen_attention(
     value: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     *,
+    attn_mask: Tensor | None = None,
     is_causal: bool = False,
+    causal_alignment: str = "top_left",
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -41,11 +47,17 @@ def varlen_attention(
         key: (total_k, kv_heads, head_dim); heads may be a multiple of kv_heads.
         value: (total_k, kv_heads, value_dim).
         cu_seqlens_q: int32 or int64 (sequences + 1,), where each sequence's queries begin:
-            starts at 0, never falls, ends at total_q.
+            starts at 0, never falls, ends at total_q or before. Rows behind the end give 0.
         cu_seqlens_k: the same for keys and values.
-        max_seqlen_q: at least the longest sequence of queries.
+        max_seqlen_q: at least the longest sequence of queries; found in `cu_seqlens_q` where it is
+            left out, which on a GPU waits for the device.
         max_seqlen_k: at least the longest sequence of keys.
+        attn_mask: broadcastable to (sequences, heads, max_seqlen_q, max_seqlen_k), positions
+            counted inside each sequence: bool, True = attend, or a float bias that is added to
+            the scores and may require a gradient.
         is_causal: query i of a sequence sees its keys 0..i.
+        causal_alignment: "top_left", or "bottom_right", where the last query of a sequence sees
+            its last key, as in FlashAttention.
         scale: factor of the scores, any finite number; 1 / sqrt(head_dim) by default.
         dropout_p: probability of dropping a score; applied whenever it is above 0.
         return_lse: also return the log-sum-exp of each row of scores.
@@ -62,29 +74,31 @@ def varlen_attention(
             the device.
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
+    tensors = (query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    if not torch.compiler.is_compiling() and has_torch_function(tensors):
+        return handle_torch_function(
+            varlen_attention, tensors,
+            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            attn_mask=attn_mask, is_causal=is_causal, causal_alignment=causal_alignment,
+            scale=scale, dropout_p=dropout_p, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
     plain = type(max_seqlen_q) is int and type(max_seqlen_k) is int  # a tensor would pass for one
     result = _registration.run_checked(
-        _CPU if plain else None, OP, backend, scale, dropout_p, (is_causal, return_lse),
+        _CPU if plain else None, OP, backend, attn_mask, scale, dropout_p, causal_alignment,
+        (is_causal, return_lse),
         (
-            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, 0.0,
-            is_causal, scale, return_lse,
+            query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            None, 0.0, is_causal, causal_alignment == "bottom_right", scale, return_lse,
         ),
     )  # fmt: skip
     if result is not None:
         return result
-    device_type = arguments.device_type_of(query)
-    dtype = arguments.autocast_dtype(device_type)
-    query, key, value = arguments.autocast_cast(dtype, query, key, value)
-    if not torch.compiler.is_compiling():
-        check(
-            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            is_causal=is_causal, scale=scale, dropout_p=dropout_p, return_lse=return_lse,
-        )  # fmt: skip
     given = normalize(
         query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        is_causal=is_causal, scale=scale, dropout_p=dropout_p, return_lse=return_lse,
+        attn_mask=attn_mask, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
+        dropout_p=dropout_p, return_lse=return_lse,
     )  # fmt: skip
-    return OP.run(backend, given, None if dtype is None else device_type)
+    return OP.run(backend, given)
 
 
 def check(
@@ -93,10 +107,12 @@ def check(
     value: Any,
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
+    max_seqlen_q: Any = None,
+    max_seqlen_k: Any = None,
     *,
+    attn_mask: Any = None,
     is_causal: Any = False,
+    causal_alignment: Any = "top_left",
     scale: Any = None,
     dropout_p: Any = 0.0,
     return_lse: Any = False,
@@ -107,8 +123,8 @@ def check(
     given = arguments.shapes(query=query, key=key, value=value)
     if not query.dim() == key.dim() == value.dim() == 3:
         raise ValueError(f"query, key and value must be (total, heads, dim), got {given}")
-    if query.shape[2] != key.shape[2] or query.shape[2] == 0:
-        raise ValueError(f"key must have the head_dim of query, at least 1, got {given}")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(f"key must have the head_dim of query, got {given}")
     if key.shape[:2] != value.shape[:2]:
         raise ValueError(f"value must have the total and the heads of key, got {given}")
     if query.shape[1] % key.shape[1] if key.shape[1] else query.shape[1]:
@@ -124,6 +140,18 @@ def check(
             + arguments.shapes(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         )
     arguments.check_flag("is_causal", is_causal)
+    arguments.check_alignment(causal_alignment)
+    if arguments.causal_bias(attn_mask) is not None:
+        raise TypeError(
+            "attn_mask must be a plain tensor: is_causal and causal_alignment stand for a "
+            f"{type(attn_mask).__name__} here"
+        )
+    if attn_mask is not None:
+        longest = (
+            _longest(cu_seqlens_q, max_seqlen_q, query), _longest(cu_seqlens_k, max_seqlen_k, key)
+        )  # fmt: skip
+        target = (cu_seqlens_q.shape[0] - 1, query.shape[1], *longest)
+        arguments.check_attn_mask(attn_mask, query, target, given)
     arguments.check_scale(scale, query)
     arguments.check_dropout(dropout_p)
     arguments.check_flag("return_lse", return_lse)
@@ -139,24 +167,50 @@ def _check_offsets(side: str, offsets: Any, longest: Any, tensor: Tensor, query:
     if offsets.dim() != 1 or offsets.shape[0] == 0:
         raise ValueError(f"{name} must have shape (sequences + 1,), got {tuple(offsets.shape)}")
     arguments.check_device(name, offsets, "query", query)
-    if isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt):
-        raise TypeError(f"max_seqlen_{side} must be an int, got {type(longest).__name__}")
-    if longest < 0:
-        raise ValueError(f"max_seqlen_{side} must not be negative, got {longest}")
-    if offsets.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+    longest = arguments.number(f"max_seqlen_{side}", longest)
+    if longest is not None:
+        if isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt):
+            raise TypeError(
+                f"max_seqlen_{side} must be an int or None, got {type(longest).__name__}"
+            )
+        if longest < 0:
+            raise ValueError(f"max_seqlen_{side} must not be negative, got {longest}")
+    if not _readable(offsets):
         return
     values = offsets.tolist()
     lengths = [b - a for a, b in zip(values, values[1:], strict=False)]
-    if values[0] != 0 or values[-1] != total or min(lengths, default=0) < 0:
+    if values[0] != 0 or values[-1] > total or min(lengths, default=0) < 0:
         raise ValueError(
-            f"{name} must start at 0, never fall and end at {total}, the rows of "
+            f"{name} must start at 0, never fall and end at {total} or before, the rows of "
             f"{'query' if side == 'q' else 'key'}; got {values if len(values) < 9 else '...'}"
         )
-    if max(lengths, default=0) > longest:
+    if longest is not None and max(lengths, default=0) > longest:
         raise ValueError(
             f"max_seqlen_{side} must be at least the longest sequence, {max(lengths)}, "
             f"got {longest}"
         )
+
+
+def _readable(offsets: Tensor) -> bool:
+    """Whether reading the values costs and breaks nothing: on the CPU, and nobody traces."""
+    return (
+        not torch.compiler.is_compiling()
+        and offsets.is_cpu
+        and type(offsets) in PLAIN
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _longest(offsets: Tensor, longest: Any, rows: Tensor) -> Any:
+    """`longest`, or if it is left out that of `offsets`; under tracing the number of rows."""
+    if longest is not None:
+        return arguments.number("max_seqlen", longest)
+    if offsets.shape[0] == 1:
+        return 0
+    if offsets.is_cuda and not torch.compiler.is_compiling() or _readable(offsets):
+        return int(offsets.diff().max())
+    return rows.shape[0]
 
 
 def normalize(
@@ -165,112 +219,132 @@ def normalize(
     value: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     *,
+    attn_mask: Tensor | None = None,
     is_causal: bool = False,
+    causal_alignment: str = "top_left",
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> tuple[Any, ...]:
-    """Legal public arguments as every implementation takes them: with a seed."""
+    """Public arguments, cast as autocast asks and checked, as every implementation takes them:
+    with lengths and a seed."""
+    dtype = arguments.autocast_dtype(arguments.device_type_of(query))
+    query, key, value = arguments.autocast_cast(dtype, query, key, value)
+    attn_mask = arguments.autocast_mask(dtype, attn_mask)
+    if not torch.compiler.is_compiling():
+        check(
+            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            attn_mask=attn_mask, is_causal=is_causal, causal_alignment=causal_alignment,
+            scale=scale, dropout_p=dropout_p, return_lse=return_lse,
+        )  # fmt: skip
+    max_seqlen_q = _longest(cu_seqlens_q, max_seqlen_q, query)
+    max_seqlen_k = _longest(cu_seqlens_k, max_seqlen_k, key)
+    scale = arguments.number("scale", scale)
+    query, key = arguments.with_a_head_dim(query, key)
     seed = _philox.draw_seed(query.device) if dropout_p > 0.0 else None
     return (
-        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seed,
-        dropout_p, is_causal, scale, return_lse,
+        query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seed,
+        dropout_p, is_causal, causal_alignment == "bottom_right", scale, return_lse,
     )  # fmt: skip
 
 
-def _places(offsets: Tensor, total: int, longest: int) -> tuple[Tensor, Tensor]:
-    """For each row of the packed tensor its place in the padded one, and the padding mask."""
+def _places(offsets: Tensor, total: int, longest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row of the packed tensor its place in the padded one, or one behind all of it; the
+    lengths; and the padding mask."""
     offsets = offsets.long()
+    lengths = offsets[1:] - offsets[:-1]
+    hidden = torch.arange(longest, device=offsets.device) >= lengths[:, None]
     rows = torch.arange(total, device=offsets.device)
     sequence = torch.searchsorted(offsets[1:].contiguous(), rows, right=True)
     places = sequence * longest + rows - offsets[sequence]
-    lengths = offsets[1:] - offsets[:-1]
-    hidden = torch.arange(longest, device=offsets.device) >= lengths[:, None]
-    return places, hidden
+    end = lengths.shape[0] * longest
+    return torch.where(rows < offsets[-1], places, end), lengths, hidden
 
 
-def _padded(
+def _pad(packed: Tensor, places: Tensor, sequences: int, longest: int) -> Tensor:
+    """(total, heads, dim) as (sequences, heads, longest, dim)."""
+    empty = packed.new_zeros(sequences * longest + 1, *packed.shape[1:])
+    filled = empty.index_copy(0, places, packed)[:-1]
+    return filled.unflatten(0, (sequences, longest)).transpose(1, 2)
+
+
+def _packed(padded: Tensor, rows: Tensor, fill: float) -> Tensor:
+    """(sequences, heads, longest, ...) back to (total, heads, ...); `fill` behind the end."""
+    flat = padded.transpose(1, 2).flatten(0, 1)
+    behind = flat.new_full((1, *flat.shape[1:]), fill)
+    return torch.cat((flat, behind)).index_select(0, rows)
+
+
+def _run_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """query, key and value as (sequences, heads, longest, dim), the key padding mask, and for each
-    packed query its place among the padded ones."""
+    seed: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    bottom_right: bool,
+    scale: float | None,
+    return_lse: bool,
+) -> Any:
     sequences = cu_seqlens_q.shape[0] - 1
-    rows, _ = _places(cu_seqlens_q, query.shape[0], max_seqlen_q)
-    columns, hidden = _places(cu_seqlens_k, key.shape[0], max_seqlen_k)
-
-    def pad(packed: Tensor, places: Tensor, longest: int) -> Tensor:
-        empty = packed.new_zeros(sequences * longest, *packed.shape[1:])
-        filled = empty.index_copy(0, places, packed)
-        return filled.unflatten(0, (sequences, longest)).transpose(1, 2)
-
-    return (
-        pad(query, rows, max_seqlen_q), pad(key, columns, max_seqlen_k),
-        pad(value, columns, max_seqlen_k), hidden, rows,
+    rows, q_lengths, _ = _places(cu_seqlens_q, query.shape[0], max_seqlen_q)
+    columns, kv_lengths, hidden = _places(cu_seqlens_k, key.shape[0], max_seqlen_k)
+    diagonal = None
+    if is_causal:
+        diagonal = kv_lengths - q_lengths if bottom_right else 0
+    out, lse = attention_below(
+        diagonal, _pad(query, rows, sequences, max_seqlen_q),
+        _pad(key, columns, sequences, max_seqlen_k), _pad(value, columns, sequences, max_seqlen_k),
+        attn_mask, hidden, seed, dropout_p, scale,
     )  # fmt: skip
+    out = _packed(out, rows, 0.0)
+    return (out, _packed(lse(), rows, -math.inf)) if return_lse else out
 
 
-def _packed(padded: Tensor, rows: Tensor) -> Tensor:
-    """(sequences, heads, longest, ...) back to (total, heads, ...)."""
-    return padded.transpose(1, 2).flatten(0, 1).index_select(0, rows)
-
-
-def _run_reference(*given: Any) -> Any:
-    seed, dropout_p, is_causal, scale, return_lse = given[7:]
-    query, key, value, hidden, rows = _padded(*given[:7])
-    out, lse = attention_reference(
-        query, key, value, None, hidden, seed, dropout_p, is_causal, scale
-    )
-    return (_packed(out, rows), _packed(lse(), rows)) if return_lse else _packed(out, rows)
-
-
-def _full_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    given = (query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _run_reference(*given, *options, True)
+def _full_reference(*given: Any) -> tuple[Tensor, ...]:
+    run: Any = _run_reference
+    results: tuple[Tensor, ...] = run(*given, True)  # return_lse
+    return results
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    arguments.check_one_device(query, key, value, *others[:2], others[4])
+    arguments.check_one_device(query, key, value, *others[:3], others[5])
     total, heads = query.shape[:2]
     out = query.new_empty(total, heads, value.shape[2])
     return out, query.new_empty(total, heads, dtype=torch.float32)
 
 
 def _fake_backward(
-    grad_out: Any, grad_lse: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any
-) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in (query, key, value))
+    grad_out: Any, grad_lse: Any, query: Tensor, key: Tensor, value: Tensor,
+    attn_mask: Tensor | None, *others: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    gradients = [t.new_empty(t.shape) for t in (query, key, value)]
+    if attn_mask is not None and attn_mask.is_floating_point() and others[-1]:
+        return *gradients, attn_mask.new_empty(attn_mask.shape)
+    return *gradients, query.new_empty(0)
 
 
 _INTERFACE = Interface(
     tensors=(
-        "Tensor query", "Tensor key", "Tensor value", "Tensor cu_seqlens_q", "Tensor cu_seqlens_k",
+        "Tensor query", "Tensor key", "Tensor value", "Tensor? attn_mask", "Tensor cu_seqlens_q",
+        "Tensor cu_seqlens_k",
     ),
     options=(
         "SymInt max_seqlen_q", "SymInt max_seqlen_k", "Tensor? seed", "float dropout_p",
-        "bool is_causal", "float? scale",
+        "bool is_causal", "bool bottom_right", "float? scale",
     ),
     outputs=2,
-    gradients=3,
-    masked=False,
+    gradients=4,
+    masked=True,
     fake=_fake,
     fake_backward=_fake_backward,
     reference=_full_reference,
@@ -291,7 +365,7 @@ def _run_cpu(*given: Any) -> Any:
 
 
 def _cpu_path(*given: Any) -> str:
-    return _registration.path(given[0], given[5])
+    return _registration.path(given[0], given[6])
 
 
 def _run_triton(*given: Any) -> Any:
@@ -371,6 +445,6 @@ OP = Op(
     implementations=(
         Implementation("cpu", _run_cpu, _registration.refuses, path=_cpu_path),
         Implementation("triton", _run_triton, _triton.refuses, on_request=_triton.interprets),
-        Implementation("reference", _run_reference, never_refuses),
+        Implementation("reference", _run_reference, never_refuses, checks=False),
     ),
 )

@@ -38,6 +38,7 @@ def both(gradient: bool = False, **more: Any) -> dict[str, Any]:
 def packed(gradient: bool = False, **more: Any) -> dict[str, Any]:
     shape = {"heads": 4, "kv_heads": 2, "q_lens": [3, 0, 5], "kv_lens": [4, 2, 6], "head_dim": 8}
     call = varlen_attention.inputs(shape, torch.float32, DEVICE)
+    call["attn_mask"] = torch.linspace(-1.0, 1.0, 4 * 5 * 6, device=DEVICE).view(4, 5, 6)
     return _with_gradient({**call, **more}, gradient)
 
 
@@ -87,9 +88,18 @@ def raw_arguments(make: Any, dropout_p: float, gradient: bool) -> tuple[str, tup
     if make is both:
         names = ("query", "key", "value", "query_value", "attn_mask")
         tensors = [call[n] for n in names]
-        return "bidirectional", (*tensors, None, call["key_padding_mask"], seed, dropout_p, None)
-    names = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k")
-    return "varlen", (*[call[n] for n in names], 5, 6, seed, dropout_p, True, None)
+        return "bidirectional", (
+            *tensors,
+            None,
+            call["key_padding_mask"],
+            seed,
+            dropout_p,
+            True,
+            True,
+            None,
+        )
+    names = ("query", "key", "value", "attn_mask", "cu_seqlens_q", "cu_seqlens_k")
+    return "varlen", (*[call.get(n) for n in names], 5, 6, seed, dropout_p, True, False, None)
 
 
 @each_op

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from suite import DEVICE, DTYPES, Case, OpSuite, Target, plain_lse
+from suite import DEVICE, DTYPES, Case, OpSuite, Target, above_diagonal, plain_lse
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -25,6 +25,8 @@ def plain_bidirectional(
     attn_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,6 +37,8 @@ def plain_bidirectional(
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
+    if is_causal:
+        scores = scores.masked_fill(above_diagonal(scores, causal_alignment), -torch.inf)
     rows = columns = scores
     if key_padding_mask is not None:
         rows = rows.masked_fill(key_padding_mask[:, None, None, :], -torch.inf)
@@ -104,7 +108,15 @@ def lowest(call: dict[str, Any]) -> None:
     call["attn_mask"] = bias
 
 
+CAUSAL, LAST = {"is_causal": True}, {"is_causal": True, "causal_alignment": "bottom_right"}
 CASES = [
+    *(Case(f"causal_{name}", "the diagonal in both directions", shape(*lengths), options)
+      for name, lengths, options in (
+          ("square", (50, 50), CAUSAL), ("wide", (18, 300), CAUSAL), ("tall", (150, 13), CAUSAL),
+          ("bottom_right_wide", (18, 300), LAST), ("bottom_right_tall", (150, 13), LAST),
+          ("few", (3, 40), LAST))),
+    Case("causal_masked", "the diagonal among holes and a bias", shape(33, 40),
+         LAST | {"attn_mask": torch.linspace(-2, 2, 40)}, edit=hide_holes),
     Case("small", "an ordinary call", shape(20, 36)),
     Case("one_by_one", "shortest lengths", shape(1, 1, heads=12)),
     Case("one_query", "a softmax over one score on one side", shape(1, 300, heads=3)),

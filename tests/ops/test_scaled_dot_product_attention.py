@@ -58,6 +58,7 @@ def lowest(call: dict[str, Any]) -> None:
     call["attn_mask"] = bias
 
 
+LAST = {"causal_alignment": "bottom_right"}
 CASES = [
     Case("small", "an ordinary call", shape(20, 36)),
     Case("one_by_one", "shortest lengths", shape(1, 1, heads=12)),
@@ -90,6 +91,12 @@ CASES = [
     Case("causal", "the diagonal", shape(50, 50, causal=True)),
     Case("causal_wide", "top-left alignment, more keys", shape(10, 300, causal=True)),
     Case("causal_tall", "top-left alignment, more queries", shape(60, 13, causal=True)),
+    *(Case(f"bottom_right_{name}", "bottom-right alignment", shape(*lengths, causal=True), LAST)
+      for name, lengths in (("wide", (10, 300)), ("tall", (60, 13)), ("few", (3, 40)),
+                            ("blocks", (65, 580)))),
+    Case("bottom_right_masked", "the diagonal among hidden keys and masks", shape(
+        20, 37, mask="key_padding", causal=True, heads=4, kv_heads=2), LAST,
+         bias_of(2, 1, 20, 37)),
     Case("padding", "hidden keys at the end", shape(20, 37, mask="key_padding")),
     Case("padding_holes", "hidden keys anywhere, one entry whole", shape(5, 301),
          edit=hide_all_of_one),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from suite import DTYPES, Case, OpSuite, Target, plain_lse
+from suite import DTYPES, Case, OpSuite, Target, above_diagonal, plain_lse
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -33,7 +33,9 @@ def plain_varlen(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
+    attn_mask: Tensor | None = None,
     is_causal: bool = False,
+    causal_alignment: str = "top_left",
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
@@ -53,18 +55,29 @@ def plain_varlen(
     for index, (rows, columns) in enumerate(pairs):
         q, k, v = (t.transpose(0, 1) for t in (query[rows], key[columns], value[columns]))
         scores = (q @ k.transpose(-1, -2)) * scale
+        if attn_mask is not None:
+            whole = attn_mask.expand(len(pairs), heads, max_seqlen_q, max_seqlen_k)
+            part = whole[index, :, : scores.shape[1], : scores.shape[2]]
+            if part.dtype == torch.bool:
+                scores = scores.masked_fill(~part, -torch.inf)
+            else:
+                scores = scores + part
         if is_causal:
-            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-            scores = scores.masked_fill(hidden, -torch.inf)
-        weights = torch.softmax(scores, -1)
+            scores = scores.masked_fill(above_diagonal(scores, causal_alignment), -torch.inf)
+        dead = (scores == -torch.inf).all(-1, keepdim=True)
+        scores = scores.masked_fill(dead, 0.0)
+        weights = torch.softmax(scores, -1).masked_fill(dead, 0.0)
         if dropout_p > 0.0:
             kept = keep[index, :, : scores.shape[1], : scores.shape[2]]
             weights = weights * kept * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
         outs.append((weights.to(v.dtype) @ v).transpose(0, 1))
-        lse = plain_lse(scores.to(statistics[0].dtype), -1)
-        if scores.shape[2] == 0:
-            lse = lse - torch.inf
+        lse = plain_lse(scores.to(statistics[0].dtype), -1).masked_fill(dead[..., 0], -torch.inf)
         statistics.append(lse.transpose(0, 1))
+    # Rows behind the last sequence.
+    end = int(cu_seqlens_q[-1])
+    behind = query[end:].nan_to_num() * 0.0
+    outs.append(behind[..., :1].expand(-1, -1, value.shape[-1]))
+    statistics.append(behind[..., 0].to(statistics[0].dtype) - torch.inf)
     return torch.cat(outs), torch.cat(statistics)
 
 
@@ -88,7 +101,36 @@ def generous(call: dict[str, Any]) -> None:
     call["max_seqlen_k"] += 70
 
 
+def masked(sizes: tuple[int, ...], kind: str = "bias") -> Any:
+    def edit(call: dict[str, Any]) -> None:
+        mask = torch.randn(sizes)
+        call["attn_mask"] = mask > -0.5 if kind == "bool" else mask.to(call["query"].dtype)
+
+    return edit
+
+
+def rows_behind(call: dict[str, Any]) -> None:
+    """Buffers of a fixed size, with NaN behind the last sequence."""
+    for name in ("query", "key", "value"):
+        rows = call[name]
+        call[name] = torch.cat((rows, rows.new_full((9, *rows.shape[1:]), torch.nan)))
+
+
+LAST = {"is_causal": True, "causal_alignment": "bottom_right"}
+LONGEST = (37, 50)
 CASES = [
+    Case("bottom_right", "each sequence has a diagonal of its own", shape(*MIXED), LAST),
+    Case("bottom_right_one_query_each", "decoding", shape([1, 1, 2], [300, 1, 77], heads=3), LAST),
+    Case("bias", "a mask per score", shape(*MIXED), edit=masked((3, 2, *LONGEST))),
+    Case("bias_shared", "a gradient summed over sequences", shape(*MIXED),
+         edit=masked((1, 2, *LONGEST))),
+    Case("bias_of_keys", "a gradient summed over all but keys", shape(*MIXED),
+         edit=masked((1, LONGEST[1]))),
+    Case("bias_few", "one query at a time", shape([1, 2, 1], [40, 3, 17]),
+         edit=masked((3, 1, 2, 40))),
+    Case("bool_mask", "hidden scores", shape(*MIXED, heads=4, kv_heads=2), LAST,
+         edit=masked((3, 1, *LONGEST), "bool")),
+    Case("rows_behind", "buffers longer than all sequences", shape(*MIXED), edit=rows_behind),
     Case("small", "an ordinary call", shape(*MIXED)),
     Case("one_sequence", "a pack of one", shape([20], [36])),
     Case("one_by_one", "shortest lengths", shape([1, 1, 1], [1, 1, 1])),
@@ -145,7 +187,9 @@ class TestVarlenAttention(OpSuite):
 
     @staticmethod
     def slices(tensor: Tensor) -> Tensor:
-        """One slice per head of (total, heads, dim)."""
+        """One slice per head of (total, heads, dim); of a mask as in padded calls."""
+        if tensor.dim() != 3:
+            return OpSuite.slices(tensor)
         return tensor.transpose(0, 1).flatten(1)
 
     def test_same_bits_alone_and_in_a_pack(self, native_target: Target, dtype: torch.dtype) -> None:
