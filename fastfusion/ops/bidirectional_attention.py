@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastfusion import _arguments as arguments
 from fastfusion import _cuda, _philox, _registration, _triton
@@ -87,9 +87,9 @@ def bidirectional_attention(
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
     tensors = (query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask)
-    if not torch.compiler.is_compiling() and has_torch_function(tensors):
+    if not torch.compiler.is_compiling() and has_torch_function_variadic(*tensors):
         asked = tuple(t for t in tensors if arguments.causal_bias(t) is None)
-        if has_torch_function(asked):
+        if has_torch_function_variadic(*asked):
             return handle_torch_function(
                 bidirectional_attention, asked,
                 query, key, value, query_value, attn_mask=attn_mask,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastfusion import _arguments as arguments
 from fastfusion import _cuda, _philox, _registration, _triton
@@ -87,11 +87,11 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
             key_padding_mask, causal_alignment, return_lse, backend,
         )  # fmt: skip
-    tensors = (query, key, value, attn_mask, key_padding_mask)
-    if has_torch_function(tensors):
+    if has_torch_function_variadic(query, key, value, attn_mask, key_padding_mask):
         # A subclass or a mode decides, as with torch's function; torch's causal masks are ours.
+        tensors = (query, key, value, attn_mask, key_padding_mask)
         asked = tuple(t for t in tensors if arguments.causal_bias(t) is None)
-        if has_torch_function(asked):
+        if has_torch_function_variadic(*asked):
             return handle_torch_function(
                 scaled_dot_product_attention, asked,
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,

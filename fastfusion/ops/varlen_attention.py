@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fastfusion import _arguments as arguments
 from fastfusion import _philox, _registration, _triton
@@ -75,7 +75,7 @@ def varlen_attention(
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
     tensors = (query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k)
-    if not torch.compiler.is_compiling() and has_torch_function(tensors):
+    if not torch.compiler.is_compiling() and has_torch_function_variadic(*tensors):
         return handle_torch_function(
             varlen_attention, tensors,
             query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
