@@ -8,6 +8,15 @@
 
 namespace ff {
 
+// A bool of the caller's, of which every byte but 0 is true: a mask may be a view of a picture. A
+// `bool` in C++ is 0 or 1, and the compiler counts and selects with it as such.
+struct Bool {
+  uint8_t byte;
+
+  constexpr operator bool() const { return byte != 0; }
+};
+static_assert(sizeof(Bool) == 1);
+
 enum class Type : int32_t { kFloat32, kBFloat16, kFloat16, kBool };
 
 // A (B, heads, rows, columns) operand somewhere in memory.
@@ -30,7 +39,7 @@ struct Attention {
 
   View mask;  // (B, H, Lq, Lk) by strides of 0 where it broadcasts; no data: none
   Type mask_type = Type::kBool;
-  const bool* padding = nullptr;  // (B, Lk), true = the key is never read
+  const Bool* padding = nullptr;  // (B, Lk), true = the key is never read
   int64_t padding_batch = 0, padding_column = 0;
 
   float scale;
@@ -104,7 +113,7 @@ struct AttentionBackward : Attention {
 struct Bidirectional : Attention {  // kv_heads = heads
   int64_t query_value_dim;
   View query_value;                     // (B, H, Lq, Dw)
-  const bool* query_padding = nullptr;  // (B, Lq), true = the query is not read by keys
+  const Bool* query_padding = nullptr;  // (B, Lq), true = the query is not read by keys
   int64_t query_padding_batch = 0, query_padding_column = 0;
 };
 

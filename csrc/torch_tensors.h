@@ -125,13 +125,13 @@ inline void broadcast_strides(const Tensor& mask, const int64_t (&target)[4],
 }
 
 // The data of a mask that is to be bool (batch, length).
-inline const bool* padding_data(const Tensor& padding, int64_t batch, int64_t length,
-                                const Tensor& query) {
+inline const ff::Bool* padding_data(const Tensor& padding, int64_t batch, int64_t length,
+                                    const Tensor& query) {
   STD_TORCH_CHECK(padding.dim() == 2 && padding.scalar_type() == ScalarType::Bool &&
                       padding.size(0) == batch && padding.size(1) == length &&
                       is_here(padding, query),
                   "fastfusion: a padding mask does not fit");
-  return static_cast<const bool*>(padding.const_data_ptr());
+  return static_cast<const ff::Bool*>(padding.const_data_ptr());
 }
 
 inline void describe_numbers(ff::Attention& p, const MaybeTensor& seed, double dropout_p,

@@ -73,12 +73,28 @@ def _double(value: Any) -> Any:
     return value
 
 
+def in_bytes(call: dict[str, Any], *true: int) -> dict[str, Any]:
+    """The call with its bools in other bytes, as views of pictures and of integers have them: the
+    given ones in turn where they are True."""
+
+    def change(mask: Tensor) -> Tensor:
+        turns = torch.arange(mask.numel(), device=mask.device).view(mask.shape) % len(true)
+        values = torch.tensor(true, dtype=torch.uint8, device=mask.device)[turns]
+        return torch.where(mask, values, 0).view(torch.bool)
+
+    bools = [k for k, v in call.items() if isinstance(v, Tensor) and v.dtype == torch.bool]
+    return call | {name: change(call[name]) for name in bools}
+
+
 def leaves(call: dict[str, Any]) -> list[str]:
     return [k for k, v in call.items() if isinstance(v, Tensor) and v.is_floating_point()]
 
 
 class OpSuite:
-    """Subclass with `op`, `function`, `plain` and `cases`; see the module docstring."""
+    """Subclass with `op`, `function`, `plain` and `cases`; see the module docstring.
+
+    The bools of all cases are bytes of many kinds: everything but 0 is True.
+    """
 
     op: ClassVar[Op]
     function: ClassVar[Callable[..., Any]]
@@ -86,6 +102,8 @@ class OpSuite:
     plain: ClassVar[Callable[..., tuple[Tensor, ...]]]
     cases: ClassVar[list[Case]]
     outputs: ClassVar[int]  # before the lse
+    # Names of cases that have each bool argument on each way through the kernels.
+    bool_cases: ClassVar[tuple[str, ...]] = ()
     dtypes: ClassVar[tuple[torch.dtype, ...]] = DTYPES
 
     @classmethod
@@ -149,7 +167,7 @@ class OpSuite:
             call.pop("dropout_p", None)
         if case.edit is not None:
             case.edit(call)
-        return call
+        return in_bytes(call, 1, 255, 2, 128)
 
     def evaluate(
         self, run: Callable[..., tuple[Tensor, ...]], call: dict[str, Any]
@@ -205,6 +223,20 @@ class OpSuite:
 
     def test_accuracy(self, case: Case, target: Target, dtype: torch.dtype) -> None:
         self.compare(target, self.build(case, dtype, target))
+
+    def test_bool_bytes(self, native_target: Target) -> None:
+        """Whatever byte is in the place of True, the bits are those of 1."""
+
+        def run(**kw: Any) -> tuple[Tensor, ...]:
+            return native_target.call(type(self).function, **kw, return_lse=True)
+
+        for case in (c for c in self.cases if c.name in self.bool_cases):
+            call = self.build(case, torch.float32, native_target)
+            expected, expected_gradients = self.evaluate(run, in_bytes(call, 1))
+            for byte in (2, 128, 255):
+                actual, gradients = self.evaluate(run, in_bytes(call, byte))
+                assert all(map(torch.equal, actual, expected))
+                assert all(torch.equal(gradients[n], expected_gradients[n]) for n in gradients)
 
     @pytest.mark.parametrize("layout", ["transposed", "offset", "repeated", "reversed_last"])
     def test_strides(self, layout: str, target: Target, dtype: torch.dtype) -> None:

@@ -41,8 +41,8 @@ struct TileSize {
 
 // What the keys' side needs of a tile: all bits set in the lanes of its queries.
 inline Vec lanes_in_use(const Block& queries, int64_t lane) {
-  bool used[Vec::kLanes];
-  for (int64_t i = 0; i < Vec::kLanes; ++i) used[i] = lane + i < queries.count;
+  Bool used[Vec::kLanes];
+  for (int64_t i = 0; i < Vec::kLanes; ++i) used[i] = {lane + i < queries.count};
   return Vec::load_bool(used, Vec::kLanes);
 }
 

@@ -48,7 +48,7 @@ struct Split {
 };
 
 // Both into `list`, which has room for all of `count`; the mask begins at `offset`.
-inline Split split(const bool* padding, int64_t offset, int64_t stride, int64_t count,
+inline Split split(const Bool* padding, int64_t offset, int64_t stride, int64_t count,
                    int32_t* list) {
   if (!padding) return {{count, nullptr}, {0, nullptr}};
   padding += offset;

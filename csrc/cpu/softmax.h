@@ -113,9 +113,9 @@ inline Vec mask_lanes(const void* data, Type type, int64_t offset, int64_t strid
       return load_lanes<T>(from, stride, count);
     });
   }
-  const bool* from = static_cast<const bool*>(data) + offset;
+  const Bool* from = static_cast<const Bool*>(data) + offset;
   if (stride == 1) return Vec::load_bool(from, count);
-  bool lanes[Vec::kLanes];
+  Bool lanes[Vec::kLanes];
   for (int64_t i = 0; i < count; ++i) lanes[i] = from[i * stride];
   return Vec::load_bool(lanes, count);
 }
@@ -169,7 +169,7 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
       Vec bias[kLanes];
       uint32_t truths[kLanes] = {};
       if (by_bits) {
-        const bool* mask = static_cast<const bool*>(p.mask.data) + head + block[first];
+        const Bool* mask = static_cast<const Bool*>(p.mask.data) + head + block[first];
         for (int64_t i = 0; i < some; ++i)
           truths[i] = Vec::truths(mask + s.queries[lane + i] * p.mask.row, count);
       } else if (p.mask.data && turned) {
@@ -219,14 +219,14 @@ inline void shown_lanes(const Scores& s, const Block& block, uint16_t* shown) {
   const Attention& p = s.p;
   const int64_t vectors = s.columns / kLanes;
   const int64_t head = s.b * p.mask.batch + s.h * p.mask.head;
-  const bool* mask = static_cast<const bool*>(p.mask.data) + head + block[0];
+  const Bool* mask = static_cast<const Bool*>(p.mask.data) + head + block[0];
   for (int64_t n = 0; n < vectors; ++n) {
     const int64_t left = s.queries.count - n * kLanes, some = left < kLanes ? left : kLanes;
     uint32_t truths[kGroups][kLanes];
     for (int64_t i = some; i < kLanes; ++i)
       for (int64_t k = 0; k < block.count; k += kBits) truths[k / kBits][i] = 0;
     for (int64_t i = 0; i < some; ++i) {
-      const bool* row = mask + s.queries[n * kLanes + i] * p.mask.row;
+      const Bool* row = mask + s.queries[n * kLanes + i] * p.mask.row;
       int64_t k = 0;
       for (; k + kBits <= block.count; k += kBits)
         truths[k / kBits][i] = Vec::truths(row + k, kBits);

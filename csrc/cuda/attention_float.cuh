@@ -107,7 +107,7 @@ FF_DEVICE void copy_rows(float* to, const float* from, int64_t stride, int rows,
 
 // From the first visible key's to behind the last one's, for the whole block.
 template <class Tile>
-FF_DEVICE void visible_bounds(const bool* padding, int64_t stride, int* scratch, int* first,
+FF_DEVICE void visible_bounds(const Bool* padding, int64_t stride, int* scratch, int* first,
                               int* end) {
   int low = *end, high = 0;
 #pragma unroll 4
@@ -137,7 +137,7 @@ FF_DEVICE void visible_bounds(const bool* padding, int64_t stride, int* scratch,
 // Where a block stands: one head of one entry, its first query, and the keys that it can see.
 struct Place {
   const float *query, *key, *value;
-  const bool* padding;  // of the entry, or null
+  const Bool* padding;  // of the entry, or null
   int64_t b, h;
   int first_row, rows, first_key, end_key;
 };

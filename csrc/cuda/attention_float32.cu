@@ -97,7 +97,7 @@ FF_DEVICE void mask_scores(const AttentionForward& p, const Place& place, int ro
       bool visible = shown[j] && query < p.q_len && !(p.causal && key + 16 * j > query);
       if (p.mask.data && visible) {
         if (p.mask_type == Type::kBool) {
-          visible = static_cast<const bool*>(p.mask.data)[offset + columns[j]];
+          visible = static_cast<const Bool*>(p.mask.data)[offset + columns[j]];
         } else {
           scores[i][j] += static_cast<const float*>(p.mask.data)[offset + columns[j]];
         }

@@ -61,10 +61,10 @@ struct Head {
 
 // Flags of hidden keys of a batch entry, or none.
 struct Padding {
-  const bool* data = nullptr;
+  const Bool* data = nullptr;
   int64_t stride = 0;
 
-  FF_DEVICE Padding(const bool* all, int64_t batch, int64_t column, int64_t b)
+  FF_DEVICE Padding(const Bool* all, int64_t batch, int64_t column, int64_t b)
       : data(all ? all + b * batch : nullptr), stride(column) {}
   FF_DEVICE bool hides(int i) const { return data && data[i * stride]; }
 };
@@ -204,7 +204,7 @@ struct Exponents {
     if (key >= kv_len || (causal && key > query) || padding.hides(key)) return -kInfinity;
     if (!mask || query >= q_len) return x;
     const int64_t at = query * row + key * column;
-    if (type == Type::kBool) return static_cast<const bool*>(mask)[at] ? x : -kInfinity;
+    if (type == Type::kBool) return static_cast<const Bool*>(mask)[at] ? x : -kInfinity;
     if (type == Type::kFloat32) return x + static_cast<const float*>(mask)[at];
     if (type == Type::kFloat16) return x + to_float(static_cast<const Half*>(mask)[at]);
     return x + to_float(static_cast<const BFloat16*>(mask)[at]);

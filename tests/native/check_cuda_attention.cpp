@@ -14,6 +14,7 @@
 
 namespace {
 
+using ff::Bool;
 using ff::Type;
 using ff::View;
 using ff::cuda::emulation::Kind;
@@ -51,7 +52,7 @@ std::string run(const Shape& shape, Bits* results) {
   auto query = numbers(random, h * m * d, shape.type), key = numbers(random, h * n * d, shape.type);
   auto value = numbers(random, h * n * d, shape.type);
   auto query_value = numbers(random, h * m * d, shape.type);
-  const std::vector<char> padding(size_t(n), 0);  // hides nothing, but has to be looked at
+  const std::vector<Bool> padding(size_t(n));  // hides nothing, but has to be looked at
   ff::BidirectionalForward p{};
   p.batch = 1, p.heads = p.kv_heads = h, p.q_len = m, p.kv_len = n;
   p.head_dim = p.value_dim = p.query_value_dim = d;
@@ -61,7 +62,7 @@ std::string run(const Shape& shape, Bits* results) {
   p.query.data = query.data(), p.query_value.data = query_value.data();
   p.key.data = key.data(), p.value.data = value.data();
   if (shape.padded) {
-    p.padding = reinterpret_cast<const bool*>(padding.data());
+    p.padding = padding.data();
     p.padding_batch = n, p.padding_column = 1;
   }
   const size_t size = size_t(h * (m + n) * d) * 2;

@@ -13,6 +13,7 @@
 
 namespace {
 
+using ff::Bool;
 using ff::Type;
 using Numbers = std::vector<double>;
 
@@ -141,8 +142,9 @@ void check(const Case& c, Type type, const char* about) {
   const Tensor query_value = normal(c.heads, c.q_len, c.value_dim);
   const Tensor grad_keys = normal(c.heads, c.kv_len, c.value_dim);
   const Tensor mask(Type::kFloat32, c.batch, c.heads, c.q_len, c.kv_len, &random);
-  std::vector<char> padding(size_t(c.batch * c.kv_len), 0);
-  for (size_t i = 0; i < padding.size() && c.padded; ++i) padding[i] = random() % 3 == 0;
+  constexpr uint8_t kBytes[] = {0, 0, 0, 0, 128, 255};  // two of six hide a key
+  std::vector<Bool> padding(size_t(c.batch * c.kv_len));
+  for (size_t i = 0; i < padding.size() && c.padded; ++i) padding[i] = {kBytes[random() % 6]};
 
   bool out_of_memory = false;
   const auto describe = [&](ff::Attention& p) {
@@ -150,7 +152,7 @@ void check(const Case& c, Type type, const char* about) {
     p.kv_len = c.kv_len, p.head_dim = c.head_dim, p.value_dim = c.value_dim, p.type = type;
     p.query = query.view(), p.key = key.view(), p.value = value.view();
     if (c.masked) p.mask = mask.view(), p.mask_type = Type::kFloat32;
-    if (c.padded) p.padding = reinterpret_cast<const bool*>(padding.data());
+    if (c.padded) p.padding = padding.data();
     p.padding_batch = c.kv_len, p.padding_column = 1;
     p.scale = 0.3f, p.causal = c.causal, p.out_of_memory = &out_of_memory;
   };

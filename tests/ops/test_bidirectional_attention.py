@@ -180,6 +180,7 @@ class TestBidirectionalAttention(OpSuite):
     plain = staticmethod(plain_bidirectional)
     cases = CASES
     outputs = 2
+    bool_cases = ("padding", "bool_mask")
 
     def test_same_bits_alone_and_in_a_batch(
         self, native_target: Target, dtype: torch.dtype

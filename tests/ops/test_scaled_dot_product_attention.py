@@ -149,6 +149,7 @@ class TestScaledDotProductAttention(OpSuite):
     plain = staticmethod(plain_attention)
     cases = CASES
     outputs = 1
+    bool_cases = ("few_dead_rows", "rest_of_two", "padding", "bool_mask")
 
     @pytest.mark.parametrize("kv_len", [300, 1100])
     def test_same_bits_alone_and_in_a_batch(

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../../calls.h"
+
 namespace ff {
 namespace {
 
@@ -52,7 +54,7 @@ struct Vec {
   }
 
   // All bits set where p[i] is true, none elsewhere.
-  static Vec load_bool(const bool* p, int64_t count) {
+  static Vec load_bool(const Bool* p, int64_t count) {
     uint64_t bytes = 0;
     std::memcpy(&bytes, p, size_t(count));
     const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes)));
@@ -60,7 +62,7 @@ struct Vec {
   }
 
   // Bit i: p[i], of up to 32.
-  static uint32_t truths(const bool* p, int64_t count) {
+  static uint32_t truths(const Bool* p, int64_t count) {
     if (count < 32) {
       uint32_t bits = 0;
       for (int64_t i = 0; i < count; ++i) bits |= uint32_t(p[i]) << i;

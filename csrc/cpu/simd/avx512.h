@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "../../calls.h"
+
 namespace ff {
 namespace {
 
@@ -53,13 +55,13 @@ struct Vec {
   }
 
   // All bits set where p[i] is true, none elsewhere.
-  static Vec load_bool(const bool* p, int64_t count) {
+  static Vec load_bool(const Bool* p, int64_t count) {
     const __m128i bytes = _mm_maskz_loadu_epi8(first(count), p);
     return {_mm512_castsi512_ps(_mm512_movm_epi32(_mm_test_epi8_mask(bytes, bytes)))};
   }
 
   // Bit i: p[i], of up to 32.
-  static uint32_t truths(const bool* p, int64_t count) {
+  static uint32_t truths(const Bool* p, int64_t count) {
     const __mmask32 some = __mmask32((uint64_t{1} << count) - 1);
     const __m256i bytes = _mm256_maskz_loadu_epi8(some, p);
     return _mm256_test_epi8_mask(bytes, bytes);

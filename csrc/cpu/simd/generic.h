@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../../calls.h"
 #include "../bfloat16.h"
 
 namespace ff {
@@ -90,14 +91,14 @@ struct Vec {
   }
 
   // All bits set where p[i] is true, none elsewhere.
-  static Vec load_bool(const bool* p, int64_t count) {
+  static Vec load_bool(const Bool* p, int64_t count) {
     Integers bits{};
     for (int64_t i = 0; i < count; ++i) bits[i] = p[i] ? -1 : 0;
     return {reinterpret_cast<Native>(bits)};
   }
 
   // Bit i: p[i], of up to 32.
-  static uint32_t truths(const bool* p, int64_t count) {
+  static uint32_t truths(const Bool* p, int64_t count) {
     uint32_t bits = 0;
     for (int64_t i = 0; i < count; ++i) bits |= uint32_t(p[i]) << i;
     return bits;

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../../calls.h"
+
 namespace ff {
 namespace {
 
@@ -66,7 +68,7 @@ struct Vec {
   }
 
   // All bits set where p[i] is true, none elsewhere.
-  static Vec load_bool(const bool* p, int64_t count) {
+  static Vec load_bool(const Bool* p, int64_t count) {
     uint64_t bytes = 0;
     std::memcpy(&bytes, p, size_t(count));
     const uint32x4_t wide = vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes))));
@@ -74,7 +76,7 @@ struct Vec {
   }
 
   // Bit i: p[i], of up to 32.
-  static uint32_t truths(const bool* p, int64_t count) {
+  static uint32_t truths(const Bool* p, int64_t count) {
     uint32_t bits = 0;
     for (int64_t i = 0; i < count; ++i) bits |= uint32_t(p[i]) << i;
     return bits;
