@@ -14,6 +14,7 @@ from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_atten
 from fastfusion.ops.varlen_attention import varlen_attention
 
 from fastfusion import models, nn, ops  # isort: skip
+from fastfusion.nn._attention_maps import attention_maps  # isort: skip
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "CudaGraphed",
     "Explanation",
     "Info",
+    "attention_maps",
     "bidirectional_attention",
     "cuda_graph",
     "explain",

@@ -17,6 +17,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastfusion.nn._attention_maps import is_active as _reads_attention
+
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -225,6 +227,8 @@ class _Program:
             or torch._C._len_torch_dispatch_stack() > 0
         ):
             return "a transform or mode of torch is active, which has to see every op"
+        if _reads_attention():
+            return "attention_maps is reading weights, which a graph does not hand out"
         return "another capture is under way" if Recording.busy() else None
 
     def replay(self, leaves: Sequence[Any], clone: bool) -> Any:

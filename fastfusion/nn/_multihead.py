@@ -7,16 +7,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import has_torch_function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastfusion._arguments import autocast_dtype
 from fastfusion.nn import _nested
+from fastfusion.nn._attention_maps import RecordsAttention
+from fastfusion.nn._torchs_path import torchs_slow_path
+from fastfusion.nn._tracing import be_leaf
 from fastfusion.nn._weights import attention_with_weights
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastfusion.ops.varlen_attention import varlen_attention
 
 _HALVES = (torch.bfloat16, torch.float16)
+
+
+def settle_in(module: torch.nn.Module) -> None:
+    """What torch's parts need to be ours, besides the class."""
+    be_leaf(module)
+    if isinstance(module, MultiheadAttention):
+        module.register_forward_pre_hook(stay_visible)
 
 
 def stay_visible(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
@@ -27,7 +36,7 @@ def stay_visible(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
     """
 
 
-class MultiheadAttention(torch.nn.MultiheadAttention):
+class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
     """Multi-head attention (Vaswani et al., "Attention Is All You Need", 2017), fused.
 
     A drop-in for `torch.nn.MultiheadAttention`: arguments, shapes, state_dict and initial weights
@@ -63,7 +72,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
             batch_first, device, dtype,
         )  # fmt: skip
-        self.register_forward_pre_hook(stay_visible)
+        settle_in(self)
 
     def forward(
         self,
@@ -106,8 +115,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not self._is_legal(
             query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
         ):
-            return self._forward_in_torch(
-                query, key, value, key_padding_mask, need_weights, attn_mask,
+            return torchs_slow_path(
+                self, query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
             )  # fmt: skip
         if (
@@ -138,16 +147,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )
         dropout_p = self.dropout if self.training else 0.0
         weights = None
-        if need_weights:
+        # As in torch: alone, the hint replaces the mask; beside padding or weights the mask counts.
+        is_causal = is_causal and key_padding_mask is None and not need_weights
+        if need_weights or self._recorders:
+            if is_causal:
+                attn_mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
             bias, padding = _merge_masks(attn_mask, key_padding_mask, q, additive=True)
             out, weights = attention_with_weights(q, k, v, bias, padding, dropout_p)
-            if average_attn_weights:
-                weights = weights.mean(1)
             if not batched:
                 weights = weights.squeeze(0)
+            weights = self._hand_out(weights, need_weights, average_attn_weights)
         else:
-            # As in torch: alone, the hint replaces the mask; beside padding the mask counts.
-            is_causal = is_causal and key_padding_mask is None
             bias = padding = None
             if key_padding_mask is not None or not (attn_mask is None or is_causal):
                 bias, padding = _merge_masks(attn_mask, key_padding_mask, q, additive=False)
@@ -155,7 +165,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 q, k, v, bias, dropout_p, is_causal, key_padding_mask=padding
             )
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)
-        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
+        out = self.out_proj(out)
         return (out if batched else out.squeeze(0)), weights
 
     def _is_legal(
@@ -275,74 +285,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             key_padding_mask = F.pad(key_padding_mask, added)
         return torch.cat(keys, 2), torch.cat(values, 2), key_padding_mask, attn_mask
 
-    def _forward_in_torch(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
-        average_attn_weights: bool,
-        is_causal: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What torch.nn.MultiheadAttention.forward does outside its C++ path."""
-        batch_first = self.batch_first and query.dim() == 3
-        for mask in (attn_mask, key_padding_mask):
-            if mask is not None:
-                torch.is_floating_point(mask)  # TypeError for what is no tensor
-        key_padding_mask = F._canonical_mask(
-            mask=key_padding_mask,
-            mask_name="key_padding_mask",
-            other_type=F._none_or_dtype(attn_mask),
-            other_name="attn_mask",
-            target_type=query.dtype,
-        )
-        attn_mask = F._canonical_mask(
-            mask=attn_mask,
-            mask_name="attn_mask",
-            other_type=None,
-            other_name="",
-            target_type=query.dtype,
-            check_other=False,
-        )
-        if batch_first:
-            # The function below looks at which of the three are one tensor.
-            if key is value:
-                if query is key:
-                    query = key = value = query.transpose(1, 0)
-                else:
-                    query, key = query.transpose(1, 0), key.transpose(1, 0)
-                    value = key
-            else:
-                query, key, value = (t.transpose(1, 0) for t in (query, key, value))
-        out, weights = F.multi_head_attention_forward(
-            query,
-            key,
-            value,
-            self.embed_dim,
-            self.num_heads,
-            self.in_proj_weight,
-            self.in_proj_bias,
-            self.bias_k,
-            self.bias_v,
-            self.add_zero_attn,
-            self.dropout,
-            self.out_proj.weight,
-            self.out_proj.bias,
-            training=self.training,
-            key_padding_mask=key_padding_mask,
-            need_weights=need_weights,
-            attn_mask=attn_mask,
-            use_separate_proj_weight=not self._qkv_same_embed_dim,
-            q_proj_weight=self.q_proj_weight,
-            k_proj_weight=self.k_proj_weight,
-            v_proj_weight=self.v_proj_weight,
-            average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
-        )
-        return (out.transpose(1, 0) if batch_first else out), weights
-
     def _forward_nested(
         self,
         query: Tensor,
@@ -386,17 +328,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             for part in projected.unflatten(-1, (-1, *heads)).unbind(1)
         )
         weights = None
-        if need_weights:
+        if need_weights or self._recorders:
             out, weights = self._attend_padded(q, k, v, queries, keys, dropout_p)
-            if average_attn_weights:
-                weights = weights.mean(1)
+            weights = self._hand_out(weights, need_weights, average_attn_weights)
         else:
             out = varlen_attention(
                 q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest,
                 dropout_p=dropout_p,
             )  # fmt: skip
-        out = F.linear(out.flatten(1), self.out_proj.weight, self.out_proj.bias)
-        return _nested.unpack(out, query), weights
+        return _nested.unpack(self.out_proj(out.flatten(1)), query), weights
+
+    def _hand_out(self, weights: Tensor, need_weights: bool, average: bool) -> Tensor | None:
+        """Weights ([batch,] heads, q_len, kv_len) to who reads them, and to the caller."""
+        self._record(weights)
+        if not need_weights:
+            return None
+        return weights.mean(-3) if average else weights
 
     def _pack(
         self, query: Tensor, key: Tensor, value: Tensor
@@ -450,8 +397,11 @@ def _is_autocast(tensor: Tensor) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Not a subclass with a life of its own (DTensor, quantized, masked ...)."""
-    return type(tensor) is Tensor or not (
-        has_torch_function((tensor,)) or is_traceable_wrapper_subclass(tensor)
+    kind = type(tensor)
+    # By type: has_torch_function says yes to a Parameter while any function mode is on.
+    return kind is Tensor or (
+        kind.__torch_function__ is torch._C._disabled_torch_function_impl
+        and not is_traceable_wrapper_subclass(tensor)
     )
 
 

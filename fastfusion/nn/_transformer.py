@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.transformer import _get_seq_len
 
 from fastfusion.nn import _nested
-from fastfusion.nn._multihead import MultiheadAttention, stay_visible
+from fastfusion.nn._multihead import MultiheadAttention, settle_in
 
 Activation = str | Callable[[Tensor], Tensor]
 
@@ -328,8 +328,7 @@ def _retag(module: nn.Module) -> nn.Module:
         if ours is None:
             continue
         part.__class__ = ours
-        if ours is MultiheadAttention:
-            part.register_forward_pre_hook(stay_visible)
+        settle_in(part)
     return module
 
 
