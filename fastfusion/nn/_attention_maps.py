@@ -19,7 +19,6 @@ class RecordsAttention:
     for. Everything else stays as without `attention_maps`.
     """
 
-    __slots__ = ()
     _recorders: tuple["_Recorder", ...] = ()
 
     def _record(self, *weights: Tensor) -> None:

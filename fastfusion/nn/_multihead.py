@@ -336,7 +336,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
                 q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest,
                 dropout_p=dropout_p,
             )  # fmt: skip
-        return _nested.unpack(self.out_proj(out.flatten(1)), query), weights
+        return _nested.unpack(self.out_proj(out.flatten(1)), queries), weights
 
     def _hand_out(self, weights: Tensor, need_weights: bool, average: bool) -> Tensor | None:
         """Weights ([batch,] heads, q_len, kv_len) to who reads them, and to the caller."""
@@ -358,7 +358,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         values = keys if value is key else _nested.pack(value)
         if queries is None or keys is None or values is None:
             return "the shape was not (batch, ragged length, width)"
-        if values is not keys and not _nested.same_lengths(keys, values, key, value):
+        if values is not keys and not _nested.same_lengths(keys, values):
             return "key and value did not have the same lengths"
         if queries.offsets.shape != keys.offsets.shape:
             return "query and key did not have the same batch size"

@@ -11,6 +11,7 @@ from torch.nn.modules.transformer import _get_seq_len
 
 from fastfusion.nn import _nested
 from fastfusion.nn._multihead import MultiheadAttention, settle_in
+from fastfusion.nn._tracing import be_leaf
 
 Activation = str | Callable[[Tensor], Tensor]
 
@@ -41,6 +42,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
             norm_first, bias, device, dtype,
         )  # fmt: skip
+        be_leaf(self)
         _retag(self)
 
     def forward(
@@ -69,6 +71,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
                 src, src_mask, "src_mask", src_key_padding_mask, as_float=not ours
             )
         if src.is_nested:
+            if _nested.has_holes(src):
+                rest = (src_mask, src_key_padding_mask, is_causal)
+                return _nested.around_holes(
+                    src, lambda full: TransformerEncoderLayer.forward(self, full, *rest)
+                )
             return self._forward_nested(src, src_mask, src_key_padding_mask, is_causal)
         x = src
         if self.norm_first:
@@ -86,7 +93,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return self._sa_block(src, mask, padding, is_causal)
 
         def attend(values: Tensor) -> Tensor:
-            nested = _nested.unpack(values, src)
+            nested = _nested.unpack(values, packed)
             return _nested.values_of(self._sa_block(nested, mask, padding, is_causal))
 
         x = packed.values
@@ -96,7 +103,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         else:
             x = self.norm1(x + attend(x))
             x = self.norm2(x + self._ff_block(x))
-        return _nested.unpack(x, src)
+        return _nested.unpack(x, packed)
 
 
 class TransformerEncoder(nn.TransformerEncoder):
@@ -125,6 +132,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         mask_check: bool = True,
     ) -> None:
         super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor, mask_check)
+        be_leaf(self)
         # The layers are copies, so the caller's own stays what it is; the norm is the caller's.
         _retag(self.layers)
 
@@ -150,6 +158,11 @@ class TransformerEncoder(nn.TransformerEncoder):
                 src, mask, "mask", src_key_padding_mask, as_float=not ours
             )
         _check_rank(src, self.layers[0])
+        if src.is_nested and _nested.has_holes(src):
+            rest = (mask, src_key_padding_mask, is_causal)
+            return _nested.around_holes(
+                src, lambda full: TransformerEncoder.forward(self, full, *rest)
+            )
         left_out = None
         if src_key_padding_mask is not None and self._leaves_out_padding(
             src, mask, src_key_padding_mask
@@ -187,7 +200,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """Self-attention, attention to a memory and feed-forward, as `torch.nn`'s of the same name.
 
     Arguments, shapes, state_dict and initial weights are torch's, and so is `forward`: it calls
-    the parts, and both attentions are :class:`MultiheadAttention`.
+    the parts, and both attentions are :class:`MultiheadAttention`. Nested targets and memories
+    work in training too.
     """
 
     def __init__(
@@ -208,7 +222,31 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first,
             norm_first, bias, device, dtype,
         )  # fmt: skip
+        be_leaf(self)
         _retag(self)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """Pass `tgt` through the layer; arguments and result as of `TransformerDecoder`."""
+        rest = (
+            memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
+            tgt_is_causal, memory_is_causal,
+        )  # fmt: skip
+        # torch.fx can trace torch's layer, with something that is no tensor.
+        if isinstance(tgt, Tensor) and tgt.is_nested and _nested.has_holes(tgt):
+            return _nested.around_holes(
+                tgt, lambda full: TransformerDecoderLayer.forward(self, full, *rest)
+            )
+        return super().forward(tgt, *rest)
 
 
 class TransformerDecoder(nn.TransformerDecoder):
@@ -225,6 +263,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         norm: nn.Module | None = None,
     ) -> None:
         super().__init__(decoder_layer, num_layers, norm)
+        be_leaf(self)
         _retag(self.layers)
 
     def forward(
@@ -255,6 +294,14 @@ class TransformerDecoder(nn.TransformerDecoder):
             A tensor of the shape of `tgt`.
         """
         _check_rank(tgt, self.layers[0])
+        if tgt.is_nested and _nested.has_holes(tgt):
+            rest = (
+                memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
+                tgt_is_causal, memory_is_causal,
+            )  # fmt: skip
+            return _nested.around_holes(
+                tgt, lambda full: TransformerDecoder.forward(self, full, *rest)
+            )
         output = tgt
         for layer in self.layers:
             output = layer(
@@ -302,6 +349,7 @@ class Transformer(nn.Transformer):
             activation, custom_encoder, custom_decoder, layer_norm_eps, batch_first, norm_first,
             bias, device, dtype,
         )  # fmt: skip
+        be_leaf(self)
         if custom_encoder is None:
             _retag(self.encoder)
         if custom_decoder is None:
