@@ -112,9 +112,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
             )  # fmt: skip
+        in_proj = self._in_proj_weights()
         if not self._is_legal(
-            query, key, value, key_padding_mask, need_weights, attn_mask, is_causal
-        ):
+            query, key, value, key_padding_mask, need_weights, attn_mask, is_causal,
+            in_proj[0].dtype,
+        ):  # fmt: skip
             return torchs_slow_path(
                 self, query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
@@ -138,7 +140,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
                 key_padding_mask = key_padding_mask.unsqueeze(0)
         q, k, v = (
             part
-            for projected in self._project(query, key, value, shared)
+            for projected in self._project(query, key, value, shared, in_proj)
             for part in _heads(projected, self.num_heads, self.head_dim, batch_first)
         )
         if self.bias_k is not None or self.add_zero_attn:
@@ -177,6 +179,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         need_weights: bool,
         attn_mask: Tensor | None,
         is_causal: bool,
+        weight_dtype: torch.dtype,
     ) -> bool:
         """Whether the fused path takes these arguments: by type, dtype, device and shape only."""
         shape = query.shape
@@ -185,8 +188,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         if rank not in (2, 3) or shape[-1] != self.embed_dim or not _is_plain(query):
             return False
         dtype = query.dtype
-        weight = self.in_proj_weight if self._qkv_same_embed_dim else self.q_proj_weight
-        mixed = dtype != weight.dtype or not (dtype == key.dtype == value.dtype)
+        mixed = dtype != weight_dtype or not (dtype == key.dtype == value.dtype)
         if mixed and not _is_autocast(query):
             return False
         if not same:
@@ -238,8 +240,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
                 return False
         return True
 
+    def _in_proj_weights(self) -> tuple[Tensor, ...]:
+        """One weight of three projections, or three weights; read once a call, since reading may
+        be computing (`torch.nn.utils.parametrize`)."""
+        if self._qkv_same_embed_dim:
+            return (self.in_proj_weight,)
+        return (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+
     def _project(
-        self, query: Tensor, key: Tensor, value: Tensor, shared: tuple[bool, bool]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        shared: tuple[bool, bool],
+        weights: tuple[Tensor, ...],
     ) -> tuple[Tensor, ...]:
         """The three input projections, those of one input side by side: one product per input.
 
@@ -249,8 +263,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         width = self.embed_dim
         bias = self.in_proj_bias
         query_is_key, key_is_value = shared
-        if self._qkv_same_embed_dim:
-            weight = self.in_proj_weight
+        if len(weights) == 1:
+            (weight,) = weights
             if query_is_key and key_is_value:
                 return (F.linear(query, weight, bias),)
             if key_is_value:
@@ -259,8 +273,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
                     F.linear(key, weight[width:], None if bias is None else bias[width:]),
                 )
             weights = weight.chunk(3)
-        else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         return tuple(map(F.linear, (query, key, value), weights, biases))
 
@@ -324,7 +336,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         heads = (self.num_heads, self.head_dim)
         q, k, v = (
             part
-            for projected in self._project(queries.values, keys.values, values.values, shared)
+            for projected in self._project(
+                queries.values, keys.values, values.values, shared, self._in_proj_weights()
+            )
             for part in projected.unflatten(-1, (-1, *heads)).unbind(1)
         )
         weights = None

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.nn.modules.transformer import _get_seq_len
 
 from fastfusion.nn import _nested
@@ -192,7 +193,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         if torch.is_autocast_enabled() or not torch.backends.mha.get_fastpath_enabled():
             return False
         return not torch.is_grad_enabled() or not (
-            src.requires_grad or any(p.requires_grad for p in first.parameters())
+            _requires_grad(src) or any(map(_requires_grad, first.parameters()))
         )
 
 
@@ -237,16 +238,19 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         memory_is_causal: bool = False,
     ) -> Tensor:
         """Pass `tgt` through the layer; arguments and result as of `TransformerDecoder`."""
-        rest = (
-            memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
-            tgt_is_causal, memory_is_causal,
-        )  # fmt: skip
         # torch.fx can trace torch's layer, with something that is no tensor.
         if isinstance(tgt, Tensor) and tgt.is_nested and _nested.has_holes(tgt):
+            rest = (
+                memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
+                tgt_is_causal, memory_is_causal,
+            )  # fmt: skip
             return _nested.around_holes(
                 tgt, lambda full: TransformerDecoderLayer.forward(self, full, *rest)
             )
-        return super().forward(tgt, *rest)
+        return super().forward(
+            tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
+            tgt_is_causal, memory_is_causal,
+        )  # fmt: skip
 
 
 class TransformerDecoder(nn.TransformerDecoder):
@@ -416,6 +420,14 @@ def _checked_masks(
         check_other=False,
     )
     return mask, padding
+
+
+def _requires_grad(tensor: Tensor) -> bool:
+    """Whether this tensor or one that vmap batches in it, which it does not say, does."""
+    if not torch.compiler.is_compiling():  # which cannot trace this question
+        while not tensor.requires_grad and is_functorch_wrapped_tensor(tensor):
+            tensor = get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 def _positions_left_out(padding: Tensor, check: bool) -> Tensor:
