@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .peers import Arguments, Skipped, additive, attend_mask, lower_triangle
+from .peers import Arguments, Skipped, additive, whole_mask
 
 
 def _transformers(call: Arguments, module: str, function: str) -> Callable[[], Tensor]:
@@ -21,10 +21,7 @@ def _transformers(call: Arguments, module: str, function: str) -> Callable[[], T
     query, key, value = call["query"], call["key"], call["value"]
     repeats = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
-    mask = additive(attend_mask(call), query.dtype)
-    if call.get("is_causal"):
-        hidden = additive(lower_triangle(query, key), query.dtype)
-        mask = hidden if mask is None or hidden is None else mask + hidden
+    mask = additive(whole_mask(call), query.dtype)
     scale = call.get("scale")
     # What the functions ask of the layer that they are called from.
     layer: Any = SimpleNamespace(training=False, is_causal=False, num_key_value_groups=1)

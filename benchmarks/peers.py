@@ -21,12 +21,8 @@ class Skipped(Exception):
     """A peer cannot take part in a call; the message says why."""
 
 
-def attend_mask(call: Arguments) -> Tensor | None:
-    """attn_mask with the key padding worked in, as SDPA takes it: bool True = attend, or float."""
-    mask, padding = call.get("attn_mask"), call.get("key_padding_mask")
-    if padding is None:
-        return mask
-    visible = ~padding[:, None, None, :]
+def both_masks(mask: Tensor | None, visible: Tensor) -> Tensor:
+    """A mask, bool True = attend or float, with what is not visible hidden besides."""
     if mask is None:
         return visible
     if mask.dtype == torch.bool:
@@ -34,26 +30,48 @@ def attend_mask(call: Arguments) -> Tensor | None:
     return mask.masked_fill(~visible, float("-inf"))
 
 
+def attend_mask(call: Arguments) -> Tensor | None:
+    """attn_mask with the key padding worked in, as SDPA takes it: bool True = attend, or float."""
+    mask, padding = call.get("attn_mask"), call.get("key_padding_mask")
+    return mask if padding is None else both_masks(mask, ~padding[:, None, None, :])
+
+
+def whole_mask(call: Arguments) -> Tensor | None:
+    """`attend_mask` with the causal mask worked in too."""
+    mask = attend_mask(call)
+    if not call.get("is_causal"):
+        return mask
+    return both_masks(mask, lower_triangle(call["query"], call["key"]))
+
+
+def mask_or_causal(call: Arguments) -> tuple[Tensor | None, bool]:
+    """The mask and is_causal for whoever takes but one of them, as SDPA from torch 2.14 on."""
+    causal = bool(call.get("is_causal")) and attend_mask(call) is None
+    return (None if causal else whole_mask(call)), causal
+
+
 def sdpa(call: Arguments) -> Callable[[], Tensor]:
     """torch's scaled_dot_product_attention, on the backend that torch picks."""
-    options = {k: call[k] for k in ("is_causal", "scale", "enable_gqa") if k in call}
+    mask, causal = mask_or_causal(call)
     return partial(
         F.scaled_dot_product_attention,
         call["query"],
         call["key"],
         call["value"],
-        attn_mask=attend_mask(call),
-        **options,
+        attn_mask=mask,
+        is_causal=causal,
+        **{k: call[k] for k in ("scale", "enable_gqa") if k in call},
     )
 
 
 def sdpa_math(call: Arguments) -> Callable[[], Tensor]:
     """SDPA's own unfused backend."""
-    options = {k: call[k] for k in ("is_causal", "scale", "enable_gqa") if k in call}
+    mask, causal = mask_or_causal(call)
     run = partial(
         torch.ops.aten._scaled_dot_product_attention_math.default,
         call["query"], call["key"], call["value"],
-        additive(attend_mask(call), call["query"].dtype), 0.0, **options,
+        additive(mask, call["query"].dtype), 0.0, causal,
+        **{k: call[k] for k in ("scale", "enable_gqa") if k in call},
     )  # fmt: skip
     return lambda: run()[0]
 
@@ -86,13 +104,10 @@ def lower_triangle(query: Tensor, key: Tensor) -> Tensor:
 
 def unfused(call: Arguments) -> Callable[[], Tensor]:
     """The formula as textbooks write it."""
-    query, key = call["query"], call["key"]
-    bias = additive(attend_mask(call), query.dtype)
-    if call.get("is_causal"):
-        hidden = additive(lower_triangle(query, key), query.dtype)
-        bias = hidden if bias is None or hidden is None else bias + hidden
+    query = call["query"]
+    bias = additive(whole_mask(call), query.dtype)
     scale = call.get("scale", query.shape[-1] ** -0.5)
-    return partial(unfused_formula, query, key, call["value"], bias, scale)
+    return partial(unfused_formula, query, call["key"], call["value"], bias, scale)
 
 
 def _padding_pair(call: Arguments) -> tuple[Tensor | None, Tensor | None]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .peers import Arguments, Skipped, additive, attend_mask, lower_triangle
+from .peers import Arguments, Skipped, additive, attend_mask, mask_or_causal, whole_mask
 
 
 def _wide_heads(call: Arguments) -> list[Tensor]:
@@ -54,12 +54,12 @@ def openvino(call: Arguments) -> Callable[[], Tensor]:
     hints = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
     if inputs[0].dtype not in hints:
         raise Skipped(f"has no {inputs[0].dtype}".replace("torch.", ""))
-    mask = attend_mask(call)
+    mask, causal = mask_or_causal(call)
     inputs += [] if mask is None else [mask.contiguous()]
     tensors = [_openvino_tensor(t) for t in inputs]
     parameters = [opset13.parameter(list(t.shape), t.element_type) for t in tensors]
     node = opset13.scaled_dot_product_attention(
-        *parameters, causal=bool(call.get("is_causal")),
+        *parameters, causal=causal,
         **({"scale": opset13.constant(call["scale"])} if call.get("scale") is not None else {}),
     )  # fmt: skip
     options = {
@@ -156,11 +156,9 @@ def onnxruntime_fused(call: Arguments) -> Callable[[], Tensor]:
     wide = _wide_heads(call)
     heads = wide[0].shape[1]
     inputs: list[Any] = [t.transpose(1, 2).flatten(2) for t in wide]
-    bias = additive(attend_mask(call), wide[0].dtype)
     causal = bool(call.get("is_causal"))
-    if causal and wide[0].shape[2] != wide[1].shape[2]:  # its own diagonal is aligned bottom right
-        causal, hidden = False, additive(lower_triangle(*wide[:2]), wide[0].dtype)
-        bias = hidden if bias is None or hidden is None else bias + hidden
+    causal &= wide[0].shape[2] == wide[1].shape[2]  # its own diagonal is aligned bottom right
+    bias = additive(attend_mask(call) if causal else whole_mask(call), wide[0].dtype)
     if bias is not None:
         bias = bias.expand(*[1] * (4 - bias.dim()), *bias.shape)
         inputs += [None, None, bias.expand(*bias.shape[:-2], *_scores(wide)).contiguous()]

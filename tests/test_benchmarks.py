@@ -222,6 +222,21 @@ def test_mask_and_padding_combine() -> None:
     assert added.tolist() == [[[[1.0, -torch.inf]] * 2]]
 
 
+@pytest.mark.parametrize("bias", [None, 0.5], ids=["bool", "bias"])
+def test_sdpa_is_never_given_a_mask_beside_is_causal(bias: float | None) -> None:
+    """torch refuses that from 2.14 on: the peers work causality into the mask."""
+    query = torch.ones(1, 1, 3, 4)
+    call = {"query": query, "key": query, "value": query, "is_causal": True}
+    assert peers.mask_or_causal(call) == (None, True)
+    call["key_padding_mask"] = torch.tensor([[True, False, False]])
+    call |= {} if bias is None else {"attn_mask": torch.full((3, 3), bias)}
+    mask, causal = peers.mask_or_causal(call)
+    assert mask is not None and not causal
+    shown = mask if bias is None else mask == bias
+    assert shown.tolist() == [[[[False, False, False], [False, True, False], [False, True, True]]]]
+    assert torch.equal(peers.sdpa(call)(), peers.sdpa_math(call)())
+
+
 # ---- wrong and broken implementations
 
 
