@@ -5,7 +5,9 @@
 #include <cstring>
 #include <new>
 
-#if defined(__aarch64__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
@@ -27,10 +29,16 @@ extern const KernelTable neonbf16_kernels;
 namespace {
 
 #if defined(__x86_64__)
-// __builtin_cpu_supports also asks the system whether it saves the wide registers.
+// __builtin_cpu_supports also asks the system whether it saves the wide registers. Clang knows no
+// "f16c" there before 15; its registers are AVX's.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __builtin_cpu_supports("avx") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) &&
+         (ecx & bit_F16C) != 0;
+}
+
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 
 bool has_avx512() {
@@ -144,7 +152,7 @@ const char* cpu_features() {
     };
     add(__builtin_cpu_supports("avx2"), "avx2");
     add(__builtin_cpu_supports("fma"), "fma");
-    add(__builtin_cpu_supports("f16c"), "f16c");
+    add(has_f16c(), "f16c");
     add(__builtin_cpu_supports("avx512f"), "avx512f");
     add(__builtin_cpu_supports("avx512bw"), "avx512bw");
     add(__builtin_cpu_supports("avx512dq"), "avx512dq");
