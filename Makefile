@@ -154,4 +154,4 @@ wheel: $(VENV)/dependencies.stamp
 clean:
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks bench-results
 	@rm -rf $(GPU_VENV)
-	@rm -f fastfusion/*.so $(VENV)/install.stamp
+	@rm -f fastfusion/*.so fastfusion/_build.json $(VENV)/install.stamp

@@ -15,11 +15,16 @@ Where torch is a CUDA build, or with ``build_ext --cuda``, and where nvcc is fou
     fastfusion/libfastfusion_cuda.so  the CUDA kernels; no torch, CUDA's runtime linked in
     fastfusion/_torch_cuda_ops.so     their registration, loaded where torch is a CUDA build
 
+TORCH_CUDA_ARCH_LIST names their architectures as it does for torch's own extensions ("8.0;9.0+PTX",
+"Ampere", "native"); USE_CUDA=0 leaves them out. What a build left out, and why, it records in
+fastfusion/_build.json, for ``fastfusion.info()``.
+
 ``build_emulated`` compiles the CUDA kernels for the host, for tests: they are never installed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -33,6 +38,7 @@ from pathlib import Path
 
 from setuptools import Command, Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -73,6 +79,13 @@ TORCH_FLAGS = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000
 # Binaries are not portable to Tegra (87), nor from one generation to the next; what comes after the
 # last one compiles its PTX.
 CUDA_ARCHS = (75, 80, 86, 87, 89, 90)
+# As torch.utils.cpp_extension reads them. What is older than CUDA_ARCHS is left out.
+NAMED_ARCHS = {
+    **{"Kepler": "3.5", "Kepler+Tesla": "3.7", "Maxwell": "5.0;5.2", "Maxwell+Tegra": "5.3"},
+    **{"Pascal": "6.0;6.1", "Volta": "7.0", "Volta+Tegra": "7.2", "Turing": "7.5+PTX"},
+    **{"Ampere": "8.0;8.6+PTX", "Ampere+Tegra": "8.7", "Ada": "8.9+PTX", "Hopper": "9.0+PTX"},
+    **{"Blackwell": "10.0;10.3;12.0;12.1+PTX", "Blackwell+Tegra": "11.0", "Rubin": "10.7+PTX"},
+}
 OLDEST_NVCC = 12  # the first with C++20
 NVCC_FLAGS = [
     *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
@@ -81,6 +94,12 @@ NVCC_FLAGS = [
 # Kernels see the same bytes as different types, which device code may.
 EMULATED_ARCHS = (75, 80)
 EMULATED_FLAGS = ["-O2", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-DFF_CUDA_EMULATED"]
+
+# Seconds of one core for a file on the average, for nvcc per architecture.
+SECONDS = {"compile": 20, "nvcc": 6}
+
+# In the package: why each part was left out.
+RECORD = "_build.json"
 
 # Folders of the repository that install below fastfusion: their own names belong to other packages.
 MAPPED = ["kernels", "benchmarks"]
@@ -106,6 +125,43 @@ def find_nvcc() -> list[str] | None:
     return None
 
 
+class LeftOut(Exception):
+    """A part that is not built; the message says why."""
+
+
+def visible_archs() -> str:
+    """What TORCH_CUDA_ARCH_LIST=native stands for: the GPUs of this machine."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        found = []
+    if not found:
+        raise LeftOut("TORCH_CUDA_ARCH_LIST is native, and nvidia-smi names no GPU")
+    return ";".join(found)
+
+
+def cuda_codes() -> list[str]:
+    """What nvcc is to generate: sm_80 is machine code, compute_80 PTX, and so on."""
+    wanted = ";".join(os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split())
+    if not wanted:
+        return [*(f"sm_{arch}" for arch in CUDA_ARCHS), f"compute_{CUDA_ARCHS[-1]}"]
+    listed = visible_archs() if wanted == "native" else wanted
+    names = ";".join(NAMED_ARCHS.get(name, name) for name in listed.split(";"))
+    codes: dict[str, None] = {}
+    for name in names.split(";"):
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if found is None:
+            raise SystemExit(f"fastfusion: TORCH_CUDA_ARCH_LIST: {name!r} is no architecture")
+        major, minor, variant, ptx = found.groups()
+        if int(major + minor) >= CUDA_ARCHS[0]:
+            codes |= {f"sm_{major}{minor}{variant}": None}
+            codes |= {f"compute_{major}{minor}{variant}": None} if ptx else {}
+    if not codes:
+        raise LeftOut(f"they need compute capability 7.5, TORCH_CUDA_ARCH_LIST is {wanted}")
+    return list(codes)
+
+
 def nvcc_version(nvcc: list[str]) -> int:
     """The first number of its release."""
     text = subprocess.run([*nvcc, "--version"], capture_output=True, text=True).stdout
@@ -113,13 +169,6 @@ def nvcc_version(nvcc: list[str]) -> int:
     if found is None:
         raise SystemExit(f"fastfusion: {shlex.join(nvcc)} --version names no release: {text}")
     return int(found[1])
-
-
-def cuda_flags() -> list[str]:
-    """Machine code for every architecture, and PTX of the last."""
-    codes = [(arch, f"sm_{arch}") for arch in CUDA_ARCHS]
-    codes.append((CUDA_ARCHS[-1], f"compute_{CUDA_ARCHS[-1]}"))
-    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes]
 
 
 def cuda_sources() -> list[str]:
@@ -181,14 +230,15 @@ class NinjaFile:
                 "  description = link $out",
             ]
 
-    def nvcc(self, target: Path, sources: list[str], flags: list[str]) -> Path:
+    def nvcc(self, target: Path, sources: list[str], codes: list[str], flags: list[str]) -> Path:
         """Adds one shared library of CUDA sources, each compiled by itself."""
         objects = []
+        generate = [f"-gencode=arch=compute_{code.split('_')[1]},code={code}" for code in codes]
         for source in sources:
             objects.append(self.objects / Path(source).with_suffix(".o"))
             self.lines += [
                 f"build {escape(objects[-1])}: nvcc {source}",
-                f"  flags = {quote([*NVCC_FLAGS, *cuda_flags()])}",
+                f"  flags = {quote([*NVCC_FLAGS, *generate])}",
             ]
         self.lines += [
             f"build {escape(target)}: nvcc_link {' '.join(map(escape, objects))}",
@@ -281,7 +331,9 @@ def python_includes() -> list[str]:
     return ["-isystem", include, "-isystem", pybind11.get_include()]
 
 
-def write_ninja(compiler: list[str], temp: Path, package: Path, nvcc: list[str] | None) -> Path:
+def write_ninja(
+    compiler: list[str], temp: Path, package: Path, nvcc: list[str] | None, codes: list[str]
+) -> Path:
     """Writes build.ninja, which puts the libraries into ``package``; returns its path."""
     torch = torch_folder()
     ninja = NinjaFile(compiler, temp, nvcc)
@@ -308,7 +360,8 @@ def write_ninja(compiler: list[str], temp: Path, package: Path, nvcc: list[str] 
     if nvcc is not None:
         # Nobody else is to find the runtime that is linked in.
         linker = "-soname=libfastfusion_cuda.so,--exclude-libs=ALL,--no-undefined"
-        cuda = ninja.nvcc(package / "libfastfusion_cuda.so", cuda_sources(), ["-Xlinker", linker])
+        target, flags_of_link = package / "libfastfusion_cuda.so", ["-Xlinker", linker]
+        cuda = ninja.nvcc(target, cuda_sources(), codes, flags_of_link)
         # Streams are in libtorch_cuda.so. A CPU build of torch, which never loads this library, has
         # none: it is not linked as complete.
         ops = [ninja.compile(source, torch_flags(torch)) for source in cuda_ops()]
@@ -340,6 +393,29 @@ def write_emulated_ninja(compiler: list[str], folder: Path) -> Path:
     return ninja.write()
 
 
+def announce(file: Path, codes: list[str]) -> bool:
+    """One line on what is about to be compiled, if anything; returns whether there is work."""
+    command = [sys.executable, "-m", "ninja", "-n", "-f", str(file)]
+    steps = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    cpp, cuda = (len(re.findall(rf"\] {rule} csrc/", steps)) for rule in ("compile", "nvcc"))
+    seconds = cpp * SECONDS["compile"] + cuda * SECONDS["nvcc"] * len(codes)
+    what = [f"{cpp} C++ files"] if cpp else []
+    if cuda:
+        what.append(
+            f"{cuda} CUDA files for {', '.join(codes)} (TORCH_CUDA_ARCH_LIST names others, "
+            "USE_CUDA=0 none)"
+        )
+    if what:
+        minutes = f"about {-(-seconds // 60)} min of one core"
+        print(f"fastfusion: compiling {' and '.join(what)}: {minutes}", flush=True)
+    return "no work to do" not in steps
+
+
+def write_record(package: Path, cpu: str | None, cuda: str | None) -> None:
+    """Leaves why each part was left out, None where it was built, for ``fastfusion.info()``."""
+    (package / RECORD).write_text(json.dumps({"cpu": cpu, "cuda": cuda}) + "\n")
+
+
 def run_ninja(file: Path, verbose: bool, what: str) -> None:
     """Builds everything that a build.ninja names."""
     quiet = [] if verbose else ["--quiet"]
@@ -363,29 +439,36 @@ class BuildNative(build_ext):
         super().initialize_options()
         self.cuda = False
 
-    def find_nvcc(self) -> list[str] | None:
-        """nvcc where the CUDA kernels are to be built, with a line where it is missing."""
-        if not self.cuda and not torch_has_cuda(torch_folder()):
-            return None
+    def plan_cuda(self) -> tuple[list[str], list[str]]:
+        """nvcc and what it is to generate. Raises LeftOut."""
+        if os.environ.get("USE_CUDA", "").upper() in ("0", "OFF", "NO", "N", "FALSE"):
+            raise LeftOut(f"USE_CUDA is {os.environ['USE_CUDA']}")
         nvcc = find_nvcc()
-        reason = None
         if nvcc is None:
             wanted = os.environ.get("NVCC") or "nvcc, /usr/local/cuda/bin/nvcc"
-            reason = f"no CUDA compiler found ({wanted})"
-        elif nvcc_version(nvcc) < OLDEST_NVCC:
-            reason = f"{shlex.join(nvcc)} is older than {OLDEST_NVCC}"
-        if reason is None:
-            return nvcc
-        if self.cuda:
-            raise SystemExit(f"fastfusion: no CUDA kernels: {reason}")
-        print(f"fastfusion: CUDA kernels left out: {reason}")
-        return None
+            raise LeftOut(f"no CUDA compiler found ({wanted})")
+        if nvcc_version(nvcc) < OLDEST_NVCC:
+            raise LeftOut(f"{shlex.join(nvcc)} is older than {OLDEST_NVCC}")
+        return nvcc, cuda_codes()
 
     def run(self) -> None:
         """Builds into the source tree (editable, ``--inplace``) or into the build folder."""
-        compiler = find_compiler()
-        if compiler is None or not self.extensions:
+        package = self.package_folder().resolve()
+        compiler, missing = find_compiler(), native_left_out()
+        if compiler is None or missing is not None:
+            write_record(package, missing, missing)
             return
+        nvcc, codes, no_cuda = None, list[str](), None
+        if not self.cuda and not torch_has_cuda(torch_folder()):
+            no_cuda = "torch was a CPU build"
+        else:
+            try:
+                nvcc, codes = self.plan_cuda()
+            except LeftOut as reason:
+                if self.cuda:
+                    raise SystemExit(f"fastfusion: no CUDA kernels: {reason}") from None
+                print(f"fastfusion: CUDA kernels left out: {reason}")
+                no_cuda = str(reason)
         editable = self.inplace or self.editable_mode
         # pip gives every editable build a new temporary folder, which would recompile everything.
         temp = (
@@ -393,9 +476,10 @@ class BuildNative(build_ext):
             if editable
             else Path(self.build_temp)
         )
-        package = self.package_folder().resolve()
-        file = write_ninja(compiler, temp.resolve(), package, self.find_nvcc())
-        run_ninja(file, self.distribution.verbose, "the native part")
+        file = write_ninja(compiler, temp.resolve(), package, nvcc, codes)
+        if announce(file, codes):
+            run_ninja(file, self.distribution.verbose, "the native part")
+        write_record(package, None, no_cuda)
 
     def package_folder(self) -> Path:
         """The folder that receives the libraries."""
@@ -403,11 +487,12 @@ class BuildNative(build_ext):
         return (ROOT if editable else Path(self.build_lib)) / "fastfusion"
 
     def get_outputs(self) -> list[str]:
-        """The libraries."""
+        """The libraries and the record."""
         names = [
             "libfastfusion_cpu.so",
             "_torch_ops.so",
             "_native" + sysconfig.get_config_var("EXT_SUFFIX"),
+            RECORD,
         ]
         cuda = ["libfastfusion_cuda.so", "_torch_cuda_ops.so"]
         folder = self.package_folder()
@@ -417,6 +502,23 @@ class BuildNative(build_ext):
     def get_output_mapping(self) -> dict[str, str]:
         """Nothing is copied: ninja writes the libraries where they belong."""
         return {}
+
+
+class BuildPython(build_py):
+    """``build_py``, with the record of a build that has no native part to leave it."""
+
+    def run(self) -> None:
+        """Copies the Python files."""
+        super().run()
+        missing = native_left_out()
+        if missing is not None:
+            folder = ROOT if self.editable_mode else Path(self.build_lib)
+            write_record(folder / "fastfusion", missing, missing)
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        """The Python files and the record."""
+        record = [] if native_left_out() is None else [f"{self.build_lib}/fastfusion/{RECORD}"]
+        return [*super().get_outputs(include_bytecode), *record]
 
 
 class BuildEmulated(Command):
@@ -439,19 +541,23 @@ class BuildEmulated(Command):
             run_ninja(file, self.distribution.verbose, "the emulated CUDA kernels")
 
 
+def native_left_out() -> str | None:
+    """Why there is no native part, None where it is built."""
+    if sys.platform != "linux":
+        return f"it is built on Linux only, this is {sys.platform}"
+    if find_compiler() is None:
+        return f"no C++ compiler found ({os.environ.get('CXX') or 'g++, c++ or clang++'})"
+    return None
+
+
 def native_extensions() -> list[Extension]:
     """One entry that stands for the native part, or none, with a line that says why."""
+    missing = native_left_out()
+    if missing is not None:
+        print(f"fastfusion: native part left out: {missing}")
+        return []
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
-    if sys.platform != "linux":
-        print(
-            f"fastfusion: native part left out: it is built on Linux only, this is {sys.platform}"
-        )
-    elif find_compiler() is None:
-        wanted = os.environ.get("CXX") or "g++, c++ or clang++"
-        print(f"fastfusion: native part left out: no C++ compiler found ({wanted})")
-    else:
-        return [Extension("fastfusion._native", sources)]
-    return []
+    return [Extension("fastfusion._native", sources)]
 
 
 if __name__ == "__main__":
@@ -469,5 +575,9 @@ if __name__ == "__main__":
         },
         include_package_data=False,
         ext_modules=native_extensions(),
-        cmdclass={"build_ext": BuildNative, "build_emulated": BuildEmulated},
+        cmdclass={
+            "build_py": BuildPython,
+            "build_ext": BuildNative,
+            "build_emulated": BuildEmulated,
+        },
     )

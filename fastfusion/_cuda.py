@@ -14,6 +14,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fastfusion import _library
+
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 MAX_DIM = 256
 _OPS = Path(__file__).with_name("_torch_cuda_ops.so")
@@ -32,7 +34,7 @@ def _load() -> str | None:
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     if not _OPS.exists():
-        return "the package was built without its CUDA part (nvcc was not found)"
+        return _library.absent("cuda")
     try:
         torch.ops.load_library(_OPS)
     except (OSError, RuntimeError) as error:

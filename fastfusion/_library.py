@@ -4,6 +4,7 @@
 A library that is there but does not load disables itself with one warning.
 """
 
+import json
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -12,15 +13,35 @@ from types import ModuleType
 import torch
 
 _OPS = Path(__file__).with_name("_torch_ops.so")
+_RECORD = Path(__file__).with_name("_build.json")
+_PARTS = {"cpu": "compiled part", "cuda": "CUDA part"}
 
 native: ModuleType | None = None
 cpu_unavailable: str | None = None
 
 
+def absent(part: str) -> str:
+    """Why the libraries of a part are not there, by the record that setup.py leaves: a sentence.
+
+    Args:
+        part: "cpu" or "cuda".
+    """
+    try:
+        reason = json.loads(_RECORD.read_text())[part]
+    except OSError:
+        return (
+            "the package was never built: run `pip install .`, or `python setup.py build_ext "
+            "--inplace`, where its source is"
+        )
+    if reason is None:
+        return f"the {_PARTS[part]} of the package was built, but its files are gone"
+    return f"the package was built without its {_PARTS[part]}: {reason}"
+
+
 def _load() -> None:
     global native, cpu_unavailable
     if not _OPS.exists():
-        cpu_unavailable = "the package was installed without its compiled part (no C++ compiler)"
+        cpu_unavailable = absent("cpu")
         return
     try:
         module = import_module("fastfusion._native")

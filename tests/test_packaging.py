@@ -5,7 +5,9 @@ tested is setup.py, and the real compiler has built the package that the other t
 """
 
 import importlib.metadata
+import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -37,12 +39,20 @@ if "-c" in arguments:
 """
 
 
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without nvcc, unless a test sets $NVCC: it takes minutes."""
+    for name in ("CXX", "CXXFLAGS", "LDFLAGS", "TORCH_CUDA_ARCH_LIST", "USE_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NVCC", "/nonexistent/nvcc")
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A copy of what is needed to install the package, without anything built."""
     copy = tmp_path / "source"
     copy.mkdir()
-    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
     for name in ("fastfusion", "kernels", "benchmarks", "csrc"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
@@ -81,13 +91,8 @@ def compiler(tmp_path: Path) -> Compiler:
 def run(
     source: Path, *arguments: str, cxx: str | None, path: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs Python in the source tree with $CXX (unset: None) and optionally another $PATH.
-
-    Without nvcc, unless $NVCC is set: it takes minutes.
-    """
-    unset = ("CXX", "CXXFLAGS", "LDFLAGS", "TRITON_INTERPRET")
-    environment = {"NVCC": "/nonexistent/nvcc"}
-    environment |= {k: v for k, v in os.environ.items() if k not in unset}
+    """Runs Python in the source tree with $CXX (unset: None) and optionally another $PATH."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if cxx is not None:
         environment["CXX"] = cxx
     if path is not None:
@@ -143,7 +148,13 @@ def test_wheel_without_compiler(source: Path) -> None:
     result = run(source.parent, "-c", code, cxx=None)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[0] == "reference"
-    assert "without its compiled part" in result.stdout
+    reason = "without its compiled part: no C++ compiler found (/nonexistent/g++)"
+    assert f"no: the package was built {reason}" in result.stdout
+
+
+def record(package: Path) -> dict[str, str | None]:
+    """Why a build left out each part."""
+    return json.loads((package / "_build.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -159,14 +170,18 @@ def test_no_compiler_is_one_line(source: Path, cxx: str | None, wanted: str) -> 
     line = f"fastfusion: native part left out: no C++ compiler found ({wanted})"
     assert result.stdout.splitlines() == [line]
     assert not list(source.rglob("*.so"))
+    reason = line.partition("left out: ")[2]
+    assert record(source / "fastfusion") == {"cpu": reason, "cuda": reason}
 
 
 def test_wheel_with_compiler(source: Path, compiler: Compiler) -> None:
     wheel = build_wheel(source, cxx=str(compiler.path))
     assert "-cp3" in wheel.name
-    libraries = {n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")}
+    names = zipfile.ZipFile(wheel).namelist()
+    libraries = {name for name in names if name.endswith(".so")}
     (module,) = (name for name in libraries if name.startswith("fastfusion/_native."))
     assert libraries == {"fastfusion/libfastfusion_cpu.so", "fastfusion/_torch_ops.so", module}
+    assert "fastfusion/_build.json" in names
     assert not list((source / "fastfusion").glob("*.so"))
 
 
@@ -174,9 +189,14 @@ def test_second_build_compiles_only_what_changed(source: Path, compiler: Compile
     def build() -> set[str]:
         result = run(source, "setup.py", "-q", "build_ext", "--inplace", cxx=str(compiler.path))
         assert result.returncode == 0, result.stdout + result.stderr
-        return compiler.compiled()
+        compiled = compiler.compiled()
+        lines = [line for line in result.stdout.splitlines() if "left out" not in line]
+        assert len(lines) == bool(compiled), "one line says what is compiled"
+        assert all(f"compiling {len(compiled)} C++ files: about " in line for line in lines)
+        return compiled
 
     everything = build()
+    assert record(source / "fastfusion")["cpu"] is None
     assert {"csrc/torch_attention.cpp", "csrc/python.cpp", "csrc/cpu/dispatch.cpp"} <= everything
     assert (source / "fastfusion/_torch_ops.so").exists()
     assert build() == set()
@@ -220,6 +240,13 @@ def build_cuda(source: Path, compiler: Compiler) -> subprocess.CompletedProcess[
     return run(source, *command, cxx=str(compiler.path))
 
 
+def build_beside_cuda(source: Path, compiler: Compiler) -> subprocess.CompletedProcess[str]:
+    """A build that nothing was said to, beside a CUDA build of torch."""
+    setup = source / "setup.py"
+    setup.write_text(setup.read_text().replace("not torch_has_cuda(torch_folder())", "False"))
+    return run(source, "setup.py", "-q", "build_ext", "--inplace", cxx=str(compiler.path))
+
+
 def test_cuda_kernels_on_request(
     source: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,15 +259,17 @@ def test_cuda_kernels_on_request(
     units = [line for line in lines if "-gencode" in line]
     sources = [str(p.relative_to(source)) for p in sorted((source / "csrc/cuda").glob("*.cu"))]
     assert sources and sorted(u.split()[u.split().index("-c") + 1] for u in units) == sources
+    codes = [*(f"sm_{arch}" for arch in (75, 80, 86, 87, 89, 90)), "compute_90"]
     for unit in units:
-        assert unit.count("-gencode") == 7
-        assert all(f"code=sm_{arch}" in unit for arch in (75, 80, 86, 87, 89, 90))
-        assert "code=compute_90" in unit and "torch" not in unit
+        assert generated(unit) == codes and "torch" not in unit
+    (line,) = result.stdout.splitlines()
+    assert f"{len(sources)} CUDA files for {', '.join(codes)} (TORCH_CUDA_ARCH_LIST " in line
     (link,) = (line for line in lines if "-cudart=static" in line)
     assert link.endswith("fastfusion/libfastfusion_cuda.so") and "-ltorch" not in link
     for name in ("libfastfusion_cuda.so", "_torch_cuda_ops.so", "_torch_ops.so"):
         assert (source / "fastfusion" / name).exists()
-    build_cuda(source, compiler)
+    assert record(source / "fastfusion") == {"cpu": None, "cuda": None}
+    assert build_cuda(source, compiler).stdout == ""
     assert compiler.compiled() == set()
     changed = source / "csrc/torch_cuda.cpp"
     changed.write_text(changed.read_text() + "\n")
@@ -248,28 +277,90 @@ def test_cuda_kernels_on_request(
     assert compiler.compiled() == {"csrc/torch_cuda.cpp"}
 
 
-@pytest.mark.parametrize("reason", ["absent", "old"])
-def test_no_cuda_compiler(
+def generated(unit: str) -> list[str]:
+    """What a command line of nvcc generates."""
+    return [code for _, code in re.findall(r"-gencode=arch=compute_(\w+),code=(\w+_\1)\b", unit)]
+
+
+FAKE_SMI = "#!/bin/sh\necho 8.6\necho 8.6\necho 12.0\n"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "codes"),
+    [
+        ("8.0", ["sm_80"]),
+        (" 7.0;7.5 9.0a 10.0+PTX;", ["sm_75", "sm_90a", "sm_100", "compute_100"]),
+        ("Ampere;Volta;8.7", ["sm_80", "sm_86", "compute_86", "sm_87"]),
+        ("native", ["sm_86", "sm_120"]),
+    ],
+)
+def test_cuda_architectures_by_name(
+    wanted: str,
+    codes: list[str],
+    source: Path,
+    compiler: Compiler,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TORCH_CUDA_ARCH_LIST as torch's own extensions read it; what is too old is left out."""
+    smi = source.parent / "nvidia-smi"
+    smi.write_text(FAKE_SMI)
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("NVCC", str(compiler.path))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+    result = build_beside_cuda(source, compiler)
+    assert result.returncode == 0, result.stdout + result.stderr
+    units = [line for line in compiler.commands() if "-gencode" in line]
+    assert units and all(generated(unit) == codes for unit in units)
+    assert f"for {', '.join(codes)} (" in result.stdout
+
+
+def test_an_unknown_architecture_is_an_error(
+    source: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVCC", str(compiler.path))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;sm_90")
+    result = build_beside_cuda(source, compiler)
+    assert result.returncode != 0
+    message = "fastfusion: TORCH_CUDA_ARCH_LIST: 'sm_90' is no architecture"
+    assert result.stderr.splitlines()[-1] == message
+
+
+@pytest.mark.parametrize("reason", ["absent", "old", "not wanted", "old GPUs", "no GPU"])
+def test_no_cuda_kernels(
     reason: str, source: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error where the kernels were asked for, one line where they come by themselves."""
-    if reason == "absent":
-        nvcc, words = "/nonexistent/nvcc", "no CUDA compiler found (/nonexistent/nvcc)"
-    else:
-        old = source.parent / "old-nvcc"
-        old.write_text("#!/bin/sh\necho release 11.8\n")
-        old.chmod(0o755)
-        nvcc, words = str(old), f"{old} is older than 12"
-    monkeypatch.setenv("NVCC", nvcc)
+    old = source.parent / "old-nvcc"
+    old.write_text("#!/bin/sh\necho release 11.8\n")
+    old.chmod(0o755)
+    (source.parent / "nvidia-smi").symlink_to("/bin/false")
+    monkeypatch.setenv("PATH", f"{source.parent}:{os.environ['PATH']}")
+    usable = {"NVCC": str(compiler.path)}
+    variables, words = {
+        "absent": ({}, "no CUDA compiler found (/nonexistent/nvcc)"),
+        "old": ({"NVCC": str(old)}, f"{old} is older than 12"),
+        "not wanted": (usable | {"USE_CUDA": "0"}, "USE_CUDA is 0"),
+        "old GPUs": (
+            usable | {"TORCH_CUDA_ARCH_LIST": "6.0 7.0+PTX"},
+            "they need compute capability 7.5, TORCH_CUDA_ARCH_LIST is 6.0;7.0+PTX",
+        ),
+        "no GPU": (
+            usable | {"TORCH_CUDA_ARCH_LIST": "native"},
+            "TORCH_CUDA_ARCH_LIST is native, and nvidia-smi names no GPU",
+        ),
+    }[reason]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     result = build_cuda(source, compiler)
     assert result.returncode != 0
     assert result.stderr.splitlines()[-1] == f"fastfusion: no CUDA kernels: {words}"
-    setup = source / "setup.py"
-    code = setup.read_text().replace("not torch_has_cuda(torch_folder())", "False")
-    setup.write_text(code)
-    result = run(source, "setup.py", "-q", "build_ext", "--inplace", cxx=str(compiler.path))
+    result = build_beside_cuda(source, compiler)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [f"fastfusion: CUDA kernels left out: {words}"]
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"fastfusion: CUDA kernels left out: {words}"
+    assert len(lines) == 2 and "CUDA" not in lines[1]
+    assert record(source / "fastfusion") == {"cpu": None, "cuda": words}
     assert not list((source / "fastfusion").glob("*cuda*.so"))
 
 

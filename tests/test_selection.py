@@ -470,19 +470,31 @@ print(json.dumps(sorted({name for name in set(sys.modules) - before})))
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """The package's Python files, alone, as an installation without a compiler has them."""
-    shutil.copytree(
-        PACKAGE, tmp_path / "fastfusion", ignore=shutil.ignore_patterns("*.so", "__pycache__")
-    )
+    """The package's Python files, alone, as a source tree has them."""
+    ignore = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "fastfusion", ignore=ignore)
     return tmp_path
 
 
-def test_without_the_compiled_part(copied: Path) -> None:
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (None, "the package was never built: run `pip install .`"),
+        ({"cpu": None}, "the compiled part of the package was built, but its files are gone"),
+        ({"cpu": "no time"}, "the package was built without its compiled part: no time"),
+    ],
+    ids=["never built", "lost", "left out"],
+)
+def test_without_the_compiled_part(
+    record: dict[str, str | None] | None, reason: str, copied: Path
+) -> None:
+    if record is not None:
+        (copied / "fastfusion/_build.json").write_text(json.dumps(record))
     facts = answer(CHOICES, copied)
     assert facts["file"].startswith(str(copied))
     assert facts["asked"] == facts["automatic"] == "reference" and facts["error"] is None
     assert facts["warnings"] == [], "nothing is broken, so there is nothing to warn of"
-    assert "without its compiled part" in facts["cpu"]
+    assert facts["cpu"].startswith(reason)
     assert f"no: {facts['cpu']}" in facts["text"]
     assert facts["cpu"] in facts["cpu error"]
 
