@@ -1,0 +1,71 @@
+"""`explain` of modules: which road each attention takes, by running the module once."""
+
+import torch
+from torch import nn
+
+import fastfusion as ff
+
+
+def test_each_attention_of_a_model_is_named() -> None:
+    layer = ff.nn.TransformerDecoderLayer(16, 2, 32, batch_first=True)
+    decoder = ff.nn.TransformerDecoder(layer, 2).eval()
+    explanation = ff.explain(decoder, torch.randn(2, 5, 16), memory=torch.randn(2, 7, 16))
+    parts = ("self_attn", "multihead_attn")
+    assert [name for name, _ in explanation.rows] == [
+        f"layers.{i}.{part}" for i in range(2) for part in parts
+    ]
+    ops = [row.op for _, row in explanation.rows if row is not None]
+    assert ops == ["scaled_dot_product_attention"] * 4
+    assert "layers.1.multihead_attn: scaled_dot_product_attention(query=" in str(explanation)
+
+
+def test_the_road_with_weights_is_told_apart() -> None:
+    attention = ff.nn.MultiheadAttention(16, 2, batch_first=True)
+    tokens = torch.randn(2, 5, 16)
+    assert ff.explain(attention, tokens, tokens, tokens).rows == (("", None),)
+    explanation = ff.explain(attention, tokens, tokens, tokens, need_weights=False)
+    assert explanation.rows[0][1] is not None
+    assert (
+        explanation.rows[0][1].chosen
+        == ff.explain(ff.scaled_dot_product_attention, *[torch.randn(2, 2, 5, 8)] * 3).chosen
+    )
+
+
+def test_it_describes_the_call_in_its_surroundings() -> None:
+    fusion = ff.nn.CrossModalAttention(16, 8, 2)
+    visual, text = torch.randn(2, 5, 16), torch.randn(2, 7, 8)
+    with ff.use_backend("reference"):
+        ((_, row),) = ff.explain(fusion, visual, text).rows
+    assert row is not None and row.op == "bidirectional_attention" and row.chosen == "reference"
+    with torch.autocast("cpu", torch.bfloat16):
+        ((_, row),) = ff.explain(fusion, visual, text).rows
+    assert row is not None and "bfloat16" in row.call
+
+
+def test_nothing_of_the_model_changes() -> None:
+    """The module runs, but its buffers and the random state are as before."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(16)
+            self.attention = ff.nn.CrossAttention(16, 16, 2, dropout=0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+            return self.attention(x, x)
+
+    model = Model()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    ((name, _),) = ff.explain(model, torch.randn(2, 5, 16, generator=torch.Generator())).rows
+    assert name == "attention"
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_without_attention_has_nothing_to_say() -> None:
+    assert str(ff.explain(nn.Linear(3, 4), torch.randn(2, 3))) == "no attention was called"
