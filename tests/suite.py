@@ -6,6 +6,7 @@ kernels once per instruction set of this machine), so that a new implementation 
 touching a test.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,17 @@ from fastfusion._op import Op
 # Where the tests run: set by conftest.py, which reads --device.
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Scales, and powers of two that queries, keys and the loss are multiplied by to make of them scores
+# and gradients that float32 holds: though not in any order of multiplication.
+SCALES = {
+    "zero": (0.0, 0, 0, 0),
+    "largest": (2.4e38, -63, -64, -20),
+    "most_negative": (-3e38, -65, -64, -20),
+    "with_large_queries": (1e37, 7, -131, -20),
+    "with_large_keys": (-1e37, -131, 7, -20),
+    "smallest": (2.0**-148, 50, 50, 0),
+    "with_large_gradients": (1e-34, 0, 112, 18),
+}
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,8 @@ class OpSuite:
     outputs: ClassVar[int]  # before the lse
     # Names of cases that have each bool argument on each way through the kernels.
     bool_cases: ClassVar[tuple[str, ...]] = ()
+    # Of cases that go each way that a scale can take.
+    scale_cases: ClassVar[tuple[str, ...]] = ()
     dtypes: ClassVar[tuple[torch.dtype, ...]] = DTYPES
 
     @classmethod
@@ -170,9 +184,9 @@ class OpSuite:
         return in_bytes(call, 1, 255, 2, 128)
 
     def evaluate(
-        self, run: Callable[..., tuple[Tensor, ...]], call: dict[str, Any]
+        self, run: Callable[..., tuple[Tensor, ...]], call: dict[str, Any], factor: float = 1.0
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """Outputs with lse, and gradients of a loss that uses each of them."""
+        """Outputs with lse, and gradients of a loss that uses each of them, times a factor."""
         call = {k: v.detach().requires_grad_() if k in leaves(call) else v for k, v in call.items()}
         torch.manual_seed(11)
         results = run(**call)
@@ -187,7 +201,7 @@ class OpSuite:
             finite = torch.where(finite.isinf(), 0.0, finite)
             # The weight in the result's own dtype: the gradient that arrives is then the same
             # number in every dtype.
-            loss = loss + (finite * weight.to(torch.bfloat16).double()).sum()
+            loss = loss + factor * (finite * weight.to(torch.bfloat16).double()).sum()
         names = leaves(call)
         if not loss.requires_grad:
             return results, {}
@@ -197,14 +211,14 @@ class OpSuite:
             for n, g in zip(names, gradients, strict=True)
         }
 
-    def compare(self, target: Target, call: dict[str, Any]) -> None:
+    def compare(self, target: Target, call: dict[str, Any], factor: float = 1.0) -> None:
         """Outputs and gradients of a target by the rule of accuracy.py."""
         exact, exact_gradients = self.evaluate(
-            lambda **kw: self.op.reference(**kw), {k: _double(v) for k, v in call.items()}
+            lambda **kw: self.op.reference(**kw), {k: _double(v) for k, v in call.items()}, factor
         )
-        plain, plain_gradients = self.evaluate(type(self).plain, call)
+        plain, plain_gradients = self.evaluate(type(self).plain, call, factor)
         actual, gradients = self.evaluate(
-            lambda **kw: target.call(type(self).function, **kw, return_lse=True), call
+            lambda **kw: target.call(type(self).function, **kw, return_lse=True), call, factor
         )
         for index, (a, e, p) in enumerate(zip(actual, exact, plain, strict=True)):
             is_lse = index >= self.outputs
@@ -223,6 +237,19 @@ class OpSuite:
 
     def test_accuracy(self, case: Case, target: Target, dtype: torch.dtype) -> None:
         self.compare(target, self.build(case, dtype, target))
+
+    @pytest.mark.parametrize("scale", SCALES)
+    def test_any_finite_scale(self, scale: str, fast_target: Target, dtype: torch.dtype) -> None:
+        """Zero times infinity is nowhere on the way to a number that float32 holds."""
+        number, *powers = SCALES[scale]
+        if dtype == torch.float16:  # its own range is smaller
+            powers = [min(max(power, -9), 5) for power in powers]
+            number = math.copysign(1.0, number) * 0.3 * 2.0 ** -sum(powers[:2]) if number else 0.0
+        query, key, loss = (2.0**power for power in powers)
+        for case in (c for c in self.cases if c.name in self.scale_cases):
+            call = self.build(case, dtype, fast_target)
+            call |= {"scale": number, "query": call["query"] * query, "key": call["key"] * key}
+            self.compare(fast_target, call, loss)
 
     def test_bool_bytes(self, native_target: Target) -> None:
         """Whatever byte is in the place of True, the bits are those of 1."""

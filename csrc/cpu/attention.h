@@ -31,8 +31,7 @@ class ForwardTask {
       : p_(p),
         value_columns_(padded(p.value_dim)),
         base_(base_of(p)),
-        factor_of_queries_(p.scale * exponents_per_e(base_)),
-        unit_(Math::kDepth > 1 ? std::fabs(factor_of_queries_) : 1),
+        scaling_(scaling_of<Math>(p.scale, base_)),
         turned_(2 * p.value_dim <= Vec::kLanes) {
     constexpr int64_t kFloats = 98304;  // 384 KB of the second cache
     const int64_t fitting = kFloats / (query_floats() + Panels::kMost * value_columns_);
@@ -98,7 +97,7 @@ class ForwardTask {
     panel = {h, queries, rest ? rest_columns(queries.count) : padded(queries.count),
              0, rest,    {statistics, statistics + kMost, statistics + 2 * kMost}};
     const auto operand = rest ? rest_rows<Math> : Operands<Math>::lanes;
-    query_[i] = operand(Slice(p_.query, p_.type, b, h), queries, p_.head_dim, factor_of_queries_,
+    query_[i] = operand(Slice(p_.query, p_.type, b, h), queries, p_.head_dim, scaling_.factor,
                         queries_ + i * query_floats());
     panel.statistics.clear(padded(panel.columns));
   }
@@ -112,7 +111,7 @@ class ForwardTask {
     const bool first = block.first == 0;
     if (panel.rest) {
       attend_rest(key, query_[i], block.count, Operands<Math>::steps(p_.head_dim), columns, base_,
-                  unit_, maximum_, scores_, panel.statistics);
+                  scaling_.unit, maximum_, scores_, panel.statistics);
     } else {
       weigh(b, i, block, key);
     }
@@ -144,8 +143,8 @@ class ForwardTask {
     const auto score = [&](const auto& finish) {
       multiply(key, query_[i], block.count, columns, Operands<Math>::steps(p_.head_dim), finish);
     };
-    float unit = unit_;
-    if (maskable_product(scores, block, unit)) {
+    float unit = scaling_.unit;
+    if (maskable_product(scores, block)) {
       shown_lanes(scores, block, shown_);
       score(StoreShown{scores_, columns, maximum_, shown_});
     } else {
@@ -194,7 +193,7 @@ class ForwardTask {
   const AttentionForward& p_;
   int64_t value_columns_, most_, count_ = 0;
   Base base_;
-  float factor_of_queries_, unit_;
+  Scaling scaling_;
   bool turned_;  // few columns of values: the lanes of the second product are queries, too
   float *queries_, *outs_, *statistics_, *maximum_, *scores_, *factor_, *key_, *value_;
   uint16_t* shown_;
@@ -230,22 +229,20 @@ template <class HalfMath>
 const char* attention_path(const AttentionForward& p) {
   if (p.q_len <= kFew) return "one query at a time";
   if (p.type == Type::kFloat32) return "panels of 48 queries";
-  const bool half = p.type == Type::kBFloat16 && HalfMath::kDepth > 1;
+  const bool half = narrow_products(p) && HalfMath::kDepth > 1;
   return half ? "panels of 48 queries, bfloat16 products" : "panels of 48 queries, as float32";
 }
 
 template <class HalfMath>
 int64_t attention_parts(const AttentionForward& p) {
   if (p.batch * p.heads * p.q_len == 0) return 0;
-  const bool half = p.type == Type::kBFloat16;
-  auto* panels = half ? panels_of_group<HalfMath> : panels_of_group<Float32Math>;
+  auto* panels = narrow_products(p) ? panels_of_group<HalfMath> : panels_of_group<Float32Math>;
   return p.batch * p.kv_heads * (p.q_len <= kFew ? 1 : panels(p));
 }
 
 template <class HalfMath>
 void attention_part(const AttentionForward& p, int64_t begin, int64_t end) {
-  const bool half = p.type == Type::kBFloat16;
-  auto* body = half ? forward_tasks<HalfMath> : forward_tasks<Float32Math>;
+  auto* body = narrow_products(p) ? forward_tasks<HalfMath> : forward_tasks<Float32Math>;
   (p.q_len <= kFew ? few_tasks : body)(begin, end, &p);
 }
 

@@ -57,7 +57,8 @@ class BackwardTask {
       : p_(p),
         dim_(padded(p.head_dim)),
         value_dim_(padded(p.value_dim)),
-        unit_(Math::kDepth > 1 ? std::fabs(p.scale) : 1.0f),
+        scaling_(scaling_of<Math>(p.scale, Base::kE)),
+        grad_scale_(p.scale),
         blocks_((p.kv_len + kBlock - 1) / kBlock) {
     const int64_t fitting = kKept / (2 * Panels::kMost * (p.kv_len + 1));
     most_ = fitting < 1 ? 1 : fitting < kGroup ? fitting : kGroup;
@@ -122,7 +123,8 @@ class BackwardTask {
     panel.statistics = {take(kMost), take(kMost), take(kMost)};
     panel.weighted = take(kMost), panel.grad_lse = take(kMost);
     const Slice query(p_.query, p_.type, b, h), grad(p_.grad_out, p_.type, b, h);
-    query_t_[i] = Operands<Math>::lanes(query, queries, p_.head_dim, p_.scale, panel.query_t);
+    query_t_[i] =
+        Operands<Math>::lanes(query, queries, p_.head_dim, scaling_.factor, panel.query_t);
     grad_t_[i] = Operands<Math>::lanes(grad, queries, p_.value_dim, 1.0f, panel.grad_t);
     query_[i] = Operands<Math>::columns(query, queries, p_.head_dim, panel.query);
     grad_[i] = Operands<Math>::columns(grad, queries, p_.value_dim, panel.grad);
@@ -168,7 +170,7 @@ class BackwardTask {
         }
         if (last && one_group_) {
           const auto same = [](int64_t) { return 1.0f; };
-          const auto scale = [this](int64_t) { return p_.scale; };
+          const auto scale = [this](int64_t) { return grad_scale_.sums; };
           store_rows(p_.grad_key, p_.type, b, group, block, p_.head_dim, scale, grad_key_);
           store_rows(p_.grad_value, p_.type, b, group, block, p_.value_dim, same, grad_value_);
         } else if (last) {
@@ -182,7 +184,7 @@ class BackwardTask {
       const BackwardPanel& panel = panel_[i];
       for (int64_t e = 0; e < panel.queries.count * dim_ && panel.visible == 0; ++e)
         panel.grad_query[e] = 0.0f;
-      const auto scale = [this](int64_t) { return p_.scale; };
+      const auto scale = [this](int64_t) { return grad_scale_.sums; };
       store_rows(p_.grad_query, p_.type, b, panel.h, panel.queries, p_.head_dim, scale,
                  panel.grad_query);
     }
@@ -216,7 +218,7 @@ class BackwardTask {
       for (int64_t e = 0; e < block.count * columns; e += Vec::kLanes)
         (Vec::load(to.grad_scores + e) * Vec::load(factor_ + e)).store(to.grad_scores + e);
     }
-    float unit = unit_;
+    float unit = scaling_.unit;
     if (p_.mask.data || crosses_diagonal(scores, block)) {
       mask_scores(scores, block, unit, maximum_);
       unit = 1.0f;
@@ -271,6 +273,7 @@ class BackwardTask {
     for (int64_t row = 0; row < panel.queries.count; ++row)
       add_mask_gradient(p_.grad_mask, b, panel.h, panel.queries[row], block, at.grad_scores + row,
                         columns);
+    grad_scale_.apply(block.count * columns, at.grad_scores);
 
     Gradients<Math>::store_pairs(block.count, columns, at.grad_scores, pairs_);
     Gradients<Math>::round_rows(block.count, columns, at.scores);
@@ -302,7 +305,7 @@ class BackwardTask {
       write_row(to, b, group, keys[i], count, buffer);
     };
     for (int64_t i = 0; i < keys.count; ++i) {
-      row(p_.grad_key, i, p_.head_dim, key_sums_ + i * dim_, double(p_.scale), grad_key_);
+      row(p_.grad_key, i, p_.head_dim, key_sums_ + i * dim_, double(grad_scale_.sums), grad_key_);
       row(p_.grad_value, i, p_.value_dim, value_sums_ + i * value_dim_, 1.0, grad_value_);
     }
   }
@@ -321,7 +324,8 @@ class BackwardTask {
 
   const AttentionBackward& p_;
   int64_t dim_, value_dim_, count_ = 0;
-  float unit_;
+  Scaling scaling_;
+  GradientScale grad_scale_;
   int64_t blocks_, most_;   // blocks of keys, panels at a time
   bool one_group_ = false;  // of panels: the gradients of a block are then complete
   float *panels_, *maximum_, *scores_, *grad_scores_, *maxima_, *pairs_, *factor_;
@@ -339,8 +343,8 @@ inline int64_t heads_of_a_part(const AttentionBackward& p) {
 
 template <class HalfMath>
 void attention_backward_part(const AttentionBackward& p, int64_t begin, int64_t end) {
-  const bool half = p.type == Type::kBFloat16;
-  auto* body = half ? head_tasks<BackwardTask<HalfMath>> : head_tasks<BackwardTask<Float32Math>>;
+  auto* body = narrow_products(p) ? head_tasks<BackwardTask<HalfMath>>
+                                  : head_tasks<BackwardTask<Float32Math>>;
   if (few_rows(p)) {
     body =
         with_type(p.type, [](auto kind) { return &head_tasks<FewBackwardTask<decltype(kind)>>; });

@@ -123,8 +123,7 @@ class BidirectionalTask {
         value_columns_(padded(p.value_dim)),
         query_value_columns_(padded(p.query_value_dim)),
         base_(base_of(p)),
-        factor_of_queries_(p.scale * exponents_per_e(base_)),
-        unit_(Math::kDepth > 1 ? std::fabs(factor_of_queries_) : 1.0f),
+        scaling_(scaling_of<Math>(p.scale, base_)),
         size_(p.kv_len) {}
 
   bool allocate() {
@@ -182,7 +181,7 @@ class BidirectionalTask {
     panel_[i] = {queries, {statistics, statistics + most, statistics + 2 * most}};
     panel_[i].statistics.clear(padded(queries.count));
     query_[i] = Operands<Math>::lanes(Slice(p_.query, p_.type, b, h), queries, p_.head_dim,
-                                      factor_of_queries_, queries_ + i * query_floats());
+                                      scaling_.factor, queries_ + i * query_floats());
     if (visible) {
       query_value_[i] =
           Operands<Math>::columns(Slice(p_.query_value, p_.type, b, h), queries, p_.query_value_dim,
@@ -221,9 +220,9 @@ class BidirectionalTask {
     } else {
       multiply(key, query_[i], block.count, scores.columns, steps,
                StoreMaximum{scores_, scores.columns, maximum_});
-      if (!p_.mask.data && !crosses_diagonal(scores, block)) return unit_;
+      if (!p_.mask.data && !crosses_diagonal(scores, block)) return scaling_.unit;
     }
-    mask_scores(scores, block, unit_, maximum_);
+    mask_scores(scores, block, scaling_.unit, maximum_);
     return 1.0f;
   }
 
@@ -298,7 +297,7 @@ class BidirectionalTask {
   const BidirectionalForward& p_;
   int64_t value_columns_, query_value_columns_, visible_queries_ = 0, count_ = 0;
   Base base_;
-  float factor_of_queries_, unit_;
+  Scaling scaling_;
   TileSize size_;
   float *queries_, *query_values_, *outs_, *statistics_, *maximum_, *scores_, *weights_, *factor_;
   float *key_, *value_, *key_outs_, *inverse_;
@@ -337,9 +336,8 @@ void bidirectional_forward(const BidirectionalForward& given, ParallelFor parall
   }
   const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
                        double(p.head_dim + p.value_dim + p.query_value_dim);
-  const bool half = p.type == Type::kBFloat16;
-  auto* body =
-      half ? head_tasks<BidirectionalTask<HalfMath>> : head_tasks<BidirectionalTask<Float32Math>>;
+  auto* body = narrow_products(p) ? head_tasks<BidirectionalTask<HalfMath>>
+                                  : head_tasks<BidirectionalTask<Float32Math>>;
   ff::run(parallel, p.batch * p.heads, flops, body, HeadTasks<BidirectionalForward>{&p, 1});
 }
 

@@ -38,7 +38,9 @@ class BidirectionalBackwardTask {
         query_value_dim_(padded(p.query_value_dim)),
         rows_size_(padded(p.q_len) + Vec::kLanes),
         masked_(has_few(p) || p.mask.data || p.causal),
-        unit_(Math::kDepth > 1 && !masked_ ? std::fabs(p.scale) : 1.0f),
+        scaling_(scaling_of<Math>(p.scale, Base::kE)),
+        grad_scale_(p.scale),
+        unit_(masked_ ? 1.0f : scaling_.unit),
         size_(p.kv_len),
         keeps_(3 * p.kv_len * rows_size_ <= kKept) {}
 
@@ -113,8 +115,7 @@ class BidirectionalBackwardTask {
     Block block;
     int64_t place;  // of the first key among all
     bool for_queries, for_keys;
-    LeftRows<Math> key{}, value{},
-        grad{};  // rows of K, V and dO_k, as far as the pass multiplies them
+    LeftRows<Math> key{}, value{}, grad{};  // of K, V and dO_k, as far as the pass wants them
     Right<Math> key_columns{}, grad_columns{};
   };
 
@@ -163,7 +164,7 @@ class BidirectionalBackwardTask {
     BackwardPanel& panel = panel_[i];
     panel.queries = queries, panel.columns = padded(queries.count), panel.place = place;
     panel.rows = rows_.at(place);
-    if (multiplies()) panel.query_t = turned(p_.query, p_.head_dim, p_.scale);
+    if (multiplies()) panel.query_t = turned(p_.query, p_.head_dim, scaling_.factor);
     if (multiplies_gradients()) {
       panel.grad_t = turned(p_.grad_out_q, p_.value_dim, 1.0f);
       panel.value_t = turned(p_.query_value, p_.query_value_dim, 1.0f);
@@ -240,9 +241,7 @@ class BidirectionalBackwardTask {
       multiply(keys.key, panel.query_t, block.count, columns, steps,
                StoreMaximum{tile.scores, columns, maximum_});
     }
-    if (masked_) {
-      mask_scores(scores, block, Math::kDepth > 1 ? std::fabs(p_.scale) : 1.0f, maximum_);
-    }
+    if (masked_) mask_scores(scores, block, scaling_.unit, maximum_);
     const auto gradients = [&](const LeftRows<Math>& left, const Right<Math>& right, int64_t dim,
                                uint32_t stream, float* to) {
       if (!left.data) return;
@@ -300,6 +299,7 @@ class BidirectionalBackwardTask {
     for (int64_t row = 0; row < panel.queries.count; ++row)
       add_mask_gradient(p_.grad_mask, b_, h_, panel.queries[row], block, tile.scores + row,
                         panel.columns);
+    grad_scale_.apply(block.count * panel.columns, tile.scores);
   }
 
   void add_gradients(const BackwardPanel& panel, const TileKeys& keys, const Tile& tile) {
@@ -339,7 +339,7 @@ class BidirectionalBackwardTask {
   void write_queries(const BackwardPanel& panel) const {
     for (int64_t i = 0; i < panel.queries.count; ++i) {
       const int64_t row = panel.queries[i];
-      write_row(p_.grad_query, row, p_.head_dim, p_.scale, panel.grad_query + i * dim_);
+      write_row(p_.grad_query, row, p_.head_dim, grad_scale_.sums, panel.grad_query + i * dim_);
       write_row(p_.grad_query_value, row, p_.query_value_dim, 1.0f,
                 panel.grad_value + i * query_value_dim_);
     }
@@ -352,8 +352,8 @@ class BidirectionalBackwardTask {
       write_row(to, j, count, 1.0f, buffer);
     };
     for (int64_t i = 0; i < keys.count; ++i) {
-      row(p_.grad_key, keys[i], p_.head_dim, key_sums_ + (place + i) * dim_, double(p_.scale),
-          grad_key_);
+      row(p_.grad_key, keys[i], p_.head_dim, key_sums_ + (place + i) * dim_,
+          double(grad_scale_.sums), grad_key_);
       row(p_.grad_value, keys[i], p_.value_dim, value_sums_ + (place + i) * value_dim_, 1.0,
           grad_value_);
     }
@@ -362,7 +362,9 @@ class BidirectionalBackwardTask {
   const BidirectionalBackward& p_;
   int64_t dim_, value_dim_, query_value_dim_, rows_size_, count_ = 0, b_ = 0, h_ = 0;
   bool masked_;  // scores are in natural units
-  float unit_;
+  Scaling scaling_;
+  GradientScale grad_scale_;
+  float unit_;  // of the scores that are kept
   TileSize size_;
   bool keeps_;  // tiles between the passes
   Pass pass_ = Pass::kMaxima;
@@ -390,11 +392,10 @@ void bidirectional_backward(const BidirectionalBackward& given, ParallelFor para
   const int64_t slices = p.batch * p.heads;
   if (slices == 0) return;
   const int64_t heads = p.grad_mask.heads_of_a_task(p.batch, p.heads);
-  const double flops = 2.0 * double(slices) * double(p.q_len) * double(p.kv_len) *
+  const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
                        double(3 * p.head_dim + 2 * p.value_dim + 2 * p.query_value_dim);
-  const bool half = p.type == Type::kBFloat16;
-  auto* body = half ? head_tasks<BidirectionalBackwardTask<HalfMath>>
-                    : head_tasks<BidirectionalBackwardTask<Float32Math>>;
+  auto* body = narrow_products(p) ? head_tasks<BidirectionalBackwardTask<HalfMath>>
+                                  : head_tasks<BidirectionalBackwardTask<Float32Math>>;
   ff::run(parallel, slices / heads, flops, body, HeadTasks<BidirectionalBackward>{&p, heads});
 }
 

@@ -193,13 +193,15 @@ void few_row(const AttentionForward& p, int64_t b, int64_t h, int64_t query, con
   for (int64_t i = 0; i < padded(p.value_dim); ++i) s.out[i] = 0.0f;
   load(p.query.data, p.type, b * p.query.batch + h * p.query.head + query * p.query.row,
        p.query.column, p.head_dim, padded(p.head_dim), s.query);
-  for (int64_t i = 0; i < p.head_dim; ++i) s.query[i] *= p.scale;
+  const Scaling scaling = scaling_of<Float32Math>(p.scale, Base::kE);
+  const Vec unit = Vec::set(scaling.unit);
+  for (int64_t i = 0; i < p.head_dim; ++i) s.query[i] *= scaling.factor;
   RowStatistics statistics;
   for (int64_t done = 0; done < keys.count; done += kBlock) {
     const Block block = block_at(keys, done);
     with_rows<T>(key, block, p.head_dim, s.copy, [&](const auto& rows) {
       for (int64_t j = 0; j < block.count; j += kLanes)
-        dot_products(s.query, rows, j, block.count - j, p.head_dim).store(s.scores + j);
+        (dot_products(s.query, rows, j, block.count - j, p.head_dim) * unit).store(s.scores + j);
     });
     const Scores scores{p, b, h, one(query), 1, s.scores};
     if (p.mask.data || crosses_diagonal(scores, block)) mask_row(scores, block);

@@ -27,6 +27,20 @@ inline void add_mask_gradient(const MaskGradient& g, int64_t b, int64_t h, int64
   }
 }
 
+// The gradients of queries and keys are sums over dS times the scale. The sums take it where it is
+// ordinary. One that is not would come too late where they leave the range of float32, and dS takes
+// it, as in the formula.
+struct GradientScale {
+  float scores = 1.0f, sums = 1.0f;
+
+  explicit GradientScale(float scale) { (ordinary(scale) ? sums : scores) = scale; }
+
+  void apply(int64_t count, float* grads) const {
+    if (scores == 1.0f) return;
+    for (int64_t i = 0; i < count; ++i) grads[i] *= scores;
+  }
+};
+
 template <class T>
 class FewBackwardTask {
  public:
@@ -38,7 +52,9 @@ class FewBackwardTask {
         rows_(members_ * p.q_len),
         length_(padded(p.kv_len)),
         dim_(padded(p.head_dim)),
-        value_dim_(padded(p.value_dim)) {}
+        value_dim_(padded(p.value_dim)),
+        scaling_(scaling_of<Float32Math>(p.scale, Base::kE)),
+        grad_scale_(p.scale) {}
 
   bool allocate() {
     const bool copies = p_.key.column != 1 || p_.value.column != 1;
@@ -62,7 +78,7 @@ class FewBackwardTask {
       softmax(b, h, query, r, keys);
       query_gradient(b, h, query, r, keys);
     }
-    write(p_.grad_key, b, group, keys, grad_scores_, query_, dim_, p_.head_dim, p_.scale);
+    write(p_.grad_key, b, group, keys, grad_scores_, query_, dim_, p_.head_dim, grad_scale_.sums);
     write(p_.grad_value, b, group, keys, scores_, grad_, value_dim_, p_.value_dim, 1.0f);
   }
 
@@ -82,13 +98,14 @@ class FewBackwardTask {
     load(p_.grad_out.data, p_.type,
          b * p_.grad_out.batch + h * p_.grad_out.head + query * p_.grad_out.row, p_.grad_out.column,
          p_.value_dim, value_dim_, grad);
-    for (int64_t i = 0; i < dim_; ++i) scaled_[i] = own[i] * p_.scale;
+    for (int64_t i = 0; i < dim_; ++i) scaled_[i] = own[i] * scaling_.factor;
+    const Vec unit = Vec::set(scaling_.unit);
     for_blocks(keys, [&](const Block& block) {
       float* scores = scores_ + r * length_ + block.first;
       float* grads = grad_scores_ + r * length_ + block.first;
       with_rows<T>(key, block, p_.head_dim, copy_, [&](const auto& rows) {
         for (int64_t j = 0; j < block.count; j += Vec::kLanes)
-          dot_products(scaled_, rows, j, block.count - j, p_.head_dim).store(scores + j);
+          (dot_products(scaled_, rows, j, block.count - j, p_.head_dim) * unit).store(scores + j);
       });
       with_rows<T>(value, block, p_.value_dim, copy_, [&](const auto& rows) {
         for (int64_t j = 0; j < block.count; j += Vec::kLanes)
@@ -148,6 +165,7 @@ class FewBackwardTask {
       (p_.dropout ? weight * Vec::load(factor_ + j) : weight).store(scores + j);
     }
     add_mask_gradient(p_.grad_mask, b, h, query, {keys, 0, keys.count}, grads, 1);
+    grad_scale_.apply(keys.count, grads);
   }
 
   void query_gradient(int64_t b, int64_t h, int64_t query, int64_t r, const Positions& keys) {
@@ -161,7 +179,7 @@ class FewBackwardTask {
     });
     const MutableView& to = p_.grad_query;
     store(to.data, p_.type, b * to.batch + h * to.head + query * to.row, to.column, p_.head_dim,
-          p_.scale, row_);
+          grad_scale_.sums, row_);
   }
 
   // Row j of `to`: factor * sum_r weight[r][j] * from[r]; 0 for keys that are hidden.
@@ -185,6 +203,8 @@ class FewBackwardTask {
 
   const AttentionBackward& p_;
   int64_t members_, rows_, length_, dim_, value_dim_;
+  Scaling scaling_;
+  GradientScale grad_scale_;
   float *query_, *grad_, *scores_, *grad_scores_, *factor_, *scaled_, *row_, *copy_;
   int32_t* list_;
 };

@@ -74,20 +74,53 @@ inline Vec finite(Vec maximum) {
 
 constexpr int64_t kFew = 3;  // queries; from 4 on the lanes of a panel are full enough
 
+// Whether a scale is one that models have. Scores by another may be about as large as a float32 can
+// be, and products of operands as small.
+inline bool ordinary(float scale) {
+  return std::fabs(scale) >= 0x1p-16f && std::fabs(scale) <= 0x1p16f;
+}
+
+// Whether a call multiplies in bfloat16, where the instruction set does: its products lose numbers
+// below 1e-38, which another scale brings back.
+inline bool narrow_products(const Attention& p) {
+  return p.type == Type::kBFloat16 && ordinary(p.scale);
+}
+
 // The base that scores and their maxima are exponents of. Two saves four instructions a weight, but
 // a mask is added to natural exponents, as finfo.min would overflow when multiplied by log2(e), and
-// of few scores single roundings are all the error there is.
+// so would scores by large scales; and of few scores single roundings are all the error there is.
 enum class Base { kE, kTwo };
 
 inline Base base_of(const Attention& p) {
   const bool few = p.q_len <= kFew || p.kv_len <= kFew;
-  return few || (p.mask.data && p.mask_type != Type::kBool) ? Base::kE : Base::kTwo;
+  const bool added = p.mask.data && p.mask_type != Type::kBool;
+  return few || added || !ordinary(p.scale) ? Base::kE : Base::kTwo;
 }
 
 // What turns natural exponents into those of a base.
 inline float exponents_per_e(Base base) { return base == Base::kTwo ? 1.44269504f : 1.0f; }
 
-// base ^ (unit * score - maximum), exactly 1 at the maximum if the unit is 1.
+// How a score comes from a query and a key: unit * (factor * query . key).
+struct Scaling {
+  float factor, unit;
+};
+
+// The factor is at most 1, or queries times it could overflow and keys of 0 make NaN of that. The
+// unit is a power of two, which rounds nothing, and neither 0 nor infinite: scores of -inf are
+// hidden. The sign alone is the factor of bfloat16, since the rest would round, and of large
+// scales, beside which queries are so small that it might as well.
+template <class Math>
+inline Scaling scaling_of(float scale, Base base) {
+  const float all = scale * exponents_per_e(base);
+  int exponent = 0;
+  __builtin_frexpf(all, &exponent);
+  const bool large = std::fabs(scale) > 1.0f && !ordinary(scale);
+  if (Math::kDepth > 1 || large) return {std::copysign(1.0f, all), std::fabs(all)};
+  exponent = exponent > -126 ? exponent : -126;  // a subnormal unit may be taken for 0
+  return {__builtin_ldexpf(all, -exponent), __builtin_ldexpf(1.0f, exponent)};
+}
+
+// base ^ (unit * score - maximum), exactly 1 at the maximum if the unit is a power of two.
 template <Precision kPrecision = Precision::kFloat32, Base kBase = Base::kE>
 inline Vec exponential(Vec score, float unit, Vec maximum) {
   const Vec x = Vec::fma(score, Vec::set(unit), Vec::zero() - maximum);
@@ -205,11 +238,11 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
 }
 
 // Whether a mask can be had as bits before the product: bool, with its keys adjacent in memory and
-// the diagonal elsewhere. A unit of 0 would make NaN of what is hidden.
-inline bool maskable_product(const Scores& s, const Block& block, float unit) {
+// the diagonal elsewhere.
+inline bool maskable_product(const Scores& s, const Block& block) {
   const Attention& p = s.p;
   return p.mask.data && p.mask_type == Type::kBool && p.mask.column == 1 && block.adjacent() &&
-         unit != 0.0f && !crosses_diagonal(s, block);
+         !crosses_diagonal(s, block);
 }
 
 // The lanes of each key and register of queries that a mask leaves, which a product can store

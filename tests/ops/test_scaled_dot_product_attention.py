@@ -149,6 +149,7 @@ class TestScaledDotProductAttention(OpSuite):
     plain = staticmethod(plain_attention)
     cases = CASES
     outputs = 1
+    scale_cases = ("few_dead_rows", "rest_of_two", "dead_rows", "bias", "pieces", "causal")
     bool_cases = ("few_dead_rows", "rest_of_two", "padding", "bool_mask")
 
     @pytest.mark.parametrize("kv_len", [300, 1100])

@@ -184,6 +184,7 @@ class TestVarlenAttention(OpSuite):
     plain = staticmethod(plain_varlen)
     cases = CASES
     outputs = 1
+    scale_cases = ("past_a_panel", "one_query_each", "causal", "empty_keys")
 
     @staticmethod
     def slices(tensor: Tensor) -> Tensor:
