@@ -79,10 +79,9 @@ struct MaskGradient {
   double* sums = nullptr;
   int64_t batch = 0, head = 0, row = 0, column = 0;
 
-  // Heads that have to be summed by one task.
-  int64_t heads_of_a_task(int64_t batches, int64_t heads) const {
-    return !sums || (batch != 0 && head != 0) ? 1 : batch == 0 ? batches * heads : heads;
-  }
+  // Whether batch entries of a head share sums, or heads of an entry.
+  bool joins_entries() const { return sums && batch == 0; }
+  bool joins_heads() const { return sums && head == 0; }
 };
 
 // Log-sum-exps: (B, H, L) by strides, or none.

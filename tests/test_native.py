@@ -1,9 +1,11 @@
 """The compiled part as a whole: instruction sets, threads, large strides, scratch memory."""
 
 import os
+import runpy
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import torch
 import fastfusion as ff
 from fastfusion import _library
 
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
 native = _library.native
 pytestmark = pytest.mark.skipif(native is None, reason="the compiled part is not built")
 
@@ -121,6 +125,20 @@ run(300)
 assert resident() - before < 24 << 20, "a large call keeps its memory"
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tasks_of_a_mask_gradient(tmp_path: Path) -> None:
+    """Of 3 entries with 4 heads: one for each slice, entry, head, and one where all share sums."""
+    compiler = BUILD["find_compiler"]()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    library, program = Path(ff.__file__).parent, tmp_path / "check_tasks"
+    link = [f"-L{library}", "-lfastfusion_cpu", f"-Wl,-rpath,{library}", "-o", str(program)]
+    source = str(ROOT / "tests/native/check_tasks.cpp")
+    command = [*compiler, "-std=c++20", "-Icsrc", source, *link]
+    subprocess.run(command, cwd=ROOT, check=True)
+    result = subprocess.run([program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["12", "3", "4", "1"]
 
 
 def test_bad_calls_of_the_raw_ops_raise() -> None:

@@ -15,8 +15,8 @@
 //
 // A task is a key head: it adds up dK and dV over its query heads and panels in a fixed order, so
 // the bits do not depend on threads. Up to four panels at a time walk the keys together and share
-// what is made of a block. Where the gradient of a mask is summed over heads or batch entries, all
-// that share an entry are one task.
+// what is made of a block. Where the gradient of a mask is summed over batch entries or heads,
+// those are one task.
 #pragma once
 
 #include "dropout.h"
@@ -42,6 +42,11 @@ struct Gradients<Float32Math> {
     return Weights<Float32Math>::by_query(scores, columns);
   }
 };
+
+// Sums over panels: one chain of float32 would grow wrong with their number.
+inline void add(double* total, const float* part, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) total[i] += double(part[i]);
+}
 
 struct BackwardPanel : Panel {
   float *query_t, *grad_t, *query, *grad, *grad_query;
@@ -288,10 +293,6 @@ class BackwardTask {
              Add{panel.grad_query, dim_, block.first == 0});
   }
 
-  static void add(double* total, const float* part, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) total[i] += double(part[i]);
-  }
-
   void write_row(const MutableView& to, int64_t b, int64_t group, int64_t j, int64_t count,
                  const float* from) const {
     store(to.data, p_.type, b * to.batch + group * to.head + j * to.row, to.column, count, 1.0f,
@@ -330,16 +331,11 @@ class BackwardTask {
   bool one_group_ = false;  // of panels: the gradients of a block are then complete
   float *panels_, *maximum_, *scores_, *grad_scores_, *maxima_, *pairs_, *factor_;
   float *key_, *key_columns_, *value_, *grad_key_, *grad_value_;  // of a block
-  // One float32 chain over all panels and query heads would grow wrong with their number.
   double *key_sums_, *value_sums_;
   int32_t* list_;
   BackwardPanel panel_[kGroup];
   Right<Math> query_t_[kGroup], grad_t_[kGroup], query_[kGroup], grad_[kGroup];
 };
-
-inline int64_t heads_of_a_part(const AttentionBackward& p) {
-  return p.grad_mask.heads_of_a_task(p.batch, p.kv_heads);
-}
 
 template <class HalfMath>
 void attention_backward_part(const AttentionBackward& p, int64_t begin, int64_t end) {
@@ -349,20 +345,19 @@ void attention_backward_part(const AttentionBackward& p, int64_t begin, int64_t 
     body =
         with_type(p.type, [](auto kind) { return &head_tasks<FewBackwardTask<decltype(kind)>>; });
   }
-  const HeadTasks<AttentionBackward> tasks{&p, heads_of_a_part(p)};
+  const auto tasks = gradient_tasks(p);
   body(begin, end, &tasks);
 }
 
 template <class HalfMath>
 void attention_backward(const AttentionBackward& p, ParallelFor parallel) {
-  const int64_t slices = p.batch * p.kv_heads;
-  if (slices == 0) return;
+  if (p.batch * p.kv_heads == 0) return;
   const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
                        double(3 * p.head_dim + 2 * p.value_dim);
   const auto body = [](int64_t begin, int64_t end, const void* context) {
     attention_backward_part<HalfMath>(*static_cast<const AttentionBackward*>(context), begin, end);
   };
-  ff::run(parallel, slices / heads_of_a_part(p), flops, body, p);
+  ff::run(parallel, gradient_tasks(p).count(), flops, body, p);
 }
 
 }  // namespace

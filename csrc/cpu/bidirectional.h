@@ -338,7 +338,7 @@ void bidirectional_forward(const BidirectionalForward& given, ParallelFor parall
                        double(p.head_dim + p.value_dim + p.query_value_dim);
   auto* body = narrow_products(p) ? head_tasks<BidirectionalTask<HalfMath>>
                                   : head_tasks<BidirectionalTask<Float32Math>>;
-  ff::run(parallel, p.batch * p.heads, flops, body, HeadTasks<BidirectionalForward>{&p, 1});
+  ff::run(parallel, p.batch * p.heads, flops, body, HeadTasks<BidirectionalForward>{&p});
 }
 
 }  // namespace

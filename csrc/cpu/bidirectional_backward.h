@@ -326,10 +326,6 @@ class BidirectionalBackwardTask {
     }
   }
 
-  static void add(double* total, const float* part, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) total[i] += double(part[i]);
-  }
-
   void write_row(const MutableView& to, int64_t i, int64_t count, float factor,
                  const float* from) const {
     store(to.data, p_.type, b_ * to.batch + h_ * to.head + i * to.row, to.column, count, factor,
@@ -389,14 +385,13 @@ void bidirectional_backward(const BidirectionalBackward& given, ParallelFor para
     std::swap(p.grad_value, p.grad_query_value);
     std::swap(p.grad_mask.row, p.grad_mask.column);
   }
-  const int64_t slices = p.batch * p.heads;
-  if (slices == 0) return;
-  const int64_t heads = p.grad_mask.heads_of_a_task(p.batch, p.heads);
+  if (p.batch * p.heads == 0) return;
   const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
                        double(3 * p.head_dim + 2 * p.value_dim + 2 * p.query_value_dim);
   auto* body = narrow_products(p) ? head_tasks<BidirectionalBackwardTask<HalfMath>>
                                   : head_tasks<BidirectionalBackwardTask<Float32Math>>;
-  ff::run(parallel, slices / heads, flops, body, HeadTasks<BidirectionalBackward>{&p, heads});
+  const auto tasks = gradient_tasks(p);
+  ff::run(parallel, tasks.count(), flops, body, tasks);
 }
 
 }  // namespace

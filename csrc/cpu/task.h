@@ -38,12 +38,21 @@ inline bool carve(const Attention& p, std::initializer_list<Part> parts) {
   return true;
 }
 
-// A call as tasks of some key heads each.
+// A call as tasks of some batch entries and key heads each: one, or all.
 template <class Call>
 struct HeadTasks {
   const Call* p;
-  int64_t heads;
+  int64_t entries = 1, heads = 1;
+
+  int64_t count() const { return p->batch / entries * (p->kv_heads / heads); }
 };
+
+// The tasks of a backward call: what is added to one sum of a mask's gradient is added by one task.
+template <class Call>
+HeadTasks<Call> gradient_tasks(const Call& p) {
+  const MaskGradient& grad = p.grad_mask;
+  return {&p, grad.joins_entries() ? p.batch : 1, grad.joins_heads() ? p.kv_heads : 1};
+}
 
 template <class Task>
 void head_tasks(int64_t begin, int64_t end, const void* context) {
@@ -51,8 +60,12 @@ void head_tasks(int64_t begin, int64_t end, const void* context) {
   const auto& p = *tasks.p;
   Task task(p);
   if (!task.allocate()) return;
-  for (int64_t i = begin * tasks.heads; i < end * tasks.heads; ++i)
-    task.run(i / p.kv_heads, i % p.kv_heads);
+  const int64_t beside = p.kv_heads / tasks.heads, slices = tasks.entries * tasks.heads;
+  for (int64_t i = begin * slices; i < end * slices; ++i) {
+    const int64_t number = i / slices, own = i % slices;
+    task.run(number / beside * tasks.entries + own / tasks.heads,
+             number % beside * tasks.heads + own % tasks.heads);
+  }
 }
 
 // Runs `body` over the tasks: on this thread where the work is below about 20 us.

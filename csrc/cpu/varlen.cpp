@@ -36,17 +36,16 @@ void advance_outputs(AttentionBackward& p, int64_t sequence, int64_t queries, in
   advance(p.grad_value, p.type, keys);
   if (p.grad_mask.values) p.grad_mask.values += sequence * p.grad_mask.batch;
   if (p.grad_mask.sums) p.grad_mask.sums += sequence * p.grad_mask.batch;
-  p.grad_mask.batch = 1;  // alone, its heads share no entry with another sequence
 }
 
 int64_t parts_of(const AttentionForward& p) { return kernels().attention_parts(p); }
 int64_t parts_of(const AttentionBackward& p) {
-  return p.kv_heads > 0 ? p.kv_heads / p.grad_mask.heads_of_a_task(1, p.kv_heads) : 0;
+  return p.grad_mask.joins_heads() && p.kv_heads > 0 ? 1 : p.kv_heads;
 }
 
 // Whether all sequences add to the same entries of a mask's gradient.
 bool shares_sums(const AttentionForward&) { return false; }
-bool shares_sums(const AttentionBackward& p) { return p.grad_mask.sums && p.grad_mask.batch == 0; }
+bool shares_sums(const AttentionBackward& p) { return p.grad_mask.joins_entries(); }
 
 void run_parts(const AttentionForward& p, int64_t begin, int64_t end) {
   kernels().attention_part(p, begin, end);
