@@ -1,6 +1,7 @@
 """The compiled part as a whole: instruction sets, threads, large strides, scratch memory."""
 
 import os
+import platform
 import runpy
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from fastfusion import _library
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
+EMULATE = runpy.run_path(str(ROOT / "tests/native/emulate.py"), run_name="checks")
 native = _library.native
 pytestmark = pytest.mark.skipif(native is None, reason="the compiled part is not built")
 
@@ -51,6 +53,17 @@ class TestInstructionSets:
         with pytest.raises(ValueError, match=r"'mmx'.*usable here:.* scalar"):
             native.select_isa("mmx")
         assert native.isa() == before
+
+    @pytest.mark.parametrize("check", EMULATE["CHECKS"])
+    @pytest.mark.parametrize("isa", native.isas(runnable=True) if native is not None else [])
+    def test_parts_of_the_kernels(self, isa: str, check: str, tmp_path: Path) -> None:
+        """Operations of the vector type, exponentials, products and packing against scalar code."""
+        compiler = BUILD["find_compiler"]()
+        if compiler is None:
+            pytest.skip("no C++ compiler")
+        program = EMULATE["build_check"](check, compiler, platform.machine(), isa, tmp_path)
+        result = subprocess.run([program], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout
 
     def test_results_agree(self) -> None:
         """Instruction sets differ by rounding alone; each is also tested against the reference."""
