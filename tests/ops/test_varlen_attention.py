@@ -184,7 +184,8 @@ class TestVarlenAttention(OpSuite):
     plain = staticmethod(plain_varlen)
     cases = CASES
     outputs = 1
-    scale_cases = ("past_a_panel", "one_query_each", "causal", "empty_keys")
+    scale_cases = ("past_a_panel", "many", "causal", "empty_keys")
+    bool_cases = ("bool_mask",)
 
     @staticmethod
     def slices(tensor: Tensor) -> Tensor:
