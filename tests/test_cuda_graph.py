@@ -382,6 +382,23 @@ def test_transforms_run_the_module(graphed: ff.CudaGraphed, events: list[str]) -
     assert events == []
 
 
+def test_attention_maps_run_the_module(events: list[str]) -> None:
+    attention = ff.nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    words = torch.randn(2, 5, 16)
+    made = ff.cuda_graph(attention, words, words, words)
+    events.clear()
+    with torch.no_grad():
+        expected = attention(words, words, words)[1]
+        for model in (attention, made):
+            with ff.attention_maps(model) as maps:
+                made(words, words, words)
+            (weights,) = maps.values()
+            torch.testing.assert_close(weights, expected)
+        assert events == []
+        made(words, words, words)
+    assert events == ["replay"]
+
+
 def test_compiled_code_sees_the_module(graphed: ff.CudaGraphed, events: list[str]) -> None:
     compiled = torch.compile(graphed, backend="eager", fullgraph=True)
     with torch.no_grad():

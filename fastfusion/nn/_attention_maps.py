@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_active = 0
+_open_blocks: set[int] = set()
 
 
-class RecordsAttention:
+class RecordsAttention(nn.Module):
     """What a module declares whose weights `attention_maps` can read.
 
     Its forward asks for the weights, per head, when its caller does or `self._recorders` is not
@@ -28,7 +28,9 @@ class RecordsAttention:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy made during `attention_maps` is not recorded."""
-        return {key: value for key, value in self.__dict__.items() if key != "_recorders"}
+        state: dict[str, Any] = dict(super().__getstate__())
+        state.pop("_recorders", None)
+        return state
 
 
 class _Recorder:
@@ -64,7 +66,7 @@ def attention_maps(
         maps["decoder.layers.0.multihead_attn"]  # (batch, q_len, kv_len)
 
     It reads every `MultiheadAttention`, `CrossAttention` and `CrossModalAttention` of
-    `fastfusion.nn`, wherever in the model it stands and whatever calls it. The model's own results
+    `fastfusion.nn` (not torch's), wherever in the model it stands. The model's own results
     are as without, up to rounding (and another draw of dropout); the modules that are read take
     their roads with weights meanwhile, which hold (batch, heads, q_len, kv_len) in memory.
 
@@ -95,7 +97,6 @@ def attention_maps(
             lists those there are.
         RuntimeError: from the model: it is being exported, or runs inside a `torch.func` transform.
     """
-    global _active
     maps: dict[str, Any] = {}
     # Names as the user wrote them, without the wrapper of torch.compile.
     model = getattr(model, "_orig_mod", model)
@@ -104,11 +105,11 @@ def attention_maps(
     ]
     for module, recorder in chosen:
         module._recorders = (*module._recorders, recorder)
-    _active += 1
+    _open_blocks.add(id(maps))
     try:
         yield maps
     finally:
-        _active -= 1
+        _open_blocks.discard(id(maps))
         for module, recorder in chosen:
             left = tuple(r for r in module._recorders if r is not recorder)
             del module._recorders
@@ -118,7 +119,7 @@ def attention_maps(
 
 def is_active() -> bool:
     """Whether some model is being read."""
-    return _active > 0
+    return bool(_open_blocks)
 
 
 def _choose(

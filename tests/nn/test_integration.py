@@ -239,6 +239,28 @@ def test_functional_call_grad_and_vmap(name: str) -> None:
             assert_same(per_sample[key][i], parameter.grad, key)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_padding_under_vmap_is_that_of_the_loop(frozen: bool) -> None:
+    """In eval mode, where whether padded rows become 0 depends on gradients that vmap hides."""
+    model = build("TransformerEncoder").eval()
+    stacked, _ = torch.func.stack_module_state([copy.deepcopy(model) for _ in range(3)])
+    inputs = x(3, BATCH, LENGTH, WIDTH)
+
+    def run(parameters: dict[str, Tensor], src: Tensor) -> Tensor:
+        given = {"src_key_padding_mask": PADDING}
+        return torch.func.functional_call(model, parameters, (src,), given)
+
+    for requires_grad in (inputs, *stacked.values()):
+        requires_grad.requires_grad_(not frozen)
+    looped = [run({k: v[i] for k, v in stacked.items()}, inputs[i]) for i in range(3)]
+    assert (torch.stack(looped)[:, PADDING] == 0).all() == frozen
+    assert_same(torch.func.vmap(run)(stacked, inputs), torch.stack(looped), "parameters")
+    shared = dict(model.named_parameters()) if not frozen else {k: v[0] for k, v in stacked.items()}
+    looped = [run(shared, src) for src in inputs]
+    actual = torch.func.vmap(run, (None, 0))(shared, inputs)
+    assert_same(actual, torch.stack(looped), "inputs")
+
+
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_vmap_over_masks(need_weights: bool) -> None:
     module = build("MultiheadAttention")
@@ -297,12 +319,81 @@ def test_meta_device() -> None:
         assert layer(torch.empty(BATCH, LENGTH, WIDTH)).shape == (BATCH, LENGTH, WIDTH)
 
 
-def test_parameter_as_query_and_default_device_mode() -> None:
+class Passing(torch.overrides.TorchFunctionMode):
+    """A mode that changes nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("mode", [lambda: torch.device("cpu"), Passing])
+def test_function_modes_change_nothing(mode: Any, need_weights: bool) -> None:
+    """Learned queries and biases are Parameters, which every mode overrides."""
     module = build("MultiheadAttention")
     queries = torch.nn.Parameter(x())
-    expected = module(queries.data, x(seed=1), x(seed=1))
-    with torch.device("cpu"):
-        assert_same(module(queries, x(seed=1), x(seed=1)), expected, "parameter")
+    learned = torch.nn.Parameter(FLOAT_MASK.clone())
+    memory = x(seed=1)
+    paddings = torch.zeros(BATCH, LENGTH).masked_fill(PADDING, -torch.inf)
+    paddings[0] = -torch.inf  # a sample without keys
+    hidden_rows = memory.masked_fill((paddings == -torch.inf)[..., None], torch.nan)
+    cases: tuple[tuple[dict[str, Any], Any, Tensor], ...] = (
+        ({"key_padding_mask": paddings}, learned, memory),
+        ({"key_padding_mask": paddings == -torch.inf}, None, memory),
+        ({"key_padding_mask": paddings == -torch.inf}, None, hidden_rows),
+    )
+    for masks, bias_or_none, given in cases:
+        plain = None if bias_or_none is None else bias_or_none.data
+        expected = module(
+            queries.data, memory, memory, attn_mask=plain, need_weights=need_weights, **masks
+        )
+        with mode():
+            actual = module(
+                queries, given, given, attn_mask=bias_or_none, need_weights=need_weights, **masks
+            )
+        assert_same(actual, expected, "under a mode")
+        assert_same(actual[0][0], module.out_proj.bias.expand(LENGTH, WIDTH), "no keys")
+        if given is memory:
+            grads = gradients(module, actual)
+            assert all(g is not None and torch.isfinite(g).all() for g in grads)
+
+
+# What promises more than torch's attention: a sample without keys, NaN behind the padding.
+PROMISES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
+    "weights": ("MultiheadAttention", (X, OTHER, OTHER), {"key_padding_mask": PADDING}),
+    "fused": (
+        "MultiheadAttention",
+        (X, OTHER, OTHER),
+        {"key_padding_mask": PADDING, "need_weights": False},
+    ),
+    "decoder layer": (
+        "TransformerDecoderLayer",
+        (X, OTHER),
+        {"memory_key_padding_mask": PADDING},
+    ),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("case", PROMISES)
+def test_exported_programs_keep_the_promises(case: str, strict: bool) -> None:
+    name, args, masks = PROMISES[case]
+    module = build(name).eval()
+    exported = torch.export.export(module, args, masks, strict=strict)
+    targets = {str(node.target) for node in exported.graph.nodes}
+    assert not any("scaled_dot_product" in target for target in targets)
+    assert ("fastfusion.attention.default" in targets) == (case != "weights")
+    name = next(key for key in masks if key.endswith("key_padding_mask"))
+    padding = PADDING.clone()
+    padding[0] = True
+    memory = OTHER.masked_fill(padding[..., None], torch.nan)
+    given = (args[0], *(memory for _ in args[1:]))
+    masks = {**masks, name: padding}
+    actual = exported.module()(*given, **masks)
+    assert_same(actual, module(*given, **masks), case)
+    assert all(torch.isfinite(part).all() for part in parts(actual))
 
 
 def test_weight_norm_and_parametrized_weights() -> None:

@@ -130,6 +130,78 @@ def test_jagged_without_a_known_maximum() -> None:
     assert_like_parts(out, [module(p, p, p)[0] for p in parts], torch.jagged)
 
 
+def with_holes(source: Tensor, how: str) -> tuple[Any, list[Tensor]]:
+    """A jagged view of (batch, length, WIDTH) that leaves rows out, and its sequences."""
+    begins, lengths = torch.tensor([0, 1, 3, 2]), torch.tensor([3, 2, 0, 4])
+    pairs = list(zip(begins.tolist(), lengths.tolist(), strict=True))
+    parts = [row[b : b + n] for row, (b, n) in zip(source, pairs, strict=True)]
+    if how == "narrow":
+        return torch.nested.narrow(source, 1, begins, lengths, layout=torch.jagged), parts
+    rows, offsets = source.flatten(0, 1), torch.arange(5) * source.shape[1]
+    offsets[:-1] += begins
+    if how == "transposed":
+        rows = rows.t().contiguous()
+        holed = torch.nested.nested_tensor_from_jagged(rows, offsets, lengths, jagged_dim=2)
+        return holed.transpose(1, 2), parts
+    return torch.nested.nested_tensor_from_jagged(rows, offsets, lengths), parts
+
+
+HOLED: dict[str, Any] = {
+    "attention": lambda m, x: m["attention"](x, x, x, need_weights=False)[0],
+    "attention, weights": lambda m, x: m["attention"](x, x, x)[0],
+    "encoder layer": lambda m, x: m["encoder"].layers[0](x),
+    "encoder": lambda m, x: m["encoder"](x),
+    "decoder layer": lambda m, x: m["decoder"].layers[0](x, x),
+    "decoder": lambda m, x: m["decoder"](x, x),
+}
+
+
+@pytest.mark.parametrize("how", ["lengths", "narrow", "transposed"])
+@pytest.mark.parametrize("case", HOLED)
+def test_holes_stay_where_they_are(case: str, how: str) -> None:
+    options: dict[str, Any] = {"batch_first": True, "dtype": torch.float64}
+    norm = torch.nn.LayerNorm(WIDTH, dtype=torch.float64)
+    modules = torch.nn.ModuleDict({
+        "attention": multihead(),
+        "encoder": ff.nn.TransformerEncoder(
+            ff.nn.TransformerEncoderLayer(WIDTH, HEADS, 12, 0.0, **options), 2, norm,
+            enable_nested_tensor=False,
+        ),
+        "decoder": ff.nn.TransformerDecoder(
+            ff.nn.TransformerDecoderLayer(WIDTH, HEADS, 12, 0.0, **options), 2, norm
+        ),
+    })  # fmt: skip
+    run = HOLED[case]
+    gradients, sums = [], []
+    for nested in (True, False):
+        generator = torch.Generator().manual_seed(5)
+        source = torch.randn(4, 6, WIDTH, generator=generator, dtype=torch.float64)
+        source.requires_grad_()
+        x, parts = with_holes(source, how)
+        if nested:
+            sums.append(list((x + run(modules, x)).unbind()))
+        else:
+            sums.append([p if not len(p) else p + run(modules, p[None])[0] for p in parts])
+        sum(t.square().sum() for t in sums[-1]).backward()
+        gradients.append([source.grad, *(p.grad for p in modules.parameters())])
+        modules.zero_grad()
+    assert_same(*sums, "the sum")
+    assert_same(*gradients, "gradients")
+
+
+def test_attention_between_holes() -> None:
+    module = multihead()
+    source = torch.randn(4, 6, WIDTH, dtype=torch.float64)
+    query, queries = with_holes(source, "narrow")
+    memory, memories = nest(list(source), torch.jagged), list(source)
+    for q, k, given in ((query, memory, (queries, memories)), (memory, query, (memories, queries))):
+        value = k * 2
+        out, _ = module(q, k, value, need_weights=False)
+        for got, a, b in zip(out.unbind(), *given, strict=True):
+            if len(a) and len(b):
+                assert_same(got, module(a, b, 2 * b)[0], "sequence")
+
+
 def test_dropout_drops() -> None:
     module = multihead(dropout=0.5)
     x = nest(sequences(), torch.jagged)
