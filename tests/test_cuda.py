@@ -27,7 +27,6 @@ import fastfusion as ff
 from fastfusion import _cuda
 from fastfusion.ops import bidirectional_attention, scaled_dot_product_attention
 
-ROOT = Path(__file__).resolve().parents[1]
 needs_kernels = pytest.mark.skipif(
     _cuda.unavailable() is not None, reason=f"no CUDA kernels: {_cuda.unavailable()}"
 )
@@ -408,10 +407,11 @@ def test_turing() -> None:
     cases = (
         "small or past_a_panel or few_and_far or everything or padding or dim_160 or bias_padding"
     )
-    command = [sys.executable, "-m", "pytest", "tests/ops", f"--emulated={library}"]
+    ops = str(Path(__file__).with_name("ops"))
+    command = [sys.executable, "-m", "pytest", ops, f"--emulated={library}"]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:benchmark"]
     command += ["-k", f"test_accuracy and cuda and not bfloat16 and ({cases})"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "passed" in done.stdout and "skipped" not in done.stdout
 

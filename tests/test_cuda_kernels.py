@@ -2,14 +2,13 @@
 changes a bit, and leaving out any barrier or wait does in some order."""
 
 import re
-import runpy
 import subprocess
 from pathlib import Path
 
 import pytest
+from checkout import ROOT, build_script
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
+BUILD = build_script()
 CHECK = ROOT / "tests/native/check_cuda_attention.cpp"
 # What may go unnoticed: the call, by the text of its line, and why.
 UNNOTICED = {

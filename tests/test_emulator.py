@@ -1,15 +1,14 @@
 """The emulator of CUDA kernels: right kernels pass in every order, and every fault is seen."""
 
 import re
-import runpy
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from checkout import ROOT, build_script
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
+BUILD = build_script()
 KERNELS = (ROOT / "tests/native/emulated_kernels.h").read_text().splitlines()
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1"]
 

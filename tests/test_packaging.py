@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -16,8 +15,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from checkout import ROOT, build_script, need
 
-ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINTS = {f"fastfusion/models/{p.name}" for p in ROOT.glob("fastfusion/models/*.safetensors")}
 
 FAKE_COMPILER = """#!{python}
@@ -50,6 +49,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A copy of what is needed to install the package, without anything built."""
+    need("setup.py", "csrc")
     copy = tmp_path / "source"
     copy.mkdir()
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build.json")
@@ -365,7 +365,7 @@ def test_no_cuda_kernels(
 
 
 def test_a_cuda_build_of_torch_is_recognised(tmp_path: Path) -> None:
-    has_cuda = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")["torch_has_cuda"]
+    has_cuda = build_script()["torch_has_cuda"]
     for text, expected in (
         ("cuda: Optional[str] = None\nhip = None\n", False),
         ("cuda: Optional[str] = '13.0'\n", True),
@@ -438,5 +438,5 @@ def test_this_installation_has_its_subpackages() -> None:
         "print(*map(bool, map(find_spec, ('fastfusion.kernels', 'fastfusion.benchmarks'))))\n"
         "print(find_spec('kernels'))"
     )
-    result = run(ROOT / "tests", "-P", "-c", code, cxx=None)
+    result = run(Path(__file__).parent, "-P", "-c", code, cxx=None)
     assert result.stdout.split() == ["True", "True", "None"], result.stderr

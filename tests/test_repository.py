@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout import ROOT, need
 
 import fastfusion as ff
 
-ROOT = Path(__file__).resolve().parent.parent
+need(".ci/run", "setup.py", "csrc")
 FOLDERS = ("fastfusion", "kernels", "csrc", "benchmarks", "tests", ".ci")
 TEXT = {".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".toml"}
 PINNED = re.compile(r"^([A-Za-z0-9_.-]+)==(\S+)$")

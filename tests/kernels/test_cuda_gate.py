@@ -1,17 +1,15 @@
 """The nvcc part of `make kernels`: its rules on made-up rows, its parsers, and a real build."""
 
 import json
-import runpy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from checkout import ROOT, build_script, need
 
 from fastfusion.benchmarks import kernels_cuda
 from fastfusion.benchmarks.kernels_cuda import Row, problems
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
 GOOD = Row("attention_tile<Half, 64>", 80, 200, 0, tensor_core=64, copies=7, local_loads=0)
 EMPTY = Row("attention_tile<BFloat16, 64>", 75, 4, 0, tensor_core=0, copies=0, local_loads=0)
 
@@ -114,11 +112,13 @@ template __global__ void multiply<Half>(const void*, float*);
 """
 
 
-@pytest.mark.skipif(BUILD["find_nvcc"]() is None, reason="nvcc was not found")
 def test_a_kernel_is_built(tmp_path: Path) -> None:
+    build = build_script()
+    if build["find_nvcc"]() is None:
+        pytest.skip("nvcc was not found")
     source = tmp_path / "multiply.cu"
     source.write_text(KERNEL)
-    command = [*BUILD["find_nvcc"](), *BUILD["NVCC_FLAGS"]]
+    command = [*build["find_nvcc"](), *build["NVCC_FLAGS"]]
     disassembler = kernels_cuda.find_disassembler()
     rows: list[Row] = []
     for found in kernels_cuda.compile_all(command, [str(source)], [75, 80], disassembler, 2):
@@ -145,8 +145,9 @@ def test_without_nvcc_there_is_one_line(
 
 def test_the_committed_table_is_green() -> None:
     """And holds what is compiled: every kernel for every architecture."""
+    need("benchmarks/results")
     document = json.loads((ROOT / "benchmarks/results/kernels-cuda.json").read_text())
-    archs = {f"sm_{arch}" for arch in BUILD["CUDA_ARCHS"]}
+    archs = {f"sm_{arch}" for arch in build_script()["CUDA_ARCHS"]}
     kernels = {row[0] for row in document["rows"]}
     assert len(document["rows"]) == len(kernels) * len(archs)
     for kernel, arch, registers, spilled, *counts in document["rows"]:
