@@ -31,19 +31,16 @@ EMULATED = ROOT / "build/emulated/sm80/_emulated_ops.so"
 
 # The same examples in every run: a red run must be red again. To search with fresh ones, run
 # pytest --hypothesis-profile=default.
-# One method runs for several targets, each with an instance of its own: differing executors.
-hypothesis.settings.register_profile(
-    "fastfusion",
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.differing_executors],
-)
+hypothesis.settings.register_profile("fastfusion", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fastfusion")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu")
     parser.addoption("--emulated", type=Path, metavar="FILE")
+    # tests/ops/test_random_calls.py
+    parser.addoption("--random-seconds", type=float, default=8.0, metavar="S")
+    parser.addoption("--random-example", metavar="OP:TARGET:INDEX")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -8,7 +8,7 @@ touching a test.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -102,6 +102,61 @@ def leaves(call: dict[str, Any]) -> list[str]:
     return [k for k, v in call.items() if isinstance(v, Tensor) and v.is_floating_point()]
 
 
+def targets_of(op: Op) -> list[Target]:
+    """Every implementation that can run here, the CPU kernels once per instruction set."""
+    targets = []
+    for implementation in op.implementations:
+        if implementation.backend == "cpu":
+            if DEVICE != "cpu":
+                continue
+            native = _library.native
+            isas = native.isas(runnable=True) if native is not None else []
+            targets += [Target("cpu", isa, implementation.differentiable) for isa in isas]
+        elif implementation.backend != "cuda" or _cuda.unavailable() is None:
+            targets.append(Target(implementation.backend, None, implementation.differentiable))
+    return targets
+
+
+def evaluate(
+    run: Callable[..., tuple[Tensor, ...]],
+    call: dict[str, Any],
+    wanted: Iterable[str] | None = None,
+    weighed: Iterable[int] | None = None,
+    factor: float = 1.0,
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Results, and gradients of a loss that weighs them with random numbers.
+
+    Args:
+        wanted: the tensors that require a gradient; None: all that can.
+        weighed: the results that the loss is made of; None: all.
+        factor: of the loss.
+    """
+    names = leaves(call) if wanted is None else list(wanted)
+    call = {k: v.detach().requires_grad_(k in names) if k in leaves(call) else v
+            for k, v in call.items()}  # fmt: skip
+    torch.manual_seed(11)
+    results = run(**call)
+    loss = torch.zeros((), dtype=torch.float64)
+    for index, result in enumerate(results):
+        if weighed is not None and index not in weighed:
+            continue
+        generator = torch.Generator("cpu").manual_seed(index)
+        weight = torch.randn(result.shape, generator=generator, dtype=torch.float64, device="cpu")
+        weight = weight.to(result.device)
+        finite = result.double()
+        finite = torch.where(finite.isinf(), 0.0, finite)
+        # The weight in the result's own dtype: the gradient that arrives is then the same
+        # number in every dtype.
+        loss = loss + factor * (finite * weight.to(torch.bfloat16).double()).sum()
+    if not loss.requires_grad:
+        return results, {}
+    gradients = torch.autograd.grad(loss, [call[n] for n in names], allow_unused=True)
+    return results, {
+        n: torch.zeros_like(call[n]) if g is None else g
+        for n, g in zip(names, gradients, strict=True)
+    }
+
+
 class OpSuite:
     """Subclass with `op`, `function`, `plain` and `cases`; see the module docstring.
 
@@ -122,17 +177,7 @@ class OpSuite:
 
     @classmethod
     def targets(cls) -> list[Target]:
-        targets = []
-        for implementation in cls.op.implementations:
-            if implementation.backend == "cpu":
-                if DEVICE != "cpu":
-                    continue
-                native = _library.native
-                isas = native.isas(runnable=True) if native is not None else []
-                targets += [Target("cpu", isa, implementation.differentiable) for isa in isas]
-            elif implementation.backend != "cuda" or _cuda.unavailable() is None:
-                targets.append(Target(implementation.backend, None, implementation.differentiable))
-        return targets
+        return targets_of(cls.op)
 
     @classmethod
     def native_targets(cls) -> list[Target]:
@@ -187,29 +232,7 @@ class OpSuite:
         self, run: Callable[..., tuple[Tensor, ...]], call: dict[str, Any], factor: float = 1.0
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """Outputs with lse, and gradients of a loss that uses each of them, times a factor."""
-        call = {k: v.detach().requires_grad_() if k in leaves(call) else v for k, v in call.items()}
-        torch.manual_seed(11)
-        results = run(**call)
-        loss = torch.zeros((), dtype=torch.float64)
-        for index, result in enumerate(results):
-            generator = torch.Generator("cpu").manual_seed(index)
-            weight = torch.randn(
-                result.shape, generator=generator, dtype=torch.float64, device="cpu"
-            )
-            weight = weight.to(result.device)
-            finite = result.double()
-            finite = torch.where(finite.isinf(), 0.0, finite)
-            # The weight in the result's own dtype: the gradient that arrives is then the same
-            # number in every dtype.
-            loss = loss + factor * (finite * weight.to(torch.bfloat16).double()).sum()
-        names = leaves(call)
-        if not loss.requires_grad:
-            return results, {}
-        gradients = torch.autograd.grad(loss, [call[n] for n in names], allow_unused=True)
-        return results, {
-            n: torch.zeros_like(call[n]) if g is None else g
-            for n, g in zip(names, gradients, strict=True)
-        }
+        return evaluate(run, call, factor=factor)
 
     def compare(self, target: Target, call: dict[str, Any], factor: float = 1.0) -> None:
         """Outputs and gradients of a target by the rule of accuracy.py."""
@@ -371,25 +394,36 @@ def plain_attention(
     causal_alignment: str = "top_left",
 ) -> tuple[Tensor, Tensor]:
     """Unfused attention as a user writes it, every step in the dtype of the inputs."""
-    if key.shape[1] != query.shape[1]:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
+    if enable_gqa:
+        kv_heads = value.shape[-3] if key.shape[-3] == 1 else key.shape[-3]
+        repeats = query.shape[-3] // kv_heads if kv_heads else 1
+        key, value = (
+            t.expand(*t.shape[:-3], kv_heads, *t.shape[-2:]).repeat_interleave(repeats, -3)
+            for t in (key, value)
+        )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query @ key.transpose(-1, -2)) * scale
+    # A batch or heads that the values alone have.
+    outer = torch.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
+    scores = scores.expand(*outer, *scores.shape[-2:])
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
-        scores = scores + attn_mask
+        # Without a dimension it would not count among the dtypes.
+        scores = scores.to(torch.promote_types(scores.dtype, attn_mask.dtype)) + attn_mask
     if is_causal:
         scores = scores.masked_fill(above_diagonal(scores, causal_alignment), -torch.inf)
     if key_padding_mask is not None:
-        scores = scores.masked_fill(key_padding_mask[:, None, None, :], -torch.inf)
+        per_head = key_padding_mask[..., None, None, :] if scores.dim() > 2 else key_padding_mask
+        scores = scores.masked_fill(per_head, -torch.inf)
     dead = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(dead, 0.0)
-    lse = plain_lse(scores.float(), -1).masked_fill(dead.squeeze(-1), -torch.inf)
+    lse = plain_lse(scores.to(torch.promote_types(scores.dtype, torch.float32)), -1)
+    lse = lse.masked_fill(dead.squeeze(-1), -torch.inf)
     weights = torch.softmax(scores, -1).masked_fill(dead, 0.0)
     if dropout_p > 0.0:
         seed = ff._philox.draw_seed(query.device)
-        keep = ff._philox.keep_mask(seed, dropout_p, *weights.shape, stream=0)
+        flat = (math.prod(outer[:-1]), outer[-1] if outer else 1, *weights.shape[-2:])
+        keep = ff._philox.keep_mask(seed, dropout_p, *flat, stream=0).reshape(weights.shape)
         weights = weights * keep * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
     return weights.to(value.dtype) @ value, lse

@@ -5,9 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from suite import DTYPES, Case, OpSuite, Target, above_diagonal, plain_lse
+from suite import Case, OpSuite, Target, above_diagonal, plain_lse
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -61,7 +59,7 @@ def plain_varlen(
             if part.dtype == torch.bool:
                 scores = scores.masked_fill(~part, -torch.inf)
             else:
-                scores = scores + part
+                scores = scores.to(torch.promote_types(scores.dtype, part.dtype)) + part
         if is_causal:
             scores = scores.masked_fill(above_diagonal(scores, causal_alignment), -torch.inf)
         dead = (scores == -torch.inf).all(-1, keepdim=True)
@@ -164,18 +162,6 @@ CASES = [
     Case("no_keys", "rows without a key only", shape([7, 3], [0, 0])),
     Case("no_sequences", "empty", shape([], [])),
 ]  # fmt: skip
-
-
-ANY_CALL = given(
-    lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 70)), max_size=5),
-    dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    heads=st.tuples(st.integers(0, 2), st.integers(1, 3)),
-    causal=st.booleans(),
-    dropout_p=st.sampled_from([0.0, 0.0, 0.4]),
-    slack=st.integers(0, 20),
-    dtype=st.sampled_from(DTYPES),
-    seed=st.integers(0, 99),
-)
 
 
 class TestVarlenAttention(OpSuite):
@@ -293,27 +279,6 @@ class TestVarlenAttention(OpSuite):
         out, lse = target.call(self.function, **call, return_lse=True)
         assert out.shape == (60, 2, 5) and out.dtype == dtype and out.is_contiguous()
         assert lse.shape == (60, 2) and lse.dtype == torch.float32
-
-    @settings(max_examples=40, deadline=None)
-    @ANY_CALL
-    def test_any_shape(self, fast_target: Target, **drawn: Any) -> None:
-        self.check_any_shape(fast_target, **drawn)
-
-    @settings(max_examples=12, deadline=None)
-    @ANY_CALL
-    def test_any_shape_interpreted(self, slow_target: Target, **drawn: Any) -> None:
-        self.check_any_shape(slow_target, **drawn)
-
-    def check_any_shape(
-        self, target: Target, lengths: Any, dims: Any, heads: Any, causal: bool,
-        dropout_p: float, slack: int, dtype: torch.dtype, seed: int,
-    ) -> None:  # fmt: skip
-        q_lens, kv_lens = [q for q, _ in lengths], [k for _, k in lengths]
-        sizes = shape(q_lens, kv_lens, dims[0], value_dim=dims[1], causal=causal)
-        sizes.update(heads=heads[0] * heads[1], kv_heads=heads[0])
-        call = spec.inputs(sizes, dtype, seed=seed)
-        call["max_seqlen_k"] += slack
-        self.compare(target, {**call, "dropout_p": dropout_p})
 
 
 def packed_alone(call: dict[str, Any], rows: slice, columns: slice) -> dict[str, Any]:
