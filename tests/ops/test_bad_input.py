@@ -1,13 +1,12 @@
 """What is not legal is refused before any work, with the argument's name and the shapes.
 
-One table for all ops. Every row runs as a plain call, in inference_mode, with inputs that require
-gradients, with every implementation asked for by name, and through `explain`. A bad call is a bad
-call also where the backend asked for does not have the op.
+One table for all ops, with a row for each reason. Every row goes all ways on which arguments are
+looked at: a plain call, one with gradients, one with dropout, each backend asked for by name, and
+`explain`. A bad call is a bad call also where the backend asked for does not have the op.
 """
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,84 +82,85 @@ def bools(*sizes: int, **more: Any) -> Tensor:
 def tensors_rows(op: str) -> list[Bad]:
     """Faults of query, key, value (and query_value) that do not depend on the rank."""
     names = ["query", "key", "value", *(["query_value"] if op == BIDIRECTIONAL else [])]
-    rows = []
+    rows = [
+        Bad(op, "query_none", {"query": None}, TypeError, ("query", "NoneType")),
+        Bad(op, "query_nested", edited("query", nested(torch.strided)), TypeError,
+            ("query", "nested")),
+        Bad(op, "query_sparse_csr", edited("query", lambda t: torch.eye(5).to_sparse_csr()),
+            TypeError, ("query", "sparse_csr")),
+        Bad(op, "query_device", edited("query", lambda t: t.to("meta")), ValueError,
+            ("key", "meta", "cpu")),
+        Bad(op, "key_integer", edited("key", lambda t: t.int()), TypeError,
+            ("key", "torch.int32")),
+        Bad(op, "all_integer", all_edited(lambda t: t.int()), TypeError,
+            ("query", "torch.int32")),
+    ]  # fmt: skip
     for name in names:
         rows += [
             Bad(op, f"{name}_list", {name: [1.0, 2.0]}, TypeError, (name, "list")),
-            Bad(op, f"{name}_none", {name: None}, TypeError, (name, "NoneType")),
-            Bad(op, f"{name}_nested", edited(name, nested(torch.strided)), TypeError,
-                (name, "nested")),
             Bad(op, f"{name}_jagged", edited(name, nested(torch.jagged)), TypeError,
                 (name, "nested")),
             Bad(op, f"{name}_sparse", edited(name, lambda t: t.to_sparse()), TypeError,
                 (name, "sparse_coo")),
-            Bad(op, f"{name}_sparse_csr", edited(name, lambda t: torch.eye(5).to_sparse_csr()),
-                TypeError, (name, "sparse_csr")),
         ]  # fmt: skip
     for name in names[1:]:
         rows += [
-            Bad(op, f"{name}_integer", edited(name, lambda t: t.int()), TypeError,
-                (name, "torch.int32")),
             Bad(op, f"{name}_dtype", edited(name, lambda t: t.bfloat16()), TypeError,
                 (name, "torch.bfloat16", "torch.float32")),
-            Bad(op, f"{name}_double", edited(name, lambda t: t.double()), TypeError,
-                (name, "torch.float64", "torch.float32")),
             Bad(op, f"{name}_device", edited(name, lambda t: t.to("meta")), ValueError,
                 (name, "meta", "cpu")),
         ]  # fmt: skip
-    return [
-        *rows,
-        Bad(op, "all_integer", all_edited(lambda t: t.int()), TypeError,
-            ("query", "torch.int32")),
-        Bad(op, "all_bool", all_edited(lambda t: t > 0), TypeError, ("query", "torch.bool")),
-        Bad(op, "all_complex", all_edited(lambda t: t.to(torch.complex64)), TypeError,
-            ("query", "torch.complex64")),
-        Bad(op, "query_device", edited("query", lambda t: t.to("meta")), ValueError,
-            ("key", "meta", "cpu")),
-    ]  # fmt: skip
+    return rows
 
 
 def number_rows(op: str) -> list[Bad]:
     """Faults of the arguments that are not tensors, and that all ops share."""
+    values = {"scale": (float("nan"), float("inf")), "dropout_p": (1.5, -0.1, float("nan"))}
     rows = [
-        Bad(op, f"scale_{value}", {"scale": value}, ValueError, ("scale", str(value)))
-        for value in (float("nan"), float("inf"), -float("inf"))
+        Bad(op, f"{name}_{value}", {name: value}, ValueError, (name, str(value)))
+        for name in values
+        for value in values[name]
     ]
     rows += [
-        Bad(op, f"dropout_{value}", {"dropout_p": value}, ValueError, ("dropout_p", str(value)))
-        for value in (1.5, -0.1, 2, float("nan"), float("inf"))
-    ]
-    flags = {SDPA: ("is_causal", "enable_gqa"), BIDIRECTIONAL: (), VARLEN: ("is_causal",)}[op]
+        Bad(op, f"causal_alignment_{value}", {"causal_alignment": value}, ValueError,
+            ("causal_alignment", "top_left", "bottom_right", repr(value)))
+        for value in ("center", None, [])
+    ]  # fmt: skip
+    flags = ["is_causal", "return_lse", *(["enable_gqa"] if op == SDPA else [])]
     wrong_types = {
-        "scale": ("0.1", True, 1j, torch.tensor(0.1)),
-        "dropout_p": ("0.1", True, None, torch.tensor(0.1)),
-        **dict.fromkeys((*flags, "return_lse"), (1, 0.5, "yes", None, torch.tensor(True))),
+        "scale": ("0.1", True, torch.tensor([0.1])),
+        "dropout_p": ("0.1", True, torch.tensor(0.1)),
+        # What torch's dispatcher would take for a bool.
+        **dict.fromkeys(flags, (1, None, torch.tensor(True))),
     }
-    for name, values in wrong_types.items():
-        for value in values:
+    for name, given in wrong_types.items():
+        for value in given:
             kind = type(value).__name__
             rows.append(Bad(op, f"{name}_{kind}", {name: value}, TypeError, (name, kind)))
     return rows
 
 
 def mask_rows(op: str) -> list[Bad]:
-    """Faults of attn_mask and of the padding masks, for batch 2, heads 4, lengths 5 and 6."""
-    sizes = {"key_padding_mask": 6}
-    if op == BIDIRECTIONAL:
-        sizes["query_padding_mask"] = 5
+    """Faults of attn_mask and of the padding masks, for batch 2, heads 4, lengths 5 and 6 (packed:
+    three sequences)."""
+    batch = 3 if op == VARLEN else 2
+    sizes = {SDPA: {"key_padding_mask": 6}, VARLEN: {},
+             BIDIRECTIONAL: {"key_padding_mask": 6, "query_padding_mask": 5}}[op]  # fmt: skip
+    target = f"({batch}, 4, 5, 6)"
     rows = [
         Bad(op, f"attn_mask_{'x'.join(map(str, size))}", {"attn_mask": torch.zeros(size)},
-            ValueError, ("attn_mask", str(size), "(2, 4, 5, 6)"))
-        for size in ((5, 7), (6, 5), (4, 6), (5,), (0,), (3, 5, 6), (2, 5, 6), (4, 4, 5, 6),
-                     (2, 3, 5, 6), (1, 1, 1, 5, 6), (2, 4, 5, 0))
+            ValueError, ("attn_mask", str(size), target))
+        for size in ((5, 7), (4, 6), (0,), (3, 5, 6), (4, 4, 5, 6), (1, 1, 1, 5, 6))
     ]  # fmt: skip
     rows += [
         Bad(op, "attn_mask_bool_shape", {"attn_mask": bools(6, 6)}, ValueError,
-            ("attn_mask", "(6, 6)", "(2, 4, 5, 6)")),
+            ("attn_mask", "(6, 6)", target)),
         Bad(op, "attn_mask_device", {"attn_mask": torch.zeros(5, 6, device="meta")}, ValueError,
             ("attn_mask", "meta", "cpu")),
+        Bad(op, "attn_mask_nested", {"attn_mask": nested(torch.strided)}, TypeError,
+            ("attn_mask", "nested")),
     ]  # fmt: skip
-    for dtype in (torch.int64, torch.uint8, torch.float64, torch.float16, torch.complex64):
+    for dtype in (torch.uint8, torch.float64, torch.float16):
         mask = torch.zeros(5, 6, dtype=dtype)
         rows.append(
             Bad(op, f"attn_mask_{dtype}", {"attn_mask": mask}, TypeError, ("attn_mask", str(dtype)))
@@ -169,13 +169,12 @@ def mask_rows(op: str) -> list[Bad]:
         rows += [
             Bad(op, f"{name}_{'x'.join(map(str, size))}", {name: bools(*size)}, ValueError,
                 (name, str(size), f"(2, {length})"))
-            for size in ((2, length + 1), (length, 2), (length,), (1, length), (2, 1),
-                         (2, 1, 1, length), ())
+            for size in ((2, length + 1), (3, length), (2, 1, 1, length))
         ]  # fmt: skip
         rows += [
             Bad(op, f"{name}_{dtype}", {name: torch.zeros(2, length, dtype=dtype)}, TypeError,
                 (name, str(dtype)))
-            for dtype in (torch.float32, torch.int64, torch.uint8)
+            for dtype in (torch.float32, torch.uint8)
         ]  # fmt: skip
         rows.append(
             Bad(op, f"{name}_device", {name: bools(2, length, device="meta")}, ValueError,
@@ -184,11 +183,8 @@ def mask_rows(op: str) -> list[Bad]:
     for name, dense in (("attn_mask", bools(5, 6)), *((n, bools(2, s)) for n, s in sizes.items())):
         rows += [
             Bad(op, f"{name}_list", {name: dense.tolist()}, TypeError, (name, "list")),
-            Bad(op, f"{name}_true", {name: True}, TypeError, (name, "bool")),
             Bad(op, f"{name}_sparse", {name: dense.to_sparse()}, TypeError, (name, "sparse_coo")),
-            Bad(op, f"{name}_nested", {name: nested(torch.strided)(dense)}, TypeError,
-                (name, "nested")),
-        ]  # fmt: skip
+        ]
     return rows
 
 
@@ -218,7 +214,7 @@ def shape_rows() -> list[Bad]:
             bad(op, "no_dimension", all_edited(lambda t: t[0, 0, 0, 0]), "query", "()"),
             bad(op, "head_dim_0", {
                 n: lambda call, n=n: call[n][..., :0] for n in ("query", "key")},
-                "head_dim", "(2, 4, 5, 0)", "(2, 4, 6, 0)"),
+                "scale", "head_dim"),
             bad(op, "no_heads_in_key", {
                 n: lambda call, n=n: call[n][:, :0] for n in ("key", "value")},
                 "key", "(2, 0, 6, 8)"),
@@ -228,8 +224,6 @@ def shape_rows() -> list[Bad]:
     swapped = {"query": lambda call: call["query"][:, :2], "enable_gqa": True}
     return [
         *both,
-        bad(SDPA, "six_dimensions", all_edited(lambda t: t[None, None]), "query",
-            "(1, 1, 2, 4, 5, 8)"),
         bad(SDPA, "grouped_heads", {**grouped, "enable_gqa": True}, "key", "(2, 3, 6, 8)",
             "(2, 4, 5, 8)"),
         bad(SDPA, "more_key_heads", swapped, "key", "(2, 2, 5, 8)", "(2, 4, 6, 8)"),
@@ -249,7 +243,7 @@ def shape_rows() -> list[Bad]:
         bad(VARLEN, "all_ranks", all_edited(lambda t: t[None]), "query", "(1, 10, 4, 8)"),
         bad(VARLEN, "key_head_dim", edited("key", lambda t: t[..., :7]), "key", "(11, 4, 7)"),
         bad(VARLEN, "head_dim_0", {n: lambda call, n=n: call[n][..., :0] for n in ("query", "key")},
-            "head_dim", "(10, 4, 0)", "(11, 4, 0)"),
+            "scale", "head_dim"),
         bad(VARLEN, "value_total", edited("value", lambda t: t[1:]), "value", "(10, 4, 3)"),
         bad(VARLEN, "value_heads", edited("value", lambda t: t[:, 1:]), "value", "(11, 3, 3)"),
         bad(VARLEN, "heads", {n: lambda call, n=n: call[n][:, :3] for n in ("key", "value")},
@@ -268,9 +262,7 @@ def offset_rows() -> list[Bad]:
             "not_from_0": [1, *good[1:]],
             "from_below_0": [-1, *good[1:]],
             "falling": [0, 7, 5, total],
-            "falling_below_0": [0, -3, 7, total],
             "past_the_end": [*good[:3], total + 1],
-            "before_the_end": [*good[:3], total - 1],
             "past_the_end_inside": [0, total + 5, 7, total],
         }
         rows += [
@@ -281,11 +273,10 @@ def offset_rows() -> list[Bad]:
         rows += [
             Bad(VARLEN, f"{name}_{dtype}", {name: torch.tensor(good).to(dtype)}, TypeError,
                 (name, str(dtype)))
-            for dtype in (torch.float32, torch.int16, torch.bool)
+            for dtype in (torch.float32, torch.int16)
         ]  # fmt: skip
         rows += [
             Bad(VARLEN, f"{name}_list", {name: good}, TypeError, (name, "list")),
-            Bad(VARLEN, f"{name}_none", {name: None}, TypeError, (name, "NoneType")),
             Bad(VARLEN, f"{name}_2d", {name: torch.tensor([good])}, ValueError, (name, "(1, 4)")),
             Bad(VARLEN, f"{name}_0d", {name: torch.tensor(0)}, ValueError, (name, "()")),
             Bad(VARLEN, f"{name}_empty", {name: torch.tensor([], dtype=torch.int32)}, ValueError,
@@ -298,12 +289,10 @@ def offset_rows() -> list[Bad]:
                 (name, "sparse_coo")),
             Bad(VARLEN, f"{longest}_small", {longest: good[1] - 1}, ValueError,
                 (longest, str(good[1]), str(good[1] - 1))),
-            Bad(VARLEN, f"{longest}_zero", {longest: 0}, ValueError, (longest, str(good[1]))),
             Bad(VARLEN, f"{longest}_negative", {longest: -1}, ValueError, (longest, "-1")),
             Bad(VARLEN, f"{longest}_float", {longest: 9.0}, TypeError, (longest, "float")),
             Bad(VARLEN, f"{longest}_bool", {longest: True}, TypeError, (longest, "bool")),
-            Bad(VARLEN, f"{longest}_none", {longest: None}, TypeError, (longest, "NoneType")),
-            Bad(VARLEN, f"{longest}_tensor", {longest: torch.tensor(9)}, TypeError,
+            Bad(VARLEN, f"{longest}_tensor", {longest: torch.tensor([9])}, TypeError,
                 (longest, "Tensor")),
         ]  # fmt: skip
     return rows
@@ -312,12 +301,10 @@ def offset_rows() -> list[Bad]:
 ROWS = [
     *(row for op in FUNCTIONS for row in tensors_rows(op)),
     *(row for op in FUNCTIONS for row in number_rows(op)),
-    *(row for op in (SDPA, BIDIRECTIONAL) for row in mask_rows(op)),
+    *(row for op in FUNCTIONS for row in mask_rows(op)),
     *shape_rows(),
     *offset_rows(),
 ]
-
-BACKENDS = [None, *sorted({i.backend for op in ops.ALL for i in op.implementations})]
 
 
 def refuse(row: Bad, run: Callable[..., Any], call: dict[str, Any]) -> None:
@@ -337,23 +324,29 @@ def with_gradients(value: Any) -> Any:
     return value.detach().requires_grad_() if floating else value
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", ["plain", "inference_mode", "requires_grad", "dropout"])
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_refused(row: Bad, mode: str, backend: str | None) -> None:
-    function = FUNCTIONS[row.op]
-    call = row.call()
-    if mode == "requires_grad":
-        call = {k: with_gradients(v) for k, v in call.items()}
-    if mode == "dropout":
-        call.setdefault("dropout_p", 0.5)
-    with torch.inference_mode() if mode == "inference_mode" else nullcontext():
-        refuse(row, lambda **kw: function(**kw, backend=backend), call)
+BACKENDS = sorted({i.backend for op in ops.ALL for i in op.implementations})
+WAYS: dict[str, Callable[..., Any]] = {
+    "plain": lambda function, **call: function(**call),
+    "gradients": lambda function, **call: function(
+        **{name: with_gradients(value) for name, value in call.items()}
+    ),
+    "dropout": lambda function, **call: function(**{"dropout_p": 0.5, **call}),
+    "explain": ff.explain,
+    **{
+        name: lambda function, name=name, **call: function(**call, backend=name)
+        for name in BACKENDS
+    },
+}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_explain_refuses_as_the_call_does(row: Bad) -> None:
-    refuse(row, lambda **kw: ff.explain(FUNCTIONS[row.op], **kw), row.call())
+def test_refused(row: Bad) -> None:
+    for way, run in WAYS.items():
+        try:
+            refuse(row, lambda run=run, **call: run(FUNCTIONS[row.op], **call), row.call())
+        except BaseException as error:
+            error.add_note(f"way: {way}")
+            raise
 
 
 @pytest.mark.parametrize("op", FUNCTIONS)
