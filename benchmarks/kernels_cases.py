@@ -34,6 +34,7 @@ ATTENTION = {
     "heaviest": ("heaviest", 300, 300),
     "bool": ("bool", 300, 300),
     "causal": ("causal", 300, 300),
+    "large scale": ("large scale", 300, 300),
     "small": ("plain", 20, 36),
     "small heaviest": ("heaviest", 20, 36),
     "tiny": ("plain", 8, 10),
@@ -49,7 +50,9 @@ BIDIRECTIONAL = {
     "small": ("plain", 20, 36),
     "small heaviest": ("heaviest", 20, 36),
     "tiny": ("plain", 8, 10),
+    "causal": ("causal", 300, MOST),
     "long": ("plain", 600, 600),
+    "long causal": ("causal", 600, 600),
     "long heaviest": ("heaviest", 600, 600),
     "few queries": ("plain", 8, 2100),
     "few queries heaviest": ("heaviest", 8, 2100),
@@ -73,16 +76,20 @@ class Case:
     call: Callable[[], Any]
 
 
+# Kinds of calls without a mask.
+BARE = ("plain", "causal", "large scale")
+
+
 def _heads(length: int, dim: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(BATCH, HEADS, length, dim, dtype=dtype)
 
 
 def _padding(length: int, kind: str) -> Tensor | None:
-    return None if kind in ("plain", "causal") else torch.empty(BATCH, length, dtype=torch.bool)
+    return None if kind in BARE else torch.empty(BATCH, length, dtype=torch.bool)
 
 
 def _mask(q_len: int, kv_len: int, kind: str, dtype: torch.dtype) -> Tensor | None:
-    if kind in ("plain", "causal"):
+    if kind in BARE:
         return None
     shape = (1, 1, 1, kv_len) if kind == "shared" else (BATCH, HEADS, q_len, kv_len)
     return torch.empty(shape, dtype=torch.bool if kind == "bool" else dtype)
@@ -95,8 +102,9 @@ def _dropout(kind: str) -> tuple[Tensor | None, float]:
 
 def _attention(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dtype) -> None:
     query, key = _heads(q_len, dim, dtype), _heads(kv_len, dim, dtype)
-    mask, causal = _mask(q_len, kv_len, kind, dtype), kind == "causal"
-    given = (query, key, key, mask, _padding(kv_len, kind), *_dropout(kind), causal, None)
+    mask, scale = _mask(q_len, kv_len, kind, dtype), 1e30 if kind == "large scale" else None
+    options = (*_dropout(kind), kind == "causal", False, scale)
+    given = (query, key, key, mask, _padding(kv_len, kind), *options)
     out, lse = attention_forward(*given, kind != "plain")
     attention_backward(out, lse, *given, mask is not None and kind != "bool")
 
@@ -113,7 +121,8 @@ def _bidirectional(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dt
         query, key = _heads(q_len, dim, dtype), _heads(keys, dim, dtype)
         mask = _mask(q_len, keys, kind, dtype)
         paddings = (_padding(q_len, kind), _padding(keys, kind))
-        return (query, key, key, query, mask, *paddings, *_dropout(kind), None)
+        options = (*_dropout(kind), kind == "causal", False, None)
+        return (query, key, key, query, mask, *paddings, *options)
 
     bidirectional.bidirectional_forward(*given(bidirectional), kind != "plain")
     query, key, _, _, mask, *options = given(bidirectional_shared)
@@ -134,10 +143,11 @@ def _bidirectional(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dt
 
 def _varlen(kind: str, dim: int, dtype: torch.dtype) -> None:
     tokens, offsets = torch.empty(300, HEADS, dim, dtype=dtype), torch.zeros(4, dtype=torch.int32)
-    options = (*_dropout(kind), kind == "causal", None)
-    given = (tokens, tokens, tokens, offsets, offsets, 300, 300, *options)
+    mask = None if kind in BARE else torch.empty(3, HEADS, 300, 300, dtype=dtype)
+    options = (*_dropout(kind), kind == "causal", False, None)
+    given = (tokens, tokens, tokens, mask, offsets, offsets, 300, 300, *options)
     out, lse = varlen_forward(*given, kind != "plain")
-    varlen_backward(out, lse, *given, False)
+    varlen_backward(out, lse, *given, mask is not None)
 
 
 def _linear(rows: int, inner: int, features: int, heaviest: bool, dtype: torch.dtype) -> None:

@@ -44,7 +44,8 @@ struct Attention {
 
   float scale;
   bool causal;
-  int64_t diagonal = 0;  // of a causal call: query i sees the keys up to i + diagonal
+  int64_t diagonal = 0;    // of a causal call: query i sees the keys up to i + diagonal
+  bool exchanged = false;  // queries and keys have changed places: the keys have the diagonal
 
   // How many of the keys, from the first on, the diagonal leaves to a query.
   int64_t keys_seen_by(int64_t query) const {

@@ -21,10 +21,11 @@ struct Attention {
   int capability;
 
   Attention(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask,
-            const MaybeTensor& padding, bool is_causal, std::optional<double> scale,
-            bool enable_gqa)
+            const MaybeTensor& padding, bool is_causal, bool bottom_right,
+            std::optional<double> scale, bool enable_gqa)
       : device(q), query(straight(q)), key(straight(k)), value(straight(v)) {
-    describe(p, query, key, value, mask, padding, std::nullopt, 0.0, is_causal, scale);
+    describe(p, query, key, value, mask, padding, std::nullopt, 0.0, is_causal, bottom_right,
+             scale);
     STD_TORCH_CHECK(enable_gqa || p.heads == p.kv_heads || p.kv_heads == 1,
                     "fastfusion: more query heads than key heads need enable_gqa");
     capability = check_kernels(p);
@@ -45,24 +46,28 @@ struct Attention {
 };
 
 Tensor attention_out(const Tensor& query, const Tensor& key, const Tensor& value, MaybeTensor mask,
-                     MaybeTensor padding, bool is_causal, std::optional<double> scale,
-                     bool enable_gqa) {
-  return Attention(query, key, value, mask, padding, is_causal, scale, enable_gqa).run(nullptr);
+                     MaybeTensor padding, bool is_causal, bool bottom_right,
+                     std::optional<double> scale, bool enable_gqa) {
+  return Attention(query, key, value, mask, padding, is_causal, bottom_right, scale, enable_gqa)
+      .run(nullptr);
 }
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key,
                                              const Tensor& value, MaybeTensor mask,
-                                             MaybeTensor padding, bool is_causal,
+                                             MaybeTensor padding, bool is_causal, bool bottom_right,
                                              std::optional<double> scale, bool enable_gqa) {
   Tensor lse;
-  Tensor out = Attention(query, key, value, mask, padding, is_causal, scale, enable_gqa).run(&lse);
+  Tensor out =
+      Attention(query, key, value, mask, padding, is_causal, bottom_right, scale, enable_gqa)
+          .run(&lse);
   return {out, lse};
 }
 
 std::string attention_path(const Tensor& query, const Tensor& key, const Tensor& value,
-                           MaybeTensor mask, MaybeTensor padding, bool is_causal,
+                           MaybeTensor mask, MaybeTensor padding, bool is_causal, bool bottom_right,
                            std::optional<double> scale, bool enable_gqa) {
-  const Attention call(query, key, value, mask, padding, is_causal, scale, enable_gqa);
+  const Attention call(query, key, value, mask, padding, is_causal, bottom_right, scale,
+                       enable_gqa);
   return cuda::attention_path(call.p, call.capability);
 }
 
@@ -76,14 +81,15 @@ struct Bidirectional {
 
   Bidirectional(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& w,
                 const MaybeTensor& mask, const MaybeTensor& query_padding,
-                const MaybeTensor& key_padding, std::optional<double> scale)
+                const MaybeTensor& key_padding, bool is_causal, bool bottom_right,
+                std::optional<double> scale)
       : device(q),
         query(straight(q)),
         key(straight(k)),
         value(straight(v)),
         query_value(straight(w)) {
     describe(p, query, key, value, query_value, mask, query_padding, key_padding, std::nullopt, 0.0,
-             scale);
+             is_causal, bottom_right, scale);
     STD_TORCH_CHECK(p.query_value_dim <= kMaxDim, "fastfusion: head dims above ", kMaxDim,
                     " have no CUDA kernel");
     p.query_value.column = 1;
@@ -101,28 +107,30 @@ struct Bidirectional {
 std::tuple<Tensor, Tensor> bidirectional_out(const Tensor& query, const Tensor& key,
                                              const Tensor& value, const Tensor& query_value,
                                              MaybeTensor mask, MaybeTensor query_padding,
-                                             MaybeTensor key_padding, std::optional<double> scale) {
-  const Results r =
-      Bidirectional(query, key, value, query_value, mask, query_padding, key_padding, scale)
-          .run(false);
+                                             MaybeTensor key_padding, bool is_causal,
+                                             bool bottom_right, std::optional<double> scale) {
+  const Results r = Bidirectional(query, key, value, query_value, mask, query_padding, key_padding,
+                                  is_causal, bottom_right, scale)
+                        .run(false);
   return {r.out_q, r.out_k};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_value,
-    MaybeTensor mask, MaybeTensor query_padding, MaybeTensor key_padding,
-    std::optional<double> scale) {
-  const Results r =
-      Bidirectional(query, key, value, query_value, mask, query_padding, key_padding, scale)
-          .run(true);
+    MaybeTensor mask, MaybeTensor query_padding, MaybeTensor key_padding, bool is_causal,
+    bool bottom_right, std::optional<double> scale) {
+  const Results r = Bidirectional(query, key, value, query_value, mask, query_padding, key_padding,
+                                  is_causal, bottom_right, scale)
+                        .run(true);
   return {r.out_q, r.out_k, r.lse_q, r.lse_k};
 }
 
 std::string bidirectional_path(const Tensor& query, const Tensor& key, const Tensor& value,
                                const Tensor& query_value, MaybeTensor mask,
-                               MaybeTensor query_padding, MaybeTensor key_padding,
-                               std::optional<double> scale) {
-  const Bidirectional call(query, key, value, query_value, mask, query_padding, key_padding, scale);
+                               MaybeTensor query_padding, MaybeTensor key_padding, bool is_causal,
+                               bool bottom_right, std::optional<double> scale) {
+  const Bidirectional call(query, key, value, query_value, mask, query_padding, key_padding,
+                           is_causal, bottom_right, scale);
   return cuda::bidirectional_path(call.p, call.capability);
 }
 
@@ -135,10 +143,11 @@ int64_t capability(int64_t device) {
 
 #define FF_ATTENTION                                                                       \
   "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask, " \
-  "bool is_causal, float? scale, bool enable_gqa)"
-#define FF_BIDIRECTIONAL                                                             \
-  "(Tensor query, Tensor key, Tensor value, Tensor query_value, Tensor? attn_mask, " \
-  "Tensor? query_padding_mask, Tensor? key_padding_mask, float? scale)"
+  "bool is_causal, bool bottom_right, float? scale, bool enable_gqa)"
+#define FF_BIDIRECTIONAL                                                                      \
+  "(Tensor query, Tensor key, Tensor value, Tensor query_value, Tensor? attn_mask, "          \
+  "Tensor? query_padding_mask, Tensor? key_padding_mask, bool is_causal, bool bottom_right, " \
+  "float? scale)"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) {
   m.def("cuda_attention_forward" FF_ATTENTION " -> (Tensor, Tensor)");

@@ -96,7 +96,7 @@ Tensor cross_attention_block(
                                  p.context_dim, "the norm of context");
   if (residual) p.residual = operands.sequence(*residual, p.q_len, p.out_dim, "residual");
   describe_masks(p, query, mask, padding);
-  describe_numbers(p, std::nullopt, 0.0, false, scale);
+  describe_numbers(p, std::nullopt, 0.0, false, false, scale);
   const int capability = check_kernels(p);
 
   const int64_t sizes[] = {p.batch, p.q_len, p.out_dim};

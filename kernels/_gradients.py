@@ -12,6 +12,7 @@ from fastfusion.kernels._tile import (
     multiply_add,
     nothing_lost,
     scores,
+    seen_range,
     shift_of,
     visible_keys,
 )
@@ -56,16 +57,15 @@ def softmax_gradient(
 
 @triton.jit
 def gradients(
-    q, k, v, grad, q_start, k_start, visible, shift, share, delta, grad_lse, q_len, kv_len,
-    mask_base, mask_row, mask_column, seed, slice_index, scale, factor, threshold, keep_scale,
+    q, k, v, grad, q_start, k_start, visible, shift, share, delta, grad_lse, mask, seed,
+    slice_index, scale, factor, threshold, keep_scale,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
     KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(P with dropout, dS) of a tile of scores; the statistics of its rows come broadcast."""
     x = scores(
-        q, k, q_start, k_start, visible, q_len, kv_len, mask_base, mask_row, mask_column, scale,
-        True, CAUSAL, MASK, KEYS_FIRST, PRECISION,
-    )  # fmt: skip
+        q, k, q_start, k_start, visible, mask, scale, True, CAUSAL, MASK, KEYS_FIRST, PRECISION
+    )
     dp, keep = product_gradient(
         grad, v, seed, slice_index, q_start, k_start, threshold, keep_scale, DROPOUT, STREAM,
         KEYS_FIRST, PRECISION,
@@ -102,8 +102,8 @@ def store_statistics(statistics_ptr, at, present, shift, share, delta):
 
 @triton.jit
 def row_statistics(
-    q, grad, q_start, k_base, k_row, v_base, v_row, mask_base, mask_row, mask_column, padding,
-    seed, slice_index, first, last, q_len, kv_len, scale, factor, threshold, keep_scale,
+    q, grad, q_start, k_base, k_row, v_base, v_row, mask, padding, seed, slice_index, first, last,
+    kv_len, scale, factor, threshold, keep_scale,
     DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
     DROPOUT: tl.constexpr, STREAM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -116,10 +116,7 @@ def row_statistics(
         visible = visible_keys(padding, start, kv_len, LOOP, PADDING)
         k = load_rows(k_base, start, visible, k_row, DIM, WIDTH, DOT)
         v = load_rows(v_base, start, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
-        x = scores(
-            q, k, q_start, start, visible, q_len, kv_len, mask_base, mask_row, mask_column,
-            scale, True, CAUSAL, MASK, False, PRECISION,
-        )  # fmt: skip
+        x = scores(q, k, q_start, start, visible, mask, scale, True, CAUSAL, MASK, False, PRECISION)
         dp, _ = product_gradient(
             grad, v, seed, slice_index, q_start, start, threshold, keep_scale, DROPOUT, STREAM,
             False, PRECISION,
@@ -138,8 +135,8 @@ def row_statistics(
 @triton.jit
 def row_gradients(
     q_base, q_row, q_start, k_base, k_row, v_base, v_row, grad_base, grad_row, grad_lse,
-    mask_base, mask_row, mask_column, padding, seed, slice_index, first, last, q_len, kv_len,
-    scale, factor, threshold, keep_scale,
+    mask, padding, seed, slice_index, first, last, q_len, kv_len, scale, factor, threshold,
+    keep_scale,
     SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr,
     MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
@@ -151,18 +148,14 @@ def row_gradients(
     if SIGN != 1:
         q = q * SIGN
     grad = load_rows(grad_base, q_start, present, grad_row, VALUE_DIM, VALUE_WIDTH, DOT)
-    if CAUSAL:
-        last = tl.minimum(last, q_start + OWN)
+    first, last = seen_range(first, last, q_start, mask[5], OWN, LOOP, CAUSAL)
     dq = tl.zeros([OWN, WIDTH], tl.float32)
     dq_lost = nothing_lost(dq, DOT)
     if SINGLE:
         visible = visible_keys(padding, 0, kv_len, LOOP, PADDING)
         k = load_rows(k_base, 0, visible, k_row, DIM, WIDTH, DOT)
         v = load_rows(v_base, 0, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
-        x = scores(
-            q, k, q_start, 0, visible, q_len, kv_len, mask_base, mask_row, mask_column, scale,
-            True, CAUSAL, MASK, False, PRECISION,
-        )  # fmt: skip
+        x = scores(q, k, q_start, 0, visible, mask, scale, True, CAUSAL, MASK, False, PRECISION)
         dp, _ = product_gradient(
             grad, v, seed, slice_index, q_start, 0, threshold, keep_scale, DROPOUT, STREAM, False,
             PRECISION,
@@ -177,10 +170,9 @@ def row_gradients(
         dq, dq_lost = multiply_add(dq, dq_lost, ds, k, PRECISION)
     else:
         shift, share, delta = row_statistics(
-            q, grad, q_start, k_base, k_row, v_base, v_row, mask_base, mask_row, mask_column,
-            padding, seed, slice_index, first, last, q_len, kv_len, scale, factor, threshold,
-            keep_scale, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, CAUSAL, MASK, PADDING, DROPOUT,
-            STREAM, DOT, PRECISION,
+            q, grad, q_start, k_base, k_row, v_base, v_row, mask, padding, seed, slice_index,
+            first, last, kv_len, scale, factor, threshold, keep_scale, DIM, WIDTH, VALUE_DIM,
+            VALUE_WIDTH, LOOP, CAUSAL, MASK, PADDING, DROPOUT, STREAM, DOT, PRECISION,
         )  # fmt: skip
         for start in range(first, last, LOOP):
             visible = visible_keys(padding, start, kv_len, LOOP, PADDING)
@@ -188,9 +180,8 @@ def row_gradients(
             v = load_rows(v_base, start, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
             _, ds = gradients(
                 q, k, v, grad, q_start, start, visible, shift[:, None], share[:, None],
-                delta[:, None], grad_lse[:, None], q_len, kv_len, mask_base, mask_row, mask_column,
-                seed, slice_index, scale, factor, threshold, keep_scale, CAUSAL, MASK, DROPOUT,
-                STREAM, False, PRECISION,
+                delta[:, None], grad_lse[:, None], mask, seed, slice_index, scale, factor,
+                threshold, keep_scale, CAUSAL, MASK, DROPOUT, STREAM, False, PRECISION,
             )  # fmt: skip
             ds = ds.to(k_base.dtype.element_ty).to(DOT)
             dq, dq_lost = multiply_add(dq, dq_lost, ds, k, PRECISION)
@@ -200,8 +191,8 @@ def row_gradients(
 @triton.jit
 def key_gradients(
     state, k, v, visible, k_start, first, last, q_base, q_row, grad_base, grad_row,
-    statistics_ptr, grad_lse_ptr, at, mask_base, mask_row, mask_column, seed, slice_index, q_len,
-    kv_len, scale, factor, threshold, keep_scale,
+    statistics_ptr, grad_lse_ptr, at, mask, seed, slice_index, q_len, scale, factor, threshold,
+    keep_scale,
     SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     DROPOUT: tl.constexpr, STREAM: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
@@ -225,12 +216,68 @@ def key_gradients(
         )
         p, ds = gradients(
             q, k, v, grad, start, k_start, visible, shift[None, :], share[None, :],
-            delta[None, :], grad_lse[None, :], q_len, kv_len, mask_base, mask_row, mask_column,
-            seed, slice_index, scale, factor, threshold, keep_scale, CAUSAL, MASK, DROPOUT, STREAM,
-            True, PRECISION,
+            delta[None, :], grad_lse[None, :], mask, seed, slice_index, scale, factor, threshold,
+            keep_scale, CAUSAL, MASK, DROPOUT, STREAM, True, PRECISION,
         )  # fmt: skip
         p = p.to(q_base.dtype.element_ty).to(DOT)
         ds = ds.to(q_base.dtype.element_ty).to(DOT)
         dv, dv_lost = multiply_add(dv, dv_lost, p, grad, PRECISION)
         dk, dk_lost = multiply_add(dk, dk_lost, ds, q, PRECISION)
     return dk, dk_lost, dv, dv_lost
+
+
+@triton.jit
+def mask_gradients(
+    total, lost, row, column, q_base, q_row, k_base, k_row, v_base, v_row, grad_base, grad_row,
+    statistics_ptr, grad_lse_ptr, at, mask, padding, seed, slice_index, q_len, kv_len, scale,
+    factor, threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, SHARED_ROWS: tl.constexpr,
+    SHARED_COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr, LSE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(sums of dS in a tile of the mask, what their rounding lost), continued over a head.
+
+    `at` is where the statistics of the head begin. SHARED_ROWS: one row of the mask is for all
+    queries. One number may take every score of the call, hence Kahan's sum.
+    """
+    OWN: tl.constexpr = total.shape[0]
+    LOOP: tl.constexpr = total.shape[1]
+    for q_start in range(row, q_len if SHARED_ROWS else tl.minimum(row + 1, q_len), OWN):
+        present = tl.arange(0, OWN) < q_len - q_start
+        q = load_rows(q_base, q_start, present, q_row, DIM, WIDTH, DOT)
+        if SIGN != 1:
+            q = q * SIGN
+        grad = load_rows(grad_base, q_start, present, grad_row, VALUE_DIM, VALUE_WIDTH, DOT)
+        shift, share, delta, grad_lse = load_statistics(
+            statistics_ptr, grad_lse_ptr, at + q_start + tl.arange(0, OWN), present, LSE
+        )
+        last = kv_len if SHARED_COLUMNS else tl.minimum(column + 1, kv_len)
+        for k_start in range(column, last, LOOP):
+            visible = visible_keys(padding, k_start, kv_len, LOOP, PADDING)
+            k = load_rows(k_base, k_start, visible, k_row, DIM, WIDTH, DOT)
+            v = load_rows(v_base, k_start, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
+            _, ds = gradients(
+                q, k, v, grad, q_start, k_start, visible, shift[:, None], share[:, None],
+                delta[:, None], grad_lse[:, None], mask, seed, slice_index, scale, factor,
+                threshold, keep_scale, CAUSAL, MASK, DROPOUT, STREAM, False, PRECISION,
+            )  # fmt: skip
+            total, lost = add(total, lost, ds)
+    return total, lost
+
+
+@triton.jit
+def store_mask_gradient(
+    dmask_ptr, tile, owner, row, column, rows_end, columns_end, SHARED_ROWS: tl.constexpr,
+    SHARED_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradient of slice `owner` of a contiguous mask."""
+    if SHARED_ROWS:
+        tile = tl.sum(tile, 0, keep_dims=True)
+    if SHARED_COLUMNS:
+        tile = tl.sum(tile, 1, keep_dims=True)
+    rows, columns = row + tl.arange(0, tile.shape[0]), column + tl.arange(0, tile.shape[1])
+    at = dmask_ptr + tl.cast(owner, tl.int64) * rows_end * columns_end
+    at += rows.to(tl.int64)[:, None] * columns_end + columns[None, :]
+    inside = (rows < rows_end)[:, None] & (columns < columns_end)[None, :]
+    tl.store(at, tile.to(dmask_ptr.dtype.element_ty), mask=inside)

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from fastfusion.kernels import _plan, _tiles
 from fastfusion.kernels._plan import INTERPRETED, empty
+from fastfusion.kernels._tile import BOOL_MASK, FLOAT_MASK, NATURAL
 
 _CONFIGS = Path(__file__).with_name("configs")
+_BOOL_MASK, _FLOAT_MASK, _NATURAL = (int(c.value) for c in (BOOL_MASK, FLOAT_MASK, NATURAL))
 _ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -149,23 +151,27 @@ def rows_readable(tensor: Tensor) -> Tensor:
 
 def score_options(
     query: Tensor,
+    sizes: tuple[int, int, int, int],
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    is_causal: bool,
+    bottom_right: bool,
     scale: float | None,
-    kv_len: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run-time and compile-time arguments that say how scores are made; the same in all kernels."""
-    batch, heads, q_len, dim = query.shape
-    scale = dim**-0.5 if scale is None else float(scale)
-    # Below 2^-100 no product of scores matters, and factor * -inf must stay -inf.
-    sign = 0 if abs(scale) < 2.0**-100 else (1 if scale > 0 else -1)
-    mask_kind = 0
-    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+    """Run-time and compile-time arguments that say how scores are made; the same in all kernels.
+
+    `sizes` are those that the mask broadcasts to: batch, heads, queries, keys.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    kind, mask_strides = 0, (0, 0, 0, 0)
     if attn_mask is not None:
-        mask_kind = 1 if attn_mask.dtype == torch.bool else 2
-        mask_strides = attn_mask.expand(batch, heads, q_len, kv_len).stride()
+        kind = _BOOL_MASK if attn_mask.dtype == torch.bool else _FLOAT_MASK
+        mask_strides = attn_mask.expand(sizes).stride()
+    # -inf has to stay -inf when multiplied by the factor, and finite scores finite.
+    if kind != _FLOAT_MASK and not 2.0**-100 <= abs(scale) <= 2.0**64:
+        kind += _NATURAL
     run_time = {
         "mask_ptr": query if attn_mask is None else attn_mask,
         **dict(
@@ -174,14 +180,16 @@ def score_options(
         "padding_ptr": query if key_padding_mask is None else key_padding_mask,
         "padding_batch": 0 if key_padding_mask is None else key_padding_mask.stride(0),
         "seed_ptr": query if seed is None else seed,
+        "diagonal": sizes[3] - sizes[2] if is_causal and bottom_right else 0,
         "threshold": min(round(dropout_p * 2**32), 2**32 - 1),
         "keep_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
-        "scale": abs(scale) if sign else 0.0,
-        "factor": abs(scale) * math.log2(math.e) if sign else 1.0,
+        "scale": abs(scale),
+        "factor": 0.0 if kind >= _FLOAT_MASK else abs(scale) * math.log2(math.e),
     }
     compile_time = {
-        "SIGN": sign or (0 if mask_kind != 2 else 1),
-        "MASK": mask_kind,
+        "SIGN": -1 if scale < 0 else 1,
+        "CAUSAL": int(is_causal),
+        "MASK": kind,
         "PADDING": key_padding_mask is not None,
         "DROPOUT": seed is not None,
         **numbers(query.dtype),

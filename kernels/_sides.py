@@ -19,6 +19,7 @@ from fastfusion.kernels._tile import (
     multiply_add,
     nothing_lost,
     scores,
+    seen_range,
     slice_base,
     store_rows,
     visible_keys,
@@ -29,11 +30,12 @@ from fastfusion.kernels._tile import (
 def side_statistics(
     index, a_ptr, b_ptr, bv_ptr, grad_ptr, statistics_ptr, mask_ptr, padding_ptr, seed_ptr,
     a_batch, a_head, a_row, b_batch, b_head, b_row, bv_batch, bv_head, bv_row, grad_batch,
-    grad_head, grad_row, mask_batch, mask_head, mask_row, mask_column, padding_batch, heads,
-    a_len, b_len, scale, factor, threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr,
-    LOOP: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr,
-    STREAM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    grad_head, grad_row, mask_batch, mask_head, mask_row, mask_column, padding_batch, diagonal,
+    heads, a_len, b_len, scale, factor, threshold, keep_scale, SIGN: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(shift, 1 / sum, delta) of a tile of side a, whose softmax goes over side b."""
     tiles = tl.cdiv(a_len, OWN)
@@ -49,13 +51,17 @@ def side_statistics(
     grad_base = slice_base(grad_ptr, batch, head, grad_batch, grad_head)
     grad = load_rows(grad_base, start, present, grad_row, VALUE_DIM, VALUE_WIDTH, DOT)
     seed = tl.load(seed_ptr) if DROPOUT else 0
+    first, last = seen_range(0, b_len, start, diagonal, OWN, LOOP, CAUSAL)
     shift, share, delta = row_statistics(
         a, grad, start, slice_base(b_ptr, batch, head, b_batch, b_head), b_row,
         slice_base(bv_ptr, batch, head, bv_batch, bv_head), bv_row,
-        slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column,
-        padding_ptr + tl.cast(batch, tl.int64) * padding_batch, seed, slice_index, 0, b_len, a_len,
+        (
+            slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column, a_len,
+            b_len, diagonal,
+        ),
+        padding_ptr + tl.cast(batch, tl.int64) * padding_batch, seed, slice_index, first, last,
         b_len, scale, factor, threshold, keep_scale, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP,
-        False, MASK, PADDING, DROPOUT, STREAM, DOT, PRECISION,
+        CAUSAL, MASK, PADDING, DROPOUT, STREAM, DOT, PRECISION,
     )  # fmt: skip
     at = tl.cast(slice_index, tl.int64) * a_len + rows
     store_statistics(statistics_ptr, at, present, shift, share, delta)
@@ -64,15 +70,14 @@ def side_statistics(
 @triton.jit
 def both_gradients(
     a, b, av, bv, grad_a, grad_b, a_start, b_start, a_visible, b_visible, a_statistics,
-    b_statistics, a_len, b_len, mask_base, mask_row, mask_column, seed, slice_index, scale, factor,
-    threshold, keep_scale, MASK: tl.constexpr, DROPOUT: tl.constexpr, EXCHANGED: tl.constexpr,
+    b_statistics, mask, seed, slice_index, scale, factor, threshold, keep_scale,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, EXCHANGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(dS of both softmaxes, the softmax over a with dropout) of a tile of scores of a and b."""
     x = scores(
-        a, b, a_start, b_start, b_visible, a_len, b_len, mask_base, mask_row, mask_column, scale,
-        False, False, MASK, False, PRECISION,
-    )  # fmt: skip
+        a, b, a_start, b_start, b_visible, mask, scale, False, CAUSAL, MASK, False, PRECISION
+    )
     over_b = tl.dot(grad_a, tl.trans(bv), input_precision=PRECISION)
     over_a = tl.dot(av, tl.trans(grad_b), input_precision=PRECISION)
     keep_b, keep_a = over_b == over_b, over_a == over_a
@@ -107,13 +112,13 @@ def side_gradients(
     a_padding_ptr, b_padding_ptr, seed_ptr, a_batch, a_head, a_row, b_batch, b_head, b_row,
     av_batch, av_head, av_row, bv_batch, bv_head, bv_row, grad_a_batch, grad_a_head, grad_a_row,
     grad_b_batch, grad_b_head, grad_b_row, da_batch, da_head, da_row, dav_batch, dav_head, dav_row,
-    mask_batch, mask_head, mask_row, mask_column, a_padding_batch, b_padding_batch, heads, a_len,
-    b_len, splits, scale, factor, threshold, keep_scale, gradient_scale, SIGN: tl.constexpr,
+    mask_batch, mask_head, mask_row, mask_column, a_padding_batch, b_padding_batch, diagonal, heads,
+    a_len, b_len, splits, scale, factor, threshold, keep_scale, gradient_scale, SIGN: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, AV_DIM: tl.constexpr, AV_WIDTH: tl.constexpr,
     BV_DIM: tl.constexpr, BV_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
-    SPLIT: tl.constexpr, MASK: tl.constexpr, A_PADDING: tl.constexpr, B_PADDING: tl.constexpr,
-    DROPOUT: tl.constexpr, EXCHANGED: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, A_PADDING: tl.constexpr,
+    B_PADDING: tl.constexpr, DROPOUT: tl.constexpr, EXCHANGED: tl.constexpr, LSE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of side a and of its values: (batch * heads, splits of b, tiles of a)."""
     tiles = tl.cdiv(a_len, OWN)
@@ -136,6 +141,7 @@ def side_gradients(
     bv_base = slice_base(bv_ptr, batch, head, bv_batch, bv_head)
     grad_b_base = slice_base(grad_b_ptr, batch, head, grad_b_batch, grad_b_head)
     mask_base = slice_base(mask_ptr, batch, head, mask_batch, mask_head)
+    mask = (mask_base, mask_row, mask_column, a_len, b_len, diagonal)
     seed = tl.load(seed_ptr) if DROPOUT else 0
     da = tl.zeros([OWN, WIDTH], tl.float32)
     dav = tl.zeros([OWN, AV_WIDTH], tl.float32)
@@ -144,6 +150,7 @@ def side_gradients(
     if SPLIT > 0:
         first = index // tiles % splits * SPLIT
         last = tl.minimum(first + SPLIT, b_len)
+    first, last = seen_range(first, last, a_start, diagonal, OWN, LOOP, CAUSAL)
     for b_start in range(first, last, LOOP):
         existing = tl.arange(0, LOOP) < b_len - b_start
         b_visible = visible_keys(b_padding, b_start, b_len, LOOP, B_PADDING)
@@ -157,8 +164,8 @@ def side_gradients(
             signed = b * SIGN
         ds, p = both_gradients(
             a, signed, av, bv, grad_a, grad_b, a_start, b_start, a_visible, b_visible,
-            a_statistics, b_statistics, a_len, b_len, mask_base, mask_row, mask_column, seed,
-            slice_index, scale, factor, threshold, keep_scale, MASK, DROPOUT, EXCHANGED, PRECISION,
+            a_statistics, b_statistics, mask, seed, slice_index, scale, factor, threshold,
+            keep_scale, CAUSAL, MASK, DROPOUT, EXCHANGED, PRECISION,
         )  # fmt: skip
         ds, p = ds.to(a_ptr.dtype.element_ty).to(DOT), p.to(a_ptr.dtype.element_ty).to(DOT)
         da, da_lost = multiply_add(da, da_lost, ds, b, PRECISION)

@@ -5,9 +5,15 @@ its second product takes the tile as it lies in registers). Offsets within a til
 tile's own base is 64-bit: 32-bit offsets from the start of a head overflow at 2^31 elements, 64-bit
 ones per element cost registers (8-72 bytes of spills).
 
-Exponents are of base 2. Without a float mask scores stay raw products, and one fma per score,
-x * factor - shift, does scale, log2(e) and maximum; with one they are in natural units and the
-maximum is subtracted first, because a mask of finfo.min times log2(e) would be -inf.
+Exponents are of base 2. As a rule scores stay raw products, and one fma per score,
+x * factor - shift, does scale, log2(e) and maximum. With a float mask they are in natural units and
+the maximum is subtracted first, because a mask of finfo.min times log2(e) would be -inf; so they
+are where the scale is so large that it alone would be, or so small that -inf times it is not -inf.
+
+A `mask` is what hides scores and is added to them: (where the attn_mask of the head begins, its
+strides of rows and columns, how many of either it has, the diagonal). Of a causal call, query i
+sees the keys up to i + diagonal. CAUSAL is 1, or -1 where queries and keys are exchanged: there
+the row j of a tile sees the columns from j - diagonal on.
 """
 
 import triton
@@ -15,8 +21,10 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Values of MASK. NATURAL: scores in natural units without a float mask; with a bool mask, 4.
 BOOL_MASK = tl.constexpr(1)
 FLOAT_MASK = tl.constexpr(2)
+NATURAL = tl.constexpr(3)
 
 
 @triton.jit
@@ -78,15 +86,28 @@ def visible_range(padding_ptr, kv_len, KEYS: tl.constexpr, PADDING: tl.constexpr
 
 
 @triton.jit
-def scores(
-    q, k, q_start, k_start, visible, q_len, kv_len, mask_ptr, mask_row, mask_column, scale,
-    EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, KEYS_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of scores, -inf where hidden: raw products, or in natural units with a float mask.
+def seen_range(
+    first, last, start, diagonal, OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr
+):
+    """[first, last) without the tiles that the diagonal hides from all of OWN rows."""
+    if CAUSAL == 1:
+        last = tl.minimum(last, tl.maximum(start + OWN + diagonal, 0))
+    if CAUSAL == -1:
+        first = tl.maximum(first, tl.maximum(start - diagonal, 0) // LOOP * LOOP)
+    return first, last
 
-    EDGE says that the tile may hold keys that are absent, hidden or above the diagonal.
+
+@triton.jit
+def scores(
+    q, k, q_start, k_start, visible, mask, scale, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of scores, -inf where hidden: raw products, or in natural units.
+
+    EDGE says that the tile may hold keys that are absent or hidden, CAUSAL that it may hold some
+    behind the diagonal.
     """
+    mask_ptr, mask_row, mask_column, mask_rows, mask_columns, diagonal = mask
     rows, keys = tl.arange(0, q.shape[0]), tl.arange(0, k.shape[0])
     if KEYS_FIRST:
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
@@ -94,18 +115,26 @@ def scores(
     else:
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         rows, keys, shown = rows[:, None], keys[None, :], visible[None, :]
-    if MASK != 0:
+    if MASK >= NATURAL:  # no plain product: with the maximum taken off it would become one fma
+        x = tl.fma(x, tl.zeros_like(x) + scale, tl.zeros_like(x))
+    if MASK != 0 and MASK != NATURAL:
         base = mask_ptr + tl.cast(q_start, tl.int64) * mask_row
         base += tl.cast(k_start, tl.int64) * mask_column
-        inside = (rows < q_len - q_start) & (keys < kv_len - k_start)
+        inside = (rows < mask_rows - q_start) & (keys < mask_columns - k_start)
         value = tl.load(base + (rows * mask_row + keys * mask_column), mask=inside, other=0)
         if MASK == FLOAT_MASK:
             x = tl.fma(x, tl.zeros_like(x) + scale, value.to(tl.float32))
         else:
             x = tl.where(value != 0, x, -float("inf"))
-    if EDGE:
-        if CAUSAL:
-            shown = shown & (rows - keys >= k_start - q_start)
+    if CAUSAL != 0:
+        if CAUSAL == 1:
+            before = rows - keys >= k_start - q_start - diagonal
+        else:
+            before = keys - rows >= q_start - k_start - diagonal
+        if EDGE:
+            before = shown & before
+        x = tl.where(before, x, -float("inf"))
+    elif EDGE:
         x = tl.where(shown, x, -float("inf"))
     return x
 
@@ -113,7 +142,7 @@ def scores(
 @triton.jit
 def scaled_maximum(maximum, factor, MASK: tl.constexpr):
     """A maximum of scores in the unit of exponents, in which the running maximum is kept."""
-    if MASK == FLOAT_MASK:
+    if MASK >= FLOAT_MASK:
         return maximum
     else:
         return maximum * factor
@@ -128,7 +157,7 @@ def shift_of(maximum):
 @triton.jit
 def weights(x, shift, factor, MASK: tl.constexpr):
     """exp(scores - maximum), the shift broadcast to the tile by the caller."""
-    if MASK == FLOAT_MASK:
+    if MASK >= FLOAT_MASK:
         return tl.exp2((x - shift) * LOG2E)
     else:
         return tl.exp2(tl.fma(x, tl.zeros_like(x) + factor, tl.zeros_like(x) - shift))
@@ -137,7 +166,7 @@ def weights(x, shift, factor, MASK: tl.constexpr):
 @triton.jit
 def rescale(before, shift, MASK: tl.constexpr):
     """By what sums are multiplied when the maximum moves from `before` to `shift`."""
-    if MASK == FLOAT_MASK:
+    if MASK >= FLOAT_MASK:
         return tl.exp2((before - shift) * LOG2E)
     else:
         return tl.exp2(before - shift)
@@ -147,7 +176,7 @@ def rescale(before, shift, MASK: tl.constexpr):
 def exponentials(x, maximum, factor, MASK: tl.constexpr):
     """exp(scores - maximum) with the plain maximum, for gradients: the greatest is exactly 1, so
     that a softmax over one key has exactly no gradient. One operation more than `weights`."""
-    if MASK == FLOAT_MASK:
+    if MASK >= FLOAT_MASK:
         return tl.exp2((x - maximum) * LOG2E)
     else:
         return tl.exp2((x - maximum) * factor)
@@ -157,7 +186,7 @@ def exponentials(x, maximum, factor, MASK: tl.constexpr):
 def log_sum(maximum, total, MASK: tl.constexpr):
     """The natural log-sum-exp; -inf where no score is visible."""
     lse = tl.log(tl.where(total == 0.0, 1.0, total))
-    if MASK == FLOAT_MASK:
+    if MASK >= FLOAT_MASK:
         return maximum + lse
     else:
         return maximum * LN2 + lse

@@ -34,6 +34,7 @@ from fastfusion.kernels._tile import (
     rescale,
     scaled_maximum,
     scores,
+    seen_range,
     shift_of,
     slice_base,
     store_rows,
@@ -45,8 +46,8 @@ from fastfusion.kernels._tile import (
 
 @triton.jit
 def attend_range(
-    state, first, last, q, q_start, k_base, k_row, v_base, v_row, mask_base, mask_row, mask_column,
-    padding, seed, slice_index, q_len, kv_len, scale, factor, threshold, keep_scale,
+    state, first, last, q, q_start, k_base, k_row, v_base, v_row, mask, padding, seed, slice_index,
+    kv_len, scale, factor, threshold, keep_scale,
     DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     LOOP: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr, DOT: tl.constexpr,
@@ -61,8 +62,7 @@ def attend_range(
         visible = visible_keys(padding, start, kv_len, LOOP, PADDING)
         k = load_rows(k_base, start, visible, k_row, DIM, WIDTH, DOT)
         x = scores(
-            q, k, q_start, start, visible, q_len, kv_len, mask_base, mask_row, mask_column, scale,
-            EDGE, CAUSAL, MASK, False, PRECISION,
+            q, k, q_start, start, visible, mask, scale, EDGE, CAUSAL, MASK, False, PRECISION
         )  # fmt: skip
         grown = tl.maximum(maximum, scaled_maximum(tl.max(x, 1), factor, MASK))
         shift = shift_of(grown)
@@ -85,8 +85,8 @@ def attend_range(
 
 @triton.jit
 def attend(
-    q_base, q_row, q_start, k_base, k_row, v_base, v_row, mask_base, mask_row, mask_column,
-    padding, seed, slice_index, first, last, q_len, kv_len, scale, factor, threshold, keep_scale,
+    q_base, q_row, q_start, k_base, k_row, v_base, v_row, mask, padding, seed, slice_index,
+    first, last, q_len, kv_len, scale, factor, threshold, keep_scale,
     SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr,
     MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
@@ -101,28 +101,26 @@ def attend(
     q = load_rows(q_base, q_start, present, q_row, DIM, WIDTH, DOT)
     if SIGN != 1:
         q = q * SIGN
-    if CAUSAL:
-        last = tl.minimum(last, q_start + OWN)
+    diagonal = mask[5]
+    first, last = seen_range(first, last, q_start, diagonal, OWN, LOOP, CAUSAL)
     acc = tl.zeros([OWN, VALUE_WIDTH], tl.float32)
     total = tl.zeros([OWN], tl.float32)
     maximum = tl.full([OWN], -float("inf"), tl.float32)
     state = (maximum, total, total, acc, nothing_lost(acc, DOT))
     edge = first
-    if not PADDING:
+    if not PADDING and CAUSAL != -1:
         edge = last // LOOP * LOOP
-        if CAUSAL:
-            edge = tl.minimum(edge, q_start // LOOP * LOOP)
+        if CAUSAL == 1:
+            edge = tl.minimum(edge, tl.maximum(q_start + diagonal + 1, 0) // LOOP * LOOP)
         state = attend_range(
-            state, first, edge, q, q_start, k_base, k_row, v_base, v_row, mask_base, mask_row,
-            mask_column, padding, seed, slice_index, q_len, kv_len, scale, factor, threshold,
-            keep_scale, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, False, False, MASK, False,
-            DROPOUT, STREAM, DOT, PRECISION,
+            state, first, edge, q, q_start, k_base, k_row, v_base, v_row, mask, padding, seed,
+            slice_index, kv_len, scale, factor, threshold, keep_scale, DIM, WIDTH, VALUE_DIM,
+            VALUE_WIDTH, LOOP, False, 0, MASK, False, DROPOUT, STREAM, DOT, PRECISION,
         )  # fmt: skip
     maximum, total, _, acc, _ = attend_range(
-        state, edge, last, q, q_start, k_base, k_row, v_base, v_row, mask_base, mask_row,
-        mask_column, padding, seed, slice_index, q_len, kv_len, scale, factor, threshold,
-        keep_scale, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, True, CAUSAL, MASK, PADDING,
-        DROPOUT, STREAM, DOT, PRECISION,
+        state, edge, last, q, q_start, k_base, k_row, v_base, v_row, mask, padding, seed,
+        slice_index, kv_len, scale, factor, threshold, keep_scale, DIM, WIDTH, VALUE_DIM,
+        VALUE_WIDTH, LOOP, True, CAUSAL, MASK, PADDING, DROPOUT, STREAM, DOT, PRECISION,
     )  # fmt: skip
     return maximum, total, acc
 
@@ -132,7 +130,7 @@ def attend_program(
     index, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, padding_ptr, seed_ptr, partial_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     out_batch, out_head, out_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
-    heads, group, q_len, kv_len, splits, scale, factor, threshold, keep_scale,
+    diagonal, heads, group, q_len, kv_len, splits, scale, factor, threshold, keep_scale,
     SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr,
@@ -141,7 +139,7 @@ def attend_program(
     """One tile of queries, one split of keys; (batch * heads, splits, tiles), the last fastest."""
     tiles = tl.cdiv(q_len, OWN)
     q_start = index % tiles * OWN
-    if CAUSAL:  # the longest rows first
+    if CAUSAL == 1:  # the longest rows first
         q_start = (tiles - 1 - index % tiles) * OWN
     slice_index = index // tiles // splits
     batch, head = slice_index // heads, slice_index % heads
@@ -156,7 +154,10 @@ def attend_program(
         slice_base(q_ptr, batch, head, q_batch, q_head), q_row, q_start,
         slice_base(k_ptr, batch, head // group, k_batch, k_head), k_row,
         slice_base(v_ptr, batch, head // group, v_batch, v_head), v_row,
-        slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column,
+        (
+            slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column, q_len,
+            kv_len, diagonal,
+        ),
         padding, seed, slice_index, first, last, q_len, kv_len, scale, factor, threshold,
         keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, MASK, PADDING,
         DROPOUT, STREAM, DOT, PRECISION,
@@ -185,7 +186,9 @@ def store_partial(base, maximum, total, acc, start, length, DIM: tl.constexpr):
     tl.store(statistics + 1, total, mask=present)
 
 
-LENGTHS = ["heads", "group", "q_len", "kv_len", "splits", "padding_batch", "threshold"]
+LENGTHS = [
+    "heads", "group", "q_len", "kv_len", "splits", "padding_batch", "threshold", "diagonal"
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -193,7 +196,7 @@ def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, padding_ptr, seed_ptr, partial_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     out_batch, out_head, out_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
-    heads, group, q_len, kv_len, splits, scale, factor, threshold, keep_scale,
+    diagonal, heads, group, q_len, kv_len, splits, scale, factor, threshold, keep_scale,
     SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr,
@@ -203,9 +206,9 @@ def attention_kernel(
         tl.program_id(0), q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, padding_ptr, seed_ptr,
         partial_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
         out_batch, out_head, out_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
-        heads, group, q_len, kv_len, splits, scale, factor, threshold, keep_scale, SIGN, DIM,
-        WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, SPLIT, CAUSAL, MASK, PADDING, DROPOUT, STREAM,
-        LSE, DOT, PRECISION,
+        diagonal, heads, group, q_len, kv_len, splits, scale, factor, threshold, keep_scale, SIGN,
+        DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, SPLIT, CAUSAL, MASK, PADDING, DROPOUT,
+        STREAM, LSE, DOT, PRECISION,
     )  # fmt: skip
 
 
@@ -261,6 +264,7 @@ def attention_forward(
     seed: Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    bottom_right: bool,
     scale: float | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -274,8 +278,9 @@ def attention_forward(
     if batch * heads * q_len == 0:
         return out, lse
     run_time, compile_time = score_options(
-        query, attn_mask, key_padding_mask, seed, dropout_p, scale, kv_len
-    )
+        query, (batch, heads, q_len, kv_len), attn_mask, key_padding_mask, seed, dropout_p,
+        is_causal, bottom_right, scale,
+    )  # fmt: skip
     widest = max(width(dim), width(value_dim))
     chosen = tile("attention", query.dtype, widest, query.device, aligned(dim, value_dim))
     split = split_length(q_len, kv_len, is_causal)
@@ -292,8 +297,8 @@ def attention_forward(
         **strides(q=query, k=key, v=value, out=out), **run_time,
         heads=heads, group=heads // key.shape[1], q_len=q_len, kv_len=kv_len, splits=splits,
         DIM=dim, WIDTH=width(dim), VALUE_DIM=value_dim, VALUE_WIDTH=width(value_dim),
-        OWN=own, LOOP=chosen.loop, SPLIT=split, CAUSAL=is_causal, STREAM=0,
-        LSE=return_lse, **compile_time, **chosen.options(),
+        OWN=own, LOOP=chosen.loop, SPLIT=split, STREAM=0, LSE=return_lse, **compile_time,
+        **chosen.options(),
     )  # fmt: skip
     if split:
         launch(

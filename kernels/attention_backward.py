@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels._gradients import (
-    gradients,
     key_gradients,
     load_grad_lse,
-    load_statistics,
+    mask_gradients,
     row_gradients,
+    store_mask_gradient,
     store_statistics,
 )
 from fastfusion.kernels._launch import (
@@ -36,7 +36,6 @@ from fastfusion.kernels._launch import (
 )
 from fastfusion.kernels._plan import empty, launch, planned
 from fastfusion.kernels._tile import (
-    add,
     load_rows,
     nothing_lost,
     slice_base,
@@ -45,16 +44,19 @@ from fastfusion.kernels._tile import (
     visible_range,
 )
 
-LENGTHS = ["heads", "group", "q_len", "kv_len", "padding_batch", "threshold", "splits", "per_split"]
+LENGTHS = [
+    "heads", "group", "q_len", "kv_len", "padding_batch", "threshold", "diagonal", "splits",
+    "per_split",
+]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=LENGTHS[:6])
+@triton.jit(do_not_specialize=LENGTHS[:7])
 def rows_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dq_ptr, statistics_ptr, mask_ptr, padding_ptr,
     seed_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     grad_batch, grad_head, grad_row, dq_batch, dq_head, dq_row,
     mask_batch, mask_head, mask_row, mask_column, padding_batch,
-    heads, group, q_len, kv_len, scale, factor, threshold, keep_scale, gradient_scale,
+    diagonal, heads, group, q_len, kv_len, scale, factor, threshold, keep_scale, gradient_scale,
     SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr,
     MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
@@ -64,7 +66,7 @@ def rows_kernel(
     tiles = tl.cdiv(q_len, OWN)
     index = tl.program_id(0)
     q_start = index % tiles * OWN
-    if CAUSAL:  # the longest rows first
+    if CAUSAL == 1:  # the longest rows first
         q_start = (tiles - 1 - index % tiles) * OWN
     slice_index = index // tiles
     batch, head = slice_index // heads, slice_index % heads
@@ -79,7 +81,10 @@ def rows_kernel(
         slice_base(v_ptr, batch, head // group, v_batch, v_head), v_row,
         slice_base(grad_ptr, batch, head, grad_batch, grad_head), grad_row,
         load_grad_lse(grad_lse_ptr, at, present, LSE),
-        slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column,
+        (
+            slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column, q_len,
+            kv_len, diagonal,
+        ),
         padding, seed, slice_index, first, last, q_len, kv_len, scale, factor, threshold,
         keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, MASK, PADDING,
         DROPOUT, STREAM, SINGLE, DOT, PRECISION,
@@ -95,7 +100,7 @@ def keys_kernel(
     mask_ptr, padding_ptr, seed_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row,
     v_batch, v_head, v_row, grad_batch, grad_head, grad_row, dk_batch, dk_head, dk_row,
     dv_batch, dv_head, dv_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
-    heads, group, q_len, kv_len, splits, per_split, scale, factor, threshold, keep_scale,
+    diagonal, heads, group, q_len, kv_len, splits, per_split, scale, factor, threshold, keep_scale,
     gradient_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
     SPLIT: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
@@ -129,8 +134,8 @@ def keys_kernel(
     if PADDING:  # a tile without a visible key loops over nothing
         last = tl.where(tl.max(visible.to(tl.int32)) > 0, last, first)
     lowest = 0
-    if CAUSAL:
-        lowest = k_start // LOOP
+    if CAUSAL == 1:
+        lowest = tl.maximum(k_start - diagonal, 0) // LOOP
     for g in range(first // row_tiles, tl.cdiv(last, row_tiles)):
         head = kv_head * group + g
         slice_index = batch * heads + head
@@ -141,8 +146,11 @@ def keys_kernel(
             slice_base(q_ptr, batch, head, q_batch, q_head), q_row,
             slice_base(grad_ptr, batch, head, grad_batch, grad_head), grad_row,
             statistics_ptr, grad_lse_ptr, tl.cast(slice_index, tl.int64) * q_len,
-            slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column,
-            seed, slice_index, q_len, kv_len, scale, factor, threshold, keep_scale, SIGN, DIM,
+            (
+                slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column,
+                q_len, kv_len, diagonal,
+            ),
+            seed, slice_index, q_len, scale, factor, threshold, keep_scale, SIGN, DIM,
             WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, CAUSAL, MASK, DROPOUT, STREAM, LSE, DOT, PRECISION,
         )  # fmt: skip
     if SPLIT:
@@ -181,23 +189,13 @@ def merge_kernel(
     tl.store(at + columns, dv.to(dv_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
 
 
-@triton.jit
-def store_mask_gradient(dmask_ptr, tile, owner, row, column, rows_end, columns_end):
-    """A tile of the gradient of slice `owner` of a contiguous mask."""
-    rows, columns = row + tl.arange(0, tile.shape[0]), column + tl.arange(0, tile.shape[1])
-    at = dmask_ptr + tl.cast(owner, tl.int64) * rows_end * columns_end
-    at += rows.to(tl.int64)[:, None] * columns_end + columns[None, :]
-    inside = (rows < rows_end)[:, None] & (columns < columns_end)[None, :]
-    tl.store(at, tile.to(dmask_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=[*LENGTHS[:6], "batches", "mask_batches", "mask_heads"])
+@triton.jit(do_not_specialize=[*LENGTHS[:7], "batches", "mask_batches", "mask_heads"])
 def mask_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dmask_ptr, statistics_ptr, mask_ptr, padding_ptr,
     seed_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     grad_batch, grad_head, grad_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
-    heads, group, q_len, kv_len, batches, mask_batches, mask_heads, scale, factor, threshold,
-    keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    diagonal, heads, group, q_len, kv_len, batches, mask_batches, mask_heads, scale, factor,
+    threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
     SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
     MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
@@ -205,8 +203,7 @@ def mask_kernel(
 ):  # fmt: skip
     """The gradient of a float mask: a program owns a tile of it and adds up whatever shares it.
 
-    Programs: (batches and heads of the mask, tiles of rows, tiles of columns). One number may
-    take every score of the call, hence Kahan's sum.
+    Programs: (batches and heads of the mask, tiles of rows, tiles of columns).
     """
     columns_end = 1 if SHARED_COLUMNS else kv_len
     rows_end = 1 if SHARED_ROWS else q_len
@@ -226,32 +223,17 @@ def mask_kernel(
             v_base = slice_base(v_ptr, batch, head // group, v_batch, v_head)
             grad_base = slice_base(grad_ptr, batch, head, grad_batch, grad_head)
             mask_base = slice_base(mask_ptr, batch, head, mask_batch, mask_head)
-            for q_start in range(row, q_len if SHARED_ROWS else row + 1, OWN):
-                present = tl.arange(0, OWN) < q_len - q_start
-                q = load_rows(q_base, q_start, present, q_row, DIM, WIDTH, DOT)
-                if SIGN != 1:
-                    q = q * SIGN
-                grad = load_rows(grad_base, q_start, present, grad_row, VALUE_DIM, VALUE_WIDTH, DOT)
-                at = tl.cast(slice_index, tl.int64) * q_len + q_start + tl.arange(0, OWN)
-                shift, share, delta, grad_lse = load_statistics(
-                    statistics_ptr, grad_lse_ptr, at, present, LSE
-                )
-                for k_start in range(column, kv_len if SHARED_COLUMNS else column + 1, LOOP):
-                    visible = visible_keys(padding, k_start, kv_len, LOOP, PADDING)
-                    k = load_rows(k_base, k_start, visible, k_row, DIM, WIDTH, DOT)
-                    v = load_rows(v_base, k_start, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
-                    _, ds = gradients(
-                        q, k, v, grad, q_start, k_start, visible, shift[:, None], share[:, None],
-                        delta[:, None], grad_lse[:, None], q_len, kv_len, mask_base, mask_row,
-                        mask_column, seed, slice_index, scale, factor, threshold, keep_scale,
-                        CAUSAL, MASK, DROPOUT, STREAM, False, PRECISION,
-                    )  # fmt: skip
-                    total, lost = add(total, lost, ds)
-    if SHARED_ROWS:
-        total = tl.sum(total, 0, keep_dims=True)
-    if SHARED_COLUMNS:
-        total = tl.sum(total, 1, keep_dims=True)
-    store_mask_gradient(dmask_ptr, total, owner, row, column, rows_end, columns_end)
+            mask = (mask_base, mask_row, mask_column, q_len, kv_len, diagonal)
+            total, lost = mask_gradients(
+                total, lost, row, column, q_base, q_row, k_base, k_row, v_base, v_row, grad_base,
+                grad_row, statistics_ptr, grad_lse_ptr, tl.cast(slice_index, tl.int64) * q_len,
+                mask, padding, seed, slice_index, q_len, kv_len, scale, factor, threshold,
+                keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, SHARED_ROWS, SHARED_COLUMNS,
+                CAUSAL, MASK, PADDING, DROPOUT, STREAM, LSE, DOT, PRECISION,
+            )  # fmt: skip
+    store_mask_gradient(
+        dmask_ptr, total, owner, row, column, rows_end, columns_end, SHARED_ROWS, SHARED_COLUMNS
+    )
 
 
 def row_splits(row_tiles: int, group: int, loop: int) -> tuple[int, int]:
@@ -289,6 +271,7 @@ def attention_backward(
     seed: Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    bottom_right: bool,
     scale: float | None,
     mask_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -309,8 +292,9 @@ def attention_backward(
     if batch * heads * q_len == 0 or batch * kv_heads * kv_len == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_()
     run_time, compile_time = score_options(
-        query, attn_mask, key_padding_mask, seed, dropout_p, scale, kv_len
-    )
+        query, (batch, heads, q_len, kv_len), attn_mask, key_padding_mask, seed, dropout_p,
+        is_causal, bottom_right, scale,
+    )  # fmt: skip
     scale = dim**-0.5 if scale is None else float(scale)
     group, widest = heads // kv_heads, max(width(dim), width(value_dim))
     common = {
@@ -319,7 +303,7 @@ def attention_backward(
         **strides(q=query, k=key, v=value, grad=grad_out), **run_time,
         "heads": heads, "group": group, "q_len": q_len, "kv_len": kv_len,
         "DIM": dim, "WIDTH": width(dim), "VALUE_DIM": value_dim, "VALUE_WIDTH": width(value_dim),
-        "CAUSAL": is_causal, "STREAM": 0, "LSE": grad_lse is not None, **compile_time,
+        "STREAM": 0, "LSE": grad_lse is not None, **compile_time,
     }  # fmt: skip
 
     def chosen(kernel: str, rows: int) -> tuple[int, dict[str, int]]:

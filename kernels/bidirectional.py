@@ -59,23 +59,23 @@ NAMES = ("q", "k", "v", "qv")
 
 
 LENGTHS = [
-    "heads", "q_len", "kv_len", "q_padding_batch", "k_padding_batch", "threshold", "splits",
-    "per_split", "q_splits", "k_splits", "q_programs",
+    "heads", "q_len", "kv_len", "q_padding_batch", "k_padding_batch", "threshold", "diagonal",
+    "splits", "per_split", "q_splits", "k_splits", "q_programs",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=LENGTHS[:8])
+@triton.jit(do_not_specialize=LENGTHS[:9])
 def shared_kernel(
     q_ptr, k_ptr, v_ptr, qv_ptr, out_q_ptr, out_k_ptr, lse_q_ptr, lse_k_ptr, partial_ptr,
     mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr, q_batch, q_head, q_row, k_batch, k_head,
     k_row, v_batch, v_head, v_row, qv_batch, qv_head, qv_row, out_q_batch, out_q_head, out_q_row,
     out_k_batch, out_k_head, out_k_row, mask_batch, mask_head, mask_row, mask_column,
-    q_padding_batch, k_padding_batch, heads, q_len, kv_len, splits, per_split, scale, factor,
-    threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    q_padding_batch, k_padding_batch, diagonal, heads, q_len, kv_len, splits, per_split, scale,
+    factor, threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, EXCHANGED: tl.constexpr,
-    MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr, DROPOUT: tl.constexpr,
-    LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr,
+    DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs: (batch * heads, splits of the rows). All keys are one tile of KEYS.
 
@@ -89,6 +89,7 @@ def shared_kernel(
     qv_base = slice_base(qv_ptr, batch, head, qv_batch, qv_head)
     out_q_base = slice_base(out_q_ptr, batch, head, out_q_batch, out_q_head)
     mask_base = slice_base(mask_ptr, batch, head, mask_batch, mask_head)
+    mask = (mask_base, mask_row, mask_column, q_len, kv_len, diagonal)
     q_padding = q_padding_ptr + tl.cast(batch, tl.int64) * q_padding_batch
     k_padding = k_padding_ptr + tl.cast(batch, tl.int64) * k_padding_batch
     keys = tl.arange(0, KEYS)
@@ -113,10 +114,7 @@ def shared_kernel(
         present = tl.arange(0, ROWS) < q_len - start
         q_visible = visible_keys(q_padding, start, q_len, ROWS, Q_PADDING)
         q = load_rows(q_base, start, present, q_row, DIM, WIDTH, DOT)
-        x = scores(
-            q, k, start, 0, existing, q_len, kv_len, mask_base, mask_row, mask_column, scale,
-            False, False, MASK, True, PRECISION,
-        )  # fmt: skip
+        x = scores(q, k, start, 0, existing, mask, scale, False, CAUSAL, MASK, True, PRECISION)
         by_row = tl.where(k_visible[:, None], x, -float("inf"))
         row_maximum = scaled_maximum(tl.max(by_row, 0), factor, MASK)
         p = weights(by_row, shift_of(row_maximum)[None, :], factor, MASK)
@@ -162,18 +160,19 @@ def shared_kernel(
             tl.store(at, log_sum(maximum, total, MASK), mask=existing)
 
 
-@triton.jit(do_not_specialize=LENGTHS[:6] + LENGTHS[8:])
+@triton.jit(do_not_specialize=LENGTHS[:7] + LENGTHS[9:])
 def both_kernel(
     q_ptr, k_ptr, v_ptr, qv_ptr, out_q_ptr, out_k_ptr, lse_q_ptr, lse_k_ptr, partial_q_ptr,
     partial_k_ptr, mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr, q_batch, q_head, q_row,
     k_batch, k_head, k_row, v_batch, v_head, v_row, qv_batch, qv_head, qv_row, out_q_batch,
     out_q_head, out_q_row, out_k_batch, out_k_head, out_k_row, mask_batch, mask_head, mask_row,
-    mask_column, q_padding_batch, k_padding_batch, heads, q_len, kv_len, q_programs, q_splits,
-    k_splits, scale, factor, threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr,
+    mask_column, q_padding_batch, k_padding_batch, diagonal, heads, q_len, kv_len, q_programs,
+    q_splits, k_splits, scale, factor, threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr,
     WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr,
     QV_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, Q_SPLIT: tl.constexpr,
-    K_SPLIT: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr,
-    DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    K_SPLIT: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr,
+    K_PADDING: tl.constexpr, DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs: q_programs of the queries' direction, then those of the keys'."""
     index = tl.program_id(0)
@@ -182,8 +181,8 @@ def both_kernel(
             index, q_ptr, k_ptr, v_ptr, out_q_ptr, lse_q_ptr, mask_ptr, k_padding_ptr, seed_ptr,
             partial_q_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
             out_q_batch, out_q_head, out_q_row, mask_batch, mask_head, mask_row, mask_column,
-            k_padding_batch, heads, 1, q_len, kv_len, q_splits, scale, factor, threshold,
-            keep_scale, SIGN, DIM, WIDTH, V_DIM, V_WIDTH, OWN, LOOP, Q_SPLIT, False, MASK,
+            k_padding_batch, diagonal, heads, 1, q_len, kv_len, q_splits, scale, factor, threshold,
+            keep_scale, SIGN, DIM, WIDTH, V_DIM, V_WIDTH, OWN, LOOP, Q_SPLIT, CAUSAL, MASK,
             K_PADDING, DROPOUT, 0, LSE, DOT, PRECISION,
         )  # fmt: skip
     else:
@@ -191,9 +190,9 @@ def both_kernel(
             index - q_programs, k_ptr, q_ptr, qv_ptr, out_k_ptr, lse_k_ptr, mask_ptr,
             q_padding_ptr, seed_ptr, partial_k_ptr, k_batch, k_head, k_row, q_batch, q_head, q_row,
             qv_batch, qv_head, qv_row, out_k_batch, out_k_head, out_k_row, mask_batch, mask_head,
-            mask_column, mask_row, q_padding_batch, heads, 1, kv_len, q_len, k_splits, scale,
-            factor, threshold, keep_scale, SIGN, DIM, WIDTH, QV_DIM, QV_WIDTH, OWN, LOOP, K_SPLIT,
-            False, MASK, Q_PADDING, DROPOUT, 1, LSE, DOT, PRECISION,
+            mask_column, mask_row, q_padding_batch, diagonal, heads, 1, kv_len, q_len, k_splits,
+            scale, factor, threshold, keep_scale, SIGN, DIM, WIDTH, QV_DIM, QV_WIDTH, OWN, LOOP,
+            K_SPLIT, -CAUSAL, MASK, Q_PADDING, DROPOUT, 1, LSE, DOT, PRECISION,
         )  # fmt: skip
 
 
@@ -219,11 +218,20 @@ def common_options(
     key_padding_mask: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    is_causal: bool,
+    bottom_right: bool,
     scale: float | None,
+    turned: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of every bidirectional kernel, forward and backward."""
-    q_len, kv_len = query.shape[2], key.shape[2]
-    run_time, compile_time = score_options(query, attn_mask, None, seed, dropout_p, scale, kv_len)
+    """Arguments of every bidirectional kernel, forward and backward; `turned`: of an `exchanged`
+    call."""
+    sizes = (*query.shape[:3], key.shape[2])
+    run_time, compile_time = score_options(
+        query, sizes, attn_mask, None, seed, dropout_p, is_causal, bottom_right, scale
+    )
+    if turned:  # the diagonal counts from queries to keys
+        run_time["diagonal"] *= -1
+        compile_time["CAUSAL"] *= -1
     for name in ("padding_ptr", "padding_batch"):
         del run_time[name]
     del compile_time["PADDING"]
@@ -234,7 +242,7 @@ def common_options(
         **paddings(query_padding_mask, key_padding_mask, query),
         **{f"{n}DIM": t.shape[3] for n, t in dims.items()},
         **{f"{n}WIDTH": width(t.shape[3]) for n, t in dims.items()},
-        "heads": query.shape[1], "q_len": q_len, "kv_len": kv_len,
+        "heads": query.shape[1], "q_len": sizes[2], "kv_len": sizes[3],
     }  # fmt: skip
 
 
@@ -313,7 +321,7 @@ def _shared(given: tuple[Any, ...], return_lse: bool, widest: int, turned: bool)
     chosen = tile("bidirectional", query.dtype, widest, query.device)
     splits, per_split = row_ranges(query.shape[2], chosen.loop)
     partial = results.partial(1, splits)
-    common = common_options(*given)
+    common = common_options(*given, turned)
     launch(
         shared_kernel, query.shape[0] * query.shape[1] * splits,
         **common, **results.options, partial_ptr=partial, splits=splits, per_split=per_split,
@@ -331,7 +339,8 @@ def _both(given: tuple[Any, ...], return_lse: bool, widest: int) -> tuple[Any, .
     (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
     chosen = tile("attention", query.dtype, widest, query.device)
     own = owned(chosen, max(q_len, kv_len))
-    lengths = split_length(q_len, kv_len, False), split_length(kv_len, q_len, False)
+    is_causal = given[9]
+    lengths = split_length(q_len, kv_len, is_causal), split_length(kv_len, q_len, is_causal)
     q_splits = cdiv(kv_len, lengths[0]) if lengths[0] else 1
     k_splits = cdiv(q_len, lengths[1]) if lengths[1] else 1
     partials = results.partial(0, q_splits), results.partial(1, k_splits)
@@ -360,7 +369,7 @@ def bidirectional_forward(*arguments: Any) -> tuple[Any, ...]:
     Args:
         arguments: query (B, H, Lq, D), key (B, H, Lk, D), value (B, H, Lk, Dv), query_value
             (B, H, Lq, Dw), attn_mask, query_padding_mask, key_padding_mask, seed, dropout_p,
-            scale, return_lse.
+            is_causal, bottom_right, scale, return_lse.
 
     Returns:
         out_q (B, H, Lq, Dv), out_k (B, H, Lk, Dw), lse_q (B, H, Lq) and lse_k (B, H, Lk) in

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels._gradients import load_statistics
+from fastfusion.kernels._gradients import load_statistics, store_mask_gradient
 from fastfusion.kernels._launch import (
     cdiv,
     cut,
@@ -29,27 +29,28 @@ from fastfusion.kernels._launch import (
 from fastfusion.kernels._plan import accepted, empty, launch, planned
 from fastfusion.kernels._sides import both_gradients, side_gradients, side_statistics
 from fastfusion.kernels._tile import add, load_rows, slice_base, visible_keys
-from fastfusion.kernels.attention_backward import merge_splits, store_mask_gradient
+from fastfusion.kernels.attention_backward import merge_splits
 from fastfusion.kernels.bidirectional import common_options, exchanged, prepared
 from fastfusion.kernels.bidirectional_shared import keys_on_chip, shared_backward
 
 LENGTHS = [
-    "heads", "q_len", "kv_len", "q_padding_batch", "k_padding_batch", "threshold", "q_programs",
-    "q_splits", "k_splits",
+    "heads", "q_len", "kv_len", "q_padding_batch", "k_padding_batch", "threshold", "diagonal",
+    "q_programs", "q_splits", "k_splits",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=LENGTHS[:7])
+@triton.jit(do_not_specialize=LENGTHS[:8])
 def statistics_kernel(
     q_ptr, k_ptr, v_ptr, qv_ptr, grad_q_ptr, grad_k_ptr, q_statistics_ptr, k_statistics_ptr,
     mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr, q_batch, q_head, q_row, k_batch, k_head,
     k_row, v_batch, v_head, v_row, qv_batch, qv_head, qv_row, grad_q_batch, grad_q_head, grad_q_row,
     grad_k_batch, grad_k_head, grad_k_row, mask_batch, mask_head, mask_row, mask_column,
-    q_padding_batch, k_padding_batch, heads, q_len, kv_len, q_programs, scale, factor, threshold,
-    keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr,
-    V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr, OWN: tl.constexpr,
-    LOOP: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr,
-    DROPOUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q_padding_batch, k_padding_batch, diagonal, heads, q_len, kv_len, q_programs, scale, factor,
+    threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr,
+    OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs: q_programs tiles of queries, then those of keys."""
     index = tl.program_id(0)
@@ -58,17 +59,18 @@ def statistics_kernel(
             index, q_ptr, k_ptr, v_ptr, grad_q_ptr, q_statistics_ptr, mask_ptr, k_padding_ptr,
             seed_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
             grad_q_batch, grad_q_head, grad_q_row, mask_batch, mask_head, mask_row, mask_column,
-            k_padding_batch, heads, q_len, kv_len, scale, factor, threshold, keep_scale, SIGN, DIM,
-            WIDTH, V_DIM, V_WIDTH, OWN, LOOP, MASK, K_PADDING, DROPOUT, 0, DOT, PRECISION,
+            k_padding_batch, diagonal, heads, q_len, kv_len, scale, factor, threshold, keep_scale,
+            SIGN, DIM, WIDTH, V_DIM, V_WIDTH, OWN, LOOP, CAUSAL, MASK, K_PADDING, DROPOUT, 0, DOT,
+            PRECISION,
         )  # fmt: skip
     else:
         side_statistics(
             index - q_programs, k_ptr, q_ptr, qv_ptr, grad_k_ptr, k_statistics_ptr, mask_ptr,
             q_padding_ptr, seed_ptr, k_batch, k_head, k_row, q_batch, q_head, q_row, qv_batch,
             qv_head, qv_row, grad_k_batch, grad_k_head, grad_k_row, mask_batch, mask_head,
-            mask_column, mask_row, q_padding_batch, heads, kv_len, q_len, scale, factor, threshold,
-            keep_scale, SIGN, DIM, WIDTH, QV_DIM, QV_WIDTH, OWN, LOOP, MASK, Q_PADDING, DROPOUT, 1,
-            DOT, PRECISION,
+            mask_column, mask_row, q_padding_batch, diagonal, heads, kv_len, q_len, scale, factor,
+            threshold, keep_scale, SIGN, DIM, WIDTH, QV_DIM, QV_WIDTH, OWN, LOOP, -CAUSAL, MASK,
+            Q_PADDING, DROPOUT, 1, DOT, PRECISION,
         )  # fmt: skip
 
 
@@ -80,13 +82,13 @@ def gradients_kernel(
     k_row, v_batch, v_head, v_row, qv_batch, qv_head, qv_row, grad_q_batch, grad_q_head, grad_q_row,
     grad_k_batch, grad_k_head, grad_k_row, dq_batch, dq_head, dq_row, dk_batch, dk_head, dk_row,
     dv_batch, dv_head, dv_row, dqv_batch, dqv_head, dqv_row, mask_batch, mask_head, mask_row,
-    mask_column, q_padding_batch, k_padding_batch, heads, q_len, kv_len, q_programs, q_splits,
-    k_splits, scale, factor, threshold, keep_scale, gradient_scale, SIGN: tl.constexpr,
+    mask_column, q_padding_batch, k_padding_batch, diagonal, heads, q_len, kv_len, q_programs,
+    q_splits, k_splits, scale, factor, threshold, keep_scale, gradient_scale, SIGN: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr,
     QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
-    Q_SPLIT: tl.constexpr, K_SPLIT: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr,
-    K_PADDING: tl.constexpr, DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    Q_SPLIT: tl.constexpr, K_SPLIT: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr, DROPOUT: tl.constexpr, LSE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs: q_programs of the queries' side, then those of the keys'."""
     index = tl.program_id(0)
@@ -98,10 +100,10 @@ def gradients_kernel(
             k_head, k_row, qv_batch, qv_head, qv_row, v_batch, v_head, v_row, grad_q_batch,
             grad_q_head, grad_q_row, grad_k_batch, grad_k_head, grad_k_row, dq_batch, dq_head,
             dq_row, dqv_batch, dqv_head, dqv_row, mask_batch, mask_head, mask_row, mask_column,
-            q_padding_batch, k_padding_batch, heads, q_len, kv_len, q_splits, scale, factor,
-            threshold, keep_scale, gradient_scale, SIGN, DIM, WIDTH, QV_DIM, QV_WIDTH, V_DIM,
-            V_WIDTH, OWN, LOOP, Q_SPLIT, MASK, Q_PADDING, K_PADDING, DROPOUT, False, LSE, DOT,
-            PRECISION,
+            q_padding_batch, k_padding_batch, diagonal, heads, q_len, kv_len, q_splits, scale,
+            factor, threshold, keep_scale, gradient_scale, SIGN, DIM, WIDTH, QV_DIM, QV_WIDTH,
+            V_DIM, V_WIDTH, OWN, LOOP, Q_SPLIT, CAUSAL, MASK, Q_PADDING, K_PADDING, DROPOUT, False,
+            LSE, DOT, PRECISION,
         )  # fmt: skip
     else:
         side_gradients(
@@ -111,26 +113,26 @@ def gradients_kernel(
             q_batch, q_head, q_row, v_batch, v_head, v_row, qv_batch, qv_head, qv_row, grad_k_batch,
             grad_k_head, grad_k_row, grad_q_batch, grad_q_head, grad_q_row, dk_batch, dk_head,
             dk_row, dv_batch, dv_head, dv_row, mask_batch, mask_head, mask_column, mask_row,
-            k_padding_batch, q_padding_batch, heads, kv_len, q_len, k_splits, scale, factor,
-            threshold, keep_scale, gradient_scale, SIGN, DIM, WIDTH, V_DIM, V_WIDTH, QV_DIM,
-            QV_WIDTH, OWN, LOOP, K_SPLIT, MASK, K_PADDING, Q_PADDING, DROPOUT, True, LSE, DOT,
-            PRECISION,
+            k_padding_batch, q_padding_batch, diagonal, heads, kv_len, q_len, k_splits, scale,
+            factor, threshold, keep_scale, gradient_scale, SIGN, DIM, WIDTH, V_DIM, V_WIDTH,
+            QV_DIM, QV_WIDTH, OWN, LOOP, K_SPLIT, -CAUSAL, MASK, K_PADDING, Q_PADDING, DROPOUT,
+            True, LSE, DOT, PRECISION,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*LENGTHS[:6], "batches", "mask_batches", "mask_heads"])
+@triton.jit(do_not_specialize=[*LENGTHS[:7], "batches", "mask_batches", "mask_heads"])
 def mask_kernel(
     q_ptr, k_ptr, v_ptr, qv_ptr, grad_q_ptr, grad_k_ptr, q_statistics_ptr, k_statistics_ptr,
     q_grad_lse_ptr, k_grad_lse_ptr, dmask_ptr, mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, qv_batch, qv_head,
     qv_row, grad_q_batch, grad_q_head, grad_q_row, grad_k_batch, grad_k_head, grad_k_row,
-    mask_batch, mask_head, mask_row, mask_column, q_padding_batch, k_padding_batch, heads, q_len,
-    kv_len, batches, mask_batches, mask_heads, scale, factor, threshold, keep_scale,
+    mask_batch, mask_head, mask_row, mask_column, q_padding_batch, k_padding_batch, diagonal,
+    heads, q_len, kv_len, batches, mask_batches, mask_heads, scale, factor, threshold, keep_scale,
     SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr,
     V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr, OWN: tl.constexpr,
     LOOP: tl.constexpr, SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr,
-    MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr, DROPOUT: tl.constexpr,
-    LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr,
+    DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a float mask, as in attention_backward."""
     columns_end = 1 if SHARED_COLUMNS else kv_len
@@ -154,6 +156,7 @@ def mask_kernel(
             grad_q_base = slice_base(grad_q_ptr, batch, head, grad_q_batch, grad_q_head)
             grad_k_base = slice_base(grad_k_ptr, batch, head, grad_k_batch, grad_k_head)
             mask_base = slice_base(mask_ptr, batch, head, mask_batch, mask_head)
+            mask = (mask_base, mask_row, mask_column, q_len, kv_len, diagonal)
             for q_start in range(row, q_len if SHARED_ROWS else row + 1, OWN):
                 present = tl.arange(0, OWN) < q_len - q_start
                 shown = visible_keys(q_padding, q_start, q_len, OWN, Q_PADDING)
@@ -176,15 +179,13 @@ def mask_kernel(
                     of_k = load_statistics(k_statistics_ptr, k_grad_lse_ptr, k_at, existing, LSE)
                     ds, _ = both_gradients(
                         q, k, qv, v, grad_q, grad_k, q_start, k_start, shown, visible, of_q, of_k,
-                        q_len, kv_len, mask_base, mask_row, mask_column, seed, slice_index, scale,
-                        factor, threshold, keep_scale, MASK, DROPOUT, False, PRECISION,
+                        mask, seed, slice_index, scale, factor, threshold, keep_scale, CAUSAL, MASK,
+                        DROPOUT, False, PRECISION,
                     )  # fmt: skip
                     total, lost = add(total, lost, ds)
-    if SHARED_ROWS:
-        total = tl.sum(total, 0, keep_dims=True)
-    if SHARED_COLUMNS:
-        total = tl.sum(total, 1, keep_dims=True)
-    store_mask_gradient(dmask_ptr, total, owner, row, column, rows_end, columns_end)
+    store_mask_gradient(
+        dmask_ptr, total, owner, row, column, rows_end, columns_end, SHARED_ROWS, SHARED_COLUMNS
+    )
 
 
 def _split(own_len: int, other_len: int) -> tuple[int, int]:
@@ -199,12 +200,15 @@ def _split(own_len: int, other_len: int) -> tuple[int, int]:
 
 
 def _common(
-    given: tuple[Any, ...], grads: list[Tensor], lse_grads: list[Tensor] | None
+    given: tuple[Any, ...],
+    grads: list[Tensor],
+    lse_grads: list[Tensor] | None,
+    turned: bool = False,
 ) -> dict[str, Any]:
     """Arguments of every gradient kernel, from those of the forward and the gradients."""
     q_lse, k_lse = (given[0], given[0]) if lse_grads is None else lse_grads
     return {
-        **common_options(*given), "grad_q_ptr": grads[0], "grad_k_ptr": grads[1],
+        **common_options(*given, turned), "grad_q_ptr": grads[0], "grad_k_ptr": grads[1],
         **strides(grad_q=grads[0], grad_k=grads[1]), "LSE": lse_grads is not None,
         "q_grad_lse_ptr": q_lse, "k_grad_lse_ptr": k_lse,
     }  # fmt: skip
@@ -309,7 +313,9 @@ def bidirectional_backward(*arguments: Any) -> tuple[Tensor, ...]:
     elif shared:
         turned = {"dq": "dk", "dk": "dq", "dv": "dqv", "dqv": "dv"}
         shared_backward(
-            _common(exchanged(given), grads[::-1], None if lse_grads is None else lse_grads[::-1]),
+            _common(
+                exchanged(given), grads[::-1], lse_grads and lse_grads[::-1], True
+            ),
             {name: found[other] for name, other in turned.items()}, scale, widest, True,
         )  # fmt: skip
     if not shared or dmask.numel():

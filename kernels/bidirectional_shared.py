@@ -32,19 +32,22 @@ from fastfusion.kernels._tile import (
 from fastfusion.kernels.attention_backward import merge_splits
 from fastfusion.kernels.bidirectional import row_ranges
 
-LENGTHS = ["heads", "q_len", "kv_len", "q_padding_batch", "k_padding_batch", "threshold"]
+LENGTHS = [
+    "heads", "q_len", "kv_len", "q_padding_batch", "diagonal", "threshold", "k_padding_batch"
+]  # fmt: skip
 RANGES = ["splits", "per_split"]
 
 
-@triton.jit(do_not_specialize=[*LENGTHS[:4], *LENGTHS[5:], *RANGES])
+@triton.jit(do_not_specialize=[*LENGTHS[:6], *RANGES])
 def columns_kernel(
     q_ptr, k_ptr, qv_ptr, grad_k_ptr, columns_ptr, mask_ptr, q_padding_ptr, seed_ptr, q_batch,
     q_head, q_row, k_batch, k_head, k_row, qv_batch, qv_head, qv_row, grad_k_batch, grad_k_head,
-    grad_k_row, mask_batch, mask_head, mask_row, mask_column, q_padding_batch, heads, q_len, kv_len,
-    splits, per_split, scale, factor, threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr, EXCHANGED: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr,
-    DROPOUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    grad_k_row, mask_batch, mask_head, mask_row, mask_column, q_padding_batch, diagonal, heads,
+    q_len, kv_len, splits, per_split, scale, factor, threshold, keep_scale, SIGN: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, EXCHANGED: tl.constexpr, CAUSAL: tl.constexpr,
+    MASK: tl.constexpr, Q_PADDING: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(maximum, sum, weighted dP) of every column over a range of rows: (ranges, 3, keys)."""
     index = tl.program_id(0)
@@ -53,6 +56,7 @@ def columns_kernel(
     q_base = slice_base(q_ptr, batch, head, q_batch, q_head)
     qv_base = slice_base(qv_ptr, batch, head, qv_batch, qv_head)
     mask_base = slice_base(mask_ptr, batch, head, mask_batch, mask_head)
+    mask = (mask_base, mask_row, mask_column, q_len, kv_len, diagonal)
     q_padding = q_padding_ptr + tl.cast(batch, tl.int64) * q_padding_batch
     keys = tl.arange(0, KEYS)
     existing = keys < kv_len
@@ -71,10 +75,7 @@ def columns_kernel(
         visible = visible_keys(q_padding, start, q_len, ROWS, Q_PADDING)
         q = load_rows(q_base, start, tl.arange(0, ROWS) < q_len - start, q_row, DIM, WIDTH, DOT)
         qv = load_rows(qv_base, start, visible, qv_row, QV_DIM, QV_WIDTH, DOT)
-        x = scores(
-            q, k, start, 0, existing, q_len, kv_len, mask_base, mask_row, mask_column, scale,
-            False, False, MASK, False, PRECISION,
-        )  # fmt: skip
+        x = scores(q, k, start, 0, existing, mask, scale, False, CAUSAL, MASK, False, PRECISION)
         x = tl.where(visible[:, None], x, -float("inf"))
         dp = tl.dot(qv, tl.trans(grad_k), input_precision=PRECISION)
         if DROPOUT:
@@ -124,12 +125,12 @@ def gradients_kernel(
     qv_batch, qv_head, qv_row, grad_q_batch, grad_q_head, grad_q_row, grad_k_batch, grad_k_head,
     grad_k_row, dq_batch, dq_head, dq_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
     dqv_batch, dqv_head, dqv_row, mask_batch, mask_head, mask_row, mask_column, q_padding_batch,
-    k_padding_batch, heads, q_len, kv_len, splits, per_split, scale, factor, threshold, keep_scale,
-    gradient_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    k_padding_batch, diagonal, heads, q_len, kv_len, splits, per_split, scale, factor, threshold,
+    keep_scale, gradient_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, EXCHANGED: tl.constexpr,
-    MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr, DROPOUT: tl.constexpr,
-    LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr,
+    DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq and d query_value of a range of rows, and its part of dk and d value."""
     index = tl.program_id(0)
@@ -141,6 +142,7 @@ def gradients_kernel(
     dq_base = slice_base(dq_ptr, batch, head, dq_batch, dq_head)
     dqv_base = slice_base(dqv_ptr, batch, head, dqv_batch, dqv_head)
     mask_base = slice_base(mask_ptr, batch, head, mask_batch, mask_head)
+    mask = (mask_base, mask_row, mask_column, q_len, kv_len, diagonal)
     q_padding = q_padding_ptr + tl.cast(batch, tl.int64) * q_padding_batch
     k_padding = k_padding_ptr + tl.cast(batch, tl.int64) * k_padding_batch
     existing = tl.arange(0, KEYS) < kv_len
@@ -169,10 +171,7 @@ def gradients_kernel(
         q = load_rows(q_base, start, present, q_row, DIM, WIDTH, DOT)
         qv = load_rows(qv_base, start, visible, qv_row, QV_DIM, QV_WIDTH, DOT)
         grad_q = load_rows(grad_q_base, start, present, grad_q_row, V_DIM, V_WIDTH, DOT)
-        x = scores(
-            q, signed, start, 0, existing, q_len, kv_len, mask_base, mask_row, mask_column, scale,
-            False, False, MASK, True, PRECISION,
-        )  # fmt: skip
+        x = scores(q, signed, start, 0, existing, mask, scale, False, CAUSAL, MASK, True, PRECISION)
         over_keys = tl.dot(v, tl.trans(grad_q), input_precision=PRECISION)
         over_rows = tl.dot(grad_k, tl.trans(qv), input_precision=PRECISION)
         keep_keys, keep_rows = over_keys == over_keys, over_rows == over_rows

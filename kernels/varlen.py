@@ -15,18 +15,22 @@ from torch import Tensor
 from fastfusion.kernels._gradients import (
     key_gradients,
     load_grad_lse,
+    mask_gradients,
     row_gradients,
+    store_mask_gradient,
     store_statistics,
 )
 from fastfusion.kernels._launch import (
     Tile,
     aligned,
     cdiv,
+    cut,
     rows_readable,
     score_options,
     tile,
     width,
 )
+from fastfusion.kernels._packed import bounds, find_tile, sequence_mask
 from fastfusion.kernels._plan import empty, launch, planned
 from fastfusion.kernels._tile import (
     inverse,
@@ -37,66 +41,39 @@ from fastfusion.kernels._tile import (
 )
 from fastfusion.kernels.attention import attend
 
-NAMES = ["heads", "group", "sequences", "q_total", "k_total", "threshold"]
-
-
-@triton.jit
-def find_tile(offsets_ptr, stride, sequences, total, index, OWN: tl.constexpr):
-    """(sequence, first row of the tile in it) of tile `index`, counting OWN rows a tile.
-
-    Behind the last tile the sequence is `sequences`. Offsets beyond the tokens end with them.
-    """
-    passed = 0
-    tiles_before = 0
-    seen = 0
-    for start in range(0, sequences, 128):
-        at = start + tl.arange(0, 128)
-        inside = at < sequences
-        begin = tl.load(offsets_ptr + at * stride, mask=inside, other=0)
-        end = tl.load(offsets_ptr + (at + 1) * stride, mask=inside, other=0)
-        tiles = tl.cdiv(tl.maximum(tl.minimum(end, total) - begin, 0), OWN).to(tl.int32)
-        upto = seen + tl.cumsum(tiles, 0)
-        before = inside & (upto <= index)
-        passed += tl.sum(before.to(tl.int32), 0)
-        tiles_before = tl.maximum(tiles_before, tl.max(tl.where(before, upto, 0), 0))
-        seen += tl.sum(tiles, 0)
-    return passed, (index - tiles_before) * OWN
-
-
-@triton.jit
-def bounds(offsets_ptr, stride, sequence, sequences, total):
-    """(first row, number of rows) of a sequence; none behind the last sequence."""
-    inside = sequence < sequences
-    begin = tl.load(offsets_ptr + sequence * stride, mask=inside, other=0).to(tl.int64)
-    end = tl.load(offsets_ptr + (sequence + 1) * stride, mask=inside, other=0).to(tl.int64)
-    begin = tl.minimum(tl.maximum(begin, 0), total)
-    end = tl.minimum(tl.maximum(end, begin), total)
-    return begin, (end - begin).to(tl.int32)
+NAMES = [
+    "heads", "group", "sequences", "q_total", "k_total", "threshold", "mask_rows", "mask_columns",
+    "bottom_right",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NAMES)
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_offsets_ptr, k_offsets_ptr, seed_ptr,
-    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, q_offsets_step, k_offsets_step,
-    heads, group, sequences, q_total, k_total, scale, factor, threshold, keep_scale,
-    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_offsets_ptr, k_offsets_ptr, mask_ptr, seed_ptr,
+    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, mask_batch, mask_head, mask_row,
+    mask_column, mask_rows, mask_columns, bottom_right, q_offsets_step, k_offsets_step, heads,
+    group, sequences, q_total, k_total, scale, factor, threshold, keep_scale, SIGN: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs: (tiles of queries, heads), the last fastest."""
     head = tl.program_id(0) % heads
-    sequence, q_start = find_tile(
-        q_offsets_ptr, q_offsets_step, sequences, q_total, tl.program_id(0) // heads, OWN
-    )
-    q_first, q_len = bounds(q_offsets_ptr, q_offsets_step, sequence, sequences, q_total)
-    k_first, kv_len = bounds(k_offsets_ptr, k_offsets_step, sequence, sequences, k_total)
+    sequence, q_start, q_first, q_len, k_first, kv_len = find_tile(
+        q_offsets_ptr, q_offsets_step, q_total, k_offsets_ptr, k_offsets_step, k_total, sequences,
+        tl.program_id(0) // heads, OWN,
+    )  # fmt: skip
+    mask = sequence_mask(
+        mask_ptr, sequence, head, mask_batch, mask_head, mask_row, mask_column, mask_rows,
+        mask_columns, bottom_right, q_len, kv_len,
+    )  # fmt: skip
     seed = tl.load(seed_ptr) if DROPOUT else 0
     maximum, total, acc = attend(
         q_ptr + q_first * q_row + head * q_head, q_row, q_start,
         k_ptr + k_first * k_row + (head // group) * k_head, k_row,
         v_ptr + k_first * v_row + (head // group) * v_head, v_row,
-        q_ptr, 0, 0, q_ptr, seed, sequence * heads + head, 0, kv_len, q_len, kv_len, scale, factor,
-        threshold, keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, 0,
+        mask, q_ptr, seed, sequence * heads + head, 0, kv_len, q_len, kv_len, scale, factor,
+        threshold, keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, MASK,
         False, DROPOUT, 0, DOT, PRECISION,
     )  # fmt: skip
     rows = q_start + tl.arange(0, OWN)
@@ -105,26 +82,30 @@ def forward_kernel(
     store_rows(out, acc * inverse(total)[:, None], q_start, present, out_row, VALUE_DIM)
     if LSE:
         at = (q_first + rows) * heads + head
-        tl.store(lse_ptr + at, log_sum(maximum, total, 0), mask=present)
+        tl.store(lse_ptr + at, log_sum(maximum, total, MASK), mask=present)
 
 
 @triton.jit(do_not_specialize=NAMES)
 def rows_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dq_ptr, statistics_ptr, q_offsets_ptr,
-    k_offsets_ptr, seed_ptr, q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
-    dq_row, dq_head, q_offsets_step, k_offsets_step, heads, group, sequences, q_total, k_total,
-    scale, factor, threshold, keep_scale, gradient_scale, SIGN: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr,
-    LOOP: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, LSE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    k_offsets_ptr, mask_ptr, seed_ptr, q_row, q_head, k_row, k_head, v_row, v_head, grad_row,
+    grad_head, dq_row, dq_head, mask_batch, mask_head, mask_row, mask_column, mask_rows,
+    mask_columns, bottom_right, q_offsets_step, k_offsets_step, heads, group, sequences, q_total,
+    k_total, scale, factor, threshold, keep_scale, gradient_scale, SIGN: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq and the statistics of the rows, (heads, tokens). Programs as in the forward."""
     head = tl.program_id(0) % heads
-    sequence, q_start = find_tile(
-        q_offsets_ptr, q_offsets_step, sequences, q_total, tl.program_id(0) // heads, OWN
-    )
-    q_first, q_len = bounds(q_offsets_ptr, q_offsets_step, sequence, sequences, q_total)
-    k_first, kv_len = bounds(k_offsets_ptr, k_offsets_step, sequence, sequences, k_total)
+    sequence, q_start, q_first, q_len, k_first, kv_len = find_tile(
+        q_offsets_ptr, q_offsets_step, q_total, k_offsets_ptr, k_offsets_step, k_total, sequences,
+        tl.program_id(0) // heads, OWN,
+    )  # fmt: skip
+    mask = sequence_mask(
+        mask_ptr, sequence, head, mask_batch, mask_head, mask_row, mask_column, mask_rows,
+        mask_columns, bottom_right, q_len, kv_len,
+    )  # fmt: skip
     present = q_start + tl.arange(0, OWN) < q_len
     at = tl.cast(head, tl.int64) * q_total + q_first + q_start + tl.arange(0, OWN)
     seed = tl.load(seed_ptr) if DROPOUT else 0
@@ -134,8 +115,8 @@ def rows_kernel(
         v_ptr + k_first * v_row + (head // group) * v_head, v_row,
         grad_ptr + q_first * grad_row + head * grad_head, grad_row,
         load_grad_lse(grad_lse_ptr, at, present, LSE),
-        q_ptr, 0, 0, q_ptr, seed, sequence * heads + head, 0, kv_len, q_len, kv_len, scale, factor,
-        threshold, keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, 0,
+        mask, q_ptr, seed, sequence * heads + head, 0, kv_len, q_len, kv_len, scale, factor,
+        threshold, keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, MASK,
         False, DROPOUT, 0, False, DOT, PRECISION,
     )  # fmt: skip
     base = dq_ptr + q_first * dq_row + head * dq_head
@@ -146,21 +127,21 @@ def rows_kernel(
 @triton.jit(do_not_specialize=NAMES)
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dk_ptr, dv_ptr, statistics_ptr, q_offsets_ptr,
-    k_offsets_ptr, seed_ptr, q_row, q_head, k_row, k_head, v_row, v_head, grad_row, grad_head,
-    dk_row, dk_head, dv_row, dv_head, q_offsets_step, k_offsets_step, heads, group, sequences,
+    k_offsets_ptr, mask_ptr, seed_ptr, q_row, q_head, k_row, k_head, v_row, v_head, grad_row,
+    grad_head, dk_row, dk_head, dv_row, dv_head, mask_batch, mask_head, mask_row, mask_column,
+    mask_rows, mask_columns, bottom_right, q_offsets_step, k_offsets_step, heads, group, sequences,
     q_total, k_total, scale, factor, threshold, keep_scale, gradient_scale, SIGN: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
+    DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. Programs: (tiles of keys, key heads), the last fastest."""
     kv_heads = heads // group
     kv_head = tl.program_id(0) % kv_heads
-    sequence, k_start = find_tile(
-        k_offsets_ptr, k_offsets_step, sequences, k_total, tl.program_id(0) // kv_heads, OWN
-    )
-    q_first, q_len = bounds(q_offsets_ptr, q_offsets_step, sequence, sequences, q_total)
-    k_first, kv_len = bounds(k_offsets_ptr, k_offsets_step, sequence, sequences, k_total)
+    sequence, k_start, k_first, kv_len, q_first, q_len = find_tile(
+        k_offsets_ptr, k_offsets_step, k_total, q_offsets_ptr, q_offsets_step, q_total, sequences,
+        tl.program_id(0) // kv_heads, OWN,
+    )  # fmt: skip
     present = k_start + tl.arange(0, OWN) < kv_len
     k_base = k_ptr + k_first * k_row + kv_head * k_head
     v_base = v_ptr + k_first * v_row + kv_head * v_head
@@ -172,21 +153,71 @@ def keys_kernel(
     seed = tl.load(seed_ptr) if DROPOUT else 0
     lowest = 0
     if CAUSAL:
-        lowest = k_start // LOOP * LOOP
+        lowest = tl.maximum(k_start - bottom_right * (kv_len - q_len), 0) // LOOP * LOOP
     for g in range(0, group):
         head = kv_head * group + g
+        mask = sequence_mask(
+            mask_ptr, sequence, head, mask_batch, mask_head, mask_row, mask_column, mask_rows,
+            mask_columns, bottom_right, q_len, kv_len,
+        )  # fmt: skip
         dk, dk_lost, dv, dv_lost = key_gradients(
             (dk, dk_lost, dv, dv_lost), k, v, present, k_start, lowest, q_len,
             q_ptr + q_first * q_row + head * q_head, q_row,
             grad_ptr + q_first * grad_row + head * grad_head, grad_row, statistics_ptr,
-            grad_lse_ptr, tl.cast(head, tl.int64) * q_total + q_first, q_ptr, 0, 0, seed,
-            sequence * heads + head, q_len, kv_len, scale, factor, threshold, keep_scale, SIGN,
-            DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, CAUSAL, 0, DROPOUT, 0, LSE, DOT, PRECISION,
+            grad_lse_ptr, tl.cast(head, tl.int64) * q_total + q_first, mask, seed,
+            sequence * heads + head, q_len, scale, factor, threshold, keep_scale, SIGN, DIM, WIDTH,
+            VALUE_DIM, VALUE_WIDTH, LOOP, CAUSAL, MASK, DROPOUT, 0, LSE, DOT, PRECISION,
         )  # fmt: skip
     base = dk_ptr + k_first * dk_row + kv_head * dk_head
     store_rows(base, dk * gradient_scale, k_start, present, dk_row, DIM)
     base = dv_ptr + k_first * dv_row + kv_head * dv_head
     store_rows(base, dv, k_start, present, dv_row, VALUE_DIM)
+
+
+@triton.jit(do_not_specialize=[*NAMES, "mask_batches", "mask_heads"])
+def mask_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dmask_ptr, statistics_ptr, q_offsets_ptr,
+    k_offsets_ptr, mask_ptr, seed_ptr, q_row, q_head, k_row, k_head, v_row, v_head, grad_row,
+    grad_head, mask_batch, mask_head, mask_row, mask_column, mask_rows, mask_columns, bottom_right,
+    q_offsets_step, k_offsets_step, heads, group, sequences, q_total, k_total, mask_batches,
+    mask_heads, scale, factor, threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr,
+    LOOP: tl.constexpr, SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, LSE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a float mask, as in attention_backward."""
+    columns_end = 1 if SHARED_COLUMNS else mask_columns
+    rows_end = 1 if SHARED_ROWS else mask_rows
+    column_tiles, row_tiles = tl.cdiv(columns_end, LOOP), tl.cdiv(rows_end, OWN)
+    index = tl.program_id(0)
+    column, row = index % column_tiles * LOOP, index // column_tiles % row_tiles * OWN
+    owner = index // column_tiles // row_tiles
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    total = tl.zeros([OWN, LOOP], tl.float32)
+    lost = tl.zeros([OWN, LOOP], tl.float32)
+    for sequence in range(owner // mask_heads, sequences, mask_batches):
+        inside = sequence < sequences
+        q_first, q_len = bounds(q_offsets_ptr, q_offsets_step, sequence, inside, q_total)
+        k_first, kv_len = bounds(k_offsets_ptr, k_offsets_step, sequence, inside, k_total)
+        for head in range(owner % mask_heads, heads, mask_heads):
+            mask = sequence_mask(
+                mask_ptr, sequence, head, mask_batch, mask_head, mask_row, mask_column, mask_rows,
+                mask_columns, bottom_right, q_len, kv_len,
+            )  # fmt: skip
+            total, lost = mask_gradients(
+                total, lost, row, column, q_ptr + q_first * q_row + head * q_head, q_row,
+                k_ptr + k_first * k_row + (head // group) * k_head, k_row,
+                v_ptr + k_first * v_row + (head // group) * v_head, v_row,
+                grad_ptr + q_first * grad_row + head * grad_head, grad_row, statistics_ptr,
+                grad_lse_ptr, tl.cast(head, tl.int64) * q_total + q_first, mask, q_ptr, seed,
+                sequence * heads + head, q_len, kv_len, scale, factor, threshold, keep_scale, SIGN,
+                DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, SHARED_ROWS, SHARED_COLUMNS, CAUSAL, MASK,
+                False, DROPOUT, 0, LSE, DOT, PRECISION,
+            )  # fmt: skip
+    store_mask_gradient(
+        dmask_ptr, total, owner, row, column, rows_end, columns_end, SHARED_ROWS, SHARED_COLUMNS
+    )
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
@@ -199,27 +230,31 @@ def _common(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None,
     q_offsets: Tensor,
     k_offsets: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *options: Any,
 ) -> dict[str, Any]:
-    """Arguments of all three kernels."""
+    """Arguments of all kernels; `options` are those from the seed to the scale."""
     heads, dim = query.shape[1:]
-    value_dim = value.shape[2]
-    run_time, compile_time = score_options(query[None], None, None, seed, dropout_p, scale, 0)
-    used = ("seed_ptr", "threshold", "keep_scale", "scale", "factor")
+    value_dim, sequences = value.shape[2], q_offsets.shape[0] - 1
+    sizes = (sequences, heads, max_seqlen_q, max_seqlen_k)
+    run_time, compile_time = score_options(query, sizes, attn_mask, None, *options)
+    for name in ("padding_ptr", "padding_batch", "diagonal"):  # the diagonal is a sequence's own
+        del run_time[name]
+    del compile_time["PADDING"]
+    masked = attn_mask is not None
     return {
         "q_ptr": query, "k_ptr": key, "v_ptr": value, "q_offsets_ptr": q_offsets,
         "k_offsets_ptr": k_offsets, "q_offsets_step": q_offsets.stride(0),
-        "k_offsets_step": k_offsets.stride(0), **{name: run_time[name] for name in used},
-        **_strides(q=query, k=key, v=value), "heads": heads, "group": heads // key.shape[1],
-        "sequences": q_offsets.shape[0] - 1, "q_total": query.shape[0], "k_total": key.shape[0],
-        "SIGN": compile_time["SIGN"], "DIM": dim, "WIDTH": width(dim), "VALUE_DIM": value_dim,
-        "VALUE_WIDTH": width(value_dim), "CAUSAL": is_causal, "DROPOUT": seed is not None,
-        "DOT": compile_time["DOT"], "PRECISION": compile_time["PRECISION"],
+        "k_offsets_step": k_offsets.stride(0), **run_time, **compile_time,
+        "mask_rows": max_seqlen_q if masked else 0, "mask_columns": max_seqlen_k if masked else 0,
+        "bottom_right": int(options[3]), **_strides(q=query, k=key, v=value), "heads": heads,
+        "group": heads // key.shape[1], "sequences": sequences, "q_total": query.shape[0],
+        "k_total": key.shape[0], "DIM": dim, "WIDTH": width(dim), "VALUE_DIM": value_dim,
+        "VALUE_WIDTH": width(value_dim),
     }  # fmt: skip
 
 
@@ -232,6 +267,7 @@ def varlen_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None,
     q_offsets: Tensor,
     k_offsets: Tensor,
     max_seqlen_q: int,
@@ -239,25 +275,30 @@ def varlen_forward(
     seed: Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    bottom_right: bool,
     scale: float | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """out (total_q, H, Dv) and lse (total_q, H), float32, or None.
 
-    The longest lengths are not needed; rows that the offsets leave out would not be written.
+    The longest lengths only say which shape the mask broadcasts to: (sequences, H, max_seqlen_q,
+    max_seqlen_k). Rows behind the last offset give 0 and -inf.
     """
     query, key, value = map(rows_readable, (query, key, value))
     total, heads, dim = query.shape
     out = empty(query, (total, heads, value.shape[2]))
     lse = empty(query, (total, heads), torch.float32) if return_lse else None
     sequences = q_offsets.shape[0] - 1
-    if total * heads == 0 or sequences == 0:
+    if total * heads == 0:
         return out, lse
     widest = max(width(dim), width(value.shape[2]))
     chosen = tile("varlen", query.dtype, widest, query.device, aligned(dim, value.shape[2]))
     launch(
         forward_kernel, (cdiv(total, chosen.own) + sequences) * heads,
-        **_common(query, key, value, q_offsets, k_offsets, seed, dropout_p, is_causal, scale),
+        **_common(
+            query, key, value, attn_mask, q_offsets, k_offsets, max_seqlen_q, max_seqlen_k, seed,
+            dropout_p, is_causal, bottom_right, scale,
+        ),
         out_ptr=out, lse_ptr=query if lse is None else lse, LSE=return_lse,
         **_strides(out=out), **_sizes(chosen),
     )  # fmt: skip
@@ -271,6 +312,7 @@ def varlen_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None,
     q_offsets: Tensor,
     k_offsets: Tensor,
     max_seqlen_q: int,
@@ -278,24 +320,31 @@ def varlen_backward(
     seed: Tensor | None,
     dropout_p: float,
     is_causal: bool,
+    bottom_right: bool,
     scale: float | None,
     mask_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) in the shapes of query, key and value; there is no mask."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, d attn_mask); the last is empty if not wanted."""
     if grad_out is None:
         grad_out = query.new_zeros(*query.shape[:2], value.shape[2])
     grad_out, query, key, value = map(rows_readable, (grad_out, query, key, value))
     dq, dk, dv = (empty(t, t.shape) for t in (query, key, value))
     total, heads, dim = query.shape
     sequences = q_offsets.shape[0] - 1
+    dmask = empty(query, (0,))
+    if mask_gradient and attn_mask is not None and attn_mask.is_floating_point():
+        dmask = empty(attn_mask, attn_mask.shape)
     if total * heads == 0 or sequences == 0 or key.shape[0] == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_()
     widest = max(width(dim), width(value.shape[2]))
     # (heads, tokens), as the statistics lie: the rows of a head side by side.
     grad_lse = None if grad_lse is None else grad_lse.t().contiguous()
     scale_of_scores = dim**-0.5 if scale is None else float(scale)
     common = {
-        **_common(query, key, value, q_offsets, k_offsets, seed, dropout_p, is_causal, scale),
+        **_common(
+            query, key, value, attn_mask, q_offsets, k_offsets, max_seqlen_q, max_seqlen_k, seed,
+            dropout_p, is_causal, bottom_right, scale,
+        ),
         "grad_ptr": grad_out, "grad_lse_ptr": query if grad_lse is None else grad_lse,
         "LSE": grad_lse is not None, **_strides(grad=grad_out),
         "statistics_ptr": empty(query, (heads * total * 3,), torch.float32),
@@ -312,4 +361,15 @@ def varlen_backward(
         **common, dk_ptr=dk, dv_ptr=dv, **_strides(dk=dk, dv=dv),
         gradient_scale=abs(scale_of_scores), **_sizes(chosen),
     )  # fmt: skip
-    return dq, dk, dv
+    if dmask.numel():
+        shared = (1,) * (4 - dmask.dim()) + tuple(dmask.shape)
+        even = aligned(dim, value.shape[2])
+        own, sizes = cut("attention_backward_mask", query, widest, max(shared[2], 32), even)
+        launch(
+            mask_kernel,
+            shared[0] * shared[1] * cdiv(shared[2], own) * cdiv(shared[3], sizes["LOOP"]),
+            **common, **sizes, dmask_ptr=dmask, mask_batches=shared[0], mask_heads=shared[1],
+            SHARED_ROWS=shared[2] == 1 and max_seqlen_q > 1,
+            SHARED_COLUMNS=shared[3] == 1 and max_seqlen_k > 1,
+        )  # fmt: skip
+    return dq, dk, dv, dmask

@@ -7,6 +7,7 @@
 
 #include "../calls.h"
 #include "device.h"
+#include "diagonal.h"
 
 namespace ff::cuda {
 
@@ -111,7 +112,7 @@ FF_DEVICE void visible_bounds(const Bool* padding, int64_t stride, int* scratch,
                               int* end) {
   int low = *end, high = 0;
 #pragma unroll 4
-  for (int key = thread_index(); key < *end; key += Tile::kThreads) {
+  for (int key = *first + thread_index(); key < *end; key += Tile::kThreads) {
     const bool shown = !padding[key * stride];
     low = shown && key < low ? key : low;
     high = shown ? key + 1 : high;

@@ -81,8 +81,8 @@ FF_DEVICE void add_values(const float* weight_rows, const float* value_rows, int
 
 // Hides scores and adds a float mask to them, in the rows and keys of a lane.
 template <int kThreadRows>
-FF_DEVICE void mask_scores(const AttentionForward& p, const Place& place, int row, int key,
-                           float (&scores)[kThreadRows][4]) {
+FF_DEVICE void mask_scores(const AttentionForward& p, const Place& place, const Diagonal& diagonal,
+                           int row, int key, float (&scores)[kThreadRows][4]) {
   bool shown[4];
   int64_t columns[4];
   for (int j = 0; j < 4; ++j) {
@@ -94,7 +94,7 @@ FF_DEVICE void mask_scores(const AttentionForward& p, const Place& place, int ro
     const int query = place.first_row + row + 2 * i;
     const int64_t offset = place.b * p.mask.batch + place.h * p.mask.head + query * p.mask.row;
     for (int j = 0; j < 4; ++j) {
-      bool visible = shown[j] && query < p.q_len && !(p.causal && key + 16 * j > query);
+      bool visible = shown[j] && query < p.q_len && !diagonal.hides(query, key + 16 * j);
       if (p.mask.data && visible) {
         if (p.mask_type == Type::kBool) {
           visible = static_cast<const Bool*>(p.mask.data)[offset + columns[j]];
@@ -127,6 +127,7 @@ attention_float32_kernel(Call c) {
   float* weights = shared.take<float>(Tile::kRows * Tile::kWeightStride);
   int* scratch = shared.take<int>(2 * Tile::kThreads / 32);
 
+  const Diagonal diagonal(p);
   Place place;
   {
     // The last queries first: under a diagonal they take longest.
@@ -146,7 +147,7 @@ attention_float32_kernel(Call c) {
     place.padding = p.padding ? p.padding + b * p.padding_batch : nullptr;
     place.first_key = 0;
     place.end_key = int(p.kv_len);
-    if (p.causal) place.end_key = least(place.end_key, place.first_row + place.rows);
+    diagonal.limit(place.first_row, place.rows, place.first_key, place.end_key);
     if (place.padding && place.end_key > Tile::kKeys)
       visible_bounds<Tile>(place.padding, p.padding_column, scratch, &place.first_key,
                            &place.end_key);
@@ -188,11 +189,11 @@ attention_float32_kernel(Call c) {
     }
 
     for (int i = 0; i < kThreadRows; ++i) {
-      for (int j = 0; j < 4; ++j) scores[i][j] *= p.scale;
+      for (int j = 0; j < 4; ++j) scores[i][j] = rounded_product(scores[i][j], p.scale);
     }
     if (p.mask.data || place.padding || key + Tile::kKeys > place.end_key ||
-        (p.causal && key + Tile::kKeys > place.first_row))
-      mask_scores(p, place, recomputed(row), recomputed(key + lane), scores);
+        diagonal.crosses(place.first_row, Tile::kRows, key, Tile::kKeys))
+      mask_scores(p, place, diagonal, recomputed(row), recomputed(key + lane), scores);
 
     float larger[kThreadRows];
     for (int i = 0; i < kThreadRows; ++i) {

@@ -19,19 +19,19 @@ constexpr int tile_bytes(int stages) {
          2 * shared_bytes<uint16_t>(stages * kKeys * kDim) + shared_bytes<int>(2 * kWarps);
 }
 
-// The keys that a block has to look at: those before the diagonal, and of these from the first to
-// the last that is not hidden.
+// The keys that a block has to look at: those that the diagonal leaves, and of these from the first
+// to the last that is not hidden.
 struct KeyRange {
   int begin, end;
 };
 
 template <int kWarps>
-FF_DEVICE KeyRange visible_range(const Exponents& exponents, int queries_end, int* scratch) {
-  int end = exponents.kv_len;
-  if (exponents.causal && queries_end < end) end = queries_end;
-  if (!exponents.padding.data) return {0, end};
+FF_DEVICE KeyRange visible_range(const Exponents& exponents, int first_query, int* scratch) {
+  int begin = 0, end = exponents.kv_len;
+  exponents.diagonal.limit(first_query, kWarps * 16, begin, end);
+  if (!exponents.padding.data) return {begin, end};
   int first = end, last = 0;
-  for (int i = thread_index(); i < end; i += kWarps * 32) {
+  for (int i = begin + thread_index(); i < end; i += kWarps * 32) {
     if (exponents.padding.hides(i)) continue;
     first = i < first ? i : first;
     last = i + 1;
@@ -88,7 +88,7 @@ attention_tile(const AttentionForward p, const TilePlan plan) {
 
     load_rows(query, Head<T>(p.query, b, h, p.q_len, p.head_dim), none, first_query, kWarps * 16,
               thread_index(), kThreads);
-    const KeyRange range = visible_range<kWarps>(exponents, first_query + kWarps * 16, scratch);
+    const KeyRange range = visible_range<kWarps>(exponents, first_query, scratch);
     const int first_tile = range.begin / kKeys, end_tile = (range.end + kKeys - 1) / kKeys;
     if (first_tile < end_tile) {
       load(first_tile);

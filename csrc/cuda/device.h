@@ -13,6 +13,7 @@
 //   load_matrix4, ..._transposed         four 8x8 matrices of 16-bit values
 //   mma<T>                               16x8 += 16x16 times 16x8
 //   copy_async16, commit_copies, wait_copies<N>
+//   rounded_product                      of floats, and never a part of fmaf
 //   exp2, pack<T>, low<T>, high<T>, to_float, from_float<T>, add_atomic
 //
 //   launch<kernel>(Launch, arguments...), compute_capability, shared_limit, shared_bytes<T>   host

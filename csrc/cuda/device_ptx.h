@@ -142,6 +142,8 @@ FF_DEVICE float exp2(float x) {
   return y;
 }
 
+FF_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
 FF_DEVICE float to_float(float x) { return x; }
 FF_DEVICE float to_float(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 FF_DEVICE float to_float(Half x) {

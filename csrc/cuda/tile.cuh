@@ -8,12 +8,13 @@
 
 #include "../calls.h"
 #include "device.h"
+#include "diagonal.h"
 
 namespace ff::cuda {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
+constexpr float kLog2E = 1.44269504f;
 
 // Rows of kDim 16-bit values. Their 16-byte chunks are permuted so that the same chunk of eight
 // rows in sequence lies in all 32 banks, as the loads of matrices want it.
@@ -169,15 +170,16 @@ FF_DEVICE float row_sum(float x) {
 // The maximum with 0 in place of -inf, a row without a key so far: -inf - -inf would be NaN.
 FF_DEVICE float finite(float maximum) { return maximum == -kInfinity ? 0.0f : maximum; }
 
-// From products of queries and keys to exponents: of 2, or of e where a float mask is added, since
-// finfo.min would overflow when multiplied by log2(e).
+// From products of queries and keys to exponents of e: of 2, a mask of finfo.min or a large scale
+// would overflow. Products with the scale are rounded, as their maximum is, so that none exceeds
+// it.
 struct Exponents {
   const void* mask;  // of this batch entry and head
   int64_t row, column;
   Type type;
   Padding padding;
-  float scale, per_power;  // per_power: exponents of 2 in one of these
-  bool causal;
+  float scale;
+  Diagonal diagonal;
   int q_len, kv_len;
 
   FF_DEVICE Exponents(const Attention& p, int64_t b, int64_t h)
@@ -186,12 +188,10 @@ struct Exponents {
         column(p.mask.column),
         type(p.mask_type),
         padding(p.padding, p.padding_batch, p.padding_column, b),
-        causal(p.causal),
+        scale(p.scale),
+        diagonal(p),
         q_len(int(p.q_len)),
         kv_len(int(p.kv_len)) {
-    const bool natural = p.mask.data && p.mask_type != Type::kBool;
-    scale = natural ? p.scale : p.scale * kLog2E;
-    per_power = natural ? kLog2E : 1.0f;
     if (mask) {
       const int size = type == Type::kFloat32 ? 4 : type == Type::kBool ? 1 : 2;
       mask = static_cast<const char*>(mask) + (b * p.mask.batch + h * p.mask.head) * size;
@@ -200,8 +200,8 @@ struct Exponents {
 
   // Of a single score.
   FF_DEVICE float operator()(float product, int query, int key) const {
-    const float x = product * scale;
-    if (key >= kv_len || (causal && key > query) || padding.hides(key)) return -kInfinity;
+    const float x = rounded_product(product, scale);
+    if (key >= kv_len || diagonal.hides(query, key) || padding.hides(key)) return -kInfinity;
     if (!mask || query >= q_len) return x;
     const int64_t at = query * row + key * column;
     if (type == Type::kBool) return static_cast<const Bool*>(mask)[at] ? x : -kInfinity;
@@ -215,24 +215,23 @@ struct Exponents {
   FF_DEVICE void apply(int query, int first, float (&scores)[kTiles][4]) const {
     const int lane_query = query + lane_index() / 4, lane_key = first + lane_index() % 4 * 2;
     const bool all = !mask && !padding.data && first + 8 * kTiles <= kv_len &&
-                     !(causal && first + 8 * kTiles > query + 1);
+                     !diagonal.crosses(query, 16, first, 8 * kTiles);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         scores[n][i] =
-            all ? scores[n][i] * scale
+            all ? rounded_product(scores[n][i], scale)
                 : (*this)(scores[n][i], lane_query + i / 2 * 8, lane_key + n * 8 + i % 2);
   }
 
   FF_DEVICE float power(float exponent, float maximum) const {
-    return exp2((exponent - maximum) * per_power);
+    return exp2((exponent - maximum) * kLog2E);
   }
 
   // -inf for a row without a key.
   FF_DEVICE float log_sum(float maximum, float sum) const {
-    if (sum == 0.0f) return -kInfinity;
-    return (per_power == 1.0f ? maximum * kLn2 : maximum) + logf(sum);
+    return sum == 0.0f ? -kInfinity : maximum + logf(sum);
   }
 };
 

@@ -117,6 +117,7 @@ FF_DEVICE void wait_copies(Location where = Location::current()) {
 }
 
 FF_DEVICE float exp2(float x) { return std::exp2(x); }
+FF_DEVICE float rounded_product(float a, float b) { return a * b; }
 
 FF_DEVICE float to_float(float x) { return x; }
 FF_DEVICE float to_float(Half x) { return emulation::half_to_float(x.bits); }

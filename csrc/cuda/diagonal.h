@@ -1,0 +1,37 @@
+// What a causal call hides from a block of queries.
+#pragma once
+
+#include "../calls.h"
+#include "device.h"
+
+namespace ff::cuda {
+namespace {
+
+// Query i sees key j where direction * (j - i) <= offset.
+struct Diagonal {
+  int direction;  // 0: it sees all; -1: the keys are those that have a diagonal
+  int offset;
+
+  FF_DEVICE explicit Diagonal(const Attention& p)
+      : direction(p.causal ? 1 - 2 * p.exchanged : 0), offset(p.causal ? int(p.diagonal) : 0) {}
+
+  FF_DEVICE bool hides(int query, int key) const { return direction * (key - query) > offset; }
+
+  // Whether it hides any of so many keys from any of so many queries, from these on.
+  FF_DEVICE bool crosses(int query, int queries, int key, int keys) const {
+    return direction > 0 ? hides(query, key + keys - 1) : hides(query + queries - 1, key);
+  }
+
+  // The keys [begin, end) without those that it hides from all of the queries.
+  FF_DEVICE void limit(int query, int queries, int& begin, int& end) const {
+    if (direction > 0) {
+      const int seen = query + queries + offset;
+      end = seen < 0 ? 0 : seen < end ? seen : end;
+    } else if (direction < 0 && query - offset > begin) {
+      begin = query - offset;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace ff::cuda
