@@ -146,7 +146,7 @@ class CrossModalAttention(nn.Module):
         if need_weights:
             to_visual, to_text, *both = bidirectional_with_weights(
                 query, key, text_value, visual_value,
-                visual_padding_mask, text_padding_mask, dropout_p,
+                None, visual_padding_mask, text_padding_mask, dropout_p,
             )  # fmt: skip
             weights = tuple(w.mean(1) if average_attn_weights else w for w in both)
         else:
