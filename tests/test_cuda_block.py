@@ -394,6 +394,10 @@ def test_what_the_block_leaves_to_the_modules(blocks: list[int]) -> None:
         with torch.no_grad():
             module(torch.float32)(query.float(), context.float())
             module()(query, context, need_weights=True)
+            layer = module()
+            expected = layer(query, context, need_weights=True)[0]
+            kept = layer(query, layer.project_context(context))
+            torch.testing.assert_close(kept, expected, atol=2e-2, rtol=2e-2)
             module()(values(1, _cuda_block.MAX_LENGTH + 1, 24), context[:1])
             hooked = module()
             hooked.out_proj.register_forward_hook(lambda *_: None)

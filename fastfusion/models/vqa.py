@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import fastfusion.nn as ffnn
 from fastfusion._arguments import check_padding_mask, check_tensors, shapes
-from fastfusion.nn._cross_attention import check_activation, check_sequences
+from fastfusion.nn._checks import check_activation, check_sequences
 
 
 class VQATransformer(nn.Module):
@@ -20,6 +20,8 @@ class VQATransformer(nn.Module):
 
     The encoders do not see each other, so several questions about one image can share its encoding:
     ``model.fuse(model.encode_visual(image)[image_index], model.encode_text(text)[text_index])``.
+    :func:`fastfusion.attention_maps` reads the weights of every layer: ``"fusion"`` in both
+    directions, ``"text_encoder.layers.0.self_attn"`` and so on.
 
     Args:
         visual_dim, text_dim: feature width of each modality, each a multiple of ``num_heads``.
@@ -112,12 +114,12 @@ class VQATransformer(nn.Module):
 
     def encode_visual(self, visual: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Encode images (B, Lv, visual_dim), in and out; the mask is that of :meth:`forward`."""
-        _check("visual", visual, self.visual_dim, padding_mask)
+        padding_mask = _checked("visual", visual, self.visual_dim, padding_mask)
         return self.visual_encoder(visual, src_key_padding_mask=padding_mask)
 
     def encode_text(self, text: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Encode texts (B, Lt, text_dim), in and out; the mask is that of :meth:`forward`."""
-        _check("text", text, self.text_dim, padding_mask)
+        padding_mask = _checked("text", text, self.text_dim, padding_mask)
         return self.text_encoder(text, src_key_padding_mask=padding_mask)
 
     def fuse(
@@ -150,9 +152,10 @@ class VQATransformer(nn.Module):
         Args:
             visual: floating (B, Lv, visual_dim).
             text: the same dtype, (B, Lt, text_dim).
-            visual_padding_mask, text_padding_mask: bool (B, Lv) and (B, Lt), True = ignore the
-                token.
-            need_weights: also return the attention of the text over the image.
+            visual_padding_mask, text_padding_mask: bool, broadcastable to (B, Lv) and (B, Lt),
+                True = ignore the token.
+            need_weights: also return the attention of the text over the image, the second of the
+                maps that ``fastfusion.attention_maps(model, "fusion")`` reads.
 
         Returns:
             Logits (B, num_classes); with ``need_weights`` the pair of them and the weights (B, Lt,
@@ -167,7 +170,7 @@ class VQATransformer(nn.Module):
             check_sequences(
                 {"visual": visual, "text": text},
                 (self.visual_dim, self.text_dim),
-                self.output.weight,
+                (self.output, self.output),
             )
         return self.fuse(
             self.encode_visual(visual, visual_padding_mask),
@@ -178,27 +181,24 @@ class VQATransformer(nn.Module):
         )
 
 
-def _check(name: str, tokens: Tensor, width: int, padding_mask: Tensor | None) -> None:
-    if torch.compiler.is_compiling():
-        return
-    check_tensors(**{name: tokens})
-    if tokens.dim() != 3 or tokens.shape[2] != width:
-        raise ValueError(
-            f"{name} must have shape (batch, length, {width}), got {tuple(tokens.shape)}"
+def _checked(name: str, tokens: Tensor, width: int, padding_mask: Tensor | None) -> Tensor | None:
+    """The mask (batch, length), once it and the tokens have been found to fit."""
+    if not torch.compiler.is_compiling():
+        check_tensors(**{name: tokens})
+        given = shapes(**{name: tokens})
+        if tokens.dim() != 3 or tokens.shape[2] != width:
+            raise ValueError(f"{name} must have shape (batch, length, {width}), got {given}")
+        check_padding_mask(
+            f"{name}_padding_mask", padding_mask, tokens, tuple(tokens.shape[:2]), given
         )
-    check_padding_mask(
-        f"{name}_padding_mask",
-        padding_mask,
-        tokens,
-        tuple(tokens.shape[:2]),
-        shapes(**{name: tokens}),
-    )
+    return None if padding_mask is None else padding_mask.expand(tokens.shape[:2])
 
 
 def _mean(tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
     """The mean over the tokens that are not padding; 0 where all are."""
     if padding_mask is None:
         return tokens.sum(dim=1) / max(tokens.shape[1], 1)
+    padding_mask = padding_mask.expand(tokens.shape[:2])
     total = tokens.masked_fill(padding_mask.unsqueeze(-1), 0.0).sum(dim=1)
     count = (~padding_mask).sum(dim=1, keepdim=True).clamp(min=1)
     return total / count

@@ -15,7 +15,7 @@ from typing import Any
 import torch.nn as _torch_nn
 
 from fastfusion.nn import _forwarding
-from fastfusion.nn._cross_attention import CrossAttention
+from fastfusion.nn._cross_attention import CrossAttention, ProjectedContext
 from fastfusion.nn._cross_modal import CrossModalAttention
 from fastfusion.nn._multihead import MultiheadAttention
 from fastfusion.nn._transformer import (
@@ -31,6 +31,7 @@ __all__ = [
     "CrossAttention",
     "CrossModalAttention",
     "MultiheadAttention",
+    "ProjectedContext",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",

@@ -1,21 +1,49 @@
 """Attention from one sequence to another of a different width."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from fastfusion import _arguments as arguments
-from fastfusion.nn import _fused
+from fastfusion.nn import _fused, _nested
+from fastfusion.nn._attention_maps import RecordsAttention
+from fastfusion.nn._checks import (
+    check_counts,
+    check_dropout,
+    check_inputs,
+    check_sequences,
+    without_mask_object,
+)
+from fastfusion.nn._nested_pair import is_nested, pack_pair, packed_attention_with_weights
+from fastfusion.nn._tracing import be_leaf
 from fastfusion.nn._weights import attention_with_weights
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
+from fastfusion.ops.varlen_attention import varlen_attention
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+
+class ProjectedContext(NamedTuple):
+    """The keys and values of a context, from `CrossAttention.project_context`.
+
+    A tuple of two tensors: to reorder the beams of a search, for one, take
+    `ProjectedContext(*(t[beams] for t in context))`.
+
+    Attributes:
+        key: (batch, num_heads, kv_len, head_dim).
+        value: of the same shape.
+    """
+
+    key: Tensor
+    value: Tensor
 
 
-class CrossAttention(nn.Module):
+# So that contexts and exported programs that take them can be saved and loaded.
+torch.serialization.add_safe_globals([ProjectedContext])
+_register_namedtuple(ProjectedContext, serialized_type_name="fastfusion.nn.ProjectedContext")
+
+
+class CrossAttention(nn.Module, RecordsAttention):
     """Multi-head attention of a query sequence to a context sequence.
 
     out = concat_h(softmax(Q_h K_h^T / sqrt(head_dim)) V_h) W_out, with Q from the query and K, V
@@ -71,6 +99,7 @@ class CrossAttention(nn.Module):
         self.kv_proj = nn.Linear(context_dim, 2 * inner, bias=bias, device=device, dtype=dtype)
         self.out_proj = nn.Linear(inner, out_dim, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
+        be_leaf(self)
 
     def reset_parameters(self) -> None:
         """Draw the input projections anew and set the biases to 0."""
@@ -80,10 +109,33 @@ class CrossAttention(nn.Module):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
+    def project_context(self, context: Tensor) -> ProjectedContext:
+        """The keys and values of a context that many calls attend to, computed once.
+
+        `forward` takes the result instead of the context, with the same masks:
+
+            context = attention.project_context(image)  # once for each image
+            for words in steps:
+                out = attention(words, context)
+
+        It carries gradients, so several calls in training may share it too; it goes stale when the
+        weights change.
+
+        Args:
+            context: (batch, kv_len, context_dim).
+
+        Raises:
+            TypeError, ValueError: a context that does not fit; the message names and prints it.
+        """
+        if not torch.compiler.is_compiling():
+            check_sequences({"context": context}, [self.context_dim], [self.kv_proj])
+        key, value = self._project_context(context)
+        return ProjectedContext(key.transpose(1, 2), value.transpose(1, 2))
+
     def forward(
         self,
         query: Tensor,
-        context: Tensor,
+        context: Tensor | ProjectedContext,
         key_padding_mask: Tensor | None = None,
         attn_mask: Tensor | None = None,
         need_weights: bool = False,
@@ -92,120 +144,154 @@ class CrossAttention(nn.Module):
         """Attend from `query` to `context`.
 
         Args:
-            query: (batch, q_len, query_dim).
-            context: (batch, kv_len, context_dim).
-            key_padding_mask: bool (batch, kv_len), True = ignore this position of the context.
+            query: (batch, q_len, query_dim), or nested (batch, ragged length, query_dim).
+            context: (batch, kv_len, context_dim), or nested as `query` is; or the result of
+                `project_context`, of this batch size or of 1 for a context that all share.
+            key_padding_mask: bool, broadcastable to (batch, kv_len), True = ignore this position of
+                the context. No mask goes with nested tensors.
             attn_mask: broadcastable to (batch, num_heads, q_len, kv_len): bool, True = must not
-                attend, as in torch.nn, or float, added to the scores.
+                attend, as in torch.nn, or float, added to the scores; or a causal mask of
+                `torch.nn.attention.bias`. Three dimensions are (num_heads, q_len, kv_len), also
+                where batch equals num_heads; a mask for each sample is (batch, 1, q_len, kv_len).
             need_weights: also return the weights, as they are after dropout.
             average_attn_weights: average the weights over the heads.
 
         Returns:
-            (batch, q_len, out_dim); with `need_weights` also (batch, q_len, kv_len), or
-            (batch, num_heads, q_len, kv_len) if not averaged. A query with no position left gets
-            the output projection's bias and weights of 0.
+            (batch, q_len, out_dim), nested in the layout of `query` if that is; with
+            `need_weights` also (batch, q_len, kv_len), or (batch, num_heads, q_len, kv_len) if not
+            averaged, padded with 0 for nested tensors. A query with no position left gets the
+            output projection's bias and weights of 0.
 
         Raises:
             TypeError, ValueError: arguments that do not fit; the message names and prints them.
         """
+        if is_nested(query, context):
+            return self._forward_nested(
+                query, context, key_padding_mask, attn_mask, need_weights, average_attn_weights
+            )
+        attn_mask = without_mask_object(attn_mask, query)
         if not torch.compiler.is_compiling():
             self._check(query, context, key_padding_mask, attn_mask)
-        if not need_weights:
+        if isinstance(context, ProjectedContext):
+            batch, kv_len = query.shape[0], context.key.shape[2]
+            context = ProjectedContext(*(t.expand(batch, -1, -1, -1) for t in context))
+        else:
+            batch, kv_len = context.shape[:2]
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.expand(batch, kv_len)
+        with_weights = need_weights or bool(self._recorders)
+        if not with_weights:
             if attn_mask is not None and attn_mask.dtype == torch.bool:
                 attn_mask = ~attn_mask
             run = _fused.cross_attention_kernels(self, query, context, attn_mask)
             if run is not None:
                 return run(self, query, context, key_padding_mask, attn_mask)
-        heads = (self.num_heads, self.head_dim)
-        q = self.q_proj(query).unflatten(-1, heads).transpose(1, 2)
-        k, v = self.kv_proj(context).unflatten(-1, (2, *heads)).unbind(2)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        if isinstance(context, ProjectedContext):
+            k, v = context
+            if not torch.compiler.is_compiling():
+                check_inputs({"query": q, "context.key": k, "context.value": v}, [None] * 3)
+        else:
+            k, v = self._project_context(context)
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
         dropout_p = self.dropout if self.training else 0.0
-        if not need_weights:
+        if not with_weights:
             out = scaled_dot_product_attention(
                 q, k, v, attn_mask, dropout_p, key_padding_mask=key_padding_mask
             )
             return self.out_proj(out.transpose(1, 2).flatten(2))
-        bias = attn_mask
-        if bias is not None:
-            if bias.dtype == torch.bool:
-                bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(bias, -torch.inf)
-            bias = bias[(None,) * (4 - bias.dim())]
-        out, weights = attention_with_weights(q, k, v, bias, key_padding_mask, dropout_p)
+        if attn_mask is not None:
+            attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+        out, weights = attention_with_weights(q, k, v, attn_mask, key_padding_mask, dropout_p)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
-        return out, weights.mean(1) if average_attn_weights else weights
+        return self._hand_out(out, weights, need_weights, average_attn_weights)
 
-    def _check(
+    def _forward_nested(
         self,
         query: Any,
         context: Any,
         key_padding_mask: Any,
         attn_mask: Any,
-    ) -> None:
-        dtype, given = check_sequences(
-            {"query": query, "context": context},
-            (self.query_dim, self.context_dim),
-            self.q_proj.weight,
+        need_weights: bool,
+        average_attn_weights: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Each sequence to its own context, packed end to end, without padding."""
+        sequences = {"query": query, "context": context}
+        masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+        queries, keys = pack_pair(
+            sequences, (self.query_dim, self.context_dim), (self.q_proj, self.kv_proj), **masks
         )
-        batch, q_len, kv_len = query.shape[0], query.shape[1], context.shape[1]
-        target = (batch, self.num_heads, q_len, kv_len)
+        q = self.q_proj(queries.values).unflatten(-1, (self.num_heads, self.head_dim))
+        k, v = self._project_context(keys.values)
+        dropout_p = self.dropout if self.training else 0.0
+        if not (need_weights or self._recorders):
+            out = varlen_attention(
+                q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest,
+                dropout_p=dropout_p,
+            )  # fmt: skip
+            return _nested.unpack(self.out_proj(out.flatten(1)), queries)
+        out, weights = packed_attention_with_weights(q, k, v, queries, keys, dropout_p)
+        out = _nested.unpack(self.out_proj(out.flatten(1)), queries)
+        return self._hand_out(out, weights, need_weights, average_attn_weights)
+
+    def _hand_out(
+        self, out: Tensor, weights: Tensor, need_weights: bool, average: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The weights (batch, heads, q_len, kv_len) to who reads them; what the caller gets."""
+        self._record(weights)
+        if not need_weights:
+            return out
+        return out, weights.mean(1) if average else weights
+
+    def _project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (..., num_heads, head_dim), views of one projection."""
+        parts = (2, self.num_heads, self.head_dim)
+        key, value = self.kv_proj(context).unflatten(-1, parts).unbind(-3)
+        return key, value
+
+    def _check(self, query: Any, context: Any, key_padding_mask: Any, attn_mask: Any) -> None:
+        if isinstance(context, ProjectedContext):
+            dtype, given = check_sequences({"query": query}, [self.query_dim], [self.q_proj])
+            given = self._check_projected(context, query, given)
+            kv_len = context.key.shape[2]
+        else:
+            dtype, given = check_sequences(
+                {"query": query, "context": context},
+                (self.query_dim, self.context_dim),
+                (self.q_proj, self.kv_proj),
+            )
+            kv_len = context.shape[1]
+        batch = query.shape[0]
+        target = (batch, self.num_heads, query.shape[1], kv_len)
         mask = arguments.autocast_mask(dtype, attn_mask)
         arguments.check_attn_mask(mask, query, target, given)
         arguments.check_padding_mask(
             "key_padding_mask", key_padding_mask, query, (batch, kv_len), given
         )
 
+    def _check_projected(self, context: ProjectedContext, query: Tensor, given: str) -> str:
+        names = ("context.key", "context.value")
+        given += ", " + arguments.shapes(**dict(zip(names, context, strict=True)))
+        for name, tensor in zip(names, context, strict=True):
+            arguments.check_tensors(**{name: tensor})
+            arguments.check_device(name, tensor, "query", query)
+            batch, *shape = tensor.shape
+            length = context.key.shape[-2:-1]
+            if (
+                batch not in (1, query.shape[0])
+                or tuple(shape) != (self.num_heads, *length, self.head_dim)
+            ):  # fmt: skip
+                raise ValueError(
+                    f"{name} must have shape (batch or 1, {self.num_heads}, kv_len, "
+                    f"{self.head_dim}), got {given}"
+                )
+        return given
+
     def extra_repr(self) -> str:
         return (
             f"query_dim={self.query_dim}, context_dim={self.context_dim}, "
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, dropout={self.dropout}"
         )
-
-
-def check_counts(**counts: Any) -> None:
-    for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool):
-            raise TypeError(f"{name} must be an int, got {count!r}")
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-
-
-def check_dropout(dropout: Any) -> None:
-    if not isinstance(dropout, int | float) or isinstance(dropout, bool):
-        raise TypeError(f"dropout must be a float, got {dropout!r}")
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
-
-
-def check_sequences(
-    sequences: dict[str, Any], widths: tuple[int, int], weight: Tensor
-) -> tuple[torch.dtype | None, str]:
-    """Two tensors (batch, length, width) of one batch, and of the dtype and device of `weight`.
-
-    Returns:
-        The dtype of an enabled autocast, which lets dtypes differ, and the shapes for messages.
-    """
-    dtype = arguments.autocast_dtype(weight.device.type)
-    cast = arguments.autocast_cast(dtype, *sequences.values())
-    arguments.check_tensors(**dict(zip(sequences, cast, strict=True)))
-    given = arguments.shapes(**sequences)
-    for (name, tensor), width in zip(sequences.items(), widths, strict=True):
-        if tensor.dim() != 3 or tensor.shape[2] != width:
-            raise ValueError(f"{name} must have shape (batch, length, {width}), got {given}")
-        if dtype is None and tensor.dtype != weight.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of the weights, {weight.dtype}, got {tensor.dtype}"
-            )
-        arguments.check_device(name, tensor, "the weights", weight)
-    (first_name, first), (name, tensor) = sequences.items()
-    if tensor.shape[0] != first.shape[0]:
-        raise ValueError(f"{name} must have the batch size of {first_name}, got {given}")
-    return dtype, given
-
-
-def check_activation(activation: Any) -> None:
-    if not (callable(activation) or (isinstance(activation, str) and activation in ACTIVATIONS)):
-        raise ValueError(f"activation must be relu, gelu or callable, got {activation!r}")
 
 
 def init_halves(linear: nn.Linear) -> None:

@@ -1,26 +1,30 @@
 """Fusion of two modalities: attention both ways from one score matrix."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastfusion import _arguments as arguments
-from fastfusion.nn import _fused
-from fastfusion.nn._cross_attention import (
+from fastfusion.nn import _fused, _nested
+from fastfusion.nn._attention_maps import RecordsAttention
+from fastfusion.nn._checks import (
     ACTIVATIONS,
     check_activation,
     check_counts,
     check_dropout,
     check_sequences,
-    init_halves,
+    without_mask_object,
 )
+from fastfusion.nn._cross_attention import init_halves
+from fastfusion.nn._nested_pair import clear_absent, is_nested, pack_pair, pad, padding_of, unpad
+from fastfusion.nn._tracing import be_leaf
 from fastfusion.nn._weights import bidirectional_with_weights
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
 
 
-class CrossModalAttention(nn.Module):
+class CrossModalAttention(nn.Module, RecordsAttention):
     """A fusion layer in which image and text attend to each other.
 
     One score matrix S = Q_visual K_text^T / sqrt(head_dim) serves both directions: its rows,
@@ -101,6 +105,7 @@ class CrossModalAttention(nn.Module):
             )
             for width in (visual_dim, text_dim)
         )
+        be_leaf(self)
 
     def forward(
         self,
@@ -110,70 +115,160 @@ class CrossModalAttention(nn.Module):
         text_padding_mask: Tensor | None = None,
         need_weights: bool = False,
         average_attn_weights: bool = True,
+        attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Fuse the two sequences.
 
         Args:
-            visual: (batch, visual_len, visual_dim).
-            text: (batch, text_len, text_dim).
-            visual_padding_mask: bool (batch, visual_len), True = text ignores this token.
-            text_padding_mask: bool (batch, text_len), True = the image ignores this token.
+            visual: (batch, visual_len, visual_dim), or nested (batch, ragged length, visual_dim).
+            text: (batch, text_len, text_dim), or nested as `visual` is.
+            visual_padding_mask: bool, broadcastable to (batch, visual_len), True = text ignores
+                this token. No mask goes with nested tensors.
+            text_padding_mask: bool, broadcastable to (batch, text_len), True = the image ignores
+                this token.
             need_weights: also return the weights of both directions, as they are after dropout.
             average_attn_weights: average the weights over the heads.
+            attn_mask: broadcastable to (batch, num_heads, visual_len, text_len): bool, True = these
+                two must not attend to each other, or float, added to the scores that both
+                directions share; or a causal mask of `torch.nn.attention.bias`.
 
         Returns:
-            The new visual and text tokens, in the shapes of the old; with `need_weights` also the
-            weights of visual tokens on text (batch, visual_len, text_len) and of text on visual
-            tokens (batch, text_len, visual_len), with num_heads behind batch if not averaged.
-            Padded tokens get an output too, which means nothing.
+            The new visual and text tokens, in the shapes of the old, nested if they are; with
+            `need_weights` also the weights of visual tokens on text (batch, visual_len, text_len)
+            and of text on visual tokens (batch, text_len, visual_len), with num_heads behind batch
+            if not averaged, padded with 0 for nested tensors. A token with nothing left to attend
+            to gathers 0. Padded tokens get an output too, which means nothing.
 
         Raises:
             TypeError, ValueError: arguments that do not fit; the message names and prints them.
         """
+        if is_nested(visual, text):
+            return self._forward_nested(
+                visual, text, need_weights, average_attn_weights, attn_mask=attn_mask,
+                visual_padding_mask=visual_padding_mask, text_padding_mask=text_padding_mask,
+            )  # fmt: skip
+        attn_mask = without_mask_object(attn_mask, visual)
         if not torch.compiler.is_compiling():
-            self._check(visual, text, visual_padding_mask, text_padding_mask)
-        if not need_weights and _fused.cross_modal_fits(self, visual, text):
-            return _fused.cross_modal(self, visual, text, visual_padding_mask, text_padding_mask)
-        heads = (2, self.num_heads, self.head_dim)
-        if self.norm_first:
-            query, visual_value = self.visual.project(self.visual.norm1(visual), heads)
-            key, text_value = self.text.project(self.text.norm1(text), heads)
-        else:
-            query, visual_value = self.visual.project(visual, heads)
-            key, text_value = self.text.project(text, heads)
-        dropout_p = self.dropout if self.training else 0.0
-        weights: tuple[Tensor, ...] = ()
-        if need_weights:
-            to_visual, to_text, *both = bidirectional_with_weights(
-                query, key, text_value, visual_value,
-                None, visual_padding_mask, text_padding_mask, dropout_p,
-            )  # fmt: skip
-            weights = tuple(w.mean(1) if average_attn_weights else w for w in both)
-        else:
-            to_visual, to_text = bidirectional_attention(
-                query, key, text_value, visual_value,
-                query_padding_mask=visual_padding_mask, key_padding_mask=text_padding_mask,
-                dropout_p=dropout_p,
-            )  # fmt: skip
+            self._check(visual, text, visual_padding_mask, text_padding_mask, attn_mask)
+        if visual_padding_mask is not None:
+            visual_padding_mask = visual_padding_mask.expand(visual.shape[:2])
+        if text_padding_mask is not None:
+            text_padding_mask = text_padding_mask.expand(text.shape[:2])
+        with_weights = need_weights or bool(self._recorders)
+        if not with_weights:
+            if attn_mask is not None and attn_mask.dtype == torch.bool:
+                attn_mask = ~attn_mask
+            if _fused.cross_modal_fits(self, visual, text, attn_mask):
+                return _fused.cross_modal(
+                    self, visual, text, visual_padding_mask, text_padding_mask, attn_mask
+                )
+        elif attn_mask is not None:
+            attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+        of_visual, of_text = self._project(visual, text)
+        to_visual, to_text, *weights = self._attend(
+            of_visual, of_text, attn_mask, visual_padding_mask, text_padding_mask, with_weights
+        )
         return (
             self.visual.add(visual, to_visual, self.norm_first),
             self.text.add(text, to_text, self.norm_first),
-            *weights,
+            *self._hand_out(weights, need_weights, average_attn_weights),
         )
 
-    def _check(
-        self, visual: Any, text: Any, visual_padding_mask: Any, text_padding_mask: Any
-    ) -> None:
-        _, given = check_sequences(
+    def _forward_nested(
+        self, visual: Any, text: Any, need_weights: bool, average_attn_weights: bool, **masks: Any
+    ) -> tuple[Tensor, ...]:
+        """Everything but the attention runs on the packed tokens; that, on padded heads."""
+        images, words = pack_pair(
             {"visual": visual, "text": text},
             (self.visual_dim, self.text_dim),
-            self.visual.in_proj.weight,
+            (self.visual.in_proj, self.text.in_proj),
+            **masks,
+        )
+        paddings = padding_of(images), padding_of(words)
+        of_visual, of_text = self._project(images.values, words.values)
+        to_visual, to_text, *weights = self._attend(
+            [pad(t, paddings[0]) for t in of_visual], [pad(t, paddings[1]) for t in of_text],
+            None, paddings[0].absent, paddings[1].absent, need_weights or bool(self._recorders),
+        )  # fmt: skip
+        weights = clear_absent(weights, paddings)
+        fused = (
+            self.visual.add(images.values, unpad(to_visual, paddings[0]), self.norm_first),
+            self.text.add(words.values, unpad(to_text, paddings[1]), self.norm_first),
+        )
+        return (
+            _nested.unpack(fused[0], images),
+            _nested.unpack(fused[1], words),
+            *self._hand_out(weights, need_weights, average_attn_weights),
+        )
+
+    def _project(self, visual: Tensor, text: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """What scores are made of and values, (..., length, heads, head_dim), of each modality."""
+        heads = (2, self.num_heads, self.head_dim)
+        if self.norm_first:
+            visual, text = self.visual.norm1(visual), self.text.norm1(text)
+        return self.visual.project(visual, heads), self.text.project(text, heads)
+
+    def _attend(
+        self,
+        of_visual: Sequence[Tensor],
+        of_text: Sequence[Tensor],
+        attn_mask: Tensor | None,
+        visual_padding_mask: Tensor | None,
+        text_padding_mask: Tensor | None,
+        with_weights: bool,
+    ) -> tuple[Tensor, ...]:
+        """Attention both ways, in and out (batch, length, heads, head_dim), and the weights if
+        need be."""
+        query, visual_value = of_visual
+        key, text_value = of_text
+        query, visual_value = query.transpose(1, 2), visual_value.transpose(1, 2)
+        key, text_value = key.transpose(1, 2), text_value.transpose(1, 2)
+        dropout_p = self.dropout if self.training else 0.0
+        weights: Sequence[Tensor] = ()
+        if with_weights:
+            to_visual, to_text, *weights = bidirectional_with_weights(
+                query, key, text_value, visual_value,
+                attn_mask, visual_padding_mask, text_padding_mask, dropout_p,
+            )  # fmt: skip
+        else:
+            to_visual, to_text = bidirectional_attention(
+                query, key, text_value, visual_value, attn_mask=attn_mask,
+                query_padding_mask=visual_padding_mask, key_padding_mask=text_padding_mask,
+                dropout_p=dropout_p,
+            )  # fmt: skip
+        return to_visual.transpose(1, 2), to_text.transpose(1, 2), *weights
+
+    def _hand_out(
+        self, weights: Sequence[Tensor], need_weights: bool, average: bool
+    ) -> Sequence[Tensor]:
+        """Weights (batch, heads, length, length), if any, to who reads them; the caller's."""
+        if weights:
+            self._record(*weights)
+        if not need_weights:
+            return ()
+        return [w.mean(1) for w in weights] if average else weights
+
+    def _check(
+        self,
+        visual: Any,
+        text: Any,
+        visual_padding_mask: Any,
+        text_padding_mask: Any,
+        attn_mask: Any,
+    ) -> None:
+        dtype, given = check_sequences(
+            {"visual": visual, "text": text},
+            (self.visual_dim, self.text_dim),
+            (self.visual.in_proj, self.text.in_proj),
         )
         for name, mask, tensor in (
             ("visual_padding_mask", visual_padding_mask, visual),
             ("text_padding_mask", text_padding_mask, text),
         ):
             arguments.check_padding_mask(name, mask, tensor, tuple(tensor.shape[:2]), given)
+        target = (visual.shape[0], self.num_heads, visual.shape[1], text.shape[1])
+        mask = arguments.autocast_mask(dtype, attn_mask)
+        arguments.check_attn_mask(mask, visual, target, given)
 
     def extra_repr(self) -> str:
         return (
@@ -214,12 +309,12 @@ class _Stream(nn.Module):
             nn.init.zeros_(self.out_proj.bias)
 
     def project(self, tokens: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-        scored, value = self.in_proj(tokens).unflatten(-1, heads).unbind(2)
-        return scored.transpose(1, 2), value.transpose(1, 2)
+        scored, value = self.in_proj(tokens).unflatten(-1, heads).unbind(-3)
+        return scored, value
 
     def add(self, tokens: Tensor, attended: Tensor, norm_first: bool) -> Tensor:
-        """The output, from the layer's input and what (batch, heads, length, head_dim) attended."""
-        x = tokens + self.dropout1(self.out_proj(attended.transpose(1, 2).flatten(2)))
+        """The output, from the layer's input and what (..., length, heads, head_dim) attended."""
+        x = tokens + self.dropout1(self.out_proj(attended.flatten(-2)))
         if norm_first:
             return x + self._feed_forward(self.norm2(x))
         x = self.norm1(x)

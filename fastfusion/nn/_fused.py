@@ -41,9 +41,13 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def cross_modal_fits(module: Any, visual: Tensor, text: Tensor) -> bool:
+def cross_modal_fits(
+    module: Any, visual: Tensor, text: Tensor, attn_mask: Tensor | None = None
+) -> bool:
     """Whether a `CrossModalAttention` without weights may take `cross_modal` for this call."""
     if not kernels_run_on(visual) or (module.training and module.dropout > 0.0):
+        return False
+    if _wants_gradient(attn_mask):
         return False
     streams = (module.visual, module.text)
     activation = streams[0].activation
@@ -53,22 +57,21 @@ def cross_modal_fits(module: Any, visual: Tensor, text: Tensor) -> bool:
 
 
 def cross_attention_kernels(
-    module: Any, query: Tensor, context: Tensor, attn_mask: Tensor | None
+    module: Any, query: Tensor, context: Tensor | tuple[Tensor, Tensor], attn_mask: Tensor | None
 ) -> Callable[..., Tensor] | None:
     """What takes the place of `CrossAttention.forward` without weights for this call: a function
     like `cross_attention`, or nothing."""
     run: Callable[..., Tensor]
     if kernels_run_on(query):
         run = cross_attention
-    elif _cuda_block.runs_on(module, query, context):
+    elif isinstance(context, Tensor) and _cuda_block.runs_on(module, query, context):
         run = _cuda_block.cross_attention
     else:
         return None
-    if (module.training and module.dropout > 0.0) or (
-        attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-    ):
+    if (module.training and module.dropout > 0.0) or _wants_gradient(attn_mask):
         return None
-    return run if _plain_call((query, context), module._modules.values()) else None
+    inputs = (context,) if isinstance(context, Tensor) else context
+    return run if _plain_call((query, *inputs), module._modules.values()) else None
 
 
 def cross_modal(
@@ -77,8 +80,10 @@ def cross_modal(
     text: Tensor,
     visual_padding_mask: Tensor | None,
     text_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`CrossModalAttention.forward` where `cross_modal_fits`."""
+    """`CrossModalAttention.forward` where `cross_modal_fits`; a bool `attn_mask` is True where two
+    tokens attend to each other."""
     streams = (module.visual, module.text)
     both: Sequence[Tensor] = (visual, text)
     first, second = [s.norm1 for s in streams], [s.norm2 for s in streams]
@@ -87,7 +92,7 @@ def cross_modal(
         [s.in_proj for s in streams], scored, (2, 2), module.num_heads
     )
     attended = bidirectional_attention(
-        query, key, text_value, visual_value,
+        query, key, text_value, visual_value, attn_mask=attn_mask,
         query_padding_mask=visual_padding_mask, key_padding_mask=text_padding_mask,
     )  # fmt: skip
     attended = [a.transpose(1, 2).flatten(2) for a in attended]
@@ -104,15 +109,19 @@ def cross_modal(
 def cross_attention(
     module: Any,
     query: Tensor,
-    context: Tensor,
+    context: Tensor | tuple[Tensor, Tensor],
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
 ) -> Tensor:
-    """`CrossAttention.forward` in Triton's kernels; a bool `attn_mask` is True where a query
-    attends."""
-    (q,), (k, v) = _heads(
-        [module.q_proj, module.kv_proj], (query, context), (1, 2), module.num_heads
-    )
+    """`CrossAttention.forward` in Triton's kernels, for a context or its keys and values; a bool
+    `attn_mask` is True where a query attends."""
+    if isinstance(context, tuple):
+        k, v = context
+        ((q,),) = _heads([module.q_proj], (query,), (1,), module.num_heads)
+    else:
+        (q,), (k, v) = _heads(
+            [module.q_proj, module.kv_proj], (query, context), (1, 2), module.num_heads
+        )
     out = scaled_dot_product_attention(q, k, v, attn_mask, key_padding_mask=key_padding_mask)
     return _linears([module.out_proj], [out.transpose(1, 2).flatten(2)])[0]
 
@@ -129,6 +138,10 @@ def kernels_run_on(tensor: Tensor) -> bool:
     # `refuses` reads devices, dtypes and the last dimensions, which here are those of heads.
     one_wide = tensor[..., :1]
     return not _triton.refuses(one_wide, one_wide, one_wide)
+
+
+def _wants_gradient(mask: Tensor | None) -> bool:
+    return mask is not None and mask.requires_grad and torch.is_grad_enabled()
 
 
 def _plain_call(inputs: tuple[Tensor, ...], modules: Iterable[Any]) -> bool:

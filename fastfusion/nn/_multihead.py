@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastfusion._arguments import autocast_dtype
 from fastfusion.nn import _nested
 from fastfusion.nn._attention_maps import RecordsAttention
+from fastfusion.nn._nested_pair import packed_attention_with_weights
 from fastfusion.nn._torchs_path import torchs_slow_path
 from fastfusion.nn._tracing import be_leaf
 from fastfusion.nn._weights import attention_with_weights
@@ -343,7 +344,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         )
         weights = None
         if need_weights or self._recorders:
-            out, weights = self._attend_padded(q, k, v, queries, keys, dropout_p)
+            out, weights = packed_attention_with_weights(q, k, v, queries, keys, dropout_p)
             weights = self._hand_out(weights, need_weights, average_attn_weights)
         else:
             out = varlen_attention(
@@ -377,31 +378,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         if queries.offsets.shape != keys.offsets.shape:
             return "query and key did not have the same batch size"
         return queries, keys, values
-
-    def _attend_padded(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        queries: _nested.Packed,
-        keys: _nested.Packed,
-        dropout_p: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Packed q, k, v (total, heads, head_dim) to packed output and padded weights."""
-        absent_queries, absent_keys = _absent(queries), _absent(keys)
-        query, key, value = (
-            t.new_zeros(*absent.shape, *t.shape[1:]).index_put((~absent,), t).transpose(1, 2)
-            for t, absent in ((q, absent_queries), (k, absent_keys), (v, absent_keys))
-        )
-        out, weights = attention_with_weights(query, key, value, None, absent_keys, dropout_p)
-        weights = weights.masked_fill(absent_queries[:, None, :, None], 0.0)
-        return out.transpose(1, 2)[~absent_queries], weights
-
-
-def _absent(packed: _nested.Packed) -> Tensor:
-    """(batch, longest), True behind the end of a sequence."""
-    lengths = packed.offsets.diff()
-    return torch.arange(packed.longest, device=lengths.device) >= lengths[:, None]
 
 
 def _is_autocast(tensor: Tensor) -> bool:

@@ -77,7 +77,8 @@ def _offsets_of(lengths: Tensor) -> Tensor:
 
 
 def unpack(values: Tensor, packed: Packed) -> Tensor:
-    """`values` (total length, width) as a nested tensor like the packed one; holes hold zeros."""
+    """`values` (total length, any width) as a nested tensor with the sequences of the packed one;
+    holes hold zeros."""
     source, lengths = packed.source, None
     if packed.rows is not None:
         buffer = values.new_zeros(source.values().shape[0], *values.shape[1:])
@@ -92,12 +93,13 @@ def unpack(values: Tensor, packed: Packed) -> Tensor:
             min_seqlen=source._maybe_min_seqlen,
             max_seqlen=source._maybe_max_seqlen,
         )
-    source = source.contiguous()
+    lengths = source._nested_tensor_size()[:, :1]
+    width = torch.full_like(lengths, values.shape[1])
     return torch._nested_view_from_buffer(
         values.reshape(-1),
-        source._nested_tensor_size(),
-        source._nested_tensor_strides(),
-        source._nested_tensor_storage_offsets(),
+        torch.cat((lengths, width), 1),
+        torch.cat((width, torch.ones_like(width)), 1),
+        ((lengths.cumsum(0) - lengths) * width).flatten(),
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accuracy import assert_accurate
 
+import fastfusion as ff
 from fastfusion.demo.stock import StockVQATransformer
 from fastfusion.models import VQATransformer
 
@@ -49,6 +50,23 @@ def test_shapes_and_weights(norm_first: bool) -> None:
     torch.testing.assert_close(attention[2].sum(-1), torch.ones(4))
 
 
+def test_attention_maps_of_every_layer() -> None:
+    torch.manual_seed(0)
+    model = VQATransformer(**SIZES).eval()
+    inputs = (*features(), *padding())
+    with ff.attention_maps(model) as maps:
+        logits = model(*inputs)
+    torch.testing.assert_close(logits, model(*inputs))
+    shapes = {
+        **{f"visual_encoder.layers.{i}.self_attn": (3, 7, 7) for i in range(2)},
+        **{f"text_encoder.layers.{i}.self_attn": (3, 4, 4) for i in range(2)},
+    }
+    on_text, on_visual = maps.pop("fusion")
+    assert {name: tuple(weights.shape) for name, weights in maps.items()} == shapes
+    assert on_text.shape == (3, 7, 4)
+    torch.testing.assert_close(on_visual, model(*inputs, need_weights=True)[1])
+
+
 def test_output_layer_is_on_the_concatenation() -> None:
     model = VQATransformer(**SIZES)
     assert model.output.in_features == 24 + 16
@@ -80,6 +98,17 @@ def test_padding_changes_nothing(training: bool) -> None:
     ignore_text = (torch.arange(7) >= 4).expand(3, -1)
     torch.testing.assert_close(model(longer, wordier, ignore_visual, ignore_text), expected)
     assert not torch.allclose(model(longer, wordier), expected), "the masks are what makes it equal"
+
+
+def test_padding_masks_broadcast() -> None:
+    model = VQATransformer(**SIZES).eval()
+    masks = [mask[:1] for mask in padding()]
+    expected = model(*features(), *(mask.expand(3, -1) for mask in masks))
+    torch.testing.assert_close(model(*features(), *masks), expected)
+    torch.testing.assert_close(model(*features(), *(mask[0] for mask in masks)), expected)
+    empty = torch.tensor([[True], [False], [False]])
+    expected = model(*features(), empty.expand(-1, 7))
+    torch.testing.assert_close(model(*features(), empty), expected)
 
 
 def test_fully_padded_sample_is_finite_and_leaves_others_alone() -> None:
@@ -224,11 +253,16 @@ def test_bad_constructor(change: dict[str, Any], error: type[Exception], text: s
         (
             {"visual_padding_mask": torch.zeros(3, 4, dtype=torch.bool)},
             ValueError,
-            r"visual_padding_mask must have shape \(3, 7\), got \(3, 4\)",
+            r"visual_padding_mask must broadcast to \(3, 7\), got \(3, 4\)",
         ),
         ({"text_padding_mask": torch.zeros(3, 4)}, TypeError, "text_padding_mask must be bool"),
         ({"text": torch.zeros(3, 4, 16).double()}, TypeError, "text must have the dtype of visual"),
         ({"visual": torch.zeros(3, 7, 24).int()}, TypeError, "visual must be float"),
+        (
+            {"visual": torch.zeros(3, 7, 24).double(), "text": torch.zeros(3, 4, 16).double()},
+            TypeError,
+            "visual must have the dtype of the weights",
+        ),
     ],
 )
 def test_bad_forward(change: dict[str, Any], error: type[Exception], text: str) -> None:

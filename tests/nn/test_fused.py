@@ -119,6 +119,21 @@ def test_cross_modal(
     assert launched == (order if norm_first else [*order[1:], order[0]])
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_cross_modal_attn_mask(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = cross_modal()
+    floats = values(1, 2, VISUAL, TEXT)
+    mask = floats if kind == "float" else hidden(VISUAL, TEXT, seed=5).to(DEVICE)
+
+    def call(visual: Tensor, text: Tensor) -> Any:
+        given = mask.to(visual.dtype) if mask is floats else mask
+        return module(visual, text, attn_mask=given)
+
+    with counted(monkeypatch) as launched:
+        assert_like_modules(module, call, torch.float32)
+    assert len(launched) == 6
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"bias": False}, {"head_dim": 5, "out_dim": 7}], ids=option_id
 )
@@ -137,6 +152,24 @@ def test_cross_attention(dtype: torch.dtype, options: Any, monkeypatch: pytest.M
         with counted(monkeypatch) as launched:
             assert_like_modules(module, call, dtype)
         assert launched == ["linear", "linear"]
+
+    def projected(query: Tensor, context: Tensor) -> Tensor:
+        return module(query, module.project_context(context), padding)
+
+    with counted(monkeypatch) as launched:
+        assert_like_modules(module, projected, dtype)
+    assert launched == ["linear", "linear"]
+
+
+def test_one_projected_context_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = cross_attention()
+
+    def call(query: Tensor, context: Tensor) -> Tensor:
+        return module(query, module.project_context(context[:1]), hidden(1, TEXT).to(DEVICE))
+
+    with counted(monkeypatch) as launched:
+        assert_like_modules(module, call, torch.float32)
+    assert launched == ["linear", "linear"]
 
 
 @pytest.mark.parametrize("make, op", [
@@ -223,6 +256,12 @@ def test_what_fits() -> None:
     frozen, bias = cross_attention().requires_grad_(False), values(VISUAL, TEXT)
     assert _fused.cross_attention_kernels(frozen, *tokens(), bias) is not None
     assert _fused.cross_attention_kernels(frozen, *tokens(), bias.requires_grad_()) is None
+    assert not _fused.cross_modal_fits(module, *tokens(), bias)
+    query, context = tokens()
+    kept = frozen.project_context(context)
+    assert _fused.cross_attention_kernels(frozen, query, kept, None) is not None
+    kept.key.requires_grad_()
+    assert _fused.cross_attention_kernels(frozen, query, kept, None) is None
 
 
 class _Linear(torch.nn.Linear):
@@ -297,6 +336,10 @@ def test_weights_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with counted(monkeypatch) as launched, torch.no_grad():
         cross_modal()(*tokens(), need_weights=True)
         cross_attention()(*tokens(), need_weights=True)
+        for module in (cross_modal(), cross_attention()):
+            with ff.attention_maps(module) as maps:
+                module(*tokens())
+            assert maps
     assert launched == []
 
 
