@@ -13,7 +13,7 @@ from fastfusion.ops.bidirectional_attention import bidirectional_attention
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastfusion.ops.varlen_attention import varlen_attention
 
-from fastfusion import models, nn, ops  # isort: skip
+from fastfusion import integrations, models, nn, ops  # isort: skip
 from fastfusion.nn._attention_maps import attention_maps  # isort: skip
 
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ __all__ = [
     "cuda_graph",
     "explain",
     "info",
+    "integrations",
     "models",
     "nn",
     "ops",

@@ -1,0 +1,326 @@
+"""The ops and modules in ONNX: onnxruntime runs them at other sizes than those exported."""
+
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from accuracy import assert_accurate
+from suite import OpSuite
+from torch import Tensor, nn
+from torch.export import Dim
+
+import fastfusion as ff
+from fastfusion._on_import import on_import
+from fastfusion.integrations.onnx import translations
+
+HEADS, WIDTH, LONGEST = 4, 16, 12
+EXPORTED = (3, 5, 7)
+OTHERS = [(4, 9, 3), (2, 1, 11), (5, 6, 6)]
+
+attention = ff.scaled_dot_product_attention
+bidirectional = ff.bidirectional_attention
+varlen = ff.varlen_attention
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:# The axis name"),  # one dimension of several inputs
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec"),
+    pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript"),
+    pytest.mark.filterwarnings("ignore:The feature will be removed"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+]
+
+
+class Module(nn.Module):
+    """A function of named tensors, and the modules that it calls."""
+
+    def __init__(self, names: list[str], function: Callable[..., Any], **parts: nn.Module) -> None:
+        super().__init__()
+        self.names, self.function = names, function
+        self.parts = nn.ModuleDict(parts)
+        self.eval()
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.names, tensors, strict=True))
+        return tuple(flat(self.function(given, **self.parts)))
+
+
+def flat(results: Any) -> Iterator[Tensor]:
+    if isinstance(results, Tensor):
+        yield results
+    else:
+        for result in results:
+            yield from flat(result)
+
+
+def run(model: bytes, tensors: dict[str, Tensor]) -> list[Tensor]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+    feed = {n: t.cpu().numpy() for n, t in zip(names, tensors.values(), strict=True)}
+    return [torch.from_numpy(np.asarray(result)) for result in session.run(None, feed)]
+
+
+def export(module: Module, inputs: dict[str, Tensor], axes: dict[str, Any], **options: Any) -> Any:
+    dynamic = (tuple(axes[name] for name in inputs),)
+    return torch.onnx.export(
+        module, tuple(inputs.values()), dynamic_shapes=dynamic, verbose=False, **options
+    )
+
+
+def double(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: t.double() if t.is_floating_point() else t for k, t in tensors.items()}
+
+
+def assert_right(model: bytes, module: Module, inputs: dict[str, Tensor]) -> None:
+    """onnxruntime's results are as accurate as the formula, and nowhere NaN."""
+    with ff.use_backend("reference"):
+        plain = module(*inputs.values())
+        exact = module.double()(*double(inputs).values())
+    module.float()
+    for i, result in enumerate(run(model, inputs)):
+        assert result.dtype == plain[i].dtype, f"output {i}"
+        assert result.shape == plain[i].shape, f"output {i}"
+        slices = (OpSuite.slices(t.cpu()) for t in (result, exact[i], plain[i]))
+        assert_accurate(*slices)
+
+
+def hidden(batch: int, length: int) -> Tensor:
+    """Padding: all of the first sample, the end of the second."""
+    mask = torch.zeros(batch, length, dtype=torch.bool)
+    mask[0] = True
+    mask[1, length // 2 :] = True
+    return mask
+
+
+def offsets(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+
+
+def op_inputs(batch: int, q_len: int, kv_len: int) -> dict[str, Tensor]:
+    q_lens, kv_lens = [q_len, 0, *[2] * (batch - 2)], [kv_len, 3, *[0] * (batch - 2)]
+    bias = torch.randn(batch, 1, q_len, kv_len)
+    bias[:, :, q_len // 2] = -torch.inf
+    inputs = {
+        "query": torch.randn(batch, HEADS, q_len, 8),
+        "key": torch.randn(batch, HEADS, kv_len, 8),
+        "value": torch.randn(batch, HEADS, kv_len, 6),
+        "query_value": torch.randn(batch, HEADS, q_len, 5),
+        "bools": torch.rand(q_len, kv_len) > 0.5,
+        "bias": bias,
+        "no_keys": hidden(batch, kv_len),
+        "no_queries": hidden(batch, q_len),
+        # Three rows behind the last sequence.
+        "packed_query": torch.randn(sum(q_lens) + 3, HEADS, 8),
+        "packed_key": torch.randn(sum(kv_lens), 2, 8),
+        "packed_value": torch.randn(sum(kv_lens), 2, 6),
+        "begin_q": offsets(q_lens),
+        "begin_k": offsets(kv_lens),
+        "packed_bools": torch.rand(HEADS, LONGEST, LONGEST) > 0.3,
+    }
+    # What padding hides is not read.
+    for name in ("key", "value"):
+        padded = inputs["no_keys"][:, None, :, None]
+        inputs[f"nan_{name}"] = inputs[name].masked_fill(padded, torch.nan)
+    return inputs
+
+
+def calls(t: dict[str, Tensor]) -> list[Any]:
+    query, key, value = t["query"], t["key"], t["value"]
+    grouped = (query, t["nan_key"][:, :2], t["nan_value"][:, :2])
+    sides = (query, key, value, t["query_value"])
+    packed = (t["packed_query"], t["packed_key"], t["packed_value"], t["begin_q"], t["begin_k"])
+    longest = (LONGEST, LONGEST)
+    bottom: dict[str, Any] = {"is_causal": True, "causal_alignment": "bottom_right"}
+    return [
+        attention(query, key, value),
+        attention(query, key, value, t["bools"], is_causal=True, return_lse=True),
+        attention(query, key, value, t["bias"], scale=-0.3, return_lse=True),
+        attention(query, key[:, :1], value[:, :1], t["bools"][:, :1], **bottom),
+        attention(query[0, 0], key[0, 0], value[0, 0], scale=0.0, is_causal=True),
+        attention(*grouped, t["bias"], key_padding_mask=t["no_keys"], enable_gqa=True),
+        attention(*grouped, key_padding_mask=t["no_keys"], enable_gqa=True, **bottom),
+        bidirectional(*sides, attn_mask=t["bias"], return_lse=True),
+        bidirectional(
+            *sides, attn_mask=t["bools"], query_padding_mask=t["no_queries"],
+            key_padding_mask=t["no_keys"], **bottom,
+        ),
+        varlen(*packed, *longest, return_lse=True, **bottom),
+        varlen(*packed, *longest, attn_mask=t["packed_bools"]),
+    ]  # fmt: skip
+
+
+B, L, S = Dim("B"), Dim("L"), Dim("S")
+OP_AXES = {
+    "query": {0: B, 2: L}, "key": {0: B, 2: S}, "value": {0: B, 2: S}, "query_value": {0: B, 2: L},
+    "bools": {0: L, 1: S}, "bias": {0: B, 2: L, 3: S}, "no_keys": {0: B, 1: S},
+    "no_queries": {0: B, 1: L}, "packed_query": {0: Dim("Tq")}, "packed_key": {0: Dim("Tk")},
+    "packed_value": {0: Dim("Tk")}, "begin_q": {0: Dim("N")}, "begin_k": {0: Dim("N")},
+    "packed_bools": None, "nan_key": {0: B, 2: S}, "nan_value": {0: B, 2: S},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_ops(opset: int) -> None:
+    inputs = op_inputs(*EXPORTED)
+    module = Module(list(inputs), calls)
+    program = export(module, inputs, OP_AXES, opset_version=opset)
+    operators = [node.op_type for node in program.model.graph]
+    # No float mask, a positive scale, no packed sequences, one direction.
+    assert operators.count("Attention") == (4 if opset >= 23 else 0)
+    model = program.model_proto.SerializeToString()
+    for sizes in OTHERS:
+        assert_right(model, module, op_inputs(*sizes))
+
+
+def module_inputs(batch: int, q_len: int, kv_len: int) -> dict[str, Tensor]:
+    no_keys = hidden(batch, kv_len)
+    return {
+        "x": torch.randn(batch, q_len, WIDTH),
+        "y": torch.randn(batch, kv_len, WIDTH),
+        "nan_y": torch.randn(batch, kv_len, WIDTH).masked_fill(no_keys[..., None], torch.nan),
+        "no_x": hidden(batch, q_len),
+        "no_y": no_keys,
+        "apart": torch.rand(q_len, kv_len) > 0.7,
+        "future": torch.ones(q_len, q_len, dtype=torch.bool).triu(1),
+    }
+
+
+def modules() -> dict[str, nn.Module]:
+    layer = {"nhead": HEADS, "dim_feedforward": 2 * WIDTH, "batch_first": True}
+    return {
+        "attention": ff.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True),
+        "encoder": ff.nn.TransformerEncoder(ff.nn.TransformerEncoderLayer(WIDTH, **layer), 1),
+        "decoder": ff.nn.TransformerDecoder(ff.nn.TransformerDecoderLayer(WIDTH, **layer), 1),
+        "cross": ff.nn.CrossAttention(WIDTH, WIDTH, HEADS),
+        "vqa": ff.models.VQATransformer(WIDTH, WIDTH, HEADS, 2 * WIDTH, 1, 5),
+    }
+
+
+def module_calls(
+    t: dict[str, Tensor],
+    attention: Any,
+    encoder: Any,
+    decoder: Any,
+    cross: Any,
+    vqa: Any,
+) -> list[Any]:
+    x, y, no_x, no_y = t["x"], t["y"], t["no_x"], t["no_y"]
+    nan = (x, t["nan_y"], t["nan_y"])
+    masks = {"tgt_mask": t["future"], "tgt_is_causal": True, "memory_key_padding_mask": no_y}
+    return [
+        attention(*nan, key_padding_mask=no_y, need_weights=False)[0],
+        attention(*nan, key_padding_mask=no_y, attn_mask=t["apart"]),
+        encoder(x, mask=t["future"], src_key_padding_mask=no_x),
+        decoder(x, t["nan_y"], **masks),
+        cross(x, t["nan_y"], no_y),
+        cross(x, y, attn_mask=t["apart"], need_weights=True),
+        vqa(x, y, no_x, no_y, need_weights=True),
+    ]
+
+
+MODULE_AXES = {
+    "x": {0: B, 1: L}, "y": {0: B, 1: S}, "nan_y": {0: B, 1: S}, "no_x": {0: B, 1: L},
+    "no_y": {0: B, 1: S}, "apart": {0: L, 1: S}, "future": {0: L, 1: L},
+}  # fmt: skip
+
+
+def test_modules() -> None:
+    inputs = module_inputs(*EXPORTED)
+    module = Module(list(inputs), module_calls, **modules())
+    program = export(module, inputs, MODULE_AXES, optimize=False)
+    model = program.model_proto.SerializeToString()
+    for sizes in OTHERS:
+        assert_right(model, module, module_inputs(*sizes))
+
+
+def torchscript(module: Module, inputs: dict[str, Tensor], axes: dict[str, Any], to: Path) -> bytes:
+    with torch.no_grad():
+        outputs = [f"output_{i}" for i, _ in enumerate(module(*inputs.values()))]
+    torch.onnx.export(
+        module, tuple(inputs.values()), to, dynamo=False, input_names=list(inputs),
+        output_names=outputs,
+        dynamic_axes={n: {i: str(d) for i, d in (axes[n] or {}).items()} for n in inputs},
+    )  # fmt: skip
+    return to.read_bytes()
+
+
+def test_the_torchscript_exporter(tmp_path: Path) -> None:
+    inputs = op_inputs(*EXPORTED)
+    module = Module(list(inputs), calls)
+    model = torchscript(module, inputs, OP_AXES, tmp_path / "model.onnx")
+    for sizes in OTHERS:
+        assert_right(model, module, op_inputs(*sizes))
+
+
+def dropped(t: dict[str, Tensor]) -> list[Tensor]:
+    ones = torch.ones_like(t["key"])
+    return [attention(t["query"], t["key"], ones, None, p, scale=0.0) for p in (0.5, 1.0)]
+
+
+def test_dropout_stays_random() -> None:
+    inputs = {"query": torch.randn(2, 4, 5, 8), "key": torch.randn(2, 4, 8, 8)}
+    module = Module(list(inputs), dropped)
+    axes = {"query": {0: B}, "key": {0: B}}
+    model = export(module, inputs, axes, optimize=False).model_proto.SerializeToString()
+    half, nothing = run(model, inputs)
+    # Each of 8 equal probabilities is 0 or doubled.
+    assert torch.equal(half, (half * 4).round() / 4) and len(half.unique()) > 2
+    assert not nothing.any()
+
+
+def test_translations_of_every_op() -> None:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.raises(ValueError, match="opset_version must be at least 18, got 17"):
+        translations(17)
+    table = translations()
+    forward = {
+        schema.name
+        for schema in torch._C._jit_get_all_schemas()
+        if re.fullmatch(r"fastfusion::(triton_|cuda_)?[a-z]+(_forward|_out)?", schema.name)
+        and "capability" not in schema.name
+    }
+    assert "fastfusion::attention_out" in forward
+    assert {op._schema.name for op in table} == forward
+    for opset in (18, 20, 23):
+        registry = ONNXRegistry.from_torchlib(opset)
+        assert all(registry.is_registered(op) for op in table)
+
+
+def test_on_import_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fastfusion_waited_for.py").write_text("answer = 42\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen: list[int] = []
+    on_import("fastfusion_waited_for", lambda module: seen.append(module.answer))
+    assert seen == []
+    waited_for = importlib.import_module("fastfusion_waited_for")
+    assert seen == [42]
+    assert inspect.getsource(waited_for) == "answer = 42\n"
+    assert isinstance(waited_for.__loader__, SourceFileLoader)
+    on_import("fastfusion_waited_for", lambda module: seen.append(-module.answer))
+    assert seen == [42, -42]
+    monkeypatch.delitem(sys.modules, "fastfusion_waited_for")
+    importlib.import_module("fastfusion_waited_for")
+    assert seen == [42, -42]
+
+
+def test_importing_the_package_imports_no_exporter() -> None:
+    code = """
+import sys, torch, fastfusion
+print([m for m in sys.modules if m.endswith(".onnx")])
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert answer.stdout.strip() == "[]"
