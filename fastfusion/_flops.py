@@ -4,18 +4,13 @@ They are registered when that module is imported, by whoever counts: it imports 
 installed, 160 ms that every `import fastfusion` would pay.
 """
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-_COUNTER = "torch.utils.flop_counter"
+from fastfusion._on_import import on_import
 
 Shape = Sequence[int]
 
@@ -107,33 +102,6 @@ def _register(counter: Any) -> None:
                 )
 
 
-class _Hook(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Calls `_register` behind the first import of the counter, and is gone."""
-
-    loader: importlib.abc.Loader
-
-    def find_spec(
-        self, fullname: str, path: Any = None, target: Any = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            self.loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        _register(module)
-
-
 def register() -> None:
     """Now if the counter is imported already, otherwise when it is."""
-    if _COUNTER in sys.modules:
-        _register(sys.modules[_COUNTER])
-    else:
-        sys.meta_path.insert(0, _Hook())
+    on_import("torch.utils.flop_counter", _register)
