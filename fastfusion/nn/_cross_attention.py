@@ -43,7 +43,7 @@ torch.serialization.add_safe_globals([ProjectedContext])
 _register_namedtuple(ProjectedContext, serialized_type_name="fastfusion.nn.ProjectedContext")
 
 
-class CrossAttention(nn.Module, RecordsAttention):
+class CrossAttention(RecordsAttention):
     """Multi-head attention of a query sequence to a context sequence.
 
     out = concat_h(softmax(Q_h K_h^T / sqrt(head_dim)) V_h) W_out, with Q from the query and K, V

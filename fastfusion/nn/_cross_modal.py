@@ -24,7 +24,7 @@ from fastfusion.nn._weights import bidirectional_with_weights
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
 
 
-class CrossModalAttention(nn.Module, RecordsAttention):
+class CrossModalAttention(RecordsAttention):
     """A fusion layer in which image and text attend to each other.
 
     One score matrix S = Q_visual K_text^T / sqrt(head_dim) serves both directions: its rows,
