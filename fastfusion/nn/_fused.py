@@ -32,12 +32,15 @@ from torch.utils._device import DeviceContext
 
 from fastfusion import _arguments as arguments
 from fastfusion import _cuda_block, _triton
+from fastfusion._info import Watching
 from fastfusion._op import forced_backend
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 MAX_NORM_WIDTH = 16384  # kernels.norm.MAX_WIDTH, here without importing Triton
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
+# torch.set_default_device, and `explain`, which describes what runs without it.
+_HARMLESS_MODES = (DeviceContext, Watching)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -159,7 +162,7 @@ def _plain_call(inputs: tuple[Tensor, ...], modules: Iterable[Any]) -> bool:
     ):
         return False
     if torch._C._len_torch_function_stack() > 0 and any(
-        type(mode) is not DeviceContext  # torch.set_default_device
+        type(mode) not in _HARMLESS_MODES
         for mode in torch.overrides._get_current_function_mode_stack()
     ):
         return False

@@ -1,9 +1,12 @@
 """`explain` of modules: which road each attention takes, by running the module once."""
 
+from unittest.mock import patch
+
 import torch
 from torch import nn
 
 import fastfusion as ff
+from fastfusion.nn import _fused
 
 
 def test_each_attention_of_a_model_is_named() -> None:
@@ -40,6 +43,20 @@ def test_it_describes_the_call_in_its_surroundings() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         ((_, row),) = ff.explain(fusion, visual, text).rows
     assert row is not None and "bfloat16" in row.call
+
+
+def test_it_takes_the_road_of_the_call() -> None:
+    """Kernels that fuse a whole module run under it as without it."""
+    attention = ff.nn.CrossAttention(16, 8, 2).eval()
+    query, context = torch.randn(2, 5, 16), torch.randn(2, 7, 8)
+    with (
+        ff.use_backend("triton"),
+        torch.no_grad(),
+        patch.object(_fused, "cross_attention", wraps=_fused.cross_attention) as fused,
+    ):
+        ((_, row),) = ff.explain(attention, query, context).rows
+    assert row is not None and row.chosen == "triton"
+    assert fused.called
 
 
 def test_nothing_of_the_model_changes() -> None:
