@@ -161,7 +161,13 @@ def run_checked(
     try:
         chosen = op.select(backend, given)
         return chosen.run(*given) if chosen.backend == "cpu" else None
-    except (AttributeError, TypeError, ValueError, RuntimeError):  # of arguments; others go on
+    except (
+        AttributeError,
+        IndexError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # of arguments; others go on
         return None
 
 

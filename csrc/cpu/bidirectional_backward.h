@@ -244,7 +244,6 @@ class BidirectionalBackwardTask {
     if (masked_) mask_scores(scores, block, scaling_.unit, maximum_);
     const auto gradients = [&](const LeftRows<Math>& left, const Right<Math>& right, int64_t dim,
                                uint32_t stream, float* to) {
-      if (!left.data) return;
       const int64_t steps = Operands<Math>::steps(dim);
       if (few) {
         multiply_in_parts(left, right, block.count, columns, steps, to);
@@ -256,8 +255,13 @@ class BidirectionalBackwardTask {
       for (int64_t e = 0; e < block.count * columns; e += Vec::kLanes)
         (Vec::load(to + e) * Vec::load(factor_ + e)).store(to + e);
     };
-    gradients(keys.value, panel.grad_t, p_.value_dim, kRowStream, tile.grad_rows);
-    gradients(keys.grad, panel.value_t, p_.query_value_dim, kColumnStream, tile.grad_columns);
+    if (!multiplies_gradients()) return;
+    if (keys.for_queries) {
+      gradients(keys.value, panel.grad_t, p_.value_dim, kRowStream, tile.grad_rows);
+    }
+    if (keys.for_keys) {
+      gradients(keys.grad, panel.value_t, p_.query_value_dim, kColumnStream, tile.grad_columns);
+    }
   }
 
   // P c in the place of dP, R d in that of dR, dS in that of S.

@@ -118,7 +118,7 @@ def scaled_dot_product_attention(
             chosen = OP.select(backend, given)
             if chosen.checks:
                 return chosen.run(*given)
-    except (AttributeError, TypeError, ValueError, RuntimeError):
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
         # Kernels check everything and say little; check() has the words. What it accepts was
         # refused for what normalisation changes, or the error is not about arguments.
         check(
@@ -276,11 +276,9 @@ def normalize(
         key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
     kv_heads = value.shape[-3] if key.shape[-3] == 1 else key.shape[-3]
     heads = query.shape[-3] if enable_gqa or kv_heads == 1 else kv_heads
-    query = query.expand(*leading, heads, -1, -1) if rank > 3 else query.expand(-1, heads, -1, -1)
-    key, value = (
-        t.expand(*leading, kv_heads, -1, -1) if rank > 3 else t.expand(-1, kv_heads, -1, -1)
-        for t in (key, value)
-    )
+    outer = leading if rank > 3 else (1,)
+    query = _widened(query, (*outer, heads))
+    key, value = _widened(key, (*outer, kv_heads)), _widened(value, (*outer, kv_heads))
     if rank > 4:
         query, key, value = (t.flatten(0, rank - 4) for t in (query, key, value))
         if attn_mask is not None and attn_mask.dim() > 3:
@@ -292,6 +290,12 @@ def normalize(
         query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal,
         causal_alignment == "bottom_right", scale, enable_gqa or kv_heads != heads, return_lse,
     )  # fmt: skip
+
+
+def _widened(tensor: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """With these leading dimensions; the tensor itself where it has them, so that an exported graph
+    holds no operator that does nothing."""
+    return tensor if tensor.shape[:-2] == leading else tensor.expand(*leading, -1, -1)
 
 
 def _run_reference(
@@ -413,7 +417,8 @@ def _require_fit(
     batch, heads, q_len, dim = query.shape
     kv_batch, kv_heads, kv_len, value_dim = value.shape
     fits = (
-        kv_batch == batch
+        dim > 0
+        and kv_batch == batch
         and key.shape == (batch, kv_heads, kv_len, dim)
         and (heads == kv_heads or (enable_gqa and kv_heads > 0 and heads % kv_heads == 0))
         and key.dtype == value.dtype == query.dtype
