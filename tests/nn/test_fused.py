@@ -309,7 +309,6 @@ def test_unusual_modules_stay_with_torch(name: str) -> None:
     assert not _fits(module)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_unusual_circumstances_stay_with_torch() -> None:
     module = cross_modal()
     assert _fits(module)
