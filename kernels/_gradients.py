@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fastfusion.kernels._tile import (
+    EXTREME_FLOAT,
     add,
     exponentials,
     inverse,
@@ -53,6 +54,15 @@ def softmax_gradient(
     if DROPOUT:
         p = tl.where(keep, p * keep_scale, 0.0)
     return p, ds
+
+
+@triton.jit
+def partly_scaled(ds, factor, MASK: tl.constexpr):
+    """dS as it is summed for the gradients of queries and keys."""
+    if MASK >= EXTREME_FLOAT:
+        return ds * factor
+    else:
+        return ds
 
 
 @triton.jit
@@ -142,7 +152,8 @@ def row_gradients(
     MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
     SINGLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(dq / scale, shift, 1 / sum, delta) of OWN queries; SINGLE: their keys fit one tile."""
+    """(dq before its gradient_scale, shift, 1 / sum, delta) of OWN queries; SINGLE: their keys fit
+    one tile."""
     present = q_start + tl.arange(0, OWN) < q_len
     q = load_rows(q_base, q_start, present, q_row, DIM, WIDTH, DOT)
     if SIGN != 1:
@@ -166,6 +177,7 @@ def row_gradients(
         p = p * share[:, None]
         delta = tl.sum(p * dp, 1)
         ds = p * ((dp - delta[:, None]) + grad_lse[:, None])
+        ds = partly_scaled(ds, factor, MASK)
         ds = ds.to(k_base.dtype.element_ty).to(DOT)
         dq, dq_lost = multiply_add(dq, dq_lost, ds, k, PRECISION)
     else:
@@ -183,6 +195,7 @@ def row_gradients(
                 delta[:, None], grad_lse[:, None], mask, seed, slice_index, scale, factor,
                 threshold, keep_scale, CAUSAL, MASK, DROPOUT, STREAM, False, PRECISION,
             )  # fmt: skip
+            ds = partly_scaled(ds, factor, MASK)
             ds = ds.to(k_base.dtype.element_ty).to(DOT)
             dq, dq_lost = multiply_add(dq, dq_lost, ds, k, PRECISION)
     return dq, shift, share, delta
@@ -198,7 +211,8 @@ def key_gradients(
     DROPOUT: tl.constexpr, STREAM: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(dk / |scale|, dv) of a tile of keys, continued over the queries [first, last) of a head.
+    """(dk before its gradient_scale, dv) of a tile of keys, continued over queries [first, last)
+    of a head.
 
     `at` is where the statistics of the head begin. The queries carry the sign of the scale. State:
     dk and what its rounding lost, dv and what its rounding lost.
@@ -220,6 +234,7 @@ def key_gradients(
             keep_scale, CAUSAL, MASK, DROPOUT, STREAM, True, PRECISION,
         )  # fmt: skip
         p = p.to(q_base.dtype.element_ty).to(DOT)
+        ds = partly_scaled(ds, factor, MASK)
         ds = ds.to(q_base.dtype.element_ty).to(DOT)
         dv, dv_lost = multiply_add(dv, dv_lost, p, grad, PRECISION)
         dk, dk_lost = multiply_add(dk, dk_lost, ds, q, PRECISION)

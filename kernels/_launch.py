@@ -14,10 +14,15 @@ from torch import Tensor
 
 from fastfusion.kernels import _plan, _tiles
 from fastfusion.kernels._plan import INTERPRETED, empty
-from fastfusion.kernels._tile import BOOL_MASK, FLOAT_MASK, NATURAL
+from fastfusion.kernels._tile import BOOL_MASK, EXTREME, EXTREME_BOOL, EXTREME_FLOAT, FLOAT_MASK
 
 _CONFIGS = Path(__file__).with_name("configs")
-_BOOL_MASK, _FLOAT_MASK, _NATURAL = (int(c.value) for c in (BOOL_MASK, FLOAT_MASK, NATURAL))
+# Values of MASK by the mask's being there and of bools, and by whether the scale is extreme.
+_MASKS = {
+    (False, False): (0, EXTREME.value),
+    (True, False): (FLOAT_MASK.value, EXTREME_FLOAT.value),
+    (True, True): (BOOL_MASK.value, EXTREME_BOOL.value),
+}
 _ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -165,13 +170,12 @@ def score_options(
     `sizes` are those that the mask broadcasts to: batch, heads, queries, keys.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    kind, mask_strides = 0, (0, 0, 0, 0)
-    if attn_mask is not None:
-        kind = _BOOL_MASK if attn_mask.dtype == torch.bool else _FLOAT_MASK
-        mask_strides = attn_mask.expand(sizes).stride()
-    # -inf has to stay -inf when multiplied by the factor, and finite scores finite.
-    if kind != _FLOAT_MASK and not 2.0**-100 <= abs(scale) <= 2.0**64:
-        kind += _NATURAL
+    masked = attn_mask is not None
+    mask_strides = attn_mask.expand(sizes).stride() if attn_mask is not None else (0, 0, 0, 0)
+    extreme = not 2.0**-32 <= abs(scale) <= 2.0**32
+    factor = abs(scale) * math.log2(math.e)
+    if extreme:  # for gradients, see `gradient_scale`
+        factor = 2.0 ** round(math.log2(abs(scale)) / 2) if scale else 1.0
     run_time = {
         "mask_ptr": query if attn_mask is None else attn_mask,
         **dict(
@@ -184,17 +188,24 @@ def score_options(
         "threshold": min(round(dropout_p * 2**32), 2**32 - 1),
         "keep_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
         "scale": abs(scale),
-        "factor": 0.0 if kind >= _FLOAT_MASK else abs(scale) * math.log2(math.e),
+        "factor": factor,
     }
     compile_time = {
         "SIGN": -1 if scale < 0 else 1,
         "CAUSAL": int(is_causal),
-        "MASK": kind,
+        "MASK": _MASKS[masked, masked and attn_mask.dtype == torch.bool][extreme],
         "PADDING": key_padding_mask is not None,
         "DROPOUT": seed is not None,
         **numbers(query.dtype),
     }
     return run_time, compile_time
+
+
+def gradient_scale(options: dict[str, Any]) -> float:
+    """What sums of dS are multiplied by: the scale without its sign, or of an extreme one what its
+    square root, taken before, leaves over. Either way to put in all at once could overflow."""
+    extreme = options["MASK"] >= EXTREME_FLOAT.value
+    return options["scale"] / options["factor"] if extreme else options["scale"]
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from fastfusion.kernels._gradients import (
     load_statistics,
+    partly_scaled,
     row_statistics,
     softmax_gradient,
     store_statistics,
@@ -167,6 +168,7 @@ def side_gradients(
             a_statistics, b_statistics, mask, seed, slice_index, scale, factor, threshold,
             keep_scale, CAUSAL, MASK, DROPOUT, EXCHANGED, PRECISION,
         )  # fmt: skip
+        ds = partly_scaled(ds, factor, MASK)
         ds, p = ds.to(a_ptr.dtype.element_ty).to(DOT), p.to(a_ptr.dtype.element_ty).to(DOT)
         da, da_lost = multiply_add(da, da_lost, ds, b, PRECISION)
         dav, dav_lost = multiply_add(dav, dav_lost, p, grad_b, PRECISION)

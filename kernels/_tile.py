@@ -7,8 +7,8 @@ ones per element cost registers (8-72 bytes of spills).
 
 Exponents are of base 2. As a rule scores stay raw products, and one fma per score,
 x * factor - shift, does scale, log2(e) and maximum. With a float mask they are in natural units and
-the maximum is subtracted first, because a mask of finfo.min times log2(e) would be -inf; so they
-are where the scale is so large that it alone would be, or so small that -inf times it is not -inf.
+the maximum is subtracted first, because a mask of finfo.min times log2(e) would be -inf. So they
+are for an extreme scale, which may overflow by log2(e) alone, or make NaN of -inf.
 
 A `mask` is what hides scores and is added to them: (where the attn_mask of the head begins, its
 strides of rows and columns, how many of either it has, the diagonal). Of a causal call, query i
@@ -21,10 +21,12 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Values of MASK. NATURAL: scores in natural units without a float mask; with a bool mask, 4.
+# Values of MASK, 0 for none. From FLOAT_MASK on scores are in natural units.
 BOOL_MASK = tl.constexpr(1)
 FLOAT_MASK = tl.constexpr(2)
-NATURAL = tl.constexpr(3)
+EXTREME_FLOAT = tl.constexpr(3)  # a float mask and an extreme scale
+EXTREME = tl.constexpr(4)
+EXTREME_BOOL = tl.constexpr(5)
 
 
 @triton.jit
@@ -115,14 +117,14 @@ def scores(
     else:
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         rows, keys, shown = rows[:, None], keys[None, :], visible[None, :]
-    if MASK >= NATURAL:  # no plain product: with the maximum taken off it would become one fma
+    if MASK >= EXTREME:  # no plain product: with the maximum taken off it would become one fma
         x = tl.fma(x, tl.zeros_like(x) + scale, tl.zeros_like(x))
-    if MASK != 0 and MASK != NATURAL:
+    if MASK != 0 and MASK != EXTREME:
         base = mask_ptr + tl.cast(q_start, tl.int64) * mask_row
         base += tl.cast(k_start, tl.int64) * mask_column
         inside = (rows < mask_rows - q_start) & (keys < mask_columns - k_start)
         value = tl.load(base + (rows * mask_row + keys * mask_column), mask=inside, other=0)
-        if MASK == FLOAT_MASK:
+        if MASK >= FLOAT_MASK and MASK <= EXTREME_FLOAT:
             x = tl.fma(x, tl.zeros_like(x) + scale, value.to(tl.float32))
         else:
             x = tl.where(value != 0, x, -float("inf"))

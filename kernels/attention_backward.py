@@ -27,6 +27,7 @@ from fastfusion.kernels._launch import (
     aligned,
     cdiv,
     cut,
+    gradient_scale,
     readable,
     rows_outside,
     rows_readable,
@@ -295,7 +296,7 @@ def attention_backward(
         query, (batch, heads, q_len, kv_len), attn_mask, key_padding_mask, seed, dropout_p,
         is_causal, bottom_right, scale,
     )  # fmt: skip
-    scale = dim**-0.5 if scale is None else float(scale)
+    after = gradient_scale({**run_time, **compile_time})
     group, widest = heads // kv_heads, max(width(dim), width(value_dim))
     common = {
         "grad_lse_ptr": query if grad_lse is None else grad_lse,
@@ -314,7 +315,7 @@ def attention_backward(
     launch(
         rows_kernel, batch * heads * cdiv(q_len, own),
         query, key, value, grad_out, dq_ptr=dq, **strides(dq=dq), **common, **sizes,
-        gradient_scale=scale, SINGLE=kv_len <= sizes["LOOP"],
+        gradient_scale=compile_time["SIGN"] * after, SINGLE=kv_len <= sizes["LOOP"],
     )  # fmt: skip
     own, sizes = chosen("keys", kv_len)
     splits, per_split = row_splits(cdiv(q_len, sizes["LOOP"]), group, sizes["LOOP"])
@@ -323,7 +324,7 @@ def attention_backward(
     launch(
         keys_kernel, batch * kv_heads * splits * cdiv(kv_len, own),
         query, key, value, grad_out, dk_ptr=dk, dv_ptr=dv, partial_ptr=partial,
-        **strides(dk=dk, dv=dv), **common, **sizes, gradient_scale=abs(scale), splits=splits,
+        **strides(dk=dk, dv=dv), **common, **sizes, gradient_scale=after, splits=splits,
         per_split=per_split, SPLIT=splits > 1,
     )  # fmt: skip
     if splits > 1:

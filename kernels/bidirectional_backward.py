@@ -21,6 +21,7 @@ from fastfusion.kernels._gradients import load_statistics, store_mask_gradient
 from fastfusion.kernels._launch import (
     cdiv,
     cut,
+    gradient_scale,
     rows_outside,
     rows_readable,
     strides,
@@ -229,7 +230,7 @@ def _take_statistics(common: dict[str, Any], widest: int) -> dict[str, Tensor]:
     return found
 
 
-def _sides(common: dict[str, Any], found: dict[str, Tensor], scale: float, widest: int) -> None:
+def _sides(common: dict[str, Any], found: dict[str, Tensor], widest: int) -> None:
     """Fill `found`, each side by programs of its own."""
     query, dim = common["q_ptr"], common["DIM"]
     slices = query.shape[0] * query.shape[1]
@@ -255,7 +256,7 @@ def _sides(common: dict[str, Any], found: dict[str, Tensor], scale: float, wides
     launch(
         gradients_kernel, sum(programs), **common, **sizes, **options,
         **{f"{n}_ptr": g for n, g in found.items()}, **strides(**found), q_programs=programs[0],
-        gradient_scale=scale,
+        gradient_scale=common["SIGN"] * gradient_scale(common),
     )  # fmt: skip
     for partial, of_side, of_value, splits in merges:
         merge_splits(partial, of_side, of_value, splits)
@@ -284,7 +285,7 @@ def bidirectional_backward(*arguments: Any) -> tuple[Tensor, ...]:
             is empty if not).
     """
     given, wanted = prepared(arguments[4:-1]), arguments[-1]
-    query, key, value, query_value, attn_mask, *_, scale = given
+    query, key, value, query_value, attn_mask, *_ = given
     (batch, heads, q_len, dim), kv_len = query.shape, key.shape[2]
     found = {
         name: rows_outside(query, *t.shape)
@@ -305,24 +306,23 @@ def bidirectional_backward(*arguments: Any) -> tuple[Tensor, ...]:
             query.new_zeros(batch, heads, n, dtype=torch.float32) if g is None else g.contiguous()
             for g, n in zip(arguments[2:4], (q_len, kv_len), strict=True)
         ]
-    scale = dim**-0.5 if scale is None else float(scale)
     widest = max(width(d) for d in (dim, *values))
     shared = keys_on_chip(min(q_len, kv_len), widest, query.element_size())
     if shared and q_len >= kv_len:
-        shared_backward(_common(given, grads, lse_grads), found, scale, widest, False)
+        shared_backward(_common(given, grads, lse_grads), found, widest, False)
     elif shared:
         turned = {"dq": "dk", "dk": "dq", "dv": "dqv", "dqv": "dv"}
         shared_backward(
             _common(
                 exchanged(given), grads[::-1], lse_grads and lse_grads[::-1], True
             ),
-            {name: found[other] for name, other in turned.items()}, scale, widest, True,
+            {name: found[other] for name, other in turned.items()}, widest, True,
         )  # fmt: skip
     if not shared or dmask.numel():
         common = _common(given, grads, lse_grads)
         common |= _take_statistics(common, widest)
         if not shared:
-            _sides(common, found, scale, widest)
+            _sides(common, found, widest)
         if dmask.numel():
             _mask_gradient(common, dmask, widest)
     return (*found.values(), dmask)

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels._gradients import load_grad_lse, softmax_gradient
-from fastfusion.kernels._launch import strides, tile, width
+from fastfusion.kernels._gradients import load_grad_lse, partly_scaled, softmax_gradient
+from fastfusion.kernels._launch import gradient_scale, strides, tile, width
 from fastfusion.kernels._plan import accepted, empty, launch
 from fastfusion.kernels._tile import (
     add,
@@ -198,6 +198,7 @@ def gradients_kernel(
         ds += p * ((over_keys - delta[None, :]) + grad_lse[None, :])
         if DROPOUT:
             p = tl.where(keep_keys, p * keep_scale, 0.0)
+        ds = partly_scaled(ds, factor, MASK)
         ds = ds.to(q_ptr.dtype.element_ty).to(DOT)
         p = p.to(q_ptr.dtype.element_ty).to(DOT)
         p_rows = p_rows.to(q_ptr.dtype.element_ty).to(DOT)
@@ -226,7 +227,7 @@ def keys_on_chip(kv_len: int, widest: int, itemsize: int) -> bool:
 
 
 def shared_backward(
-    given: dict[str, Any], found: dict[str, Tensor], scale: float, widest: int, turned: bool
+    given: dict[str, Any], found: dict[str, Tensor], widest: int, turned: bool
 ) -> None:
     """Fill `found` (dq, dk, dv, dqv); `given` are the arguments common to the kernels."""
     query = given["q_ptr"]
@@ -247,7 +248,8 @@ def shared_backward(
         partial = empty(query, (programs * kv_len * (dim + v_dim),), torch.float32)
     launch(
         gradients_kernel, programs, **given, **{f"{n}_ptr": g for n, g in found.items()},
-        **strides(**found), partial_ptr=partial, SPLIT=splits > 1, gradient_scale=scale,
+        **strides(**found), partial_ptr=partial, SPLIT=splits > 1,
+        gradient_scale=given["SIGN"] * gradient_scale(given),
     )  # fmt: skip
     if splits > 1 and kv_len:
         merge_splits(partial, found["dk"], found["dv"], splits)

@@ -25,6 +25,7 @@ from fastfusion.kernels._launch import (
     aligned,
     cdiv,
     cut,
+    gradient_scale,
     rows_readable,
     score_options,
     tile,
@@ -339,7 +340,6 @@ def varlen_backward(
     widest = max(width(dim), width(value.shape[2]))
     # (heads, tokens), as the statistics lie: the rows of a head side by side.
     grad_lse = None if grad_lse is None else grad_lse.t().contiguous()
-    scale_of_scores = dim**-0.5 if scale is None else float(scale)
     common = {
         **_common(
             query, key, value, attn_mask, q_offsets, k_offsets, max_seqlen_q, max_seqlen_k, seed,
@@ -352,14 +352,14 @@ def varlen_backward(
     chosen = tile("varlen_rows", query.dtype, widest, query.device, aligned(dim, value.shape[2]))
     launch(
         rows_kernel, (cdiv(total, chosen.own) + sequences) * heads,
-        **common, dq_ptr=dq, **_strides(dq=dq), gradient_scale=scale_of_scores,
-        **_sizes(chosen),
+        **common, dq_ptr=dq, **_strides(dq=dq), **_sizes(chosen),
+        gradient_scale=common["SIGN"] * gradient_scale(common),
     )  # fmt: skip
     chosen = tile("varlen_keys", query.dtype, widest, query.device, aligned(dim, value.shape[2]))
     launch(
         keys_kernel, (cdiv(key.shape[0], chosen.own) + sequences) * key.shape[1],
         **common, dk_ptr=dk, dv_ptr=dv, **_strides(dk=dk, dv=dv),
-        gradient_scale=abs(scale_of_scores), **_sizes(chosen),
+        gradient_scale=gradient_scale(common), **_sizes(chosen),
     )  # fmt: skip
     if dmask.numel():
         shared = (1,) * (4 - dmask.dim()) + tuple(dmask.shape)

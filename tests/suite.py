@@ -191,8 +191,9 @@ class OpSuite:
     outputs: ClassVar[int]  # before the lse
     # Names of cases that have each bool argument on each way through the kernels.
     bool_cases: ClassVar[tuple[str, ...]] = ()
-    # Of cases that go each way that a scale can take.
+    # Of cases that go each way that a scale can take; and of few, for slow targets.
     scale_cases: ClassVar[tuple[str, ...]] = ()
+    slow_scale_cases: ClassVar[tuple[str, ...]] = ()
     dtypes: ClassVar[tuple[torch.dtype, ...]] = DTYPES
 
     @classmethod
@@ -285,15 +286,24 @@ class OpSuite:
     @pytest.mark.parametrize("scale", SCALES)
     def test_any_finite_scale(self, scale: str, fast_target: Target, dtype: torch.dtype) -> None:
         """Zero times infinity is nowhere on the way to a number that float32 holds."""
+        self.check_scale(scale, fast_target, dtype, self.scale_cases)
+
+    @pytest.mark.parametrize("scale", SCALES)
+    def test_any_finite_scale_interpreted(self, scale: str, slow_target: Target) -> None:
+        self.check_scale(scale, slow_target, torch.float32, self.slow_scale_cases)
+
+    def check_scale(
+        self, scale: str, target: Target, dtype: torch.dtype, names: tuple[str, ...]
+    ) -> None:
         number, *powers = SCALES[scale]
         if dtype == torch.float16:  # its own range is smaller
             powers = [min(max(power, -9), 5) for power in powers]
             number = math.copysign(1.0, number) * 0.3 * 2.0 ** -sum(powers[:2]) if number else 0.0
         query, key, loss = (2.0**power for power in powers)
-        for case in (c for c in self.cases if c.name in self.scale_cases):
-            call = self.build(case, dtype, fast_target)
+        for case in (c for c in self.cases if c.name in names):
+            call = self.build(case, dtype, target)
             call |= {"scale": number, "query": call["query"] * query, "key": call["key"] * key}
-            self.compare(fast_target, call, loss)
+            self.compare(target, call, loss)
 
     def test_bool_bytes(self, native_target: Target) -> None:
         """Whatever byte is in the place of True, the bits are those of 1."""

@@ -36,6 +36,11 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 PADDING = torch.tensor([[False] * 5 + [True] * 2, [False] * 7])
 MASKS = (None, torch.randn(3, 5, 7), torch.rand(5, 7) > 0.2)
 RAW = torch.ops.fastfusion
+# Masks, whether causal and from where, scale, and enable_gqa.
+OPTIONS = {
+    "attention": (None, None, False, False, None, False),
+    "bidirectional": (None, None, None, False, False, None),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -80,9 +85,9 @@ class TestAsTorchOps:
     def test_opcheck(self, mask: Any, padding: Any) -> None:
         for kind in ("forward", "out"):
             op = getattr(RAW, f"cuda_attention_{kind}").default
-            torch.library.opcheck(op, (*qkv(), mask, padding, True, 0.3, False))
+            torch.library.opcheck(op, (*qkv(), mask, padding, True, True, 0.3, False))
             op = getattr(RAW, f"cuda_bidirectional_{kind}").default
-            torch.library.opcheck(op, (*both(), mask, None, padding, None))
+            torch.library.opcheck(op, (*both(), mask, None, padding, True, False, None))
 
     @EACH
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,7 +97,7 @@ class TestAsTorchOps:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         tensors = [t.to(dtype) for t in make()]
-        options = (None, None, False, None, False) if name == "attention" else (None,) * 4
+        options = OPTIONS[name]
         for kind in ("forward", "out"):
             op = getattr(RAW, f"cuda_{name}_{kind}").default
             with FakeTensorMode() as mode:
@@ -267,13 +272,9 @@ class TestRawOpsCheck:
         chosen = range(3)[where] if isinstance(where, slice) else [where]
         for index in chosen:
             tensors[index] = change(tensors[index])
-        if name == "attention":
-            options: Any = (None, None, False, None, False)
-        else:
-            options = (None,) * 4
         for kind in ("forward", "out", "path"):
             with pytest.raises((RuntimeError, NotImplementedError)):
-                getattr(RAW, f"cuda_{name}_{kind}")(*tensors, *options)
+                getattr(RAW, f"cuda_{name}_{kind}")(*tensors, *OPTIONS[name])
 
     def test_masks_and_numbers(self) -> None:
         bad = [
@@ -284,7 +285,8 @@ class TestRawOpsCheck:
             {"key_padding_mask": torch.zeros(2, 7)},
             {"scale": float("nan")},
         ]
-        given = {"attn_mask": None, "key_padding_mask": None, "is_causal": False, "scale": None}
+        given = dict.fromkeys(("attn_mask", "key_padding_mask", "scale"))
+        given |= {"is_causal": False, "bottom_right": False}
         for change in bad:
             with pytest.raises(RuntimeError):
                 RAW.cuda_attention_out(*qkv(), **{**given, **change}, enable_gqa=False)
@@ -294,10 +296,12 @@ class TestRawOpsCheck:
             RAW.cuda_attention_out(query, key, value, **given, enable_gqa=False)
         tensors = both()
         with pytest.raises(RuntimeError, match="query_value"):
-            RAW.cuda_bidirectional_out(*tensors[:3], tensors[3][:, :, :4], *[None] * 4)
+            RAW.cuda_bidirectional_out(
+                *tensors[:3], tensors[3][:, :, :4], *OPTIONS["bidirectional"]
+            )
         with pytest.raises(RuntimeError, match="padding"):
             hidden = torch.zeros(2, 7, dtype=torch.bool)
-            RAW.cuda_bidirectional_out(*tensors, None, hidden, None, None)
+            RAW.cuda_bidirectional_out(*tensors, None, hidden, *OPTIONS["bidirectional"][2:])
 
 
 def reasons(function: Any, *tensors: Tensor, **options: Any) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from fastfusion.kernels.attention_backward import attention_backward
 from fastfusion.kernels.bidirectional import bidirectional_forward
 from fastfusion.kernels.varlen import varlen_forward
 
-OPTIONS = (0.0, False, None)
+OPTIONS = (0.0, False, False, None)
 
 
 @pytest.fixture(autouse=True)
@@ -90,9 +90,13 @@ def test_masks_and_options_are_part_of_the_kind() -> None:
     padding[0, 5:] = True
     masks = [(None, None), (bias, None), (flags, None), (bias[:1], None), (None, padding)]
     calls = [
-        (q, k, v, *mask, None, 0.0, causal, scale, lse)
+        (q, k, v, *mask, None, 0.0, causal, last, scale, lse)
         for mask in masks
-        for causal, scale, lse in ((False, None, True), (True, 0.3, False))
+        for causal, last, scale, lse in (
+            (False, False, None, True),
+            (True, False, 0.3, False),
+            (True, True, 0.3, False),
+        )
     ]
     expected = [fresh(attention_forward, *call) for call in calls]
     for _ in range(2):
@@ -125,11 +129,11 @@ def test_scalars_of_a_seed_are_read_when_the_kernel_runs() -> None:
     q, k, v = tensors(3, 1, 2, 20, 16)
     seeds = [torch.tensor([n], device=DEVICE) for n in (3, 2**40 + 1)]
     expected = [
-        fresh(attention_forward, q, k, v, None, None, s, 0.5, False, None, True) for s in seeds
+        fresh(attention_forward, q, k, v, None, None, s, 0.5, *OPTIONS[1:], True) for s in seeds
     ]
     assert not torch.equal(expected[0][0], expected[1][0])
     for seed, results in zip(seeds, expected, strict=True):
-        assert agree(attention_forward(q, k, v, None, None, seed, 0.5, False, None, True), results)
+        assert agree(attention_forward(q, k, v, None, None, seed, 0.5, *OPTIONS[1:], True), results)
 
 
 @pytest.mark.parametrize("lengths", [(20, 36), (36, 20), (1, 300)], ids=str)
@@ -139,7 +143,7 @@ def test_both_directions(lengths: tuple[int, int]) -> None:
         q, w = tensors(2, 1, 2, lengths[0], 16, seed=seed)
         k, v = tensors(2, 1, 2, lengths[1], 16, seed=seed + 5)
         bias = tensors(1, *lengths, seed=seed + 9)[0]
-        call = (q, k, v, w, bias, None, None, None, 0.0, None, True)
+        call = (q, k, v, w, bias, None, None, None, *OPTIONS, True)
         expected = fresh(bidirectional_forward, *call)
         for _ in range(2):
             assert agree(bidirectional_forward(*call), expected)
@@ -149,7 +153,7 @@ def test_both_directions(lengths: tuple[int, int]) -> None:
 def test_offsets_are_read_when_the_kernel_runs() -> None:
     q, k, v = tensors(3, 20, 2, 16)
     splits = [torch.tensor([0, n, 20], device=DEVICE) for n in (3, 12)]
-    calls = [(q, k, v, s, s, 20, 20, None, 0.0, False, None, True) for s in splits]
+    calls = [(q, k, v, None, s, s, 20, 20, None, *OPTIONS, True) for s in splits]
     expected = [fresh(varlen_forward, *call) for call in calls]
     assert not torch.equal(expected[0][0], expected[1][0])
     for call, results in zip(calls, expected, strict=True):

@@ -169,6 +169,7 @@ class TestBidirectionalAttention(OpSuite):
     cases = CASES
     outputs = 2
     scale_cases = ("few_keys", "past_a_panel", "padding_holes", "dead", "bias", "one_sign")
+    slow_scale_cases = ("few_keys", "bias")
     bool_cases = ("padding", "bool_mask")
 
     def test_same_bits_alone_and_in_a_batch(

@@ -130,6 +130,7 @@ class TestScaledDotProductAttention(OpSuite):
     cases = CASES
     outputs = 1
     scale_cases = ("few_dead_rows", "rest_of_two", "dead_rows", "bias", "pieces", "causal")
+    slow_scale_cases = ("dead_rows", "bias")
     bool_cases = ("few_dead_rows", "rest_of_two", "padding", "bool_mask")
 
     @pytest.mark.parametrize("kv_len", [300, 1100])
