@@ -6,6 +6,7 @@ back to its default: that is how a failure is made small, and why its repr is al
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
@@ -243,7 +244,9 @@ class Built:
             call["causal_alignment"] = kind if kind != "object" else "bottom_right"
         if kind == "object" and has_objects and self.drawn.mask is None and min(q_len, kv_len) > 0:
             del self.given["is_causal"], self.given["causal_alignment"]
-            self.given["attn_mask"] = causal_lower_right(q_len, kv_len)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of NaN, which is not ours
+                self.given["attn_mask"] = causal_lower_right(q_len, kv_len)
 
     def padding(self, name: str, kind: str | None, narrow: bool, *target: int) -> None:
         """A padding mask (..., length): some hidden, the tail of each, whole samples, or all;

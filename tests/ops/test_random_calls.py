@@ -9,6 +9,7 @@ still fails. Should the process die, the name is in .pytest_cache/d/random_calls
 import ctypes
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,14 +31,19 @@ COMPILED = Target("compiled")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "target" not in metafunc.fixturenames:
-        return
-    pairs = [(op, target) for op in OPS for target in targets_of(OPS[op])]
     example = metafunc.config.getoption("random_example")
-    if example is not None:
-        op, name, _ = example.split(":")
-        pairs = [(o, t) for o, t in pairs if (o, str(t)) == (op, name)]
-    metafunc.parametrize("op, target", pairs, ids=lambda value: str(value))
+    wanted = None if example is None else example.rsplit(":", 1)[0]
+    if "target" in metafunc.fixturenames:
+        pairs = [(op, target) for op in OPS for target in targets_of(OPS[op])]
+    elif "op" in metafunc.fixturenames:
+        pairs = [(op, COMPILED) for op in OPS]
+    else:
+        return
+    pairs = [(op, target) for op, target in pairs if wanted in (None, f"{op}:{target}")]
+    if "target" in metafunc.fixturenames:
+        metafunc.parametrize("op, target", pairs, ids=str)
+    else:
+        metafunc.parametrize("op", [op for op, _ in pairs])
 
 
 def matrices(tensor: Tensor) -> Tensor:
@@ -163,8 +169,8 @@ def check(drawn: Drawn, target: Target) -> None:
 
 
 def check_compiled(drawn: Drawn, target: Target) -> None:
-    """A call in eager mode and compiled."""
-    built = drawn.build()
+    """A call in eager mode and compiled, where Dynamo makes tensors of NumPy's numbers."""
+    built = replace(drawn, number="python").build()
     torch._dynamo.reset()
 
     def run(**call: Any) -> tuple[Tensor, ...]:
@@ -223,7 +229,8 @@ def as_code(drawn: Drawn, target: Target) -> str:
         lines.append(f"{name}={memory}{view}{grad}")
     backend = f"backend={target.backend!r}" if target != COMPILED else ""
     given = ",\n    ".join(filter(None, [*lines, f"return_lse={drawn.return_lse}", backend]))
-    return f"ff.{type(drawn).function.__name__}(\n    {given}\n)"
+    isa = f"# FASTFUSION_CPU_ISA={target.isa}\n" if target.isa else ""
+    return f"{isa}ff.{type(drawn).function.__name__}(\n    {given}\n)"
 
 
 def report(
@@ -286,7 +293,6 @@ def test_calls(op: str, target: Target, request: pytest.FixtureRequest) -> None:
     run_list(op, target, request, check, seconds)
 
 
-@pytest.mark.parametrize("op", OPS)
 def test_compiled_equals_eager(op: str, request: pytest.FixtureRequest) -> None:
     seconds = request.config.getoption("random_seconds")
     run_list(op, COMPILED, request, check_compiled, seconds)
