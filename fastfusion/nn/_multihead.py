@@ -45,8 +45,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
     that errors are torch's as well. It differs in that
 
     - a query with no key left gives `out_proj.bias` and weights of 0, where torch may give NaN;
+    - `out_proj` is called, so that its hooks count and whatever stands in its place (an adapter, a
+      quantised layer, a parametrized weight), where torch reads its weight and bias;
+    - `fastfusion.attention_maps` reads the weights that a model's layers use;
     - self-attention on nested tensors (strided and jagged) works in training too, and attention
-      to another nested tensor does; the result is nested in the layout of the query;
+      to another nested tensor does; the result is nested in the layout of the query, with its
+      holes where it has some;
     - `need_weights=True` costs about as much as `need_weights=False`;
     - the result is contiguous in both settings of `batch_first`.
 

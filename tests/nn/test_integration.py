@@ -329,7 +329,7 @@ class Passing(torch.overrides.TorchFunctionMode):
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("mode", [lambda: torch.device("cpu"), Passing])
+@pytest.mark.parametrize("mode", [lambda: torch.device("cpu"), Passing], ids=["device", "passing"])
 def test_function_modes_change_nothing(mode: Any, need_weights: bool) -> None:
     """Learned queries and biases are Parameters, which every mode overrides."""
     module = build("MultiheadAttention")
