@@ -171,6 +171,7 @@ def score_options(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     masked = attn_mask is not None
+    bools = attn_mask is not None and attn_mask.dtype == torch.bool
     mask_strides = attn_mask.expand(sizes).stride() if attn_mask is not None else (0, 0, 0, 0)
     extreme = not 2.0**-32 <= abs(scale) <= 2.0**32
     factor = abs(scale) * math.log2(math.e)
@@ -193,7 +194,7 @@ def score_options(
     compile_time = {
         "SIGN": -1 if scale < 0 else 1,
         "CAUSAL": int(is_causal),
-        "MASK": _MASKS[masked, masked and attn_mask.dtype == torch.bool][extreme],
+        "MASK": _MASKS[masked, bools][extreme],
         "PADDING": key_padding_mask is not None,
         "DROPOUT": seed is not None,
         **numbers(query.dtype),

@@ -321,7 +321,8 @@ def _shared(given: tuple[Any, ...], return_lse: bool, widest: int, turned: bool)
     chosen = tile("bidirectional", query.dtype, widest, query.device)
     splits, per_split = row_ranges(query.shape[2], chosen.loop)
     partial = results.partial(1, splits)
-    common = common_options(*given, turned)
+    options: Any = common_options  # of `given` mypy knows no length
+    common = options(*given, turned=turned)
     launch(
         shared_kernel, query.shape[0] * query.shape[1] * splits,
         **common, **results.options, partial_ptr=partial, splits=splits, per_split=per_split,
