@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkout import need
 from gpu_cells import PEAKS, cell
 
 import fastfusion as ff
@@ -352,6 +353,8 @@ JUNIT = """<?xml version="1.0"?><testsuites>
 def test_the_summary_of_the_tests_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    need("benchmarks")
+
     def run(command: list[str], log: Path, seconds: float, environment: Any = None) -> Finished:
         (tmp_path / "tests.xml").write_text(JUNIT)
         return Finished(1, "1 failed", 2.0)

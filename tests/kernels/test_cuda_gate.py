@@ -138,6 +138,7 @@ def test_a_kernel_is_built(tmp_path: Path) -> None:
 def test_without_nvcc_there_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    need("csrc/cuda")
     monkeypatch.setenv("NVCC", "/nonexistent/nvcc")
     assert kernels_cuda.main([]) == 0
     assert capsys.readouterr().out == "CUDA kernels left out: nvcc was not found\n"
