@@ -148,8 +148,9 @@ def check(
         )
     if attn_mask is not None:
         longest = (
-            _longest(cu_seqlens_q, max_seqlen_q, query), _longest(cu_seqlens_k, max_seqlen_k, key)
-        )  # fmt: skip
+            _longest(cu_seqlens_q, max_seqlen_q, query, attn_mask, -2),
+            _longest(cu_seqlens_k, max_seqlen_k, key, attn_mask, -1),
+        )
         target = (cu_seqlens_q.shape[0] - 1, query.shape[1], *longest)
         arguments.check_attn_mask(attn_mask, query, target, given)
     arguments.check_scale(scale, query)
@@ -202,15 +203,17 @@ def _readable(offsets: Tensor) -> bool:
     )
 
 
-def _longest(offsets: Tensor, longest: Any, rows: Tensor) -> Any:
-    """`longest`, or if it is left out that of `offsets`; under tracing the number of rows."""
+def _longest(offsets: Tensor, longest: Any, rows: Tensor, mask: Any, dim: int) -> Any:
+    """`longest`, or if it is left out that of `offsets`. Under tracing a bound that has no need of
+    values: the size of the mask along this dimension, or else the number of rows."""
     if longest is not None:
         return arguments.number("max_seqlen", longest)
     if offsets.shape[0] == 1:
         return 0
     if offsets.is_cuda and not torch.compiler.is_compiling() or _readable(offsets):
         return int(offsets.diff().max())
-    return rows.shape[0]
+    named = isinstance(mask, Tensor) and mask.dim() >= -dim and mask.shape[dim] != 1
+    return mask.shape[dim] if named else rows.shape[0]
 
 
 def normalize(
@@ -241,8 +244,8 @@ def normalize(
             attn_mask=attn_mask, is_causal=is_causal, causal_alignment=causal_alignment,
             scale=scale, dropout_p=dropout_p, return_lse=return_lse,
         )  # fmt: skip
-    max_seqlen_q = _longest(cu_seqlens_q, max_seqlen_q, query)
-    max_seqlen_k = _longest(cu_seqlens_k, max_seqlen_k, key)
+    max_seqlen_q = _longest(cu_seqlens_q, max_seqlen_q, query, attn_mask, -2)
+    max_seqlen_k = _longest(cu_seqlens_k, max_seqlen_k, key, attn_mask, -1)
     scale = arguments.number("scale", scale)
     query, key = arguments.with_a_head_dim(query, key)
     seed = _philox.draw_seed(query.device) if dropout_p > 0.0 else None

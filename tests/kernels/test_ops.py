@@ -38,7 +38,7 @@ def both(gradient: bool = False, **more: Any) -> dict[str, Any]:
 def packed(gradient: bool = False, **more: Any) -> dict[str, Any]:
     shape = {"heads": 4, "kv_heads": 2, "q_lens": [3, 0, 5], "kv_lens": [4, 2, 6], "head_dim": 8}
     call = varlen_attention.inputs(shape, torch.float32, DEVICE)
-    call["attn_mask"] = torch.linspace(-1.0, 1.0, 4 * 5 * 6, device=DEVICE).view(4, 5, 6)
+    call["attn_mask"] = torch.linspace(-0.5, 0.5, 4 * 5 * 6, device=DEVICE).view(4, 5, 6)
     return _with_gradient({**call, **more}, gradient)
 
 
@@ -187,12 +187,14 @@ def test_flops_are_counted(run: Any, make: Any, backend: str) -> None:
     call = make(True)
     with FlopCounterMode(display=False) as counter:
         results = run(backend, **call)
-    # Packed lengths are values, which formulas do not see.
-    forward = 2 * 2 * 2 * 5 * 7 * (8 + 6 + 4) if make is both else 0
+    packed_scores = 4 * (3 * 4 + 0 * 2 + 5 * 6)
+    forward = 2 * 2 * 2 * 5 * 7 * (8 + 6 + 4) if make is both else 2 * packed_scores * (8 + 8)
     assert counter.get_total_flops() == forward
     with FlopCounterMode(display=False) as counter:
         gradients(results, call)
-    backward = 2 * 2 * 2 * 5 * 7 * (3 * 8 + 2 * 6 + 2 * 4) if make is both else 0
+    backward = 2 * 2 * 2 * 5 * 7 * (3 * 8 + 2 * 6 + 2 * 4)
+    if make is packed:
+        backward = 2 * packed_scores * (3 * 8 + 2 * 8)
     assert counter.get_total_flops() == backward
 
 

@@ -77,7 +77,9 @@ def rounded_again(call: dict[str, Any], draw: int) -> dict[str, Any]:
             return value
         step = torch.rand(value.shape, generator=generator, device="cpu").to(value.device) * 2 - 1
         most = torch.finfo(value.dtype).eps * (chain if value.dtype == torch.float32 else 1.0)
-        return (value.double() * (1 + most * step)).to(value.dtype)
+        limit = torch.finfo(value.dtype).max  # a mask of finfo.min stays a number
+        other = (value.double() * (1 + most * step)).clamp(-limit, limit).to(value.dtype)
+        return torch.where(value.isinf(), value, other)
 
     return {name: again(value) for name, value in call.items()}
 
