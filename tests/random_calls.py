@@ -204,8 +204,10 @@ class Built:
 
     def bools(self, name: str, values: Tensor) -> None:
         """A mask whose True is any byte but 0."""
-        picked = torch.randint(0, len(TRUE_BYTES), values.shape, generator=self.generator)
-        byte = torch.tensor(TRUE_BYTES, dtype=torch.uint8)[picked] * values
+        picked = torch.randint(
+            0, len(TRUE_BYTES), values.shape, generator=self.generator, device="cpu"
+        )
+        byte = torch.tensor(TRUE_BYTES, dtype=torch.uint8, device="cpu")[picked] * values
         laid = self.lay(name, byte.to(DEVICE))
         self.given[name] = laid.view(torch.bool)
         self.clean[name] = (laid != 0).contiguous()
