@@ -256,12 +256,10 @@ class BidirectionalBackwardTask {
         (Vec::load(to + e) * Vec::load(factor_ + e)).store(to + e);
     };
     if (!multiplies_gradients()) return;
-    if (keys.for_queries) {
+    if (keys.for_queries)
       gradients(keys.value, panel.grad_t, p_.value_dim, kRowStream, tile.grad_rows);
-    }
-    if (keys.for_keys) {
+    if (keys.for_keys)
       gradients(keys.grad, panel.value_t, p_.query_value_dim, kColumnStream, tile.grad_columns);
-    }
   }
 
   // P c in the place of dP, R d in that of dR, dS in that of S.

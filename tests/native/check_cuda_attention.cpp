@@ -52,7 +52,8 @@ std::string run(const Shape& shape, Bits* results) {
   auto query = numbers(random, h * m * d, shape.type), key = numbers(random, h * n * d, shape.type);
   auto value = numbers(random, h * n * d, shape.type);
   auto query_value = numbers(random, h * m * d, shape.type);
-  const std::vector<Bool> padding(size_t(n));  // hides nothing, but has to be looked at
+  const std::vector<Bool> padding(
+      static_cast<size_t>(n));  // hides nothing, but has to be looked at
   ff::BidirectionalForward p{};
   p.batch = 1, p.heads = p.kv_heads = h, p.q_len = m, p.kv_len = n;
   p.head_dim = p.value_dim = p.query_value_dim = d;
