@@ -390,7 +390,10 @@ def test_no_order_changes_a_bit() -> None:
             calls.append((attention, scaled_dot_product_attention.inputs(shape, dtype)))
         for q_len, kv_len in ((20, 36), (90, 150)):
             shape = {**sizes, "q_len": q_len, "kv_len": kv_len, "mask": "both_padding"}
-            calls.append((bidirectional, bidirectional_attention.inputs(shape, dtype)))
+            two = bidirectional_attention.inputs(shape, dtype)
+            calls.append((bidirectional, two))
+        causal = {"is_causal": True, "causal_alignment": "bottom_right"}
+        calls.append((bidirectional, {**two, **causal}))
     for run, call in calls:
         first = None
         for order in itertools.product((0, 1), repeat=3):

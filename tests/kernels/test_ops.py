@@ -214,6 +214,20 @@ def test_a_dispatch_mode_sees_the_op(run: Any, make: Any, backend: str) -> None:
     assert any(name.startswith("fastfusion.") for name in seen)
 
 
+def test_a_mask_is_not_read_behind_the_longest_lengths() -> None:
+    """On a GPU nobody checks that no sequence is longer."""
+    call = packed()
+    names = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k")
+    tensors, options = [call[n] for n in names], (4, 3, None, 0.0, True, True, None)
+    around = torch.full((3, 4, 9, 11), torch.nan, device=DEVICE)
+    around[:, :, :4, :3] = torch.randn(3, 4, 4, 3, device=DEVICE)
+    given = (*tensors[:3], around[:, :, :4, :3], *tensors[3:], *options)
+    out, lse = torch.ops.fastfusion.triton_varlen_forward(*given)
+    ones = torch.ones_like(out)
+    grads = torch.ops.fastfusion.triton_varlen_backward(ones, None, *given, True)
+    assert not any(t.isnan().any() for t in (out, lse, *grads))
+
+
 def reasons(call: dict[str, Any]) -> str:
     explanation = ff.explain(ff.bidirectional_attention, **call)
     return " ".join(dict(explanation.rows)["triton"])
