@@ -77,17 +77,17 @@ attention_tile(const AttentionForward p, const TilePlan plan) {
     const Head<T> keys(p.key, b, kv_head, p.kv_len, p.head_dim);
     const Head<T> values(p.value, b, kv_head, p.kv_len, p.value_dim);
     const auto stage = [&](T* tiles, int tile) {
-      return Tile<T, kDim>{tiles + tile % plan.stages * kKeys * kDim};
+      return Tile<T, kDim>{tiles + (tile & (plan.stages - 1)) * kKeys * kDim};
     };
     const auto load = [&](int tile) {
-      load_rows(stage(key, tile), keys, none, tile * kKeys, kKeys, thread_index(), kThreads);
-      load_rows(stage(value, tile), values, exponents.padding, tile * kKeys, kKeys, thread_index(),
-                kThreads);
+      load_rows<true>(stage(key, tile), keys, none, tile * kKeys, kKeys, thread_index(), kThreads);
+      load_rows<true>(stage(value, tile), values, exponents.padding, tile * kKeys, kKeys,
+                      thread_index(), kThreads);
       commit_copies();
     };
 
-    load_rows(query, Head<T>(p.query, b, h, p.q_len, p.head_dim), none, first_query, kWarps * 16,
-              thread_index(), kThreads);
+    load_rows<true>(query, Head<T>(p.query, b, h, p.q_len, p.head_dim), none, first_query,
+                    kWarps * 16, thread_index(), kThreads);
     const KeyRange range = visible_range<kWarps>(exponents, first_query, scratch);
     const int first_tile = range.begin / kKeys, end_tile = (range.end + kKeys - 1) / kKeys;
     if (first_tile < end_tile) {
