@@ -76,9 +76,11 @@ COMPLETE = "-Wl,--no-undefined"
 CUDA_OPS = "torch_cuda*.cpp"  # the front ends that are not part of _torch_ops.so
 TORCH_FLAGS = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
-# Binaries are not portable to Tegra (87), nor from one generation to the next; what comes after the
-# last one compiles its PTX.
-CUDA_ARCHS = (75, 80, 86, 87, 89, 90)
+# Binaries are not portable to Tegra (87, 110), nor from one generation to the next, of which 10 and
+# 12 are two. What has no binary compiles PTX, of an old architecture: a GPU of 10.7 would not take
+# that of 12.1, and no kernel uses what came after Hopper.
+CUDA_ARCHS = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+PTX_ARCH = 90
 # As torch.utils.cpp_extension reads them. What is older than CUDA_ARCHS is left out.
 NAMED_ARCHS = {
     **{"Kepler": "3.5", "Kepler+Tesla": "3.7", "Maxwell": "5.0;5.2", "Maxwell+Tegra": "5.3"},
@@ -141,11 +143,17 @@ def visible_archs() -> str:
     return ";".join(found)
 
 
-def cuda_codes() -> list[str]:
+def known_archs(nvcc: list[str]) -> list[int]:
+    """Those of CUDA_ARCHS that it generates: before CUDA 12.8 none of Blackwell, 110 from 13.0."""
+    listed = subprocess.run([*nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in listed.split()]
+
+
+def cuda_codes(nvcc: list[str]) -> list[str]:
     """What nvcc is to generate: sm_80 is machine code, compute_80 PTX, and so on."""
     wanted = ";".join(os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split())
     if not wanted:
-        return [*(f"sm_{arch}" for arch in CUDA_ARCHS), f"compute_{CUDA_ARCHS[-1]}"]
+        return [*(f"sm_{arch}" for arch in known_archs(nvcc)), f"compute_{PTX_ARCH}"]
     listed = visible_archs() if wanted == "native" else wanted
     names = ";".join(NAMED_ARCHS.get(name, name) for name in listed.split(";"))
     codes: dict[str, None] = {}
@@ -449,7 +457,7 @@ class BuildNative(build_ext):
             raise LeftOut(f"no CUDA compiler found ({wanted})")
         if nvcc_version(nvcc) < OLDEST_NVCC:
             raise LeftOut(f"{shlex.join(nvcc)} is older than {OLDEST_NVCC}")
-        return nvcc, cuda_codes()
+        return nvcc, cuda_codes(nvcc)
 
     def run(self) -> None:
         """Builds into the source tree (editable, ``--inplace``) or into the build folder."""

@@ -198,7 +198,7 @@ def write_json(path: Path, rows: list[Row], nvcc: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Compiles, prints, and returns 1 where a kernel must not be shipped."""
     parser = argparse.ArgumentParser(prog="python -m fastfusion.benchmarks.kernels_cuda")
-    parser.add_argument("--quick", action="store_true", help="three architectures of six")
+    parser.add_argument("--quick", action="store_true", help="three architectures of eleven")
     parser.add_argument("--kernel", default="", metavar="TEXT", help="only files with TEXT in them")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time, default 2")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table to FILE")
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         print("CUDA kernels left out: nvcc was not found")
         return 0
     sources = [source for source in build["cuda_sources"]() if options.kernel in source]
-    archs = [a for a in build["CUDA_ARCHS"] if not options.quick or a in QUICK_ARCHS]
+    archs = [a for a in build["known_archs"](nvcc) if not options.quick or a in QUICK_ARCHS]
     disassembler = find_disassembler()
     start = time.perf_counter()
     version = re.search(r"release [\d.]+, V([\d.]+)", output_of([*nvcc, "--version"]))

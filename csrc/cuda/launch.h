@@ -40,8 +40,13 @@ constexpr int shared_limit(int capability) {
       return 163 << 10;
     case 86:
     case 89:
+    case 120:
+    case 121:
       return 99 << 10;
     case 90:
+    case 100:
+    case 103:
+    case 110:
       return 227 << 10;
     default:
       return 48 << 10;
