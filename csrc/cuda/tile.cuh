@@ -83,8 +83,6 @@ FF_DEVICE void copy_rows(const Tile<T, kDim>& tile, const Head<T>& from, const P
                          int first, int rows, uint32_t thread, uint32_t threads) {
   constexpr int kChunks = Tile<T, kDim>::kChunks, kLanes = kChunks < 8 ? kChunks : 8;
   constexpr int kBatch = 4;  // rows of a thread whose flags are on their way at once
-  // Of eight chunks: below sm_80 a copy is in registers, and four at once would spill.
-  [[maybe_unused]] constexpr int kAtOnce = FF_ARCH < 80 ? 2 : 4;
   const int step = int(threads / kLanes), row = int(thread / kLanes), chunk = int(thread % kLanes);
   // Rows are counted from the thread's own where all threads have as many: then the same are there.
   int i = kEven ? 0 : row;
@@ -111,7 +109,7 @@ FF_DEVICE void copy_rows(const Tile<T, kDim>& tile, const Head<T>& from, const P
     for (int k = 0; k < kBatch; ++k) {
       const bool valid = i + k * step < limit && !(hidden >> k & 1);
       if (i + k * step < rows) {
-#pragma unroll kAtOnce
+#pragma unroll 2  // all four of 256 columns would spill on sm_75, in registers, and on sm_100
         for (int c = 0; c < kChunks; c += kLanes)
           copy_async16(to[k % 2] + c * 8, reinterpret_cast<const void*>(source + c * 16),
                        valid && (c == 0 || c * 8 < left));
