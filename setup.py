@@ -370,11 +370,11 @@ def write_ninja(
         linker = "-soname=libfastfusion_cuda.so,--exclude-libs=ALL,--no-undefined"
         target, flags_of_link = package / "libfastfusion_cuda.so", ["-Xlinker", linker]
         cuda = ninja.nvcc(target, cuda_sources(), codes, flags_of_link)
-        # Streams are in libtorch_cuda.so. A CPU build of torch, which never loads this library, has
-        # none: it is not linked as complete.
+        # Streams are in libtorch_cuda.so, which a CPU build of torch lacks: it is not linked as
+        # complete. libtorch.so, kept though it defines nothing, leads to it where there is one, so
+        # that what was built beside a CPU build loads beside a CUDA build.
         ops = [ninja.compile(source, torch_flags(torch)) for source in cuda_ops()]
-        streams = ["-ltorch_cuda"] if (torch / "lib/libtorch_cuda.so").exists() else []
-        libraries = [*torch_libraries(torch), *streams]
+        libraries = ["-Wl,--no-as-needed", *torch_libraries(torch)]
         ninja.link(package / "_torch_cuda_ops.so", [*ops, cuda], [], libraries)
 
     # An extension module takes Python's symbols from the interpreter that loads it.
