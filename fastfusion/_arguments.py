@@ -180,7 +180,7 @@ def resolve_causal(
     made_for = (bias.seq_len_q, bias.seq_len_kv)
     if made_for != (q_len, kv_len):
         raise ValueError(f"attn_mask is a causal mask for {made_for}, got lengths {q_len, kv_len}")
-    return None, True, ALIGNMENTS[bias.variant.name == "LOWER_RIGHT"]
+    return None, True, "bottom_right" if bias.variant.name == "LOWER_RIGHT" else "top_left"
 
 
 def with_a_head_dim(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -197,6 +197,12 @@ def softmax_scale(scale: float | None, head_dim: int) -> float:
 def device_type_of(tensor: Any) -> str:
     """Of the first argument, which the check has not seen yet and need not be a tensor."""
     return tensor.device.type if isinstance(tensor, Tensor) else "cpu"
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces. torch.compile of torch 2.11 takes torch.compiler.is_exporting()
+    for true, but reads the flag behind it as it is."""
+    return torch.compiler._is_exporting_flag
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

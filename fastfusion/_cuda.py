@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastfusion import _library
+from fastfusion._arguments import is_exporting
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 MAX_DIM = 256
 _OPS = Path(__file__).with_name("_torch_cuda_ops.so")
 
 _is_compiling = torch.compiler.is_compiling
-_is_exporting = torch.compiler.is_exporting
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 
@@ -107,7 +107,7 @@ def refuses(dropout_p: float, mask: Tensor | None, query: Tensor, *others: Tenso
     if _is_grad_enabled():
         if any(t is not None and t.requires_grad for t in (query, mask, *others)):
             reasons.append("gradients are left to Triton and the reference")
-        elif _is_exporting():
+        elif is_exporting():
             reasons.append("an exported program may need gradients (export it in torch.no_grad)")
     return reasons
 

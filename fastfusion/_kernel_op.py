@@ -14,9 +14,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
 
+from fastfusion._arguments import is_exporting
+
 LIBRARY = torch.library.Library("fastfusion", "FRAGMENT")
 _is_compiling = torch.compiler.is_compiling
-_is_exporting = torch.compiler.is_exporting
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -97,7 +98,7 @@ class KernelOp:
         if _is_compiling():
             if _transforms_active():
                 return self.reference(*given)
-            return (self.graph if needs_gradient or _is_exporting() else self.raw)(*given)
+            return (self.graph if needs_gradient or is_exporting() else self.raw)(*given)
         if self.by_reference():
             return self.reference(*given)
         if needs_gradient:

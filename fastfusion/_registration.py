@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastfusion import _library
-from fastfusion._arguments import ALIGNMENTS, check_one_device
+from fastfusion._arguments import ALIGNMENTS, check_one_device, is_exporting
 from fastfusion._kernel_op import PLAIN, Interface, KernelOp
 from fastfusion._op import Op
 from fastfusion._reference import attention_backward_reference, attention_reference
@@ -31,7 +31,6 @@ from fastfusion._reference import attention_backward_reference, attention_refere
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 _is_compiling = torch.compiler.is_compiling
-_is_exporting = torch.compiler.is_exporting
 _any_autocast = torch._C._is_any_autocast_enabled
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -71,7 +70,7 @@ def attention(
     if _is_compiling():
         if _transforms_active():
             return _by_reference(return_lse, *given)
-        graph = needs_gradient or _is_exporting()
+        graph = needs_gradient or is_exporting()
         result = (_graph if graph else _forward)(*given)
     elif forward_ad._current_level >= 0:
         return _by_reference(return_lse, *given)

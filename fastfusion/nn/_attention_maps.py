@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfusion._arguments import is_exporting
+
 _open_blocks: set[int] = set()
 
 
@@ -40,7 +42,7 @@ class _Recorder:
         self.maps, self.name, self.average = maps, name, average
 
     def record(self, weights: tuple[Tensor, ...]) -> None:
-        if torch.compiler.is_exporting():
+        if is_exporting():
             raise RuntimeError("attention_maps cannot read a module that is being exported")
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             raise RuntimeError(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from suite import DEVICE
 from torch import Tensor, nn
 
 WIDTH, HEADS = 8, 2
@@ -11,25 +12,26 @@ WIDTH, HEADS = 8, 2
 
 def twin(ours: nn.Module, theirs: nn.Module) -> None:
     """Give `ours` the weights of `theirs`, made uneven so that no bias is 0 and no norm is 1."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator("cpu").manual_seed(7)
     with torch.no_grad():
         for parameter in theirs.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            noise = torch.randn(parameter.shape, generator=generator, device="cpu")
+            parameter.add_(0.3 * noise.to(parameter.device))
     ours.load_state_dict(theirs.state_dict())
 
 
 def hidden(*shape: int, seed: int = 3) -> Tensor:
     """A bool mask, True = hidden, that hides about a third and never all of a row."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(shape, generator=generator) < 0.35
+    generator = torch.Generator("cpu").manual_seed(seed)
+    mask = (torch.rand(shape, generator=generator, device="cpu") < 0.35).to(DEVICE)
     mask[..., 0] = False
     return mask
 
 
 def bias(*shape: int, dtype: torch.dtype, seed: int = 4) -> Tensor:
     """A float mask: numbers, and -inf where `hidden` hides."""
-    generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randn(shape, generator=generator).to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    numbers = torch.randn(shape, generator=generator, device="cpu").to(DEVICE, dtype)
     return numbers.masked_fill(hidden(*shape, seed=seed), -torch.inf)
 
 
@@ -63,9 +65,9 @@ def assert_same_call(
         parts = outputs(call(module, copies))
         grads: list[Tensor | None] = []
         if gradients:
-            generator = torch.Generator().manual_seed(11)
+            generator = torch.Generator("cpu").manual_seed(11)
             weighted = [
-                (part * torch.randn(part.shape, generator=generator).to(part.dtype)).sum()
+                (part * torch.randn(part.shape, generator=generator, device="cpu").to(part)).sum()
                 for part in parts
             ]
             sum(weighted).backward()  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate
-from suite import OpSuite, Target
+from suite import DEVICE, OpSuite, Target
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -252,7 +252,7 @@ def test_packed_fakes(more: dict[str, Any]) -> None:
             doubled = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
                        for k, v in fakes.items()}  # fmt: skip
             assert ff.varlen_attention(**doubled).dtype == torch.float64
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE, torch.bfloat16):
                 assert ff.varlen_attention(**fakes).dtype == torch.bfloat16
     names = [k for k, v in call.items() if isinstance(v, Tensor)]
     options = {k: v for k, v in call.items() if k not in names}
@@ -294,6 +294,6 @@ def test_flops_of_packed_sequences_are_exact() -> None:
 def test_explain_under_autocast() -> None:
     """It describes the call that runs: of the dtype that autocast casts to."""
     query, key, value = qkv((2, 2, 20, 16), (2, 2, 36, 16), (2, 2, 36, 16))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         path = ff.explain(sdpa, query, key.bfloat16(), value).path
     assert path == ff.explain(sdpa, *(t.bfloat16() for t in (query, key, value))).path

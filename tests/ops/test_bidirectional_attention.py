@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from suite import Case, OpSuite, Target, above_diagonal, plain_lse
+from suite import DEVICE, Case, OpSuite, Target, above_diagonal, plain_lse
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -325,7 +325,7 @@ def test_autocast() -> None:
     call = spec.inputs(shape(15, 18), torch.float32)
     leaves = [call[n].requires_grad_() for n in TENSORS]
     bias = torch.randn(15, 18)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         outputs = ff.bidirectional_attention(*leaves, attn_mask=bias)
         by_reference = ff.bidirectional_attention(*leaves, attn_mask=bias, backend="reference")
     # The mask stays float32: in 16 bits its finfo.min would be -inf.

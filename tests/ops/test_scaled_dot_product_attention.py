@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_accurate
-from suite import Case, OpSuite, Target, plain_attention
+from suite import DEVICE, Case, OpSuite, Target, plain_attention
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 import fastfusion as ff
@@ -297,7 +297,7 @@ def test_gradcheck() -> None:
 def test_autocast() -> None:
     query, key, value = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
     bias = torch.randn(5, 5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         out = ff.scaled_dot_product_attention(query, key, value, bias)
         by_reference = ff.scaled_dot_product_attention(query, key, value, bias, backend="reference")
     assert out.dtype == by_reference.dtype == torch.bfloat16
@@ -320,7 +320,7 @@ def test_autocast() -> None:
 def test_autocast_takes_mixed_dtypes(backend: str | None) -> None:
     query, key, value = (torch.randn(2, 3, 5, 8) for _ in range(3))
     mask = torch.randn(5, 5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         expected = ff.scaled_dot_product_attention(query, key, value, mask.half(), backend=backend)
         out = ff.scaled_dot_product_attention(
             query, key.bfloat16(), value, mask.half(), backend=backend

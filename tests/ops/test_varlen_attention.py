@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from suite import Case, OpSuite, Target, above_diagonal, plain_lse
+from suite import DEVICE, Case, OpSuite, Target, above_diagonal, plain_lse
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -332,7 +332,7 @@ def test_gradcheck(dropout_p: float, is_causal: bool) -> None:
 def test_autocast() -> None:
     call = spec.inputs(shape(*MIXED), torch.float32)
     leaves = [call.pop(n).requires_grad_() for n in ("query", "key", "value")]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         out = ff.varlen_attention(*leaves, **call)
         by_reference = ff.varlen_attention(*leaves, **call, backend="reference")
     assert out.dtype == by_reference.dtype == torch.bfloat16
