@@ -10,6 +10,7 @@ from fastfusion.kernels._tile import (
     inverse,
     kept,
     load_rows,
+    load_tile,
     multiply_add,
     nothing_lost,
     scores,
@@ -117,6 +118,7 @@ def row_statistics(
     DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
     DROPOUT: tl.constexpr, STREAM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr = False,
 ):  # fmt: skip
     """(shift, 1 / sum, delta) of a tile of queries, in one pass over the keys [first, last)."""
     maximum = tl.full([q.shape[0]], -float("inf"), tl.float32)
@@ -124,8 +126,8 @@ def row_statistics(
     total_lost, weighted, weighted_lost = total, total, total
     for start in range(first, last, LOOP):
         visible = visible_keys(padding, start, kv_len, LOOP, PADDING)
-        k = load_rows(k_base, start, visible, k_row, DIM, WIDTH, DOT)
-        v = load_rows(v_base, start, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
+        k = load_tile(k_base, k_row, start, visible, DIM, WIDTH, True, DOT, TMA)
+        v = load_tile(v_base, v_row, start, visible, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
         x = scores(q, k, q_start, start, visible, mask, scale, True, CAUSAL, MASK, False, PRECISION)
         dp, _ = product_gradient(
             grad, v, seed, slice_index, q_start, start, threshold, keep_scale, DROPOUT, STREAM,
@@ -150,15 +152,16 @@ def row_gradients(
     SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr,
     MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
-    SINGLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    SINGLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr = False,
 ):  # fmt: skip
     """(dq before its gradient_scale, shift, 1 / sum, delta) of OWN queries; SINGLE: their keys fit
     one tile."""
     present = q_start + tl.arange(0, OWN) < q_len
-    q = load_rows(q_base, q_start, present, q_row, DIM, WIDTH, DOT)
+    q = load_tile(q_base, q_row, q_start, present, DIM, WIDTH, True, DOT, TMA)
     if SIGN != 1:
         q = q * SIGN
-    grad = load_rows(grad_base, q_start, present, grad_row, VALUE_DIM, VALUE_WIDTH, DOT)
+    grad = load_tile(grad_base, grad_row, q_start, present, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
+    ELEMENT: tl.constexpr = k_base.dtype if TMA else k_base.dtype.element_ty
     first, last = seen_range(first, last, q_start, mask[5], OWN, LOOP, CAUSAL)
     dq = tl.zeros([OWN, WIDTH], tl.float32)
     dq_lost = nothing_lost(dq, DOT)
@@ -178,25 +181,25 @@ def row_gradients(
         delta = tl.sum(p * dp, 1)
         ds = p * ((dp - delta[:, None]) + grad_lse[:, None])
         ds = partly_scaled(ds, factor, MASK)
-        ds = ds.to(k_base.dtype.element_ty).to(DOT)
+        ds = ds.to(ELEMENT).to(DOT)
         dq, dq_lost = multiply_add(dq, dq_lost, ds, k, PRECISION)
     else:
         shift, share, delta = row_statistics(
             q, grad, q_start, k_base, k_row, v_base, v_row, mask, padding, seed, slice_index,
             first, last, kv_len, scale, factor, threshold, keep_scale, DIM, WIDTH, VALUE_DIM,
-            VALUE_WIDTH, LOOP, CAUSAL, MASK, PADDING, DROPOUT, STREAM, DOT, PRECISION,
+            VALUE_WIDTH, LOOP, CAUSAL, MASK, PADDING, DROPOUT, STREAM, DOT, PRECISION, TMA,
         )  # fmt: skip
         for start in range(first, last, LOOP):
             visible = visible_keys(padding, start, kv_len, LOOP, PADDING)
-            k = load_rows(k_base, start, visible, k_row, DIM, WIDTH, DOT)
-            v = load_rows(v_base, start, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
+            k = load_tile(k_base, k_row, start, visible, DIM, WIDTH, True, DOT, TMA)
+            v = load_tile(v_base, v_row, start, visible, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
             _, ds = gradients(
                 q, k, v, grad, q_start, start, visible, shift[:, None], share[:, None],
                 delta[:, None], grad_lse[:, None], mask, seed, slice_index, scale, factor,
                 threshold, keep_scale, CAUSAL, MASK, DROPOUT, STREAM, False, PRECISION,
             )  # fmt: skip
             ds = partly_scaled(ds, factor, MASK)
-            ds = ds.to(k_base.dtype.element_ty).to(DOT)
+            ds = ds.to(ELEMENT).to(DOT)
             dq, dq_lost = multiply_add(dq, dq_lost, ds, k, PRECISION)
     return dq, shift, share, delta
 
@@ -209,7 +212,7 @@ def key_gradients(
     SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
     DROPOUT: tl.constexpr, STREAM: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr = False,
 ):  # fmt: skip
     """(dk before its gradient_scale, dv) of a tile of keys, continued over queries [first, last)
     of a head.
@@ -218,13 +221,16 @@ def key_gradients(
     dk and what its rounding lost, dv and what its rounding lost.
     """
     dk, dk_lost, dv, dv_lost = state
+    ELEMENT: tl.constexpr = q_base.dtype if TMA else q_base.dtype.element_ty
     for start in range(first, last, LOOP):
         rows = start + tl.arange(0, LOOP)
         present = tl.arange(0, LOOP) < q_len - start
-        q = load_rows(q_base, start, present, q_row, DIM, WIDTH, DOT)
+        q = load_tile(q_base, q_row, start, present, DIM, WIDTH, True, DOT, TMA)
         if SIGN != 1:
             q = q * SIGN
-        grad = load_rows(grad_base, start, present, grad_row, VALUE_DIM, VALUE_WIDTH, DOT)
+        grad = load_tile(
+            grad_base, grad_row, start, present, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA
+        )
         shift, share, delta, grad_lse = load_statistics(
             statistics_ptr, grad_lse_ptr, at + rows, present, LSE
         )
@@ -233,9 +239,9 @@ def key_gradients(
             delta[None, :], grad_lse[None, :], mask, seed, slice_index, scale, factor, threshold,
             keep_scale, CAUSAL, MASK, DROPOUT, STREAM, True, PRECISION,
         )  # fmt: skip
-        p = p.to(q_base.dtype.element_ty).to(DOT)
+        p = p.to(ELEMENT).to(DOT)
         ds = partly_scaled(ds, factor, MASK)
-        ds = ds.to(q_base.dtype.element_ty).to(DOT)
+        ds = ds.to(ELEMENT).to(DOT)
         dv, dv_lost = multiply_add(dv, dv_lost, p, grad, PRECISION)
         dk, dk_lost = multiply_add(dk, dk_lost, ds, q, PRECISION)
     return dk, dk_lost, dv, dv_lost

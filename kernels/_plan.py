@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Said in every launch, since the default is to change: products and sums fuse where LLVM sees them.
@@ -37,13 +38,25 @@ def forget() -> None:
     _plans.clear()
 
 
+# Where an argument stands, whose memory it is, and the fields of a descriptor but for the memory.
+_Place = tuple[int, int, dict[str, Any] | None]
+
+
+def describe(base: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
+    """The descriptor of other memory of the same kind, without the checks that the first passed:
+    they take 3 us."""
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(fields, base=base)
+    return descriptor
+
+
 class _Plan:
     """Allocations, launches and results; tensors stand as indices, those of the call first."""
 
     def __init__(self, given: Sequence[Any]) -> None:
         self.tensors = [t for t in given if isinstance(t, Tensor)]
         self.allocations: list[tuple[Any, ...]] = []
-        self.launches: list[tuple[Any, tuple[int, ...], list[Any], list[tuple[int, int]], Any]] = []
+        self.launches: list[tuple[Any, tuple[int, ...], list[Any], list[_Place], Any]] = []
         self.results: list[int | None] = []
         self.repeatable = True
 
@@ -61,12 +74,14 @@ class _Plan:
         values = [given[name] for name in kernel.arg_names]
         places = []
         for position, value in enumerate(values):
-            if isinstance(value, Tensor):
-                place = self.place(value)
+            described = isinstance(value, TensorDescriptor)
+            if described or isinstance(value, Tensor):
+                place = self.place(value.base if described else value)
                 if place is None:
                     self.repeatable = False
                     return
-                places.append((position, place))
+                fields = {**vars(value), "base": None} if described else None
+                places.append((position, place, fields))
                 values[position] = None
         if INTERPRETED:
             options = {k: v for k, v in given.items() if k in ("num_warps", "num_stages")}
@@ -90,8 +105,9 @@ class _Plan:
             tensors.append(torch.empty_strided(size, stride, dtype=dtype, device=tensors[0].device))
         for kernel, grid, values, places, options in self.launches:
             arguments = values.copy()
-            for position, place in places:
-                arguments[position] = tensors[place]
+            for position, place, fields in places:
+                tensor = tensors[place]
+                arguments[position] = tensor if fields is None else describe(tensor, fields)
             kernel[grid](*arguments, **options)
         return tuple([None if i is None else tensors[i] for i in self.results])
 

@@ -14,6 +14,9 @@ _DEFAULTS: dict[str, dict[int, dict[int, Sizes]]] = {
         2: {32: (64, 64, 8, 2), 64: (128, 64, 8, 3), 128: (64, 32, 8, 3), 256: (64, 32, 8, 1)},
         4: {64: (32, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
     },
+    "attention_tma": {2: {128: (64, 64, 4, 3)}},  # same `loop` as attention on Hopper
+    "attention_backward_rows_tma": {2: {128: (64, 64, 4, 2)}},
+    "attention_backward_keys_tma": {2: {128: (64, 32, 4, 2)}},
     "bidirectional": {
         2: {32: (16, 16, 8, 1), 64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
         4: {64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
@@ -57,16 +60,36 @@ _DEFAULTS: dict[str, dict[int, dict[int, Sizes]]] = {
 }
 
 
-# Where Hopper's own matrix instructions want another one; `loop` is the same, and with it the bits.
+_DEFAULTS["bidirectional_few"] = _DEFAULTS["bidirectional"]
+_DEFAULTS["bidirectional_both"] = _DEFAULTS["attention"]
+
+# What an H200 ran fastest (`make tune` on shapes.json and 4,096 tokens) of what spills nothing and
+# keeps 16 rows a warp: fewer would add up a row's weights in another order, see `owned`.
 _HOPPER: dict[tuple[str, int, int], Sizes] = {
-    ("attention", 2, 256): (64, 32, 8, 2),
+    ("attention", 2, 32): (64, 64, 4, 3),
+    ("attention", 2, 64): (64, 64, 4, 3),
+    ("attention", 2, 128): (64, 64, 4, 3),
+    ("attention", 2, 256): (128, 32, 8, 3),
+    ("attention_masked", 2, 32): (64, 64, 8, 2),
+    ("attention_masked", 2, 64): (64, 64, 4, 3),
+    ("attention_masked", 2, 256): (64, 32, 8, 2),
+    ("attention_backward_rows", 2, 64): (64, 64, 4, 2),
+    ("attention_backward_rows", 2, 128): (128, 64, 8, 2),
+    ("attention_backward_keys", 2, 64): (64, 32, 4, 1),
+    ("attention_backward_keys", 2, 128): (64, 16, 4, 2),
+    ("bidirectional", 2, 32): (16, 32, 8, 1),
+    ("bidirectional_few", 2, 32): (16, 64, 8, 1),
+    ("bidirectional_few", 2, 64): (16, 64, 8, 1),
+    ("bidirectional_both", 2, 64): (64, 64, 4, 3),
+    ("bidirectional_both", 2, 256): (64, 32, 8, 2),
     ("bidirectional_backward", 2, 256): (16, 32, 8, 2),
 }
 
 
 def default(kernel: str, itemsize: int, width: int, capability: tuple[int, int]) -> Sizes:
-    """The tile of a kernel for elements of `itemsize` bytes and a padded head dim of `width`."""
-    by_width = _DEFAULTS[kernel][itemsize]
+    """The tile of a kernel for elements of `itemsize` bytes and a padded head dim of `width`; of
+    "<kernel>_masked" where nothing else is said that of the kernel."""
+    by_width = _DEFAULTS[kernel.removesuffix("_masked")][itemsize]
     limit = next(limit for limit in sorted(by_width) if width <= limit)
     if capability[0] == 9:
         return _HOPPER.get((kernel, itemsize, limit), by_width[limit])

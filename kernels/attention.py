@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfusion.kernels import attention_tma
+from fastfusion.kernels._attend import attend
 from fastfusion.kernels._launch import (
     aligned,
     cdiv,
@@ -24,105 +26,14 @@ from fastfusion.kernels._launch import (
 )
 from fastfusion.kernels._plan import empty, launch, planned
 from fastfusion.kernels._tile import (
-    add,
     inverse,
-    kept,
-    load_rows,
     log_sum,
-    multiply_add,
-    nothing_lost,
     rescale,
-    scaled_maximum,
-    scores,
-    seen_range,
     shift_of,
     slice_base,
     store_rows,
-    visible_keys,
     visible_range,
-    weights,
 )
-
-
-@triton.jit
-def attend_range(
-    state, first, last, q, q_start, k_base, k_row, v_base, v_row, mask, padding, seed, slice_index,
-    kv_len, scale, factor, threshold, keep_scale,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    LOOP: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The state of a tile of queries, continued over the keys [first, last).
-
-    State: running maximum, sum and what its rounding lost, weighted values and what theirs lost.
-    """
-    maximum, total, total_lost, acc, acc_lost = state
-    for start in range(first, last, LOOP):
-        visible = visible_keys(padding, start, kv_len, LOOP, PADDING)
-        k = load_rows(k_base, start, visible, k_row, DIM, WIDTH, DOT)
-        x = scores(
-            q, k, q_start, start, visible, mask, scale, EDGE, CAUSAL, MASK, False, PRECISION
-        )  # fmt: skip
-        grown = tl.maximum(maximum, scaled_maximum(tl.max(x, 1), factor, MASK))
-        shift = shift_of(grown)
-        p = weights(x, shift[:, None], factor, MASK)
-        alpha = rescale(maximum, shift, MASK)
-        total, total_lost = add(total * alpha, total_lost * alpha, tl.sum(p, 1))
-        maximum = grown
-        if DROPOUT:
-            keep = kept(
-                seed, slice_index, q_start, start, threshold, q.shape[0], LOOP, STREAM, False
-            )
-            p = tl.where(keep, p * keep_scale, 0.0)
-        v = load_rows(v_base, start, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
-        p = p.to(v_base.dtype.element_ty).to(DOT)
-        if tl.float32 == DOT:
-            acc_lost = acc_lost * alpha[:, None]
-        acc, acc_lost = multiply_add(acc * alpha[:, None], acc_lost, p, v, PRECISION)
-    return maximum, total, total_lost, acc, acc_lost
-
-
-@triton.jit
-def attend(
-    q_base, q_row, q_start, k_base, k_row, v_base, v_row, mask, padding, seed, slice_index,
-    first, last, q_len, kv_len, scale, factor, threshold, keep_scale,
-    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr,
-    MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(maximum, total, acc) of OWN queries of one head over the keys [first, last).
-
-    Tiles of keys that all queries see whole come first, without a comparison per score; the last
-    tile, the diagonal and whatever padding may hide follow.
-    """
-    present = q_start + tl.arange(0, OWN) < q_len
-    q = load_rows(q_base, q_start, present, q_row, DIM, WIDTH, DOT)
-    if SIGN != 1:
-        q = q * SIGN
-    diagonal = mask[5]
-    first, last = seen_range(first, last, q_start, diagonal, OWN, LOOP, CAUSAL)
-    acc = tl.zeros([OWN, VALUE_WIDTH], tl.float32)
-    total = tl.zeros([OWN], tl.float32)
-    maximum = tl.full([OWN], -float("inf"), tl.float32)
-    state = (maximum, total, total, acc, nothing_lost(acc, DOT))
-    edge = first
-    if not PADDING and CAUSAL != -1:
-        edge = last // LOOP * LOOP
-        if CAUSAL == 1:
-            edge = tl.minimum(edge, tl.maximum(q_start + diagonal + 1, 0) // LOOP * LOOP)
-        state = attend_range(
-            state, first, edge, q, q_start, k_base, k_row, v_base, v_row, mask, padding, seed,
-            slice_index, kv_len, scale, factor, threshold, keep_scale, DIM, WIDTH, VALUE_DIM,
-            VALUE_WIDTH, LOOP, False, 0, MASK, False, DROPOUT, STREAM, DOT, PRECISION,
-        )  # fmt: skip
-    maximum, total, _, acc, _ = attend_range(
-        state, edge, last, q, q_start, k_base, k_row, v_base, v_row, mask, padding, seed,
-        slice_index, kv_len, scale, factor, threshold, keep_scale, DIM, WIDTH, VALUE_DIM,
-        VALUE_WIDTH, LOOP, True, CAUSAL, MASK, PADDING, DROPOUT, STREAM, DOT, PRECISION,
-    )  # fmt: skip
-    return maximum, total, acc
 
 
 @triton.jit
@@ -217,7 +128,7 @@ def merge_kernel(
     partial_ptr, out_ptr, lse_ptr, out_batch, out_head, out_row, heads, q_len, splits,
     VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, MASK: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
-    """One query of one head from the splits of its keys, in ascending order."""
+    """One query of one head from the splits of its keys, sixteen at a time."""
     index = tl.program_id(0)
     slice_index, row = index // q_len, index % q_len
     columns = tl.arange(0, VALUE_WIDTH)
@@ -225,16 +136,22 @@ def merge_kernel(
     step = tl.cast(q_len, tl.int64) * partial_row
     base = partial_ptr + tl.cast(slice_index, tl.int64) * splits * step + row * partial_row
     maximum = -float("inf")
-    for split in range(0, splits):
-        maximum = tl.maximum(maximum, tl.load(base + split * step + VALUE_DIM))
+    some = tl.arange(0, 16)  # at once, for the latency of one load
+    for first in range(0, splits, 16):
+        at = base + (first + some) * step + VALUE_DIM
+        grown = tl.load(at, mask=first + some < splits, other=-float("inf"))
+        maximum = tl.maximum(maximum, tl.max(grown))
     shift = shift_of(maximum)
     total = 0.0
     acc = tl.zeros([VALUE_WIDTH], tl.float32)
-    for split in range(0, splits):
-        at = base + split * step
-        alpha = rescale(tl.load(at + VALUE_DIM), shift, MASK)
-        total += alpha * tl.load(at + VALUE_DIM + 1)
-        acc += alpha * tl.load(at + columns, mask=columns < VALUE_DIM, other=0.0)
+    for first in range(0, splits, 16):
+        present = first + some < splits
+        at = base + (first + some) * step
+        alpha = rescale(tl.load(at + VALUE_DIM, mask=present, other=-float("inf")), shift, MASK)
+        total += tl.sum(alpha * tl.load(at + VALUE_DIM + 1, mask=present, other=0.0))
+        inside = present[:, None] & (columns[None, :] < VALUE_DIM)
+        parts = tl.load(at[:, None] + columns[None, :], mask=inside, other=0.0)
+        acc += tl.sum(alpha[:, None] * parts, 0)
     batch, head = slice_index // heads, slice_index % heads
     out = slice_base(out_ptr, batch, head, out_batch, out_head) + tl.cast(row, tl.int64) * out_row
     acc = (acc * inverse(total)).to(out_ptr.dtype.element_ty)
@@ -250,7 +167,7 @@ def split_length(q_len: int, kv_len: int, is_causal: bool) -> int:
     """
     if is_causal or q_len > 512:
         return 0
-    length = 256 if q_len <= 16 else 512 if q_len <= 64 else 2048
+    length = 256 if q_len <= 16 else 512 if q_len <= 128 else 2048
     return length if kv_len >= 2 * length else 0
 
 
@@ -282,10 +199,22 @@ def attention_forward(
         is_causal, bottom_right, scale,
     )  # fmt: skip
     widest = max(width(dim), width(value_dim))
-    chosen = tile("attention", query.dtype, widest, query.device, aligned(dim, value_dim))
+    sizes = {
+        "heads": heads, "group": heads // key.shape[1], "q_len": q_len, "kv_len": kv_len,
+        "DIM": dim, "WIDTH": width(dim), "VALUE_DIM": value_dim, "VALUE_WIDTH": width(value_dim),
+        "LSE": return_lse,
+    }  # fmt: skip
+    outs = (out, query if lse is None else lse)
+    if attention_tma.takes(query, key, value, widest, compile_time):
+        options = {**sizes, **run_time, **compile_time}
+        attention_tma.forward(query, key, value, outs, widest, options)
+        return out, lse
+    masked = attn_mask is not None or seed is not None
+    even = aligned(dim, value_dim)
+    chosen = tile("attention", query.dtype, widest, query.device, even, masked)
     split = split_length(q_len, kv_len, is_causal)
     splits = cdiv(kv_len, split) if split else 1
-    own = owned(chosen, q_len)
+    own = owned(chosen, q_len, query.dtype)
     partial = (
         empty(query, (batch * heads * splits * q_len * (value_dim + 2),), torch.float32)
         if split
@@ -293,17 +222,14 @@ def attention_forward(
     )
     launch(
         attention_kernel, batch * heads * splits * cdiv(q_len, own),
-        query, key, value, out, query if lse is None else lse, partial_ptr=partial,
-        **strides(q=query, k=key, v=value, out=out), **run_time,
-        heads=heads, group=heads // key.shape[1], q_len=q_len, kv_len=kv_len, splits=splits,
-        DIM=dim, WIDTH=width(dim), VALUE_DIM=value_dim, VALUE_WIDTH=width(value_dim),
-        OWN=own, LOOP=chosen.loop, SPLIT=split, STREAM=0, LSE=return_lse, **compile_time,
-        **chosen.options(),
+        query, key, value, *outs, partial_ptr=partial,
+        **strides(q=query, k=key, v=value, out=out), **run_time, **sizes, splits=splits,
+        OWN=own, LOOP=chosen.loop, SPLIT=split, STREAM=0, **compile_time, **chosen.options(),
     )  # fmt: skip
     if split:
         launch(
             merge_kernel, batch * heads * q_len,
-            partial, out, query if lse is None else lse, **strides(out=out), heads=heads,
+            partial, *outs, **strides(out=out), heads=heads,
             q_len=q_len, splits=splits, VALUE_DIM=value_dim, VALUE_WIDTH=width(value_dim),
             MASK=compile_time["MASK"], LSE=return_lse, num_warps=4,
         )  # fmt: skip

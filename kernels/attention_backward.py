@@ -10,11 +10,14 @@ Sums over queries are cut into ranges that depend on the shape alone and merged 
 float32 chain over 8 heads of 4,096 queries errs by five times the plain formula.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfusion.kernels import attention_tma
 from fastfusion.kernels._gradients import (
     key_gradients,
     load_grad_lse,
@@ -38,6 +41,7 @@ from fastfusion.kernels._launch import (
 from fastfusion.kernels._plan import empty, launch, planned
 from fastfusion.kernels._tile import (
     load_rows,
+    load_tile,
     nothing_lost,
     slice_base,
     store_rows,
@@ -51,6 +55,15 @@ LENGTHS = [
 ]  # fmt: skip
 
 
+@triton.jit
+def rows_of(ptr, batch, head, batch_stride, head_stride, row_stride, TMA: tl.constexpr):
+    """Where the rows of a head are, as `load_tile` takes it."""
+    if TMA:
+        return ptr, (batch, head)
+    else:
+        return slice_base(ptr, batch, head, batch_stride, head_stride), row_stride
+
+
 @triton.jit(do_not_specialize=LENGTHS[:7])
 def rows_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dq_ptr, statistics_ptr, mask_ptr, padding_ptr,
@@ -62,6 +75,7 @@ def rows_kernel(
     VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr,
     MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
     SINGLE: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """dq and the statistics of the rows. Programs: (batch * heads, tiles of queries)."""
     tiles = tl.cdiv(q_len, OWN)
@@ -76,11 +90,13 @@ def rows_kernel(
     padding = padding_ptr + tl.cast(batch, tl.int64) * padding_batch
     first, last = visible_range(padding, kv_len, LOOP, PADDING)
     seed = tl.load(seed_ptr) if DROPOUT else 0
+    kv_head = head // group
+    q, at_q = rows_of(q_ptr, batch, head, q_batch, q_head, q_row, TMA)
+    k, at_k = rows_of(k_ptr, batch, kv_head, k_batch, k_head, k_row, TMA)
+    v, at_v = rows_of(v_ptr, batch, kv_head, v_batch, v_head, v_row, TMA)
+    grad, at_grad = rows_of(grad_ptr, batch, head, grad_batch, grad_head, grad_row, TMA)
     dq, shift, share, delta = row_gradients(
-        slice_base(q_ptr, batch, head, q_batch, q_head), q_row, q_start,
-        slice_base(k_ptr, batch, head // group, k_batch, k_head), k_row,
-        slice_base(v_ptr, batch, head // group, v_batch, v_head), v_row,
-        slice_base(grad_ptr, batch, head, grad_batch, grad_head), grad_row,
+        q, at_q, q_start, k, at_k, v, at_v, grad, at_grad,
         load_grad_lse(grad_lse_ptr, at, present, LSE),
         (
             slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column, q_len,
@@ -88,7 +104,7 @@ def rows_kernel(
         ),
         padding, seed, slice_index, first, last, q_len, kv_len, scale, factor, threshold,
         keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, MASK, PADDING,
-        DROPOUT, STREAM, SINGLE, DOT, PRECISION,
+        DROPOUT, STREAM, SINGLE, DOT, PRECISION, TMA,
     )  # fmt: skip
     base = slice_base(dq_ptr, batch, head, dq_batch, dq_head)
     store_rows(base, dq * gradient_scale, q_start, present, dq_row, DIM)
@@ -106,7 +122,7 @@ def keys_kernel(
     VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
     SPLIT: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
     DROPOUT: tl.constexpr, STREAM: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. Programs: (batch * key heads, splits, tiles of keys).
 
@@ -121,10 +137,10 @@ def keys_kernel(
     padding = padding_ptr + tl.cast(batch, tl.int64) * padding_batch
     present = k_start + tl.arange(0, OWN) < kv_len
     visible = visible_keys(padding, k_start, kv_len, OWN, PADDING)
-    k_base = slice_base(k_ptr, batch, kv_head, k_batch, k_head)
-    v_base = slice_base(v_ptr, batch, kv_head, v_batch, v_head)
-    k = load_rows(k_base, k_start, visible, k_row, DIM, WIDTH, DOT)
-    v = load_rows(v_base, k_start, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
+    k_base, at_k = rows_of(k_ptr, batch, kv_head, k_batch, k_head, k_row, TMA)
+    v_base, at_v = rows_of(v_ptr, batch, kv_head, v_batch, v_head, v_row, TMA)
+    k = load_tile(k_base, at_k, k_start, visible, DIM, WIDTH, True, DOT, TMA)
+    v = load_tile(v_base, at_v, k_start, visible, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
     dk = tl.zeros([OWN, WIDTH], tl.float32)
     dv = tl.zeros([OWN, VALUE_WIDTH], tl.float32)
     dk_lost, dv_lost = nothing_lost(dk, DOT), nothing_lost(dv, DOT)
@@ -140,12 +156,13 @@ def keys_kernel(
     for g in range(first // row_tiles, tl.cdiv(last, row_tiles)):
         head = kv_head * group + g
         slice_index = batch * heads + head
+        q, at_q = rows_of(q_ptr, batch, head, q_batch, q_head, q_row, TMA)
+        grad, at_grad = rows_of(grad_ptr, batch, head, grad_batch, grad_head, grad_row, TMA)
         dk, dk_lost, dv, dv_lost = key_gradients(
             (dk, dk_lost, dv, dv_lost), k, v, visible, k_start,
             tl.maximum(first - g * row_tiles, lowest) * LOOP,
             tl.minimum(last - g * row_tiles, row_tiles) * LOOP,
-            slice_base(q_ptr, batch, head, q_batch, q_head), q_row,
-            slice_base(grad_ptr, batch, head, grad_batch, grad_head), grad_row,
+            q, at_q, grad, at_grad,
             statistics_ptr, grad_lse_ptr, tl.cast(slice_index, tl.int64) * q_len,
             (
                 slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column,
@@ -153,6 +170,7 @@ def keys_kernel(
             ),
             seed, slice_index, q_len, scale, factor, threshold, keep_scale, SIGN, DIM,
             WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, CAUSAL, MASK, DROPOUT, STREAM, LSE, DOT, PRECISION,
+            TMA,
         )  # fmt: skip
     if SPLIT:
         row: tl.constexpr = DIM + VALUE_DIM
@@ -297,6 +315,7 @@ def attention_backward(
         is_causal, bottom_right, scale,
     )  # fmt: skip
     after = gradient_scale({**run_time, **compile_time})
+    masked = attn_mask is not None or seed is not None
     group, widest = heads // kv_heads, max(width(dim), width(value_dim))
     common = {
         "grad_lse_ptr": query if grad_lse is None else grad_lse,
@@ -307,14 +326,22 @@ def attention_backward(
         "STREAM": 0, "LSE": grad_lse is not None, **compile_time,
     }  # fmt: skip
 
+    tma = attention_tma.takes(query, key, value, widest, compile_time, grad_out)
+
     def chosen(kernel: str, rows: int) -> tuple[int, dict[str, int]]:
-        name = f"attention_backward_{kernel}"
-        return cut(name, query, widest, rows, aligned(dim, value_dim))
+        name = f"attention_backward_{kernel}{'_tma' if tma else ''}"
+        return cut(name, query, widest, rows, aligned(dim, value_dim), masked)
+
+    def inputs(of_queries: int, of_keys: int) -> list[Any]:
+        """The operands, or descriptors of tiles of so many rows of them."""
+        operands = [query, key, value, grad_out]
+        rows = [of_queries, of_keys, of_keys, of_queries]
+        return list(map(attention_tma.describe, operands, rows)) if tma else operands
 
     own, sizes = chosen("rows", q_len)
     launch(
         rows_kernel, batch * heads * cdiv(q_len, own),
-        query, key, value, grad_out, dq_ptr=dq, **strides(dq=dq), **common, **sizes,
+        *inputs(own, sizes["LOOP"]), dq_ptr=dq, **strides(dq=dq), **common, **sizes, TMA=tma,
         gradient_scale=compile_time["SIGN"] * after, SINGLE=kv_len <= sizes["LOOP"],
     )  # fmt: skip
     own, sizes = chosen("keys", kv_len)
@@ -323,8 +350,8 @@ def attention_backward(
     partial = empty(query, (elements,), torch.float32) if elements else query
     launch(
         keys_kernel, batch * kv_heads * splits * cdiv(kv_len, own),
-        query, key, value, grad_out, dk_ptr=dk, dv_ptr=dv, partial_ptr=partial,
-        **strides(dk=dk, dv=dv), **common, **sizes, gradient_scale=after, splits=splits,
+        *inputs(sizes["LOOP"], own), dk_ptr=dk, dv_ptr=dv, partial_ptr=partial,
+        **strides(dk=dk, dv=dv), **common, **sizes, TMA=tma, gradient_scale=after, splits=splits,
         per_split=per_split, SPLIT=splits > 1,
     )  # fmt: skip
     if splits > 1:

@@ -30,7 +30,7 @@ from fastfusion.kernels._tile import (
     visible_keys,
 )
 from fastfusion.kernels.attention_backward import merge_splits
-from fastfusion.kernels.bidirectional import row_ranges
+from fastfusion.kernels.bidirectional import row_ranges, shared_sizes
 
 LENGTHS = [
     "heads", "q_len", "kv_len", "q_padding_batch", "diagonal", "threshold", "k_padding_batch"
@@ -202,10 +202,10 @@ def gradients_kernel(
         ds = ds.to(q_ptr.dtype.element_ty).to(DOT)
         p = p.to(q_ptr.dtype.element_ty).to(DOT)
         p_rows = p_rows.to(q_ptr.dtype.element_ty).to(DOT)
-        dq = tl.dot(tl.trans(k), ds, input_precision=PRECISION) * gradient_scale
-        store_rows(dq_base, tl.trans(dq), start, present, dq_row, DIM)
-        dqv = tl.dot(tl.trans(grad_k), p_rows, input_precision=PRECISION)
-        store_rows(dqv_base, tl.trans(dqv), start, present, dqv_row, QV_DIM)
+        dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION) * gradient_scale
+        store_rows(dq_base, dq, start, present, dq_row, DIM)
+        dqv = tl.dot(tl.trans(p_rows), grad_k, input_precision=PRECISION)
+        store_rows(dqv_base, dqv, start, present, dqv_row, QV_DIM)
         dk, dk_lost = multiply_add(dk, dk_lost, ds, q, PRECISION)
         # Rows that do not exist have a softmax too; their gradient is 0.
         dv, dv_lost = multiply_add(dv, dv_lost, p, grad_q, PRECISION)
@@ -233,12 +233,15 @@ def shared_backward(
     query = given["q_ptr"]
     (batch, heads, q_len, dim), kv_len = query.shape, given["kv_len"]
     chosen = tile("bidirectional_shared", query.dtype, widest, query.device)
-    splits, per_split = row_ranges(q_len, chosen.loop)
-    programs, keys = batch * heads * splits, width(kv_len)
+    mask = given["mask_ptr"] if given["MASK"] else None
+    seed = given["seed_ptr"] if given["DROPOUT"] else None
+    rows, keys = shared_sizes(mask, seed, kv_len, chosen.loop)
+    splits, per_split = row_ranges(q_len, rows)
+    programs = batch * heads * splits
     v_dim = given["V_DIM"]
     sizes = {
         "columns_ptr": empty(query, (programs * 3 * keys,), torch.float32), "splits": splits,
-        "per_split": per_split, "ROWS": chosen.loop, "KEYS": keys, "EXCHANGED": turned,
+        "per_split": per_split, "ROWS": rows, "KEYS": keys, "EXCHANGED": turned,
         **chosen.options(),
     }  # fmt: skip
     given = {**given, **sizes}

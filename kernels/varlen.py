@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfusion.kernels._attend import attend
 from fastfusion.kernels._gradients import (
     key_gradients,
     load_grad_lse,
@@ -40,7 +41,6 @@ from fastfusion.kernels._tile import (
     nothing_lost,
     store_rows,
 )
-from fastfusion.kernels.attention import attend
 
 NAMES = [
     "heads", "group", "sequences", "q_total", "k_total", "threshold", "mask_rows", "mask_columns",
