@@ -1,8 +1,9 @@
 """``make kernels``: do the Triton kernels compile well for every architecture? Needs no GPU.
 
 Compiles what the launchers launch (`kernels_cases.py`) to machine code, and fails on what can be
-told from it: in 16-bit kernels a spilled register or a missing tensor-core instruction, in all of
-them more shared memory than a block may have. float32 kernels may spill, and are listed.
+told from it: in 16-bit kernels a spilled register or a missing tensor-core instruction (Hopper's
+own, wgmma, from 64 rows on), in all of them more shared memory than a block may have, and layouts
+that Triton gets wrong. float32 kernels may spill, and are listed.
 """
 
 import argparse
@@ -42,7 +43,7 @@ ARCHS = tuple(SHARED_LIMITS)
 QUICK_ARCHS = (80, 90, 100)
 COLUMNS = (
     *("kernel", "variant", "dtype", "size", "arch", "tile"),
-    *("registers", "spilled bytes", "shared KB", "tensor-core instructions"),
+    *("registers", "spilled bytes", "shared KB", "tensor-core instructions", "wgmma"),
 )
 
 
@@ -136,7 +137,20 @@ def compile_all(builds: list[Build], jobs: int) -> Iterator[Row]:
 
 def table(rows: list[Row]) -> str:
     """One line per build."""
-    head = ("kernel", "variant", "dtype", "size", "arch", "tile", "regs", "spill", "KB", "tc", "s")
+    head = (
+        "kernel",
+        "variant",
+        "dtype",
+        "size",
+        "arch",
+        "tile",
+        "regs",
+        "spill",
+        "KB",
+        "tc",
+        "wgmma",
+        "s",
+    )
     lines = [head, *(tuple(map(str, (*cells(row), row.seconds))) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     words = 6  # columns of words, flush left
@@ -154,7 +168,7 @@ def cells(row: Row) -> tuple[Any, ...]:
     kind = row.kind
     return (
         *(kind.kernel, kind.variant, kind.dtype, kind.size, f"sm_{kind.arch}", kind.tile),
-        *(row.registers, row.spilled, row.shared_kb, row.tensor_core),
+        *(row.registers, row.spilled, row.shared_kb, row.tensor_core, int(row.wgmma)),
     )
 
 

@@ -28,6 +28,10 @@ TENSOR_MEMORY_LIMIT = 512
 SPILL_LIMIT, DROPOUT_SPILL_LIMIT = 0, 96
 HALF = ("bfloat16", "float16")
 
+# The operand of a product in registers: its shape, which of the two it is, elements side by side.
+_OPERAND = re.compile(
+    r"tensor<(\d+)x(\d+)x\w+, #ttg\.dot_op<\{opIdx = ([01]), parent = #\w+, kWidth = (\d+)\}>>"
+)
 _TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 # What launchers call the sizes of a tile, in the order in which a table shows them.
 _SIZES = ("OWN", "LOOP", "ROWS", "FEATURES", "INNER", "PARTS", "COLUMNS")
@@ -46,6 +50,7 @@ class Kind:
         tile: sizes, warps, stages.
         dropout: whether it draws random numbers.
         dots: whether it multiplies matrices.
+        own: rows of a program, 0 where they are not called so.
     """
 
     kernel: str
@@ -56,6 +61,7 @@ class Kind:
     tile: str
     dropout: bool = False
     dots: bool = True
+    own: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ class Build:
 
 @dataclass(frozen=True)
 class Row:
-    """A compiled kernel, or why there is none. Spilled bytes are ptxas's "spill stores"."""
+    """A compiled kernel, or why there is none. Spilled bytes are ptxas's "spill stores"; faults are
+    what `layout_faults` found."""
 
     kind: Kind
     registers: int = 0
@@ -78,6 +85,8 @@ class Row:
     shared_kb: float = 0.0
     tensor_memory: int = 0
     tensor_core: int = 0
+    wgmma: bool = False
+    faults: tuple[str, ...] = ()
     seconds: float = 0.0
     error: str = ""
 
@@ -93,11 +102,32 @@ def problems(row: Row) -> list[str]:
         found.append(f"spills {row.spilled} bytes, allowed {allowed}")
     if kind.dtype in HALF and kind.dots and not row.tensor_core:
         found.append("no tensor-core instruction")
+    # Its own instructions have twice the rate of the older ones on Hopper; they take 64 rows.
+    if kind.dtype in HALF and kind.dots and kind.arch == 90 and kind.own >= 64 and not row.wgmma:
+        found.append(f"no wgmma for {kind.own} rows")
     if row.shared_kb > SHARED_LIMITS[kind.arch]:
         found.append(f"{row.shared_kb} KB of shared memory, limit {SHARED_LIMITS[kind.arch]}")
     if row.tensor_memory > TENSOR_MEMORY_LIMIT:
         found.append(f"{row.tensor_memory} columns of tensor memory, limit {TENSOR_MEMORY_LIMIT}")
-    return found
+    return [*found, *row.faults]
+
+
+def layout_faults(ttgir: str) -> tuple[str, ...]:
+    """Layouts that Triton compiles to wrong code.
+
+    Its kWidth follows the narrowest load that an operand comes from, a mask's byte among them, and
+    may ask for more elements than a product sums over. And wgmma with a left operand that lies
+    transposed in shared memory reads past its end (256 rows; 3.6 on an H200).
+    """
+    found = {}
+    for rows, columns, index, k_width in _OPERAND.findall(ttgir):
+        inner = int(rows if index == "1" else columns)
+        if inner < 4 * int(k_width):
+            found[f"a product over {inner} with kWidth {k_width}"] = None
+    transposed = set(re.findall(r"(%\w+) = ttg\.memdesc_trans", ttgir))
+    if transposed.intersection(re.findall(r"ttng\.warp_group_dot (%\w+),", ttgir)):
+        found["a transposed left operand of wgmma"] = None
+    return tuple(found)
 
 
 class _Driver:
@@ -149,6 +179,7 @@ def record(call: Callable[[], Any], arch: int, variant: str, dtype: str, size: i
             tile=f"{'x'.join(sizes) or '-'} {warps}w {stages}s",
             dropout=bool(constants.get("DROPOUT")),
             dots="PRECISION" in constants,
+            own=constants.get("OWN", 0),
         )
         builds.append(Build(kind, fn.module, fn.name, compile["specialization_data"]))
         return True
@@ -198,5 +229,7 @@ def compile_build(build: Build) -> Row:
         shared_kb=round(compiled.metadata.shared / 1024, 1),
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         tensor_core=len(_TENSOR_CORE.findall(compiled.asm["ptx"])),
+        wgmma="wgmma.mma_async" in compiled.asm["ptx"],
+        faults=layout_faults(compiled.asm["ttgir"]),
         seconds=round(time.perf_counter() - start, 2),
     )

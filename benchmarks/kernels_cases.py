@@ -43,6 +43,8 @@ ATTENTION = {
     "many queries": ("plain", 1100, 36),
     "many queries heaviest": ("heaviest", 1100, 36),
     "shared mask": ("shared", 300, 300),
+    "long": ("plain", 2100, 2100),
+    "long causal": ("causal", 2100, 2100),
 }
 BIDIRECTIONAL = {
     "plain": ("plain", 300, MOST),
@@ -201,7 +203,7 @@ def _calls(dtype: torch.dtype, head_dims: tuple[int, ...]) -> Iterator[tuple[str
 
 def cases(quick: bool) -> Iterator[Case]:
     """All cases, or with `quick` those that find most mistakes: the two variants in bfloat16."""
-    main = ("plain", "heaviest", "long heaviest", "some", "some heaviest")
+    main = ("plain", "heaviest", "long", "long heaviest", "some", "some heaviest")
     for dtype in DTYPES[:1] if quick else DTYPES:
         element = getattr(torch, dtype)
         for variant, size, call in _calls(element, QUICK_HEAD_DIMS if quick else HEAD_DIMS):

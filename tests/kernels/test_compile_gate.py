@@ -44,13 +44,46 @@ def test_a_good_build_passes(row: Row) -> None:
         (replace(GOOD, shared_kb=99.1), "99.1 KB"),
         (replace(GOOD, kind=SINGLE, shared_kb=100.0), "100.0 KB"),
         (replace(GOOD, tensor_memory=1024), "tensor memory"),
+        (replace(GOOD, kind=replace(KIND, arch=90, own=64)), "no wgmma for 64 rows"),
+        (replace(GOOD, faults=("a product over 16 with kWidth 8",)), "kWidth 8"),
         (Row(KIND, error="CompilationError: no"), "CompilationError"),
     ],
-    ids=["spill", "dropout", "no mma", "shared", "float32 shared", "tensor memory", "error"],
+    ids=[
+        "spill",
+        "dropout",
+        "no mma",
+        "shared",
+        "float32 shared",
+        "tensor memory",
+        "no wgmma",
+        "layout",
+        "error",
+    ],
 )
 def test_a_bad_build_fails(row: Row, words: str) -> None:
     assert len(problems(row)) == 1
     assert words in problems(row)[0]
+
+
+OPERAND = "tensor<{}xbf16, #ttg.dot_op<{{opIdx = {}, parent = #mma, kWidth = {}}}>>"
+
+
+@pytest.mark.parametrize(
+    ("ttgir", "faults"),
+    [
+        (OPERAND.format("32x16", 0, 4), ()),
+        (OPERAND.format("32x16", 0, 8), ("a product over 16 with kWidth 8",)),
+        (OPERAND.format("16x64", 1, 8), ("a product over 16 with kWidth 8",)),
+        (OPERAND.format("32x64", 1, 8), ()),
+        ("%b = ttg.memdesc_trans %k\nttng.warp_group_dot %a, %b, %c", ()),
+        (
+            "%a = ttg.memdesc_trans %v {order}\n%x = ttng.warp_group_dot %a, %b, %c",
+            ("a transposed left operand of wgmma",),
+        ),
+    ],
+)
+def test_layouts_that_triton_gets_wrong(ttgir: str, faults: tuple[str, ...]) -> None:
+    assert kernels_build.layout_faults(ttgir) == faults
 
 
 def test_a_build_is_compiled_once() -> None:
