@@ -111,7 +111,7 @@ class ForwardTask {
     const bool first = block.first == 0;
     if (panel.rest) {
       attend_rest(key, query_[i], block.count, Operands<Math>::steps(p_.head_dim), columns, base_,
-                  scaling_.unit, maximum_, scores_, panel.statistics);
+                  p_.returns_lse(), scaling_.unit, maximum_, scores_, panel.statistics);
     } else {
       weigh(b, i, block, key);
     }
@@ -156,8 +156,8 @@ class ForwardTask {
       }
     }
     if (p_.dropout) dropout_factors(scores, block, kRowStream, factor_);
-    online_softmax<Math>(base_, block, columns, unit, maximum_, p_.dropout ? factor_ : nullptr,
-                         scores_, panel.statistics);
+    online_softmax<Math>(base_, p_.returns_lse(), block, columns, unit, maximum_,
+                         p_.dropout ? factor_ : nullptr, scores_, panel.statistics);
   }
 
   // Whether the last product of a panel goes straight to the output.

@@ -228,8 +228,8 @@ class BackwardTask {
       mask_scores(scores, block, unit, maximum_);
       unit = 1.0f;
     }
-    online_softmax<Float32Math, Base::kE>(block, columns, unit, maximum_, nullptr, to.scores,
-                                          panel.statistics);
+    online_softmax<Float32Math, Precision::kFloat32, Base::kE>(
+        block, columns, unit, maximum_, nullptr, to.scores, panel.statistics);
     for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
       Vec::load(panel.statistics.maximum + lane).store(to.maxima + lane);
       FourSums sum;
