@@ -167,8 +167,8 @@ def row_gradients(
     dq_lost = nothing_lost(dq, DOT)
     if SINGLE:
         visible = visible_keys(padding, 0, kv_len, LOOP, PADDING)
-        k = load_rows(k_base, 0, visible, k_row, DIM, WIDTH, DOT)
-        v = load_rows(v_base, 0, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
+        k = load_tile(k_base, k_row, 0, visible, DIM, WIDTH, True, DOT, TMA)
+        v = load_tile(v_base, v_row, 0, visible, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
         x = scores(q, k, q_start, 0, visible, mask, scale, True, CAUSAL, MASK, False, PRECISION)
         dp, _ = product_gradient(
             grad, v, seed, slice_index, q_start, 0, threshold, keep_scale, DROPOUT, STREAM, False,

@@ -330,7 +330,7 @@ def attention_backward(
 
     def chosen(kernel: str, rows: int) -> tuple[int, dict[str, int]]:
         name = f"attention_backward_{kernel}{'_tma' if tma else ''}"
-        return cut(name, query, widest, rows, aligned(dim, value_dim), masked)
+        return cut(name, query, widest, rows, tma or aligned(dim, value_dim), masked)
 
     def inputs(of_queries: int, of_keys: int) -> list[Any]:
         """The operands, or descriptors of tiles of so many rows of them."""
