@@ -81,16 +81,24 @@ def store_rows(base, tile, start, present, stride, DIM: tl.constexpr):
 
 
 @triton.jit
-def visible_keys(padding_ptr, start, kv_len, KEYS: tl.constexpr, PADDING: tl.constexpr):
-    """Which of the keys start, start + 1, ... exist and are not hidden by the padding mask."""
+def visible_keys(
+    padding_ptr, start, kv_len, KEYS: tl.constexpr, PADDING: tl.constexpr,
+    APART: tl.constexpr = False,
+):  # fmt: skip
+    """Which of the keys start, start + 1, ... exist and are not hidden by the padding mask.
+
+    APART: for products over 16 keys or rows of weights that random bits drop. Triton (3.6 to 3.9)
+    takes 16-bit weights that follow from a byte and from a join for unpacked 4-bit ones, and gives
+    their product 8 a lane, which is wrong below 32. It does not look through a reduction: here the
+    maximum of one flag each.
+    """
     at = start + tl.arange(0, KEYS)
     visible = tl.arange(0, KEYS) < kv_len - start
-    if PADDING:
-        # The maximum of one flag each: Triton (3.6 to 3.9) takes 16-bit weights that follow from a
-        # byte and from random words (a join) for unpacked 4-bit ones, gives their product 8 of them
-        # a lane, and is wrong where it sums over 16. It does not look through a reduction.
+    if PADDING and APART:
         flags = tl.load(padding_ptr + at[:, None], mask=visible[:, None], other=1)
         visible = visible & (tl.max(flags.to(tl.int32), 1) == 0)
+    elif PADDING:
+        visible = visible & (tl.load(padding_ptr + at, mask=visible, other=1) == 0)
     return visible
 
 

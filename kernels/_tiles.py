@@ -18,7 +18,11 @@ _DEFAULTS: dict[str, dict[int, dict[int, Sizes]]] = {
     "attention_backward_rows_tma": {2: {128: (64, 64, 4, 2)}},
     "attention_backward_keys_tma": {2: {128: (64, 32, 4, 2)}},
     "bidirectional": {
-        2: {32: (16, 16, 8, 1), 64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+        2: {64: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+        4: {64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    },
+    "bidirectional_few": {
+        2: {64: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
         4: {64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     },
     "bidirectional_backward": {
@@ -58,9 +62,6 @@ _DEFAULTS: dict[str, dict[int, dict[int, Sizes]]] = {
         4: {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
     },
 }
-
-
-_DEFAULTS["bidirectional_few"] = _DEFAULTS["bidirectional"]
 _DEFAULTS["bidirectional_both"] = _DEFAULTS["attention"]
 
 # What an H200 ran fastest (`make tune` on shapes.json and 4,096 tokens) of what spills nothing and
@@ -77,8 +78,6 @@ _HOPPER: dict[tuple[str, int, int], Sizes] = {
     ("attention_backward_rows", 2, 128): (128, 64, 8, 2),
     ("attention_backward_keys", 2, 64): (64, 32, 4, 1),
     ("attention_backward_keys", 2, 128): (64, 16, 4, 2),
-    ("bidirectional", 2, 32): (16, 32, 8, 1),
-    ("bidirectional_few", 2, 32): (16, 64, 8, 1),
     ("bidirectional_few", 2, 64): (16, 64, 8, 1),
     ("bidirectional_both", 2, 64): (64, 64, 4, 3),
     ("bidirectional_both", 2, 256): (64, 32, 8, 2),

@@ -97,7 +97,7 @@ def shared_kernel(
     k_padding = k_padding_ptr + tl.cast(batch, tl.int64) * k_padding_batch
     keys = tl.arange(0, KEYS)
     existing = keys < kv_len
-    k_visible = visible_keys(k_padding, 0, kv_len, KEYS, K_PADDING)
+    k_visible = visible_keys(k_padding, 0, kv_len, KEYS, K_PADDING, DROPOUT)
     # A hidden key has scores still: its own output gathers from the queries.
     k_base = slice_base(k_ptr, batch, head, k_batch, k_head)
     k = load_rows(k_base, 0, existing, k_row, DIM, WIDTH, DOT)
@@ -115,7 +115,7 @@ def shared_kernel(
     for start in range(first, tl.minimum(first + per_split, q_len), ROWS):
         rows = start + tl.arange(0, ROWS)
         present = tl.arange(0, ROWS) < q_len - start
-        q_visible = visible_keys(q_padding, start, q_len, ROWS, Q_PADDING)
+        q_visible = visible_keys(q_padding, start, q_len, ROWS, Q_PADDING, DROPOUT)
         q = load_rows(q_base, start, present, q_row, DIM, WIDTH, DOT)
         x = scores(q, k, start, 0, existing, mask, scale, False, CAUSAL, MASK, True, PRECISION)
         by_row = tl.where(k_visible[:, None], x, -float("inf"))

@@ -72,7 +72,7 @@ def columns_kernel(
     total_lost, weighted, weighted_lost = total, total, total
     first = index % splits * per_split
     for start in range(first, tl.minimum(first + per_split, q_len), ROWS):
-        visible = visible_keys(q_padding, start, q_len, ROWS, Q_PADDING)
+        visible = visible_keys(q_padding, start, q_len, ROWS, Q_PADDING, DROPOUT)
         q = load_rows(q_base, start, tl.arange(0, ROWS) < q_len - start, q_row, DIM, WIDTH, DOT)
         qv = load_rows(qv_base, start, visible, qv_row, QV_DIM, QV_WIDTH, DOT)
         x = scores(q, k, start, 0, existing, mask, scale, False, CAUSAL, MASK, False, PRECISION)
@@ -146,7 +146,7 @@ def gradients_kernel(
     q_padding = q_padding_ptr + tl.cast(batch, tl.int64) * q_padding_batch
     k_padding = k_padding_ptr + tl.cast(batch, tl.int64) * k_padding_batch
     existing = tl.arange(0, KEYS) < kv_len
-    k_visible = visible_keys(k_padding, 0, kv_len, KEYS, K_PADDING)
+    k_visible = visible_keys(k_padding, 0, kv_len, KEYS, K_PADDING, DROPOUT)
     k_base = slice_base(k_ptr, batch, head, k_batch, k_head)
     k = load_rows(k_base, 0, existing, k_row, DIM, WIDTH, DOT)
     signed = k
@@ -167,7 +167,7 @@ def gradients_kernel(
     for start in range(first, tl.minimum(first + per_split, q_len), ROWS):
         rows = start + tl.arange(0, ROWS)
         present = tl.arange(0, ROWS) < q_len - start
-        visible = visible_keys(q_padding, start, q_len, ROWS, Q_PADDING)
+        visible = visible_keys(q_padding, start, q_len, ROWS, Q_PADDING, DROPOUT)
         q = load_rows(q_base, start, present, q_row, DIM, WIDTH, DOT)
         qv = load_rows(qv_base, start, visible, qv_row, QV_DIM, QV_WIDTH, DOT)
         grad_q = load_rows(grad_q_base, start, present, grad_q_row, V_DIM, V_WIDTH, DOT)
