@@ -119,7 +119,7 @@ def layout_faults(ttgir: str) -> tuple[str, ...]:
     may ask for more elements than a product sums over. And wgmma with a left operand that lies
     transposed in shared memory reads past its end (256 rows; 3.6 on an H200).
     """
-    found = {}
+    found: dict[str, None] = {}
     for rows, columns, index, k_width in _OPERAND.findall(ttgir):
         inner = int(rows if index == "1" else columns)
         if inner < 4 * int(k_width):

@@ -17,13 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfusion.kernels import _launch
+from fastfusion.kernels._bidirectional import (
+    common_options,
+    exchanged,
+    prepared,
+    row_ranges,
+    shared_sizes,
+)
 from fastfusion.kernels._launch import (
     cdiv,
     owned,
-    readable,
     rows_outside,
-    rows_readable,
-    score_options,
     strides,
     tile,
     width,
@@ -58,7 +63,6 @@ ON_CHIP = 32768
 # Keys up to which a step takes 64 rows on Hopper: a call of 36 x 20 takes 4.2 us and not 5.9 with
 # 32 (H200), one of 196 x 64 14 and not 20 with 16.
 FEW_KEYS = 64
-NAMES = ("q", "k", "v", "qv")
 
 
 LENGTHS = [
@@ -79,11 +83,15 @@ def shared_kernel(
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, EXCHANGED: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr,
     DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TURN_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Programs: (batch * heads, splits of the rows). All keys are one tile of KEYS.
 
     Keys come first in a tile of scores: the warps share them, and the rows may be few. With rows
-    first, each warp would hold 16 rows of all keys, twice the registers there are.
+    first, each warp would hold 16 rows of all keys, twice the registers there are. The product with
+    the values turns these before Hopper, as 16 rows of all weights take 56 bytes of spills; from
+    there on it turns the weights, since wgmma with a transposed left operand of 256 rows reads past
+    the end of shared memory (Triton 3.6 on an H200).
     """
     index = tl.program_id(0)
     slice_index = index // splits
@@ -131,9 +139,11 @@ def shared_kernel(
             )
             p = tl.where(keep, p * keep_scale, 0.0)
         p = p.to(q_ptr.dtype.element_ty).to(DOT)
-        # The weights are turned, not the values: a transposed left operand of 256 rows is read past
-        # the end of shared memory (Triton 3.6 on an H200).
-        out = tl.dot(tl.trans(p), v, input_precision=PRECISION) * inverse(row_total)[:, None]
+        if TURN_WEIGHTS:
+            out = tl.dot(tl.trans(p), v, input_precision=PRECISION) * inverse(row_total)[:, None]
+        else:
+            out = tl.dot(tl.trans(v), p, input_precision=PRECISION) * inverse(row_total)[None, :]
+            out = tl.trans(out)
         store_rows(out_q_base, out, start, present, out_q_row, V_DIM)
 
         by_column = tl.where(q_visible[None, :], x, -float("inf"))
@@ -201,56 +211,6 @@ def both_kernel(
         )  # fmt: skip
 
 
-def paddings(
-    query_padding_mask: Tensor | None, key_padding_mask: Tensor | None, dummy: Tensor
-) -> dict[str, Any]:
-    """Both padding masks as the kernels take them."""
-    options: dict[str, Any] = {}
-    for side, mask in (("q", query_padding_mask), ("k", key_padding_mask)):
-        options[f"{side}_padding_ptr"] = dummy if mask is None else mask
-        options[f"{side}_padding_batch"] = 0 if mask is None else mask.stride(0)
-        options[f"{side.upper()}_PADDING"] = mask is not None
-    return options
-
-
-def common_options(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_value: Tensor,
-    attn_mask: Tensor | None,
-    query_padding_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    bottom_right: bool,
-    scale: float | None,
-    turned: bool = False,
-) -> dict[str, Any]:
-    """Arguments of every bidirectional kernel, forward and backward; `turned`: of an `exchanged`
-    call."""
-    sizes = (*query.shape[:3], key.shape[2])
-    run_time, compile_time = score_options(
-        query, sizes, attn_mask, None, seed, dropout_p, is_causal, bottom_right, scale
-    )
-    if turned:  # the diagonal counts from queries to keys
-        run_time["diagonal"] *= -1
-        compile_time["CAUSAL"] *= -1
-    for name in ("padding_ptr", "padding_batch"):
-        del run_time[name]
-    del compile_time["PADDING"]
-    dims = {"": query, "V_": value, "QV_": query_value}
-    return {
-        **{f"{n}_ptr": t for n, t in zip(NAMES, (query, key, value, query_value), strict=True)},
-        **strides(q=query, k=key, v=value, qv=query_value), **run_time, **compile_time,
-        **paddings(query_padding_mask, key_padding_mask, query),
-        **{f"{n}DIM": t.shape[3] for n, t in dims.items()},
-        **{f"{n}WIDTH": width(t.shape[3]) for n, t in dims.items()},
-        "heads": query.shape[1], "q_len": sizes[2], "kv_len": sizes[3],
-    }  # fmt: skip
-
-
 def keys_on_chip(kv_len: int, widest: int, itemsize: int, extras: int) -> bool:
     """Whether the sums over the columns of all keys fit on chip; each of `extras` halves the room,
     as it needs registers of its own."""
@@ -262,33 +222,6 @@ def extras(given: tuple[Any, ...]) -> int:
     query, _, value, query_value, mask, _, _, seed, *_ = given
     unaligned = any(t.shape[3] % 8 for t in (query, value, query_value))
     return (mask is not None) + (seed is not None) + unaligned
-
-
-def shared_sizes(
-    attn_mask: Tensor | None, seed: Tensor | None, kv_len: int, loop: int
-) -> tuple[int, int]:
-    """(rows of a step, padded keys) of a tile of scores; products sum over either.
-
-    Beside a bool mask's bytes and random bits they are wrong below 32 (see `visible_keys`).
-    """
-    bools = attn_mask is not None and attn_mask.dtype == torch.bool
-    least = 32 if bools and seed is not None else 16
-    return max(loop, least), max(width(kv_len), least)
-
-
-def row_ranges(q_len: int, rows: int) -> tuple[int, int]:
-    """(splits, rows per split) of the long side: 128 rows each, more where that makes over 32."""
-    if q_len <= 256:
-        return 1, max(q_len, 1)
-    per_split = cdiv(max(128, cdiv(q_len, 32)), rows) * rows
-    return cdiv(q_len, per_split), per_split
-
-
-def exchanged(given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same call with queries and keys exchanged; `given` are the arguments of forward."""
-    query, key, value, query_value, mask, query_padding, key_padding, *options = given
-    turned = None if mask is None else torch.atleast_2d(mask).transpose(-1, -2)
-    return key, query, query_value, value, turned, key_padding, query_padding, *options
 
 
 class Results:
@@ -347,6 +280,7 @@ def _shared(given: tuple[Any, ...], return_lse: bool, widest: int, turned: bool)
         shared_kernel, query.shape[0] * query.shape[1] * splits,
         **common, **results.options, partial_ptr=partial, splits=splits, per_split=per_split,
         ROWS=rows, KEYS=keys, SPLIT=splits > 1, EXCHANGED=turned,
+        TURN_WEIGHTS=_launch.capability(query.device)[0] >= 9,
         **chosen.options(),
     )  # fmt: skip
     results.merge(1, partial, splits, common["MASK"])
@@ -376,11 +310,6 @@ def _both(given: tuple[Any, ...], return_lse: bool, widest: int) -> tuple[Any, .
     results.merge(0, partials[0], q_splits, common["MASK"])
     results.merge(1, partials[1], k_splits, common["MASK"])
     return results.all()
-
-
-def prepared(given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with rows and padding masks that the kernels can read in place."""
-    return (*map(rows_readable, given[:4]), given[4], *map(readable, given[5:7]), *given[7:])
 
 
 @planned

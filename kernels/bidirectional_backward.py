@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfusion.kernels._bidirectional import common_options, exchanged, prepared
 from fastfusion.kernels._gradients import load_statistics, store_mask_gradient
 from fastfusion.kernels._launch import (
     cdiv,
@@ -31,7 +32,6 @@ from fastfusion.kernels._plan import accepted, empty, launch, planned
 from fastfusion.kernels._sides import both_gradients, side_gradients, side_statistics
 from fastfusion.kernels._tile import add, load_rows, slice_base, visible_keys
 from fastfusion.kernels.attention_backward import merge_splits
-from fastfusion.kernels.bidirectional import common_options, exchanged, prepared
 from fastfusion.kernels.bidirectional_shared import keys_on_chip, shared_backward
 
 LENGTHS = [

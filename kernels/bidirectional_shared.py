@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfusion.kernels._bidirectional import row_ranges, shared_sizes
 from fastfusion.kernels._gradients import load_grad_lse, partly_scaled, softmax_gradient
 from fastfusion.kernels._launch import gradient_scale, strides, tile, width
 from fastfusion.kernels._plan import accepted, empty, launch
@@ -30,7 +31,6 @@ from fastfusion.kernels._tile import (
     visible_keys,
 )
 from fastfusion.kernels.attention_backward import merge_splits
-from fastfusion.kernels.bidirectional import row_ranges, shared_sizes
 
 LENGTHS = [
     "heads", "q_len", "kv_len", "q_padding_batch", "diagonal", "threshold", "k_padding_batch"
