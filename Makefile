@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 READ_GROUP := import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]])
 CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+# CUDA kernels are built for the GPU at hand alone, unless TORCH_CUDA_ARCH_LIST names others.
 # `make gpu` and `make tune` need a torch that sees the GPU: that of GPU_PYTHON where it is set (fastfusion has to be
 # installed there), of .venv, or of $(PYTHON), with fastfusion in a thin environment on top. ARGS goes to the command.
 GPU_PYTHON ?=
@@ -21,7 +22,7 @@ LIST_SITES := import sys; [print(f"import site; site.addsitedir({p!r})") for p i
 BUILD := setup.py --quiet build_ext --inplace
 
 define on_gpu
-@set -e; python='$(GPU_PYTHON)'; \
+@set -e; python='$(GPU_PYTHON)'; export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-native}"; \
 sees() { test -x "$$(command -v $$1)" && $$1 -c '$(SEES_GPU)' 2>/dev/null; }; \
 if [ -z "$$python" ] && [ ! -x $(BIN)/python ] && command -v nvidia-smi >/dev/null && ! sees $(PYTHON); then \
 	$(MAKE) -s --no-print-directory build; fi; \

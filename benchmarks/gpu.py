@@ -1,5 +1,6 @@
 """``make gpu``: checks and times everything on an NVIDIA GPU, and keeps the results.
 
+    smoke       a few calls on each backend, and a CUDA graph
     tests       the test suite with --device cuda
     sanitizer   compute-sanitizer on each op, where it is installed
     tune        `python -m fastfusion.benchmarks.tune` (only if asked for)
@@ -10,6 +11,7 @@ A step that fails is reported, and the next one goes on. Results: benchmarks/res
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -27,10 +29,10 @@ from .cuda_results import Cell
 from .gpu_checks import Outcome
 from .results import OURS
 
-STEPS = ("tests", "sanitizer", "tune", "bench")
-USUAL = ("tests", "sanitizer", "bench")
+STEPS = ("smoke", "tests", "bench", "sanitizer", "tune")
+USUAL = ("smoke", "tests", "bench", "sanitizer")
 # Seconds that a step may take: quick, and otherwise.
-LIMITS = {"tests": (240, 3600), "sanitizer": (120, 1200), "tune": (240, 3600)}
+LIMITS = {"tests": (150, 3600), "sanitizer": (120, 1200), "tune": (240, 3600)}
 QUICK_MINUTES = 3.0
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -202,6 +204,9 @@ def run_bench(options: argparse.Namespace, folder: Path) -> list[Outcome]:
     for name, rate in about["peaks"].items():
         unit = "TB/s" if name == "copy" else "TFLOP/s"
         print(f"peak, {name}: {rate / 1e12:.1f} {unit}", flush=True)
+    start = time.monotonic()
+    cuda_cells.warm(options.jobs)
+    print(f"compiled what {len(options.jobs)} cells launch: {time.monotonic() - start:.0f} s")
     outcome = bench(options, folder, about)
     why = cuda_plot.missing()
     if why is not None:
@@ -229,6 +234,8 @@ def run_step(step: str, options: argparse.Namespace, folder: Path) -> list[Outco
     seconds = float(quick if options.quick else usual)
     start = time.monotonic()
     try:
+        if step == "smoke":
+            return [gpu_checks.run_smoke(folder)]
         if step == "tests":
             return [gpu_checks.run_tests(folder, options.quick, seconds)]
         if step == "sanitizer":
@@ -277,6 +284,8 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"make gpu {cuda_device.NO_GPU}", file=sys.stderr)
         return 2
+    # So that what a step started goes with it, where a time limit ends `make`.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return run(options)
 
 

@@ -1,4 +1,4 @@
-"""The steps of `make gpu` that check: the test suite on the device, and compute-sanitizer.
+"""The steps of `make gpu` that check: a smoke test, the test suite and compute-sanitizer.
 
 Each runs in a process of its own with a time limit, so that one that hangs or crashes costs its own
 result only.
@@ -14,12 +14,32 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("pytest", "hypothesis")
+# What runs kernels on a device, in the order in which it finds faults.
+QUICK_TESTS = (
+    "tests/ops/test_bidirectional_attention.py",
+    "tests/ops/test_scaled_dot_product_attention.py",
+    "tests/ops/test_varlen_attention.py",
+    "tests/ops/test_arguments.py",
+    *("tests/kernels/test_tma.py", "tests/kernels/test_ops.py", "tests/kernels/test_plan.py"),
+    *("tests/kernels/test_linear.py", "tests/kernels/test_norm.py", "tests/nn/test_fused.py"),
+    *("tests/test_cuda.py", "tests/test_cuda_block.py", "tests/test_cuda_graph_device.py"),
+)
+# Left out by pytest's -k: the reference, and random shapes, which build for minutes on one worker.
+QUICK_ONLY = "not reference and not any_shape and not finite_scale"
+# For torch.use_deterministic_algorithms beside cuBLAS; the interpreter is chosen by a variable,
+# since pytest's workers do not see the command line.
+TEST_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TRITON_INTERPRET": "0",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}
+SMOKE_SECONDS = 90.0
 PROGRESS_SECONDS = 20.0
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 FOUND = 86  # what compute-sanitizer returns where it found something
@@ -103,21 +123,30 @@ def _tail(log: Path) -> str:
 
 
 def test_command(quick: bool, report: Path, workers: int) -> list[str]:
-    """pytest on the device; quick: what runs the kernels of the device."""
+    """pytest on the device, a line per test; quick: what runs the kernels of the device."""
     command = [sys.executable, "-m", "pytest", "--device", "cuda", f"--junitxml={report}"]
-    command += ["-p", "no:benchmark", "-p", "no:cacheprovider"]
+    command += ["-v", "--tb=short", "--show-capture=no", "-p", "no:benchmark"]
+    command += ["-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist") is not None and workers > 1:
         command += ["-n", str(workers)]
     if quick:
-        places = ("tests/ops", "tests/kernels", "tests/test_cuda.py", "tests/test_cuda_graph.py")
-        command += [place for place in places if (ROOT / place).exists()]
-        command += ["-k", "triton or cuda or kernels"]
+        command += [place for place in QUICK_TESTS if (ROOT / place).exists()]
+        command += ["-k", QUICK_ONLY]
     return command
 
 
 def test_workers() -> int:
-    """Processes that share the device: kernels compile on the cores, and contexts cost memory."""
-    return max(1, min(8, (os.cpu_count() or 1) // 2))
+    """Processes that share the device: kernels compile on the cores, and a context costs 0.6 GB."""
+    return max(1, min(16, (os.cpu_count() or 1) - 1))
+
+
+def read_log(log: Path) -> dict[str, Any]:
+    """Counts and failures of the tests that a run which was cut off has finished."""
+    found = re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED) (\S+)", log.read_text(errors="replace"))
+    outcomes = {name: outcome for outcome, name in found}
+    counts = {word: list(outcomes.values()).count(word) for word in ("PASSED", "SKIPPED")}
+    failed = sorted(name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR"))
+    return {"passed": counts["PASSED"], "skipped": counts["SKIPPED"], "failed": failed}
 
 
 def read_junit(report: Path) -> dict[str, Any]:
@@ -149,15 +178,20 @@ def run_tests(folder: Path, quick: bool, seconds: float) -> Outcome:
     report = folder / "tests.xml"
     report.unlink(missing_ok=True)
     command = test_command(quick, report, test_workers())
-    # pytest's workers do not see the command line, by which conftest.py chooses the interpreter.
-    environment = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    finished = run(command, folder / "tests.log", seconds, environment)
+    log = folder / "tests.log"
+    finished = run(command, log, seconds, TEST_ENVIRONMENT)
     facts: dict[str, Any] = {"command": " ".join(command[1:]), "exit code": finished.code}
     if report.exists():
         facts |= read_junit(report)
         report.unlink()
     if finished.code is None:
-        summary = f"out of time after {seconds:.0f} s; {_last_line(finished.tail)}"
+        facts |= read_log(log)
+        summary = (
+            f"out of time after {seconds:.0f} s: {facts['passed']} passed, "
+            f"{len(facts['failed'])} failed so far"
+        )
+        for name in facts["failed"][:20]:
+            print(f"  {name}")
     elif "tests" in facts:
         bad = facts["failures"] + facts["errors"]
         passed = facts["tests"] - bad - facts["skipped"]
@@ -173,6 +207,19 @@ def run_tests(folder: Path, quick: bool, seconds: float) -> Outcome:
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "no output"
+
+
+# ---- the smoke test
+
+
+def run_smoke(folder: Path) -> Outcome:
+    """A few calls on each backend, forward and backward, and one CUDA graph: is this worth more?"""
+    command = [sys.executable, "-m", "fastfusion.benchmarks.sanitize", "--smoke"]
+    finished = run(command, folder / "smoke.log", SMOKE_SECONDS, {"OMP_NUM_THREADS": "1"})
+    print(finished.tail, end="")
+    summary = "out of time" if finished.code is None else _last_line(finished.tail)
+    status = "passed" if finished.code == 0 else "failed"
+    return Outcome("smoke", status, summary, finished.seconds)
 
 
 # ---- compute-sanitizer
@@ -191,7 +238,9 @@ def sanitizer_verdict(finished: Finished) -> tuple[str, str]:
     """Status and summary of one tool, from its exit code and its last lines."""
     summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", finished.tail)
     if finished.code is None:
-        return "left out", "out of time"
+        if re.search(r"^=+ (?:Invalid|Error: Race)", finished.tail, re.MULTILINE):
+            return "failed", "errors, then out of time"
+        return "left out", "out of time, nothing found before"
     if not summaries:
         unable = re.search(r".*(?:not supported|Unable to|Failed to|Error:).*", finished.tail)
         why = unable.group().strip("= ") if unable else _last_line(finished.tail)
@@ -209,16 +258,21 @@ def run_sanitizer(folder: Path, seconds: float) -> list[Outcome]:
     if tool is None:
         return [Outcome("sanitizer", "left out", "compute-sanitizer is not installed")]
     outcomes = []
-    for name in SANITIZER_TOOLS:
+    runs = [(name, backend) for backend in ("cuda", "triton") for name in SANITIZER_TOOLS]
+    for name, backend in runs:
         command = [
             *(tool, "--tool", name, "--error-exitcode", str(FOUND), "--print-limit", "20"),
-            *(sys.executable, "-m", "fastfusion.benchmarks.sanitize"),
+            *(sys.executable, "-m", "fastfusion.benchmarks.sanitize", "--backend", backend),
         ]
         # Without torch's cache every tensor is an allocation of its own, so that an access past
         # the end of one is seen.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
-        finished = run(command, folder / f"{name}.log", seconds / len(SANITIZER_TOOLS), environment)
+        step = f"{name} {backend}"
+        log = folder / f"{name}-{backend}.log"
+        finished = run(command, log, seconds / len(runs), environment)
+        if finished.code is None:  # what it found may be far above the end
+            finished = replace(finished, tail=log.read_text(errors="replace"))
         status, summary = sanitizer_verdict(finished)
-        outcomes.append(Outcome(name, status, summary, finished.seconds))
+        outcomes.append(Outcome(step, status, summary, finished.seconds))
         print(outcomes[-1], flush=True)
     return outcomes

@@ -5,14 +5,16 @@
 Results are held to the same rule as those that are timed (`gate.py`).
 """
 
+import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
 import fastfusion as ff
+from fastfusion import _cuda_graph
 from fastfusion._op import Op
 
 from . import gate, ops
@@ -59,9 +61,14 @@ def kernels(op: Op, call: dict[str, Any]) -> list[str]:
 
 
 def check(
-    suite: str, shape: dict[str, Any], dtype: torch.dtype, backward: bool, device: str
+    suite: str,
+    shape: dict[str, Any],
+    dtype: torch.dtype,
+    backward: bool,
+    device: str,
+    only: str | None = None,
 ) -> str | None:
-    """Runs one call on each backend; why a result is wrong, or None."""
+    """Runs one call twice on each backend, or on one; why a result is wrong, or None."""
     about = ops.SUITES[suite]
     op, public = ops.spec(about.op), getattr(ff, about.op)
     call = op.inputs(shape, dtype, device, 0)
@@ -69,29 +76,57 @@ def check(
     leaves = ops.floating(call)
     for leaf in leaves:
         leaf.requires_grad_(backward)
-    backends = kernels(op, call)
+    backends = [b for b in kernels(op, call) if only in (None, b)]
     calls: list[ops.Call] = [partial(public, **call, backend=backend) for backend in backends]
     calls.append(about.others[about.plain](call))
     if backward:
         calls = [ops.with_gradients(run, leaves, seeds) for run in calls]
     with torch.inference_mode(not backward):
         *results, plain = (ops.as_tuple(run()) for run in calls)
-    for backend, actual in zip(backends, results, strict=True):
+        again = [ops.as_tuple(run()) for run in calls[:-1]]  # as planned by the first call
+    for backend, actual, repeated in zip(backends, results, again, strict=True):
         why = gate.verdict(actual, expected, plain, backward)
+        if why is None and not all(map(torch.equal, actual, repeated)):
+            why = "a second call gives other bits"
         if why is not None:
             return f"{backend}: {why}"
-    return None if backends else "no backend has kernels for it"
+    return None if backends or only else "no backend has kernels for it"
 
 
-def main(device: str = "cuda") -> int:
-    """Runs every case; 1 where one is wrong."""
-    wrong = 0
+def check_graph(backend: str) -> str | None:
+    """One call in a CUDA graph, replayed on other inputs; why a result is wrong, or None."""
+    query, key = (torch.randn(1, 12, n, 64, device="cuda").bfloat16() for n in (20, 36))
+    with torch.inference_mode():
+        run = partial(ff.scaled_dot_product_attention, query, key, key, backend=backend)
+        recording = _cuda_graph.Recording(query.device)
+        recording.warm_up(run)
+        out = recording.capture(run)
+        query.copy_(torch.randn_like(query))
+        recording.graph.replay()
+        return None if torch.equal(out, run()) else "a graph gives other bits than the call"
+
+
+def main(argv: list[str] | None = None, device: str = "cuda") -> int:
+    """Runs every case, a line for each; 1 where one is wrong."""
+    parser = argparse.ArgumentParser(prog="sanitize", description=__doc__)
+    parser.add_argument("--backend", choices=("cuda", "triton"), help="default both")
+    parser.add_argument("--smoke", action="store_true", help="one shape per suite, and CUDA graphs")
+    options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    checks: dict[str, Callable[[], str | None]] = {}
     for suite, shape, dtype, backward in cases():
-        why = check(suite, shape, dtype, backward, device)
-        if why is not None:
-            wrong += 1
-            direction = "forward and backward" if backward else "forward"
-            print(f"{suite} {dtype} {direction} {shape}: {why}")
+        if options.smoke and shape is not SHAPES[suite][0]:
+            continue
+        name = f"{suite} {dtype} {'forward and backward' if backward else 'forward'} {shape}"
+        checks[name] = partial(check, suite, shape, dtype, backward, device, options.backend)
+    if options.smoke and device == "cuda":
+        for backend in ("cuda", "triton"):
+            checks[f"a CUDA graph of {backend}"] = partial(check_graph, backend)
+    wrong = 0
+    for name, run in checks.items():
+        why = run()
+        wrong += why is not None
+        print(f"{'ok' if why is None else 'WRONG'}  {name}{f': {why}' if why else ''}", flush=True)
+    print(f"{len(checks) - wrong} right, {wrong} wrong")
     return int(wrong > 0)
 
 

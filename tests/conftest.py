@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Read when Triton is imported, so it is set before any other import. pytest's workers do not see
 # the option so early, but inherit the variable.
@@ -83,6 +84,19 @@ def _fresh_state(request: pytest.FixtureRequest) -> Iterator[None]:
     native = ff._library.native
     if native is not None:
         native.select_isa()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
+    """After an illegal access a device fails every later test of the process: a worker of xdist
+    ends, and another one takes its place."""
+    report = yield
+    if DEVICE == "cuda" and report.failed and hasattr(item.config, "workerinput"):
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(77)
+    return report
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -333,7 +333,8 @@ def test_the_tests_run_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert command[1:5] == ["-m", "pytest", "--device", "cuda"]
     assert command[-2:] == ["-n", "4"]
     quick = gpu_checks.test_command(True, Path("out.xml"), 1)
-    assert quick[-2:] == ["-k", "triton or cuda or kernels"]
+    assert quick[-2:] == ["-k", gpu_checks.QUICK_ONLY]
+    assert set(gpu_checks.QUICK_TESTS) <= set(quick)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     outcome = gpu_checks.run_tests(Path("nowhere"), False, 1.0)
     assert (outcome.status, outcome.summary) == (
@@ -391,8 +392,9 @@ def test_a_process_has_a_time_limit_and_a_log(
         (1, "wrong\n= ERROR SUMMARY: 0 errors\n", "failed", "the calls failed with 1"),
         (1, "========= Error: Device not supported\n", "left out", "Device not supported"),
         (None, "nothing", "left out", "out of time"),
+        (None, "ok\n========= Invalid __shared__ read\n", "failed", "errors, then out of time"),
     ],
-    ids=["clean", "errors", "hazard", "wrong", "unsupported", "time"],
+    ids=["clean", "errors", "hazard", "wrong", "unsupported", "time", "errors and time"],
 )
 def test_what_the_sanitizer_says(code: int | None, tail: str, status: str, summary: str) -> None:
     found = gpu_checks.sanitizer_verdict(Finished(code, tail, 1.0))
@@ -425,7 +427,7 @@ def test_what_the_sanitizer_watches_is_right() -> None:
 def test_a_dry_run_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--dry-run", "--quick"]) == 0
     output = capsys.readouterr().out
-    assert "steps: tests, sanitizer, bench" in output
+    assert "steps: smoke, tests, bench, sanitizer" in output
     assert "bench: 56 cells, 7 rounds, 3 minutes" in output
     assert "attention bfloat16 forward: lxmert_text_to_image, " in output
     assert "peer of attention: flex (left out by --quick" in output
