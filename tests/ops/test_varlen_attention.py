@@ -124,7 +124,7 @@ CASES = [
          edit=masked((1, 2, *LONGEST))),
     Case("bias_of_keys", "a gradient summed over all but keys", shape(*MIXED),
          edit=masked((1, LONGEST[1]))),
-    Case("bias_few", "one query at a time", shape([1, 2, 1], [40, 3, 17]),
+    Case("bias_few", "one query at a time", shape([1, 2, 1], [40, 3, 17], heads=8),
          edit=masked((3, 1, 2, 40))),
     Case("bool_mask", "hidden scores", shape(*MIXED, heads=4, kv_heads=2), LAST,
          edit=masked((3, 1, *LONGEST), "bool")),
