@@ -115,9 +115,9 @@ def problems(row: Row) -> list[str]:
 def layout_faults(ttgir: str) -> tuple[str, ...]:
     """Layouts that Triton compiles to wrong code.
 
-    Its kWidth follows the narrowest load that an operand comes from, a mask's byte among them, and
-    may ask for more elements than a product sums over. And wgmma with a left operand that lies
-    transposed in shared memory reads past its end (256 rows; 3.6 on an H200).
+    Before 3.8 its kWidth follows the narrowest load that an operand comes from, a mask's byte among
+    them, and may ask for more elements than a product sums over. And wgmma with a left operand that
+    lies transposed in shared memory reads past its end (256 rows; 3.6 on an H200).
     """
     found: dict[str, None] = {}
     for rows, columns, index, k_width in _OPERAND.findall(ttgir):

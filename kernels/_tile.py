@@ -87,7 +87,7 @@ def visible_keys(
 ):  # fmt: skip
     """Which of the keys start, start + 1, ... exist and are not hidden by the padding mask.
 
-    APART: for products over 16 keys or rows of weights that random bits drop. Triton (3.6 to 3.9)
+    APART: for products over 16 keys or rows of weights that random bits drop. Triton before 3.8
     takes 16-bit weights that follow from a byte and from a join for unpacked 4-bit ones, and gives
     their product 8 a lane, which is wrong below 32. It does not look through a reduction: here the
     maximum of one flag each.
