@@ -96,12 +96,8 @@ struct AttentionForward : Attention {
   MutableLse lse;
 
   // Where it is set, the call is a piece of another one: `out` is float32, and in the place of a
-  // log-sum-exp the row's maximum goes to `lse` and its sum of exponentials here. `lse_of_sums`
-  // says whether the other one makes log-sum-exps of them.
+  // log-sum-exp the row's maximum goes to `lse` and its sum of exponentials here.
   float* sums = nullptr;
-  bool lse_of_sums = false;
-
-  bool returns_lse() const { return sums ? lse_of_sums : lse.data != nullptr; }
 
   Type out_type() const { return sums ? Type::kFloat32 : type; }
 };

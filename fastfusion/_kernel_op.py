@@ -102,7 +102,7 @@ class KernelOp:
         if self.by_reference():
             return self.reference(*given)
         if needs_gradient:
-            return self.function.apply(lse, *given)
+            return self.function.apply(*given)
         return self.run(lse, *given)
 
     def by_reference(self) -> bool:
@@ -119,7 +119,7 @@ class KernelOp:
     def _autograd_kernel(self, *given: Any) -> tuple[Tensor, ...]:
         leading = given[: self.gradients]
         if _is_grad_enabled() and any(t is not None and t.requires_grad for t in leading):
-            return self.function.apply(True, *given)
+            return self.function.apply(*given)
         with torch._C._AutoDispatchBelowAutograd():
             return self.raw(*given)
 
@@ -170,27 +170,24 @@ def _functions(op: KernelOp) -> type[Function]:
 
     class Forward(Function):
         @staticmethod
-        def forward(ctx: Any, lse: bool, *given: Any) -> Any:
+        def forward(ctx: Any, *given: Any) -> Any:
             ctx.save_for_backward(*given[: op.tensors])
             ctx.options = given[op.tensors :]
             ctx.set_materialize_grads(False)
-            # As without a gradient: in bfloat16 the bits depend on whether lse are wanted.
-            found = op.run(lse, *given)
-            results = found if isinstance(found, tuple) else (found,)
-            return (*results, *[None] * (op.outputs - len(results)))
+            return op.run(True, *given)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             tensors = ctx.saved_tensors
             count, nothing = op.gradients, [None] * (op.tensors + len(ctx.options) - op.gradients)
             if all(g is None for g in grads):
-                return (None, *[None] * count, *nothing)
-            mask_gradient = op.masked and ctx.needs_input_grad[count]  # behind lse
+                return (*[None] * count, *nothing)
+            mask_gradient = op.masked and ctx.needs_input_grad[count - 1]
             # By the op: batched gradients (is_grads_batched) have no memory to launch on.
             run = Backward.apply if _is_grad_enabled() else op.backward
             found = run(*grads, *tensors, *ctx.options, mask_gradient)
             if op.masked and not mask_gradient:
                 found = (*found[:-1], None)
-            return (None, *found, *nothing)
+            return (*found, *nothing)
 
     return Forward

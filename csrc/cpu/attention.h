@@ -111,7 +111,7 @@ class ForwardTask {
     const bool first = block.first == 0;
     if (panel.rest) {
       attend_rest(key, query_[i], block.count, Operands<Math>::steps(p_.head_dim), columns, base_,
-                  p_.returns_lse(), scaling_.unit, maximum_, scores_, panel.statistics);
+                  scaling_.unit, maximum_, scores_, panel.statistics);
     } else {
       weigh(b, i, block, key);
     }
@@ -141,8 +141,7 @@ class ForwardTask {
     const Scores scores{p_, b, panel.h, panel.queries, columns, scores_};
     for (int64_t e = 0; e < columns; ++e) maximum_[e] = -kInfinity;
     const auto score = [&](const auto& finish) {
-      multiply_dims(key, query_[i], block.count, columns, Operands<Math>::steps(p_.head_dim),
-                    scores_, finish);
+      multiply(key, query_[i], block.count, columns, Operands<Math>::steps(p_.head_dim), finish);
     };
     float unit = scaling_.unit;
     if (maskable_product(scores, block)) {
@@ -156,8 +155,8 @@ class ForwardTask {
       }
     }
     if (p_.dropout) dropout_factors(scores, block, kRowStream, factor_);
-    online_softmax<Math>(base_, p_.returns_lse(), block, columns, unit, maximum_,
-                         p_.dropout ? factor_ : nullptr, scores_, panel.statistics);
+    online_softmax<Math>(base_, block, columns, unit, maximum_, p_.dropout ? factor_ : nullptr,
+                         scores_, panel.statistics);
   }
 
   // Whether the last product of a panel goes straight to the output.

@@ -72,7 +72,7 @@ inline Vec key_maxima(const Scores& s, int64_t first, int64_t count, Vec last) {
 
 // The softmax of a tile along its rows. The block's weights go to `weights`, as the left operand
 // of the product with the queries' values, times the factors of dropout if there are any.
-template <class Math, Precision kPrecision, Base kBase>
+template <class Math, Base kBase>
 inline void key_softmax(const Scores& s, const Block& block, float unit, const float* dropout,
                         float* weights, const Statistics& keys) {
   constexpr int64_t kLanes = Vec::kLanes;
@@ -94,7 +94,7 @@ inline void key_softmax(const Scores& s, const Block& block, float unit, const f
         const Vec offset = Vec::set(offsets[r]);
         for_lanes(s, last, [&](int64_t lane, const auto& select) {
           const Vec score = Vec::load(s.data + at + lane);
-          Vec weight = exponential<kPrecision, kBase>(score, unit, offset);
+          Vec weight = exponential<Weights<Math>::kPrecision, kBase>(score, unit, offset);
           weight = select(weight, Vec::zero());
           sum = sum + weight;
           if (dropout) weight = weight * Vec::load(dropout + at + lane);
@@ -218,8 +218,8 @@ class BidirectionalTask {
     if (has_few(p_)) {
       multiply_in_parts(key, query_[i], block.count, scores.columns, steps, scores_);
     } else {
-      multiply_dims(key, query_[i], block.count, scores.columns, steps, scores_,
-                    StoreMaximum{scores_, scores.columns, maximum_});
+      multiply(key, query_[i], block.count, scores.columns, steps,
+               StoreMaximum{scores_, scores.columns, maximum_});
       if (!p_.mask.data && !crosses_diagonal(scores, block)) return scaling_.unit;
     }
     mask_scores(scores, block, scaling_.unit, maximum_);
@@ -230,9 +230,8 @@ class BidirectionalTask {
                       int64_t i) {
     const Statistics keys{keys_.maximum + place, keys_.sum + place, keys_.rescale + place};
     if (p_.dropout) dropout_factors(scores, block, kColumnStream, factor_);
-    const auto softmax = by_precision<Math>(
-        base_, p_.lse_k.data,
-        []<Precision kPrecision, Base kBase>() { return key_softmax<Math, kPrecision, kBase>; });
+    const auto softmax =
+        base_ == Base::kTwo ? key_softmax<Math, Base::kTwo> : key_softmax<Math, Base::kE>;
     softmax(scores, block, unit, p_.dropout ? factor_ : nullptr, weights_, keys);
     const auto product = [&](const auto& finish) {
       multiply(Weights<Math>::by_key(weights_, scores.columns), query_value_[i], block.count,
@@ -252,7 +251,7 @@ class BidirectionalTask {
                    int64_t i) {
     const Statistics& statistics = panel_[i].statistics;
     if (p_.dropout) dropout_factors(scores, block, kRowStream, factor_);
-    online_softmax<Math>(base_, p_.lse_q.data, block, scores.columns, unit, maximum_,
+    online_softmax<Math>(base_, block, scores.columns, unit, maximum_,
                          p_.dropout ? factor_ : nullptr, scores_, statistics);
     const auto product = [&](const auto& finish) {
       multiply(Weights<Math>::by_query(scores_, scores.columns), value, scores.queries.count,

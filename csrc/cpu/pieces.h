@@ -98,7 +98,6 @@ class PieceTasks {
     p.out = {means_ + row * p.value_dim, p.heads * head, head, p.value_dim, 1};
     p.lse = {maxima_ + row, p.heads * p.q_len, p.q_len, 1};
     p.sums = sums_ + row;
-    p.lse_of_sums = p_.lse.data != nullptr;
     return p;
   }
 

@@ -102,7 +102,7 @@ inline Vec fold(Vec lanes, const Join& join) {
 }
 
 // online_softmax for scores as above. Of `maximum` lane i belongs to query i % R.
-template <class Math, Precision kPrecision, Base kBase, int R>
+template <class Math, Base kBase, int R>
 void rest_softmax(int64_t count, float unit, const float* maximum, float* scores,
                   const Statistics& s) {
   constexpr int64_t kLanes = Vec::kLanes;
@@ -119,7 +119,7 @@ void rest_softmax(int64_t count, float unit, const float* maximum, float* scores
     Vec weights[Math::kDepth];
     for (int64_t k = 0; k < Math::kDepth; ++k) {
       const Vec score = Vec::load(scores + (v + k) * kLanes);
-      weights[k] = exponential<kPrecision, kBase>(score, unit, offset);
+      weights[k] = exponential<Weights<Math>::kPrecision, kBase>(score, unit, offset);
       Vec& part = sum.part[(v + k) % 4];
       part = part + weights[k];
     }
@@ -135,15 +135,13 @@ void rest_softmax(int64_t count, float unit, const float* maximum, float* scores
 // of the product with the values, and the statistics move on.
 template <class Math>
 void attend_rest(const LeftRows<Math>& key, const Right<Math>& query, int64_t count, int64_t steps,
-                 int64_t columns, Base base, bool returns_sums, float unit, float* maximum,
-                 float* scores, const Statistics& s) {
+                 int64_t columns, Base base, float unit, float* maximum, float* scores,
+                 const Statistics& s) {
   const auto run = [&]<int R>() {
     if constexpr (R <= kMostRest<Math>) {
       rest_scores<Math, R>(key, query, count, steps, scores, maximum);
       const auto softmax =
-          by_precision<Math>(base, returns_sums, []<Precision kPrecision, Base kBase>() {
-            return rest_softmax<Math, kPrecision, kBase, R>;
-          });
+          base == Base::kTwo ? rest_softmax<Math, Base::kTwo, R> : rest_softmax<Math, Base::kE, R>;
       softmax(count, unit, maximum, scores, s);
     }
   };

@@ -3,11 +3,51 @@
 
 #include <cmath>
 
-#include "exponential.h"
 #include "operands.h"
 
 namespace ff {
 namespace {
+
+// How finely the weights of a softmax are computed: float32 is what sums over float32 deserve, with
+// errors of 7e-8; kBFloat16 is for weights that are rounded to bfloat16 next, which errs by 2e-3.
+enum class Precision { kFloat32, kBFloat16 };
+
+// 2^(f + n) for |f| <= 1/2 by a minimax polynomial. Degree 6 errs by 2e-9; 5 would add 8e-8, too
+// much where a softmax has a handful of keys.
+inline Vec scaled_power(Vec f, Vec n) {
+  Vec p = Vec::set(1.535336196e-04f);
+  p = Vec::fma(p, f, Vec::set(1.339887502e-03f));
+  p = Vec::fma(p, f, Vec::set(9.618436918e-03f));
+  p = Vec::fma(p, f, Vec::set(5.550332367e-02f));
+  p = Vec::fma(p, f, Vec::set(2.402264774e-01f));
+  p = Vec::fma(p, f, Vec::set(6.931471825e-01f));
+  return Vec::scale(Vec::fma(p, f, Vec::set(1.0f)), n);
+}
+
+// 2^x for x <= 0 (a little above is fine); NaN stays, -inf gives 0.
+template <Precision kPrecision>
+inline Vec exp2(Vec x) {
+  if constexpr (kPrecision == Precision::kBFloat16) {
+    const Vec f = Vec::fraction(x);  // in [0, 1]: degree 3 errs by 9e-5
+    Vec p = Vec::set(7.706704736e-02f);
+    p = Vec::fma(p, f, Vec::set(2.276449949e-01f));
+    p = Vec::fma(p, f, Vec::set(6.951167583e-01f));
+    return Vec::scale(Vec::fma(p, f, Vec::set(1.0f)), x);
+  }
+  const Vec bounded = Vec::for_scale(x), n = Vec::round(bounded);
+  return scaled_power(bounded - n, n);
+}
+
+// exp(x), likewise.
+template <Precision kPrecision>
+inline Vec exp(Vec x) {
+  const Vec log2e = Vec::set(1.44269504f);
+  if constexpr (kPrecision == Precision::kBFloat16) return exp2<kPrecision>(x * log2e);
+  // The fraction by an fma with the same x: that of a rounded product would err by 2e-7 at x = -5.
+  const Vec bounded = Vec::max(Vec::set(-200.0f), x);
+  const Vec n = Vec::round(bounded * log2e);
+  return scaled_power(Vec::fms(bounded, log2e, n), n);
+}
 
 // A sum over keys in four chains: one chain of 256 positive terms errs by 4e-7, and that error is
 // common to a whole row of weights.
@@ -285,22 +325,9 @@ struct Weights<Float32Math> {
   }
 };
 
-// What `of` has for the precision and the base of weights whose sums a call returns, or not.
-template <class Math, class Of>
-inline auto by_precision(Base base, bool returns_sums, const Of& of) {
-  const auto by_base = [&]<Precision kPrecision>() {
-    return base == Base::kTwo ? of.template operator()<kPrecision, Base::kTwo>()
-                              : of.template operator()<kPrecision, Base::kE>();
-  };
-  if constexpr (Weights<Math>::kPrecision == Precision::kBFloat16) {
-    if (returns_sums) return by_base.template operator()<Precision::kSums>();
-  }
-  return by_base.template operator()<Weights<Math>::kPrecision>();
-}
-
 // base ^ (unit * score - offset) of one register of queries, over the scores and times the factors
 // of dropout; returns the sums over the keys.
-template <class Math, Precision kPrecision, Base kBase, bool kDropout>
+template <class Math, Base kBase, bool kDropout>
 inline Vec weigh(int64_t count, int64_t columns, float unit, Vec offset, const float* dropout,
                  float* scores) {
   FourSums sum;
@@ -310,7 +337,8 @@ inline Vec weigh(int64_t count, int64_t columns, float unit, Vec offset, const f
     for (int k = 0; k < 4; ++k) {
       if (k >= some) continue;
       const int64_t at = (j + k) * columns;
-      weights[k] = exponential<kPrecision, kBase>(Vec::load(scores + at), unit, offset);
+      weights[k] =
+          exponential<Weights<Math>::kPrecision, kBase>(Vec::load(scores + at), unit, offset);
       sum.part[k] = sum.part[k] + weights[k];
       if constexpr (kDropout) weights[k] = weights[k] * Vec::load(dropout + at);
     }
@@ -326,7 +354,7 @@ inline Vec weigh(int64_t count, int64_t columns, float unit, Vec offset, const f
 // base ^ (S - m') as the left operand of the product with the values, times the factors of dropout
 // if there are any; the statistics move on, and rescale = base ^ (m - m') is what earlier sums have
 // to be multiplied by. `maximum` holds that of the block, in units.
-template <class Math, Precision kPrecision, Base kBase>
+template <class Math, Base kBase>
 inline void online_softmax(const Block& block, int64_t columns, float unit, const float* maximum,
                            const float* dropout, float* scores, const Statistics& s) {
   for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
@@ -334,8 +362,7 @@ inline void online_softmax(const Block& block, int64_t columns, float unit, cons
     const Vec now = Vec::max(Vec::load(maximum + lane) * Vec::set(unit), before);
     now.store(s.maximum + lane);
     const Vec offset = finite(now);
-    const auto weigh_lane =
-        dropout ? weigh<Math, kPrecision, kBase, true> : weigh<Math, kPrecision, kBase, false>;
+    const auto weigh_lane = dropout ? weigh<Math, kBase, true> : weigh<Math, kBase, false>;
     const Vec sum = weigh_lane(block.count, columns, unit, offset, dropout + lane, scores + lane);
     const bool first = block.first == 0;
     const Vec rescale =
@@ -346,12 +373,11 @@ inline void online_softmax(const Block& block, int64_t columns, float unit, cons
 }
 
 template <class Math>
-inline void online_softmax(Base base, bool returns_sums, const Block& block, int64_t columns,
-                           float unit, const float* maximum, const float* dropout, float* scores,
+inline void online_softmax(Base base, const Block& block, int64_t columns, float unit,
+                           const float* maximum, const float* dropout, float* scores,
                            const Statistics& s) {
-  const auto step = by_precision<Math>(base, returns_sums, []<Precision kPrecision, Base kBase>() {
-    return online_softmax<Math, kPrecision, kBase>;
-  });
+  const auto step =
+      base == Base::kTwo ? online_softmax<Math, Base::kTwo> : online_softmax<Math, Base::kE>;
   step(block, columns, unit, maximum, dropout, scores, s);
 }
 

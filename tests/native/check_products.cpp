@@ -184,30 +184,19 @@ void check_products() {
   }
 }
 
-void check_products_in_parts() {
-  constexpr int64_t kRows = 3;
-  for (const int64_t depth : {100, 128, 129, 200, 256}) {
-    const Matrix a(Type::kFloat32, kRows, depth), b(Type::kFloat32, depth, kLanes);
-    const ff::LeftRows<Float32Math> left{a.wide.data(), a.row};
-    const ff::Right<Float32Math> right{b.wide.data(), b.row};
-    const auto check = [&](const char* name, double most, const auto& multiply) {
-      Floats to(size_t(kRows * kLanes), kNan);
-      multiply(to.data());
-      for (int64_t i = 0; i < kRows; ++i)
-        for (int64_t j = 0; j < kLanes; ++j) {
-          double exact = 0.0, size = 0.0;
-          for (int64_t s = 0; s < depth; ++s)
-            exact += a(i, s) * b(s, j), size += std::fabs(a(i, s) * b(s, j));
-          const double error = std::fabs(to[size_t(i * kLanes + j)] - exact) / size;
-          expect(error <= 6e-8 * most, "%s of %d steps", name, int(depth));
-        }
-    };
-    check("product in parts", 16,
-          [&](float* to) { ff::multiply_in_parts(left, right, kRows, kLanes, depth, to); });
-    check("product of dims", depth > 128 ? 16 : 32, [&](float* to) {
-      ff::multiply_dims(left, right, kRows, kLanes, depth, to, ff::Store{to, kLanes});
-    });
-  }
+void check_product_in_parts() {
+  constexpr int64_t kRows = 3, kDepth = 100;
+  const Matrix a(Type::kFloat32, kRows, kDepth), b(Type::kFloat32, kDepth, kLanes);
+  Floats to(size_t(kRows * kLanes), kNan);
+  ff::multiply_in_parts(ff::LeftRows<Float32Math>{a.wide.data(), a.row}, {b.wide.data(), b.row},
+                        kRows, kLanes, kDepth, to.data());
+  for (int64_t i = 0; i < kRows; ++i)
+    for (int64_t j = 0; j < kLanes; ++j) {
+      double exact = 0.0, size = 0.0;
+      for (int64_t s = 0; s < kDepth; ++s)
+        exact += a(i, s) * b(s, j), size += std::fabs(a(i, s) * b(s, j));
+      expect(std::fabs(to[size_t(i * kLanes + j)] - exact) <= 6e-8 * 16 * size, "product in parts");
+    }
 }
 
 // What becomes of a tile of 3 rows by 2 registers that begins at row 2, column kLanes.
@@ -462,7 +451,6 @@ void check_softmax(const std::string& name, int64_t queries, int64_t columns, do
 template <class Math>
 struct Panel {
   int64_t count, columns;
-  bool returns_sums;
 
   ff::Right<Math> queries(const ff::Slice& from, int64_t dim, float factor, float* to) const {
     return ff::Operands<Math>::lanes(from, Rows(count, false).block, dim, factor, to);
@@ -474,8 +462,7 @@ struct Panel {
     for (int64_t i = 0; i < columns; ++i) maximum[i] = -kEndless;
     ff::multiply(keys, lanes, block.count, columns, steps,
                  ff::StoreMaximum{scores, columns, maximum});
-    ff::online_softmax<Math>(ff::Base::kTwo, returns_sums, block, columns, unit, maximum, nullptr,
-                             scores, s);
+    ff::online_softmax<Math>(ff::Base::kTwo, block, columns, unit, maximum, nullptr, scores, s);
   }
 };
 
@@ -483,7 +470,6 @@ struct Panel {
 template <class Math>
 struct Rest {
   int64_t count, columns;
-  bool returns_sums;
 
   ff::Right<Math> queries(const ff::Slice& from, int64_t dim, float factor, float* to) const {
     return ff::rest_rows<Math>(from, Rows(count, false).block, dim, factor, to);
@@ -492,8 +478,8 @@ struct Rest {
   void operator()(const ff::LeftRows<Math>& keys, const ff::Right<Math>& rows,
                   const ff::Block& block, int64_t steps, float unit, float* maximum, float* scores,
                   const ff::Statistics& s) const {
-    ff::attend_rest<Math>(keys, rows, block.count, steps, columns, ff::Base::kTwo, returns_sums,
-                          unit, maximum, scores, s);
+    ff::attend_rest<Math>(keys, rows, block.count, steps, columns, ff::Base::kTwo, unit, maximum,
+                          scores, s);
   }
 };
 
@@ -503,15 +489,11 @@ void check_softmaxes() {
   const double most = Math::kDepth > 1 ? 1e-2 : 3e-6;
   for (const int64_t queries : {int64_t{1}, kLanes + 3, 3 * kLanes}) {
     const int64_t columns = ff::padded(queries);
-    for (const bool sums : {false, true})
-      check_softmax<Math>(kind + "softmax", queries, columns, most,
-                          Panel<Math>{queries, columns, sums});
+    check_softmax<Math>(kind + "softmax", queries, columns, most, Panel<Math>{queries, columns});
   }
   for (int64_t queries = 1; queries <= ff::kMostRest<Math>; ++queries) {
     const int64_t columns = ff::rest_columns(queries);
-    for (const bool sums : {false, true})
-      check_softmax<Math>(kind + "rest", queries, columns, most,
-                          Rest<Math>{queries, columns, sums});
+    check_softmax<Math>(kind + "rest", queries, columns, most, Rest<Math>{queries, columns});
   }
 }
 
@@ -564,7 +546,7 @@ int main() {
   check_products<ff::BFloat16Math>();
   check_softmaxes<ff::BFloat16Math>();
 #endif
-  check_products_in_parts();
+  check_product_in_parts();
   check_finishes();
   check_conversions();
   check_masks();

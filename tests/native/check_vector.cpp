@@ -266,8 +266,6 @@ void check_exponentials() {
   // float32 rounds at 6e-8, the steps of the polynomial before as well.
   check_exponential("exp2", 2.0, 1.2e-7, [](Vec x) { return ff::exp2<Precision::kFloat32>(x); });
   check_exponential("exp", e, 1.3e-7, [](Vec x) { return ff::exp<Precision::kFloat32>(x); });
-  check_exponential("exp2 for sums", 2.0, 2.5e-7,
-                    [](Vec x) { return ff::exp2<Precision::kSums>(x); });
   check_exponential("exp2 for bfloat16", 2.0, 1e-4,
                     [](Vec x) { return ff::exp2<Precision::kBFloat16>(x); });
   check_exponential("exp for bfloat16", e, 1e-4,
