@@ -22,7 +22,7 @@ _DEFAULTS: dict[str, dict[int, dict[int, Sizes]]] = {
         4: {64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     },
     "bidirectional_few": {
-        2: {64: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+        2: {64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
         4: {64: (16, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     },
     "bidirectional_backward": {
@@ -46,7 +46,7 @@ _DEFAULTS: dict[str, dict[int, dict[int, Sizes]]] = {
         4: {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
     "varlen_keys": {
-        2: {64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 32, 8, 1)},
+        2: {32: (32, 32, 8, 1), 64: (32, 32, 8, 2), 128: (16, 32, 8, 2), 256: (16, 32, 8, 1)},
         4: {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
     "attention_backward_keys": {
@@ -79,6 +79,7 @@ _HOPPER: dict[tuple[str, int, int], Sizes] = {
     ("attention_backward_keys", 2, 64): (64, 32, 4, 1),
     ("attention_backward_keys", 2, 128): (64, 16, 4, 2),
     ("bidirectional_few", 2, 64): (16, 64, 8, 1),
+    ("bidirectional_mask", 2, 256): (16, 32, 8, 2),
     ("bidirectional_both", 2, 64): (64, 64, 4, 3),
     ("bidirectional_both", 2, 256): (64, 32, 8, 2),
     ("bidirectional_backward", 2, 256): (16, 32, 8, 2),
