@@ -141,7 +141,8 @@ class ForwardTask {
     const Scores scores{p_, b, panel.h, panel.queries, columns, scores_};
     for (int64_t e = 0; e < columns; ++e) maximum_[e] = -kInfinity;
     const auto score = [&](const auto& finish) {
-      multiply(key, query_[i], block.count, columns, Operands<Math>::steps(p_.head_dim), finish);
+      multiply_dims(key, query_[i], block.count, columns, Operands<Math>::steps(p_.head_dim),
+                    scores_, finish);
     };
     float unit = scaling_.unit;
     if (maskable_product(scores, block)) {

@@ -213,10 +213,10 @@ class BackwardTask {
     const BackwardPanel& panel = panel_[i];
     const int64_t columns = panel.columns;
     for (int64_t e = 0; e < columns; ++e) maximum_[e] = -kInfinity;
-    multiply(key, query_t_[i], block.count, columns, Operands<Math>::steps(p_.head_dim),
-             StoreMaximum{to.scores, columns, maximum_});
-    multiply(value, grad_t_[i], block.count, columns, Operands<Math>::steps(p_.value_dim),
-             Store{to.grad_scores, columns});
+    multiply_dims(key, query_t_[i], block.count, columns, Operands<Math>::steps(p_.head_dim),
+                  to.scores, StoreMaximum{to.scores, columns, maximum_});
+    multiply_dims(value, grad_t_[i], block.count, columns, Operands<Math>::steps(p_.value_dim),
+                  to.grad_scores, Store{to.grad_scores, columns});
     const Scores scores{p_, b, panel.h, panel.queries, columns, to.scores};
     if (p_.dropout) {
       dropout_factors(scores, block, kRowStream, factor_);

@@ -218,8 +218,8 @@ class BidirectionalTask {
     if (has_few(p_)) {
       multiply_in_parts(key, query_[i], block.count, scores.columns, steps, scores_);
     } else {
-      multiply(key, query_[i], block.count, scores.columns, steps,
-               StoreMaximum{scores_, scores.columns, maximum_});
+      multiply_dims(key, query_[i], block.count, scores.columns, steps, scores_,
+                    StoreMaximum{scores_, scores.columns, maximum_});
       if (!p_.mask.data && !crosses_diagonal(scores, block)) return scaling_.unit;
     }
     mask_scores(scores, block, scaling_.unit, maximum_);

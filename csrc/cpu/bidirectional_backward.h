@@ -238,8 +238,8 @@ class BidirectionalBackwardTask {
     if (few) {
       multiply_in_parts(keys.key, panel.query_t, block.count, columns, steps, tile.scores);
     } else {
-      multiply(keys.key, panel.query_t, block.count, columns, steps,
-               StoreMaximum{tile.scores, columns, maximum_});
+      multiply_dims(keys.key, panel.query_t, block.count, columns, steps, tile.scores,
+                    StoreMaximum{tile.scores, columns, maximum_});
     }
     if (masked_) mask_scores(scores, block, scaling_.unit, maximum_);
     const auto gradients = [&](const LeftRows<Math>& left, const Right<Math>& right, int64_t dim,
@@ -248,7 +248,7 @@ class BidirectionalBackwardTask {
       if (few) {
         multiply_in_parts(left, right, block.count, columns, steps, to);
       } else {
-        multiply(left, right, block.count, columns, steps, Store{to, columns});
+        multiply_dims(left, right, block.count, columns, steps, to, Store{to, columns});
       }
       if (!p_.dropout) return;
       dropout_factors(scores, block, stream, factor_);

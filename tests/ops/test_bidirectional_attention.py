@@ -130,6 +130,8 @@ CASES = [
     *(Case(f"dim_{d}", "tails of registers", shape(13, 19, d, heads=8))
       for d in (1, 6, 14, 40, 77, 97)),
     Case("dim_160", "wide heads", shape(9, 33, 160)),
+    Case("dim_256", "one chain along the head dim, which a few rows show", shape(
+        4, 20, 256, batch=1, heads=1)),
     Case("value_dims", "three different dims", shape(11, 23, 8, value_dim=33, query_value_dim=5)),
     Case("value_dims_other", "the same, other order", shape(
         11, 23, 33, value_dim=5, query_value_dim=40)),

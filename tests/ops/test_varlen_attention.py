@@ -138,6 +138,8 @@ CASES = [
     *(Case(f"dim_{d}", "tails of registers", shape([13, 5], [19, 6], d))
       for d in (1, 6, 14, 40, 77, 97)),
     Case("dim_160", "wide heads", shape([9, 4], [33, 8], 160)),
+    Case("dim_256_short", "one chain along the head dim, which a few rows show", shape(
+        [4], [30], 256, heads=1)),
     Case("value_dim", "value dim above key dim", shape([11, 6], [23, 9], 8, value_dim=33)),
     Case("value_dim_less", "value dim below key dim", shape([11, 6], [23, 9], 33, value_dim=5)),
     Case("grouped", "grouped-query heads", shape(*MIXED, heads=6, kv_heads=2)),
