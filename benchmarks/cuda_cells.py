@@ -126,11 +126,11 @@ def others(call: dict[str, Any], cell: Cell, compiled: str) -> dict[str, Timed]:
 def _launch(job: Job) -> None:
     """Runs a cell's call once on Triton, so that its kernels lie compiled in Triton's cache."""
     about = ops.SUITES[job.suite]
-    call = ops.spec(about.op).inputs(job.shape, DTYPES[job.dtype], "cuda", 0)
-    leaves = ops.floating(call)
-    for leaf in leaves:
-        leaf.requires_grad_(job.backward)
     with suppress(Exception), torch.set_grad_enabled(job.backward):
+        call = ops.spec(about.op).inputs(job.shape, DTYPES[job.dtype], "cuda", 0)
+        leaves = ops.floating(call)
+        for leaf in leaves:
+            leaf.requires_grad_(job.backward)
         outputs = ops.as_tuple(getattr(ff, about.op)(**call, backend="triton"))
         if job.backward:
             torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])

@@ -137,20 +137,7 @@ def compile_all(builds: list[Build], jobs: int) -> Iterator[Row]:
 
 def table(rows: list[Row]) -> str:
     """One line per build."""
-    head = (
-        "kernel",
-        "variant",
-        "dtype",
-        "size",
-        "arch",
-        "tile",
-        "regs",
-        "spill",
-        "KB",
-        "tc",
-        "wgmma",
-        "s",
-    )
+    head = (*COLUMNS[:6], "regs", "spill", "KB", "tc", *COLUMNS[10:], "s")
     lines = [head, *(tuple(map(str, (*cells(row), row.seconds))) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     words = 6  # columns of words, flush left

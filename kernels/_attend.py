@@ -5,8 +5,10 @@ import triton.language as tl
 
 from fastfusion.kernels._tile import (
     add,
+    inverse,
     kept,
     load_tile,
+    log_sum,
     multiply_add,
     nothing_lost,
     rescale,
@@ -14,6 +16,7 @@ from fastfusion.kernels._tile import (
     scores,
     seen_range,
     shift_of,
+    store_rows,
     visible_keys,
     weights,
 )
@@ -98,3 +101,17 @@ def attend(
         VALUE_WIDTH, LOOP, True, CAUSAL, MASK, PADDING, DROPOUT, STREAM, DOT, PRECISION, TMA,
     )  # fmt: skip
     return maximum, total, acc
+
+
+@triton.jit
+def store_results(
+    out, out_row, lse_ptr, slice_index, maximum, total, acc, start, length,
+    VALUE_DIM: tl.constexpr, MASK: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """The outputs of a tile of queries from `start` on, of `length`, and their log-sum-exps."""
+    rows = start + tl.arange(0, acc.shape[0])
+    present = rows < length
+    store_rows(out, acc * inverse(total)[:, None], start, present, out_row, VALUE_DIM)
+    if LSE:
+        at = lse_ptr + tl.cast(slice_index, tl.int64) * length + rows
+        tl.store(at, log_sum(maximum, total, MASK), mask=present)

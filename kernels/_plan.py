@@ -42,9 +42,8 @@ def forget() -> None:
 _Place = tuple[int, int, dict[str, Any] | None]
 
 
-def describe(base: Tensor, fields: dict[str, Any]) -> TensorDescriptor:
-    """The descriptor of other memory of the same kind, without the checks that the first passed:
-    they take 3 us."""
+def with_base(fields: dict[str, Any], base: Tensor) -> TensorDescriptor:
+    """The descriptor of other memory of the same kind, without the checks that the first passed."""
     descriptor = object.__new__(TensorDescriptor)
     vars(descriptor).update(fields, base=base)
     return descriptor
@@ -107,7 +106,7 @@ class _Plan:
             arguments = values.copy()
             for position, place, fields in places:
                 tensor = tensors[place]
-                arguments[position] = tensor if fields is None else describe(tensor, fields)
+                arguments[position] = tensor if fields is None else with_base(fields, tensor)
             kernel[grid](*arguments, **options)
         return tuple([None if i is None else tensors[i] for i in self.results])
 

@@ -57,7 +57,7 @@ def load_tile(
 ):  # fmt: skip
     """The rows of `visible`: by TMA from a descriptor, whose `row` is (batch entry, head), with
     zeros behind the last; or from pointers, whose `row` is a stride, those that EDGE lets be absent
-    or hidden as zeros. A comparison per 16 bytes costs a fifth of a long call on Hopper."""
+    or hidden as zeros."""
     ROWS: tl.constexpr = visible.shape[0]
     if TMA:
         tile = tl.reshape(base.load([row[0], row[1], start, 0]), [ROWS, WIDTH])

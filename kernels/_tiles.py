@@ -64,8 +64,7 @@ _DEFAULTS: dict[str, dict[int, dict[int, Sizes]]] = {
 }
 _DEFAULTS["bidirectional_both"] = _DEFAULTS["attention"]
 
-# What an H200 ran fastest (`make tune` on shapes.json and 4,096 tokens) of what spills nothing and
-# keeps 16 rows a warp: fewer would add up a row's weights in another order, see `owned`.
+# What an H200 ran fastest of what spills nothing (benchmarks/results/nvidia-h200/tiles.json).
 _HOPPER: dict[tuple[str, int, int], Sizes] = {
     ("attention", 2, 32): (64, 64, 4, 3),
     ("attention", 2, 64): (64, 64, 4, 3),

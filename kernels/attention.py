@@ -2,7 +2,7 @@
 
 A program owns a tile of queries of one head and loops over the keys with an online softmax (Milakov
 and Gimelshein, 2018; Dao et al., FlashAttention, 2022). Few queries over many keys are split into
-ranges of a fixed number of keys, merged in ascending order by a second kernel.
+ranges of a fixed number of keys, merged sixteen at a time by a second kernel.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels import attention_tma
-from fastfusion.kernels._attend import attend
+from fastfusion.kernels._attend import attend, store_results
 from fastfusion.kernels._launch import (
     aligned,
     cdiv,
@@ -77,13 +77,10 @@ def attend_program(
         base = partial_ptr + tl.cast(index // tiles, tl.int64) * q_len * (VALUE_DIM + 2)
         store_partial(base, maximum, total, acc, q_start, q_len, VALUE_DIM)
     else:
-        rows = tl.arange(0, OWN)
-        present = q_start + rows < q_len
-        out = slice_base(out_ptr, batch, head, out_batch, out_head)
-        store_rows(out, acc * inverse(total)[:, None], q_start, present, out_row, VALUE_DIM)
-        if LSE:
-            at = lse_ptr + tl.cast(slice_index, tl.int64) * q_len + q_start + rows
-            tl.store(at, log_sum(maximum, total, MASK), mask=present)
+        store_results(
+            slice_base(out_ptr, batch, head, out_batch, out_head), out_row, lse_ptr, slice_index,
+            maximum, total, acc, q_start, q_len, VALUE_DIM, MASK, LSE,
+        )  # fmt: skip
 
 
 @triton.jit

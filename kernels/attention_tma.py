@@ -13,13 +13,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastfusion.kernels import _launch
-from fastfusion.kernels._attend import attend
+from fastfusion.kernels._attend import attend, store_results
 from fastfusion.kernels._launch import aligned, cdiv, strides, tile, width
 from fastfusion.kernels._plan import accepted, launch
-from fastfusion.kernels._tile import inverse, log_sum, slice_base, store_rows
+from fastfusion.kernels._tile import slice_base
 
 # Lengths from which it pays, by the width of the heads: on an H200 2,048 tokens take 36 us and not
-# 38 with 64 columns, 1,024 take 21 and not 27 with 128; an eager call spends 20 us on descriptors.
+# 38 with 64 columns, 1,024 take 21 and not 27 with 128 (benchmarks/results/nvidia-h200/tiles.json);
+# eager calls of 1,024 and 1,500 tokens took at least 23 us more, for three descriptors.
 LONG = {64: 2048, 128: 512}
 # Hopper and Blackwell's data-centre chips; three stages of 128 columns are more than the 99 KB that
 # a block has on sm_120.
@@ -48,13 +49,10 @@ def tma_kernel(
         scale, factor, 0, 1.0, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, MASK,
         False, False, 0, DOT, PRECISION, True,
     )  # fmt: skip
-    rows = tl.arange(0, OWN)
-    present = q_start + rows < q_len
-    out = slice_base(out_ptr, batch, head, out_batch, out_head)
-    store_rows(out, acc * inverse(total)[:, None], q_start, present, out_row, VALUE_DIM)
-    if LSE:
-        at = lse_ptr + tl.cast(slice_index, tl.int64) * q_len + q_start + rows
-        tl.store(at, log_sum(maximum, total, MASK), mask=present)
+    store_results(
+        slice_base(out_ptr, batch, head, out_batch, out_head), out_row, lse_ptr, slice_index,
+        maximum, total, acc, q_start, q_len, VALUE_DIM, MASK, LSE,
+    )  # fmt: skip
 
 
 def takes(
