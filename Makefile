@@ -13,7 +13,9 @@ CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.c
 # CUDA kernels are built for the GPU at hand alone, unless TORCH_CUDA_ARCH_LIST names others.
 # `make gpu` and `make tune` need a torch that sees the GPU: that of GPU_PYTHON where it is set (fastfusion has to be
 # installed there), of .venv, or of $(PYTHON), with fastfusion in a thin environment on top. ARGS goes to the command.
+# PREBUILT is a folder that `make gpu-prebuild` filled for that GPU, on any machine.
 GPU_PYTHON ?=
+PREBUILT ?=
 ARGS ?=
 GPU_VENV := .venv-gpu
 SEES_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
@@ -24,18 +26,20 @@ BUILD := setup.py --quiet build_ext --inplace
 define on_gpu
 @set -e; python='$(GPU_PYTHON)'; export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-native}"; \
 sees() { test -x "$$(command -v $$1)" && $$1 -c '$(SEES_GPU)' 2>/dev/null; }; \
+prebuilt() { test -z '$(PREBUILT)' || eval "$$($$1 -P benchmarks/prebuilt.py use '$(PREBUILT)')"; }; \
 if [ -z "$$python" ] && [ ! -x $(BIN)/python ] && command -v nvidia-smi >/dev/null && ! sees $(PYTHON); then \
 	$(MAKE) -s --no-print-directory build; fi; \
-if [ -n "$$python" ]; then :; \
-elif sees $(BIN)/python; then $(MAKE) -s --no-print-directory build; python=$(BIN)/python; \
-elif sees $(PYTHON); then $(MAKE) -s --no-print-directory $(GPU_VENV)/install.stamp; python=$(GPU_VENV)/bin/python; \
-	$$python $(BUILD); \
+if [ -n "$$python" ]; then prebuilt $$python; \
+elif sees $(BIN)/python; then prebuilt $(BIN)/python; \
+	$(MAKE) -s --no-print-directory build; python=$(BIN)/python; \
+elif sees $(PYTHON); then prebuilt $(PYTHON); \
+	$(MAKE) -s --no-print-directory $(GPU_VENV)/install.stamp; python=$(GPU_VENV)/bin/python; $$python $(BUILD); \
 else echo "make $@ needs an NVIDIA GPU; torch sees none" >&2; exit 1; fi; \
 OMP_NUM_THREADS=1 exec $$python -m fastfusion.benchmarks.$@ $(ARGS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test asan emulate lint format bench bench-check kernels cuda gpu tune build wheel clean
+.PHONY: help demo test asan emulate lint format bench bench-check kernels cuda gpu gpu-prebuild tune build wheel clean
 
 help:
 	@echo "make demo     answer questions about images, and compare with stock torch"
@@ -48,7 +52,8 @@ help:
 	@echo "make wheel    build a wheel into dist/"
 	@echo "make kernels  compile the Triton and CUDA kernels for every GPU, and check them (ARGS=--quick: 5 minutes)"
 	@echo "make cuda     build the CUDA kernels with nvcc, also where torch cannot use them"
-	@echo "make gpu      test and time everything on an NVIDIA GPU (ARGS=--quick: 10 minutes)"
+	@echo "make gpu      test and time everything on an NVIDIA GPU (ARGS=--quick: 10 minutes; PREBUILT=DIR: less)"
+	@echo "make gpu-prebuild ARCH=90  compile for that GPU on a machine without one, into PREBUILT=DIR"
 	@echo "make tune     find the kernels' tiles for that GPU"
 	@echo "make clean    remove what was built (.venv stays)"
 
@@ -146,6 +151,13 @@ $(GPU_VENV)/install.stamp: setup.py pyproject.toml
 
 gpu tune:
 	$(on_gpu)
+
+# For GPU_PYTHON, where that is set: a Python with the Triton that the machine with the GPU has.
+gpu-prebuild: build
+	@test -n "$(ARCH)" || { echo "make gpu-prebuild needs an architecture, such as ARCH=90" >&2; exit 2; }
+	@TORCH_CUDA_ARCH_LIST="$$(echo $(ARCH) | sed 's/.$$/.&/')" $(BIN)/python $(BUILD) --cuda
+	@TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(or $(GPU_PYTHON),$(BIN)/python) -m fastfusion.benchmarks.prebuilt make \
+		$(or $(PREBUILT),build/prebuilt-sm$(ARCH)) --arch $(ARCH) --jobs $(JOBS)
 
 wheel: $(VENV)/dependencies.stamp
 	@rm -rf build/lib* dist

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
 import torch
@@ -18,13 +19,14 @@ from torch import Tensor
 
 import fastfusion as ff
 
-from . import cuda_peers, gate, ops, shapes
+from . import cuda_block, cuda_peers, gate, ops, shapes
 from .cuda_device import DTYPES
 from .cuda_peers import PEERS, Refusal
 from .cuda_results import OWN_PREFIX, Cell
 from .cuda_timing import MODES, Clock, Timed, measure
 from .results import OURS, REFERENCE
 
+WARM_SECONDS = 120.0
 # How torch begins to say that the one backend it may use does not take the call.
 NO_KERNEL = ("No available kernel", "No viable backend")
 
@@ -73,24 +75,33 @@ class Budget:
         self.end = None if minutes is None else clock() + 60 * minutes
         self.left_out: list[str] = []
 
+    def left(self) -> float | None:
+        """Seconds that are left; None without a limit."""
+        return None if self.end is None else max(0.0, self.end - self.clock())
+
+    def spent(self) -> bool:
+        """Whether it is used up."""
+        return self.left() == 0.0
+
     def allows(self, name: str) -> bool:
         """Whether there is time to start this; otherwise it is noted as left out."""
-        if self.end is None or self.clock() < self.end:
-            return True
-        self.left_out.append(name)
-        return False
+        spent = self.spent()
+        if spent:
+            self.left_out.append(name)
+        return not spent
 
 
 def plan(
     suites: Sequence[str], dtypes: Sequence[str], directions: Sequence[bool], shape: str | None
 ) -> list[Job]:
-    """The cells in the order of their importance, should time run out."""
+    """The cells in the order of their importance, should time run out; blocks are for inference."""
     return [
         Job(suite, entry, dtype, backward)
         for dtype in dtypes
         for backward in directions
         for suite in suites
-        for entry in shapes.select(ops.SUITES[suite].group, shape)
+        if suite != cuda_block.SUITE or not backward
+        for entry in shapes.select(suite, shape)
     ]
 
 
@@ -123,17 +134,28 @@ def others(call: dict[str, Any], cell: Cell, compiled: str) -> dict[str, Timed]:
     return found
 
 
-def _launch(job: Job) -> None:
-    """Runs a cell's call once on Triton, so that its kernels lie compiled in Triton's cache."""
-    about = ops.SUITES[job.suite]
-    with suppress(Exception), torch.set_grad_enabled(job.backward):
-        call = ops.spec(about.op).inputs(job.shape, DTYPES[job.dtype], "cuda", 0)
+def call_once(job: Job, device: str) -> None:
+    """A cell's call on Triton, with its backward."""
+    with torch.set_grad_enabled(job.backward):
+        if job.suite == cuda_block.SUITE:
+            block = cuda_block.inputs(job.shape, DTYPES[job.dtype], device, 0)
+            with ff.use_backend("triton"):
+                cuda_block.run(block)
+            return
+        about = ops.SUITES[job.suite]
+        call = ops.spec(about.op).inputs(job.shape, DTYPES[job.dtype], device, 0)
         leaves = ops.floating(call)
         for leaf in leaves:
             leaf.requires_grad_(job.backward)
         outputs = ops.as_tuple(getattr(ff, about.op)(**call, backend="triton"))
         if job.backward:
             torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+
+
+def _launch(job: Job) -> None:
+    """Runs a cell's call, so that its kernels lie compiled in Triton's cache."""
+    with suppress(Exception):
+        call_once(job, "cuda")
         torch.cuda.synchronize()
 
 
@@ -141,38 +163,66 @@ def warm(jobs: Sequence[Job]) -> None:
     """Compiles what the cells launch on all cores but one: alone it is most of a short run's time
     (56 cells: 17 s on 16 cores). What goes wrong the cells say themselves."""
     workers = max(1, min(16, (os.cpu_count() or 1) - 1))
-    with suppress(BrokenProcessPool), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        list(pool.map(_launch, jobs))
+    try:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            try:
+                list(pool.map(_launch, jobs, timeout=WARM_SECONDS))
+            except BaseException:
+                # Out of time or cut off: to leave the pool is to wait for what its workers do.
+                for worker in active_children():
+                    worker.kill()
+                raise
+    except (BrokenProcessPool, TimeoutError):
+        pass
 
 
 def run_cell(
     job: Job, settings: Settings, device: str = "cuda", clock: Clock | None = None
 ) -> Cell:
     """Checks one shape and times it."""
-    about = ops.SUITES[job.suite]
-    op, public = ops.spec(about.op), getattr(ff, about.op)
-    dtype = DTYPES[job.dtype]
-    call = op.inputs(job.shape, dtype, device, 0)
     cell = Cell(job.suite, job.shape, job.dtype, job.backward)
-    if not job.backward:
-        cell.flops, cell.moved = op.cost(job.shape, dtype)
-    expected, seeds = ops.expected_results(op, call, about.results, job.backward)
-    leaves = ops.floating(call)
-    for leaf in leaves:
-        leaf.requires_grad_(job.backward)
-    calls = ours(public, call, cell) | others(call, cell, settings.compiled)
-    if job.backward:
-        calls = {
-            name: replace(timed, call=ops.with_gradients(timed.call, leaves, seeds))
-            for name, timed in calls.items()
-        }
+    prepare = _prepare_block if job.suite == cuda_block.SUITE else _prepare_op
+    calls, expected, plain = prepare(cell, settings, device)
     with torch.inference_mode(not job.backward):
-        plain = ops.as_tuple(calls[about.plain].call())
-        right = judge(calls, expected, plain, cell)
+        right = judge(calls, expected, ops.as_tuple(calls[plain].call()), cell)
         if OURS in right:
             modes = MODES if settings.cold else MODES[:2]
             cell.add(measure(right, settings.rounds, settings.min_time, modes, clock))
     return cell
+
+
+# The calls of a cell, their results in float64, and whose error sets what is allowed.
+Prepared = tuple[dict[str, Timed], Sequence[Tensor], str]
+
+
+def _prepare_op(cell: Cell, settings: Settings, device: str) -> Prepared:
+    """A call of an op, forward or with its backward."""
+    about = ops.SUITES[cell.suite]
+    op, public = ops.spec(about.op), getattr(ff, about.op)
+    dtype = DTYPES[cell.dtype]
+    call = op.inputs(cell.shape, dtype, device, 0)
+    if not cell.backward:
+        cell.flops, cell.moved = op.cost(cell.shape, dtype)
+    expected, seeds = ops.expected_results(op, call, about.results, cell.backward)
+    leaves = ops.floating(call)
+    for leaf in leaves:
+        leaf.requires_grad_(cell.backward)
+    calls = ours(public, call, cell) | others(call, cell, settings.compiled)
+    if cell.backward:
+        calls = {
+            name: replace(timed, call=ops.with_gradients(timed.call, leaves, seeds))
+            for name, timed in calls.items()
+        }
+    return calls, expected, about.plain
+
+
+def _prepare_block(cell: Cell, settings: Settings, device: str) -> Prepared:
+    """A block of modules, forward."""
+    dtype = DTYPES[cell.dtype]
+    call = cuda_block.inputs(cell.shape, dtype, device, 0)
+    cell.flops, cell.moved = cuda_block.cost(cell.shape, dtype)
+    calls = cuda_block.ours(call, cell) | others(call, cell, settings.compiled)
+    return calls, cuda_block.expected(call), cuda_block.PLAIN
 
 
 def judge(
@@ -223,10 +273,10 @@ def device_works() -> bool:
     return True
 
 
-def clean_up(settings: Settings) -> None:
+def clean_up() -> None:
     """Frees a cell's graphs and memory, and what was compiled for its shape."""
     gc.collect()
-    if settings.compiled != "none":
+    if "torch._dynamo" in sys.modules:  # which only a compiled peer imports, for seconds
         torch.compiler.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -252,7 +302,7 @@ def run_jobs(
             budget.left_out += map(str, jobs[index + 1 :])
             print(f"the device answers no more after {job}; the rest is left out", flush=True)
             return
-        clean_up(settings)
+        clean_up()
 
 
 def outcome(cell: Cell) -> str:

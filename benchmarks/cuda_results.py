@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class Cell:
     """One shape in one dtype and direction.
 
     Attributes:
-        suite: "attention" or "bidirectional".
+        suite: "attention", "bidirectional" or "block".
         shape: its entry in shapes.json.
         path: the backend that ran.
         times: seconds per call, by mode ("graph", "eager", "cold") and implementation.
@@ -80,7 +81,12 @@ class Cell:
 
     def best(self, mode: str = "graph") -> tuple[str, Spread] | None:
         """The fastest peer and its time over ours; None without any."""
-        ratios = {name: r for name, r in self.ratios.get(mode, {}).items() if is_peer(name)}
+        return self.fastest(filter(is_peer, self.ratios.get(mode, {})), mode)
+
+    def fastest(self, names: Iterable[str], mode: str = "graph") -> tuple[str, Spread] | None:
+        """The fastest of some implementations and its time over ours; None without any."""
+        found = self.ratios.get(mode, {})
+        ratios = {name: found[name] for name in names if name in found}
         if not ratios:
             return None
         name = min(ratios, key=lambda name: ratios[name].median)
@@ -222,11 +228,18 @@ def footer(cells: list[Cell], names: list[str]) -> list[str]:
     return lines
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, whenever this process is ended."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text + "\n")
+    part.replace(path)
+
+
 def write(path: Path, machine: dict[str, Any], settings: dict[str, Any], cells: list[Cell]) -> None:
     """Writes everything that was measured; tables and plots can be made from it again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {"machine": machine, "settings": settings, "cells": list(map(asdict, cells))}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    replace_text(path, json.dumps(document, indent=1))
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Cell]]:

@@ -7,6 +7,7 @@ eager. Each goal is judged per dtype, since float32 has other peers than the 16-
 import math
 from collections.abc import Callable, Iterable
 
+from . import cuda_block
 from .cuda_results import Cell
 from .results import OURS, Goal
 from .timing import geometric_mean
@@ -72,6 +73,24 @@ def _cost(cells: Iterable[Cell], mode: str) -> dict[str, float]:
     return {name: 1 / ratio for name, ratio in _ratios(cells, ("sdpa",), mode).items()}
 
 
+def _block(cells: Iterable[Cell], limit: float) -> Goal:
+    """Our block beside torch.compile of the same, both under a graph; and what it takes eagerly."""
+    name = "block of 20 x 36, 768 wide, beside torch.compile"
+    for cell in cells:
+        best = cell.fastest(BLOCK_COMPILED)
+        if cell.name != "block_20_36" or best is None:
+            continue
+        details = [f"{best[0]} is its fastest"]
+        eager = cell.fastest(BLOCK_COMPILED, "eager")
+        if eager is not None:
+            over = cell.times["eager"][eager[0]].median / cell.times["graph"][OURS].median
+            details.append(f"both called eagerly {eager[1].median:.2f}x")
+            details.append(f"its call over our graph {over:.2f}x")
+        return Goal(name, best[1].median, limit, detail=", ".join(details))
+    return Goal(name, None, limit)
+
+
+BLOCK_COMPILED = tuple(cuda_block.COMPILED)
 TWO_SDPA = ("two sdpa", "two flash", "two efficient", "two cudnn")
 
 
@@ -99,6 +118,7 @@ def judge(cells: list[Cell]) -> list[Goal]:
         _worst("bidirectional beside two SDPA, S shared", _ratios(shared, TWO_SDPA), 1.25),
         _worst("bidirectional beside two SDPA, S twice", _ratios(unshared, TWO_SDPA), 1.0),
         _worst("bidirectional beside Grounding DINO", _ratios(full, ("grounding dino",)), 3.0),
+        _block((c for c in cells if c.suite == cuda_block.SUITE), 3.0),
         _most("our eager call beside SDPA's, lengths up to 512", _cost(short, "eager"), 2.5),
         _most("the same under a graph", _cost(short, "graph"), 1.1),
     ]

@@ -6,13 +6,19 @@
     tune        `python -m fastfusion.benchmarks.tune` (only if asked for)
     bench       every op beside its peers, forward and with a backward
 
-A step that fails is reported, and the next one goes on. Results: benchmarks/results/<device>/.
+A step that fails is reported, and the next one goes on. Results are one folder of at most 8 files,
+each written as its results come, so that a run that is cut off keeps what it has:
+
+    summary.json        the machine, and what became of each step
+    checks.log          what smoke test, tests and sanitizer said
+    <suite>.json        every time of a suite, all dtypes and directions
+    times.png           all of them as bars
+    tuned.json          what tuning found; without --output kernels/configs/<device>.json
 """
 
 import argparse
 import json
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,7 +39,7 @@ STEPS = ("smoke", "tests", "bench", "sanitizer", "tune")
 USUAL = ("smoke", "tests", "bench", "sanitizer")
 # Seconds that a step may take: quick, and otherwise.
 LIMITS = {"tests": (150, 3600), "sanitizer": (120, 1200), "tune": (240, 3600)}
-QUICK_MINUTES = 3.0
+QUICK_MINUTES = 3.5
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -60,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add("--direction", choices=("forward", "backward"), help="default both")
     add("--cold", action="store_true", help="also with an L2 cache that holds other things")
     add("--rounds", type=int, help="times that everything is timed, default 20")
-    add("--output", type=Path, metavar="FOLDER", help="default benchmarks/results/<device>")
+    add("--output", type=Path, metavar="DIR", help="default benchmarks/results/<device>")
     add("--dry-run", action="store_true", help="say what would run; needs no GPU")
     return result
 
@@ -141,19 +147,13 @@ def dry_run(options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def file_of(group: tuple[str, str, bool]) -> str:
-    """The file that keeps the cells of a suite, dtype and direction."""
-    suite, dtype, backward = group
-    return f"{suite}-{dtype}{'-backward' if backward else ''}.json"
-
-
 def bench(
     options: argparse.Namespace,
     folder: Path,
     about: dict[str, Any],
     run: Callable[[Job, Settings], Cell] = cuda_cells.run_cell,
 ) -> Outcome:
-    """Times the cells; after each group its table and its file."""
+    """Times the cells: after each one its suite's file, after each group its table."""
     settings = settings_of(options)
     budget = Budget(options.minutes)
     start = time.monotonic()
@@ -168,12 +168,13 @@ def bench(
     }
     measured = cuda_cells.run_jobs(options.jobs, settings, budget, run)
     for group, pairs in groupby(measured, key=lambda pair: pair[0].group):
+        suite, dtype, backward = group
         found: list[Cell] = []
         for _, cell in pairs:
             found.append(cell)
-            cuda_results.write(folder / file_of(group), about, known, found)
-        cells += found
-        suite, dtype, backward = group
+            cells.append(cell)
+            of_suite = [cell for cell in cells if cell.suite == suite]
+            cuda_results.write(folder / f"{suite}.json", about, known, of_suite)
         direction = "forward and backward" if backward else "forward"
         print(f"\n{suite}, {dtype}, {direction}; times in us, graph/eager; lost cells first")
         print(cuda_results.table(found, peaks), flush=True)
@@ -212,20 +213,26 @@ def run_bench(options: argparse.Namespace, folder: Path) -> list[Outcome]:
     if why is not None:
         return [outcome, Outcome("plots", "left out", why)]
     try:
-        pictures = cuda_plot.draw_all(folder)
+        files = [folder / f"{suite}.json" for suite in options.suites]
+        picture = cuda_plot.draw([file for file in files if file.exists()], folder / "times.png")
     except Exception as error:
         return [outcome, Outcome("plots", "failed", f"{type(error).__name__}: {error}")]
-    return [outcome, Outcome("plots", "passed", f"{len(pictures)} pictures in {folder}")]
+    drawn = "nothing to draw" if picture is None else f"all times in {picture}"
+    return [outcome, Outcome("plots", "passed", drawn)]
 
 
-def run_tune(options: argparse.Namespace, seconds: float) -> Outcome:
+def run_tune(options: argparse.Namespace, folder: Path, seconds: float) -> Outcome:
     """`make tune` in a process of its own: the tiles are read when the kernels are imported."""
-    command = [sys.executable, "-m", "fastfusion.benchmarks.tune"]
-    command += ["--minutes", str(seconds / 60), *(["--quick"] if options.quick else [])]
-    start = time.monotonic()
-    code = subprocess.run(command, cwd=gpu_checks.ROOT).returncode
-    status = "passed" if code == 0 else "failed"
-    return Outcome("tune", status, f"exit code {code}", time.monotonic() - start)
+    command = [sys.executable, "-m", "fastfusion.benchmarks.tune", *(["--quick"] * options.quick)]
+    # It starts nothing in the last tenth of its time, which the key in hand may take.
+    command += ["--minutes", f"{0.9 * seconds / 60:.2f}"]
+    if options.output is not None:  # otherwise where the launcher looks for it
+        command += ["--output", str(folder / "tuned.json")]
+    finished = gpu_checks.run(command, folder / gpu_checks.LOG, seconds, {"OMP_NUM_THREADS": "1"})
+    print(finished.tail, end="")
+    summary = "out of time" if finished.code is None else f"exit code {finished.code}"
+    status = "passed" if finished.code == 0 else "failed"
+    return Outcome("tune", status, summary, finished.seconds)
 
 
 def run_step(step: str, options: argparse.Namespace, folder: Path) -> list[Outcome]:
@@ -241,7 +248,7 @@ def run_step(step: str, options: argparse.Namespace, folder: Path) -> list[Outco
         if step == "sanitizer":
             return gpu_checks.run_sanitizer(folder, seconds)
         if step == "tune":
-            return [run_tune(options, seconds)]
+            return [run_tune(options, folder, seconds)]
         return run_bench(options, folder)
     except Exception as error:
         text = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
@@ -251,23 +258,33 @@ def run_step(step: str, options: argparse.Namespace, folder: Path) -> list[Outco
 def run(options: argparse.Namespace) -> int:
     """Runs the steps; 1 where one failed."""
     name = torch.cuda.get_device_name()
-    folder = options.output or cuda_device.results_folder(name)
+    folder = (options.output or cuda_device.results_folder(name)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    if set(options.steps) - {"bench"}:
+        (folder / gpu_checks.LOG).unlink(missing_ok=True)
     print(f"{name}, torch {torch.__version__}; results: {folder}", flush=True)
+    machine = cuda_device.describe()
     outcomes: list[Outcome] = []
+
+    def keep() -> None:
+        steps = [outcome.as_json() for outcome in outcomes]
+        cuda_results.replace_text(
+            folder / "summary.json", json.dumps({"machine": machine, "steps": steps}, indent=1)
+        )
+
+    keep()
     try:
         for step in options.steps:
             print(f"\n== {step}", flush=True)
             outcomes += run_step(step, options, folder)
-    except KeyboardInterrupt:
-        outcomes.append(Outcome("make gpu", "failed", "interrupted; what is above is complete"))
-    summary = {
-        "machine": cuda_device.describe() if cuda_cells.device_works() else {"gpu": name},
-        "steps": [outcome.as_json() for outcome in outcomes],
-    }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print("\n== summary")
-    print(*outcomes, sep="\n")
+            keep()
+    except (KeyboardInterrupt, SystemExit):
+        outcomes.append(Outcome(step, "failed", "cut off; what was written before is complete"))
+        keep()
+        raise
+    finally:
+        print("\n== summary")
+        print(*outcomes, sep="\n", flush=True)
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 
@@ -286,7 +303,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # So that what a step started goes with it, where a time limit ends `make`.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return run(options)
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
 """The steps of `make gpu` that check: a smoke test, the test suite and compute-sanitizer.
 
 Each runs in a process of its own with a time limit, so that one that hangs or crashes costs its own
-result only.
+result only. All that these processes say goes into one file of the results' folder.
 """
 
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections import deque
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ QUICK_TESTS = (
     "tests/ops/test_varlen_attention.py",
     "tests/ops/test_arguments.py",
     *("tests/kernels/test_tma.py", "tests/kernels/test_ops.py", "tests/kernels/test_plan.py"),
+    "tests/kernels/test_attention_backward_short.py",
     *("tests/kernels/test_linear.py", "tests/kernels/test_norm.py", "tests/nn/test_fused.py"),
     *("tests/test_cuda.py", "tests/test_cuda_block.py", "tests/test_cuda_graph_device.py"),
 )
@@ -41,6 +43,8 @@ TEST_ENVIRONMENT = {
 }
 SMOKE_SECONDS = 90.0
 PROGRESS_SECONDS = 20.0
+LOG = "checks.log"
+TAIL_LINES = 40
 SANITIZER_TOOLS = ("memcheck", "racecheck")
 FOUND = 86  # what compute-sanitizer returns where it found something
 
@@ -71,20 +75,28 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that has ended: its exit code (None: out of time), and the end of what it said."""
+    """A process that has ended: its exit code (None: out of time), and what it said."""
 
     code: int | None
-    tail: str
+    output: str
     seconds: float
+
+    @property
+    def tail(self) -> str:
+        """The end of what it said."""
+        return "".join(self.output.splitlines(keepends=True)[-TAIL_LINES:])
 
 
 def run(
     command: list[str], log: Path, seconds: float, environment: dict[str, str] | None = None
 ) -> Finished:
-    """Runs a command in the repository, its output into a file, and says how far that is."""
+    """Runs a command in the repository, its output to the end of a file, and says how far it is."""
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    with log.open("w") as file:
+    with log.open("ab") as file:
+        file.write(f"\n$ {shlex.join(command)}\n".encode())
+        file.flush()
+        begin = file.tell()
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -94,29 +106,33 @@ def run(
             start_new_session=True,
         )
         try:
-            code = _wait(process, log, start, seconds)
+            code = _wait(process, log, begin, start, seconds)
         finally:
             if process.poll() is None:
                 # Its own session, so that the workers that it started go with it.
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    return Finished(code, _tail(log), time.monotonic() - start)
+    return Finished(code, _since(log, begin), time.monotonic() - start)
 
 
-def _wait(process: subprocess.Popen[bytes], log: Path, start: float, seconds: float) -> int | None:
+def _wait(
+    process: subprocess.Popen[bytes], log: Path, begin: int, start: float, seconds: float
+) -> int | None:
     """The exit code, None where the time is up; the last line of the log now and then."""
     while (left := start + seconds - time.monotonic()) > 0:
         try:
             return process.wait(timeout=min(left, PROGRESS_SECONDS))
         except subprocess.TimeoutExpired:
             took = time.monotonic() - start
-            print(f"  {took:.0f} s: {_last_line(_tail(log))[-100:]}", flush=True)
+            print(f"  {took:.0f} s: {_last_line(_since(log, begin))[-100:]}", flush=True)
     return None
 
 
-def _tail(log: Path) -> str:
-    with log.open(errors="replace") as lines:
-        return "".join(deque(lines, maxlen=40))
+def _since(log: Path, begin: int) -> str:
+    """What stands in a file behind so many bytes."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        return file.read().decode(errors="replace")
 
 
 # ---- tests
@@ -125,7 +141,8 @@ def _tail(log: Path) -> str:
 def test_command(quick: bool, report: Path, workers: int) -> list[str]:
     """pytest on the device, a line per test; quick: what runs the kernels of the device."""
     command = [sys.executable, "-m", "pytest", "--device", "cuda", f"--junitxml={report}"]
-    command += ["-v", "--tb=short", "--show-capture=no", "-p", "no:benchmark"]
+    # Twice, against the -q of pyproject.toml: a run that is cut off has names in its log.
+    command += ["-vv", "--tb=short", "--show-capture=no", "-p", "no:benchmark"]
     command += ["-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist") is not None and workers > 1:
         command += ["-n", str(workers)]
@@ -140,9 +157,9 @@ def test_workers() -> int:
     return max(1, min(16, (os.cpu_count() or 1) - 1))
 
 
-def read_log(log: Path) -> dict[str, Any]:
+def read_lines(output: str) -> dict[str, Any]:
     """Counts and failures of the tests that a run which was cut off has finished."""
-    found = re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED) (\S+)", log.read_text(errors="replace"))
+    found = re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED) (\S+)", output)
     outcomes = {name: outcome for outcome, name in found}
     counts = {word: list(outcomes.values()).count(word) for word in ("PASSED", "SKIPPED")}
     failed = sorted(name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR"))
@@ -169,23 +186,21 @@ def read_junit(report: Path) -> dict[str, Any]:
 
 
 def run_tests(folder: Path, quick: bool, seconds: float) -> Outcome:
-    """The suite with `--device cuda`; its summary stays in the folder."""
+    """The suite with `--device cuda`."""
     absent = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if absent:
         return Outcome("tests", "left out", f"{' and '.join(absent)} not installed")
     if not (ROOT / "tests/conftest.py").exists():
         return Outcome("tests", "left out", "the tests are not installed; run in a checkout")
-    report = folder / "tests.xml"
-    report.unlink(missing_ok=True)
-    command = test_command(quick, report, test_workers())
-    log = folder / "tests.log"
-    finished = run(command, log, seconds, TEST_ENVIRONMENT)
-    facts: dict[str, Any] = {"command": " ".join(command[1:]), "exit code": finished.code}
-    if report.exists():
-        facts |= read_junit(report)
-        report.unlink()
+    with tempfile.TemporaryDirectory() as place:
+        report = Path(place) / "tests.xml"
+        command = test_command(quick, report, test_workers())
+        finished = run(command, folder / LOG, seconds, TEST_ENVIRONMENT)
+        facts: dict[str, Any] = {"command": " ".join(command[1:]), "exit code": finished.code}
+        if report.exists():
+            facts |= read_junit(report)
     if finished.code is None:
-        facts |= read_log(log)
+        facts |= read_lines(finished.output)
         summary = (
             f"out of time after {seconds:.0f} s: {facts['passed']} passed, "
             f"{len(facts['failed'])} failed so far"
@@ -215,7 +230,7 @@ def _last_line(text: str) -> str:
 def run_smoke(folder: Path) -> Outcome:
     """A few calls on each backend, forward and backward, and one CUDA graph: is this worth more?"""
     command = [sys.executable, "-m", "fastfusion.benchmarks.sanitize", "--smoke"]
-    finished = run(command, folder / "smoke.log", SMOKE_SECONDS, {"OMP_NUM_THREADS": "1"})
+    finished = run(command, folder / LOG, SMOKE_SECONDS, {"OMP_NUM_THREADS": "1"})
     print(finished.tail, end="")
     summary = "out of time" if finished.code is None else _last_line(finished.tail)
     status = "passed" if finished.code == 0 else "failed"
@@ -235,10 +250,10 @@ def find_sanitizer() -> str | None:
 
 
 def sanitizer_verdict(finished: Finished) -> tuple[str, str]:
-    """Status and summary of one tool, from its exit code and its last lines."""
-    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", finished.tail)
+    """Status and summary of one tool, from its exit code and what it said."""
+    summaries = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", finished.output)
     if finished.code is None:
-        if re.search(r"^=+ (?:Invalid|Error: Race)", finished.tail, re.MULTILINE):
+        if re.search(r"^=+ (?:Invalid|Error: Race)", finished.output, re.MULTILINE):
             return "failed", "errors, then out of time"
         return "left out", "out of time, nothing found before"
     if not summaries:
@@ -268,10 +283,7 @@ def run_sanitizer(folder: Path, seconds: float) -> list[Outcome]:
         # the end of one is seen.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"}
         step = f"{name} {backend}"
-        log = folder / f"{name}-{backend}.log"
-        finished = run(command, log, seconds / len(runs), environment)
-        if finished.code is None:  # what it found may be far above the end
-            finished = replace(finished, tail=log.read_text(errors="replace"))
+        finished = run(command, folder / LOG, seconds / len(runs), environment)
         status, summary = sanitizer_verdict(finished)
         outcomes.append(Outcome(step, status, summary, finished.seconds))
         print(outcomes[-1], flush=True)

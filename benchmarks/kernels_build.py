@@ -25,7 +25,9 @@ SHARED_LIMITS = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227}
 # Columns of tensor memory that a block may have; Triton refuses to launch a kernel with more.
 TENSOR_MEMORY_LIMIT = 512
 # The ten rounds of Philox in between cost a few registers, and little beside their own time.
-SPILL_LIMIT, DROPOUT_SPILL_LIMIT = 0, 96
+# Tiles of sm_90 are chosen by time, and there 20 registers that wait in local memory cost less than
+# a smaller tile: forward and backward of 256 queries over 77 keys, 160 wide, take 43 us and not 52.
+SPILL_LIMIT, TIMED_SPILL_LIMIT, DROPOUT_SPILL_LIMIT = 0, 80, 96
 HALF = ("bfloat16", "float16")
 
 # The operand of a product in registers: its shape, which of the two it is, elements side by side.
@@ -97,7 +99,9 @@ def problems(row: Row) -> list[str]:
     if row.error:
         return [row.error]
     found = []
-    allowed = DROPOUT_SPILL_LIMIT if kind.dropout else SPILL_LIMIT
+    allowed = TIMED_SPILL_LIMIT if kind.arch == 90 else SPILL_LIMIT
+    if kind.dropout:
+        allowed = DROPOUT_SPILL_LIMIT
     if kind.dtype in HALF and row.spilled > allowed:
         found.append(f"spills {row.spilled} bytes, allowed {allowed}")
     if kind.dtype in HALF and kind.dots and not row.tensor_core:
@@ -160,6 +164,18 @@ def target(arch: int) -> Iterator[None]:
         _launch.forget()
 
 
+@contextlib.contextmanager
+def declined(keep: Callable[..., bool] = lambda **_: True) -> Iterator[None]:
+    """In it Triton compiles and runs no kernel that it has not compiled before; `keep` is Triton's
+    cache hook, which is told of each and says True."""
+    before = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = keep
+    try:
+        yield
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before
+
+
 def record(call: Callable[[], Any], arch: int, variant: str, dtype: str, size: int) -> list[Build]:
     """The kernels that `call` launches on an architecture; none of them runs."""
     builds: list[Build] = []
@@ -184,13 +200,8 @@ def record(call: Callable[[], Any], arch: int, variant: str, dtype: str, size: i
         builds.append(Build(kind, fn.module, fn.name, compile["specialization_data"]))
         return True
 
-    before = triton.knobs.runtime.jit_cache_hook
-    triton.knobs.runtime.jit_cache_hook = keep
-    try:
-        with target(arch):
-            call()
-    finally:
-        triton.knobs.runtime.jit_cache_hook = before
+    with declined(keep), target(arch):
+        call()
     return builds
 
 

@@ -47,12 +47,14 @@ ATTENTION = {
     "long causal": ("causal", 2100, 2100),
 }
 BIDIRECTIONAL = {
-    "plain": ("plain", 300, MOST),
-    "heaviest": ("heaviest", 300, MOST),
+    "plain": ("plain", 600, MOST),
+    "heaviest": ("heaviest", 600, MOST),
+    "few keys": ("plain", 600, 20),
+    "few keys heaviest": ("heaviest", 600, 20),
     "small": ("plain", 20, 36),
     "small heaviest": ("heaviest", 20, 36),
     "tiny": ("plain", 8, 10),
-    "causal": ("causal", 300, MOST),
+    "causal": ("causal", 600, MOST),
     "long": ("plain", 600, 600),
     "long causal": ("causal", 600, 600),
     "long heaviest": ("heaviest", 600, 600),
@@ -203,7 +205,7 @@ def _calls(dtype: torch.dtype, head_dims: tuple[int, ...]) -> Iterator[tuple[str
 
 def cases(quick: bool) -> Iterator[Case]:
     """All cases, or with `quick` those that find most mistakes: the two variants in bfloat16."""
-    main = ("plain", "heaviest", "long", "long heaviest", "some", "some heaviest")
+    main = ("plain", "heaviest", "few queries", "long", "long heaviest", "some", "some heaviest")
     for dtype in DTYPES[:1] if quick else DTYPES:
         element = getattr(torch, dtype)
         for variant, size, call in _calls(element, QUICK_HEAD_DIMS if quick else HEAD_DIMS):

@@ -2,7 +2,8 @@
 
 A tile says how many rows a program owns, and its warps and stages. How many rows it loops over is
 never tuned: that decides the bits of a result. A candidate that changes a bit is rejected, and the
-default stays where nothing is more than 3 % faster.
+default stays where nothing is more than 3 % faster. The file is written after each key, so that a
+run that is cut off keeps what it found.
 """
 
 import argparse
@@ -10,24 +11,25 @@ import gc
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from operator import ne
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 import fastfusion as ff
 
-from . import cuda_device, machine, ops, shapes
+from . import cuda_device, cuda_results, machine, ops, shapes
 from .cuda_cells import Budget
 from .cuda_timing import Clock, Timed, measure
 from .timing import geometric_mean
@@ -37,6 +39,7 @@ WARPS = (4, 8)
 STAGES = (1, 2, 3, 4)
 GAIN = 1.03
 MOST_SHAPES = 3
+SUITES = ("attention", "bidirectional")
 DTYPES = ("bfloat16", "float32")  # float16 has the tiles of bfloat16
 
 
@@ -100,11 +103,26 @@ def tasks() -> list[Task]:
     """Every shape, dtype and direction."""
     return [
         Task(suite, shape, dtype, backward)
-        for suite in ("attention", "bidirectional")
+        for suite in SUITES
         for shape in shapes.select(ops.SUITES[suite].group)
         for dtype in DTYPES
         for backward in (False, True)
     ]
+
+
+def may_look_up(task: Task, text: str) -> bool:
+    """Whether a task may look up a key, "kernel/bits/width", that contains a text: as far as the
+    text tells, without launching anything."""
+    name = text[: len(text) - len(text.lstrip("abcdefghijklmnopqrstuvwxyz_"))]
+    numbers = text[len(name) :]
+    if ("bidirectional" in name and task.suite != "bidirectional") or (
+        "backward" in name and not task.backward
+    ):
+        return False
+    bits = 8 * cuda_device.DTYPES[task.dtype].itemsize
+    dims = (task.shape["head_dim"], task.shape.get("value_dim", task.shape["head_dim"]))
+    ends = [f"/{bits}/{launch().width(dim)}" for dim in dims]
+    return any(end.startswith(numbers) if name else numbers in end for end in ends)
 
 
 def make_call(task: Task, device: str) -> Call:
@@ -130,18 +148,26 @@ def make_call(task: Task, device: str) -> Call:
     return ops.with_gradients(run, leaves, seeds)
 
 
-def find_keys(every: Sequence[Task], device: str) -> Keys:
+def declined() -> AbstractContextManager[None]:
+    """In it launchers choose their tiles, and nothing is compiled or run."""
+    build = importlib.import_module("fastfusion.benchmarks.kernels_build")
+    return cast(AbstractContextManager[None], build.declined())
+
+
+def find_keys(every: Sequence[Task], device: str, budget: Budget) -> Keys:
     """The keys that tasks look up, each with its default tile and the tasks that do.
 
-    A key that a forward looks up is tuned on forwards.
+    A key that a forward looks up is tuned on forwards. Launches are recorded only: to compile what
+    112 tasks launch took more than 3 minutes.
     """
     found: Keys = {}
     of_forwards: set[str] = set()
     for task in sorted(every, key=lambda task: task.backward):
+        if not budget.allows(str(task)):
+            continue
         try:
-            call = make_call(task, device)
-            with launch().watch() as seen:
-                call()
+            with declined(), launch().watch() as seen:
+                make_call(task, device)()
         except Exception as error:
             print(f"{task}: {_first_line(error)}")
             continue
@@ -184,12 +210,15 @@ def same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 
 
 def accepted(
-    key: str, tiles: Sequence[Any], calls: Sequence[Call]
+    key: str, tiles: Sequence[Any], calls: Sequence[Call], budget: Budget
 ) -> tuple[list[Any], dict[str, str]]:
     """The tiles that launch and give the bits of the default; why the others do not."""
     expected = [[t.clone() for t in call()] for call in calls]
     good, rejected = [], {}
     for tile in tiles:
+        if budget.spent():
+            rejected[label(tile)] = "no time"
+            continue
         try:
             with launch().override(key, tile):
                 equal = all(
@@ -211,13 +240,14 @@ def tune_key(
     some: Sequence[Task],
     every: bool,
     rounds: int,
+    budget: Budget,
     device: str = "cuda",
     clock: Clock | None = None,
 ) -> Result:
-    """Tries the candidates of one key on its shapes."""
+    """Tries the candidates of one key on its shapes, those for which there is time."""
     result = Result(key, default, default)
     named = {str(task): make_call(task, device) for task in some}
-    good, result.rejected = accepted(key, candidates(default, every), list(named.values()))
+    good, result.rejected = accepted(key, candidates(default, every), list(named.values()), budget)
     tiles = [default, *good]
     times: dict[str, dict[Any, float]] = {}
     for name, call in named.items():
@@ -237,7 +267,9 @@ def tune_key(
 
 
 def warm_up(keys: Keys, every: bool, part: tuple[int, int], device: str) -> None:
-    """Launches one part of all candidates, so that they lie compiled in triton's cache."""
+    """Launches one part of all candidates, so that they lie compiled in triton's cache; ends when
+    the process that wanted them has ended."""
+    parent = os.getppid()
     by_task: dict[str, tuple[Task, list[tuple[str, Any]]]] = {}
     for key, (default, some) in keys.items():
         for task in representative(some):
@@ -246,6 +278,8 @@ def warm_up(keys: Keys, every: bool, part: tuple[int, int], device: str) -> None
     for task, jobs in by_task.values():
         call = make_call(task, device)
         for key, tile in jobs[part[0] :: part[1]]:
+            if os.getppid() != parent:
+                return
             # The process that times says what is wrong with a candidate.
             with suppress(Exception), launch().override(key, tile):
                 call()
@@ -296,8 +330,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     result = _Parser(prog="make tune", description=(__doc__ or "").partition("\n")[0])
     add = result.add_argument
     add("--quick", action="store_true", help="candidates that change one thing at a time")
-    add("--only", help="keys that contain this text, such as attention/16/64")
-    add("--minutes", type=float, help="start no new key after so many minutes")
+    add("--only", default="", help="keys that contain this text, such as attention/16/64")
+    add("--minutes", type=float, help="start nothing new after so many minutes")
     add("--jobs", type=int, help="processes that compile beforehand; default: cores - 2")
     add("--output", type=Path, metavar="FILE", help="default kernels/configs/<device>.json")
     add("--part", help=argparse.SUPPRESS)
@@ -319,50 +353,55 @@ def configs_file(device_name: str) -> Path:
 
 
 def compile_beforehand(argv: list[str], jobs: int, seconds: float | None) -> None:
-    """Runs this command as several processes that only compile."""
+    """Runs this command as several processes that only compile; they end with this one."""
     command = [sys.executable, "-m", "fastfusion.benchmarks.tune", *argv, "--part"]
-    processes = [
-        subprocess.Popen([*command, f"{index}/{jobs}"], stdout=subprocess.DEVNULL)
-        for index in range(jobs)
-    ]
+    processes: list[subprocess.Popen[bytes]] = []
     end = None if seconds is None else time.monotonic() + seconds
-    for process in processes:
-        try:
-            process.wait(None if end is None else max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    try:
+        for index in range(jobs):
+            part = f"{index}/{jobs}"
+            processes.append(subprocess.Popen([*command, part], stdout=subprocess.DEVNULL))
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(None if end is None else max(0.0, end - time.monotonic()))
+    finally:
+        for process in processes:
             process.kill()
+        for process in processes:
             process.wait()
 
 
 def run(options: argparse.Namespace, argv: list[str], device: str = "cuda") -> int:
-    """Tunes every key and writes the file; 1 where nothing could be tuned."""
-    keys = {
-        key: found
-        for key, found in find_keys(tasks(), device).items()
-        if options.only is None or options.only in key
-    }
+    """Tunes key after key, and writes the file after each; 1 where nothing could be tuned."""
+    budget = Budget(options.minutes)
+    asked = [task for task in tasks() if may_look_up(task, options.only)]
+    found = find_keys(asked, device, budget)
+    keys = {key: about for key, about in found.items() if options.only in key}
     if options.part is not None:
         warm_up(keys, not options.quick, options.part, device)
         return 0
     if not keys:
-        print("make tune: no kernel with tiles ran", file=sys.stderr)
+        why = "no time" if budget.left_out else "no kernel with such tiles ran"
+        print(f"make tune: {why}", file=sys.stderr)
         return 1
-    budget = Budget(options.minutes)
     if options.jobs > 1:
         print(f"{len(keys)} keys; compiling candidates in {options.jobs} processes", flush=True)
-        half = None if options.minutes is None else 30 * options.minutes
-        compile_beforehand(argv, options.jobs, half)
-    results = list(tune_all(keys, options, budget, device))
-    print(table(results))
-    for name in budget.left_out:
-        print(f"left out, no time: {name}")
-    about = {**machine.describe(), **cuda_device.describe()} if device == "cuda" else {}
+        left = budget.left()
+        compile_beforehand(argv, options.jobs, None if left is None else left / 2)
+    known = {**machine.describe(), **cuda_device.describe()} if device == "cuda" else {}
     output = options.output or configs_file(torch.cuda.get_device_name())
     old = json.loads(output.read_text()) if output.exists() else {}
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(document(results, about, old), indent=1) + "\n")
+    results: list[Result] = []
+    for result in tune_all(keys, options, budget, device):
+        results.append(result)
+        cuda_results.replace_text(output, json.dumps(document(results, known, old), indent=1))
+    print(table(results))
+    for name in budget.left_out:
+        print(f"left out, no time: {name}")
     changed = sum(result.chosen != result.default for result in results)
-    print(f"{changed} of {len(results)} tiles changed; written to {output}")
+    written = f"written to {output}" if results else "nothing written"
+    print(f"{changed} of {len(results)} tiles changed; {written}")
     return 0
 
 
@@ -377,8 +416,9 @@ def tune_all(
         if not budget.allows(key):
             continue
         start = time.monotonic()
+        few = representative(some)
         try:
-            result = tune_key(key, default, representative(some), not options.quick, 5, device)
+            result = tune_key(key, default, few, not options.quick, 5, budget, device)
         except Exception as error:
             print(f"[{index + 1}/{len(keys)}] {key}: {_first_line(error)}", flush=True)
             continue
@@ -403,6 +443,8 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"make tune {cuda_device.NO_GPU}", file=sys.stderr)
         return 2
+    # So that the processes that compile end with this one, where a time limit ends `make`.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return run(options, argv)
 
 

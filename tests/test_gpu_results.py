@@ -61,16 +61,21 @@ def test_files_hold_everything_and_plots_come_from_them_alone(tmp_path: Path) ->
     assert read == cells
     (tmp_path / "summary.json").write_text("{}")
     assert cuda_plot.missing() is None
-    assert cuda_plot.draw_all(tmp_path) == [tmp_path / "attention-bfloat16.png"]
+    backward = [cell("a", {"sdpa": 2.0}, suite="block"), cell("a", {"sdpa": 0.5}, backward=True)]
+    cuda_results.write(tmp_path / "block.json", about, {}, backward)
+    assert cuda_plot.draw_folder(tmp_path) == tmp_path / "times.png"
+    assert (tmp_path / "times.png").stat().st_size > 5000
+    assert "Test 100" in cuda_plot.title(machine)
+    assert cuda_plot.main([str(file)]) == 0
     assert (tmp_path / "attention-bfloat16.png").stat().st_size > 5000
-    assert "Test 100" in cuda_plot.title(machine, read[0])
 
 
 def test_a_file_without_times_has_no_plot(tmp_path: Path) -> None:
     file = tmp_path / "attention-float32.json"
     broken = Cell("attention", {"name": "broken", "q_len": 1, "kv_len": 1}, "bfloat16", False)
     cuda_results.write(file, {}, {}, [broken])
-    assert cuda_plot.draw(file) is None
+    assert cuda_plot.draw([file], tmp_path / "times.png") is None
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_plots_without_matplotlib_say_so(
@@ -122,6 +127,18 @@ def test_bidirectional_goals() -> None:
     assert goal(cells, "bidirectional beside two SDPA, S shared").value == pytest.approx(1.3)
     assert goal(cells, "bidirectional beside two SDPA, S twice").met
     assert goal(cells, "bidirectional beside Grounding DINO").met is False
+
+
+def test_the_block_is_held_to_torch_compile() -> None:
+    name = "block of 20 x 36, 768 wide, beside torch.compile"
+    peers = {"compile": 4.0, "compile formula": 2.9, "linear + sdpa": 1.0}
+    cells = [cell("block_20_36", peers, {"compile formula": 5.0}, "block")]
+    found = goal(cells, name)
+    assert found.met is False and found.value == pytest.approx(2.9)
+    assert "compile formula is its fastest, both called eagerly 5.00x, its call" in str(found)
+    assert "over our graph 10.00x" in str(found)
+    assert goal([cell("block_20_36", {"linear + sdpa": 1.0}, suite="block")], name).met is None
+    assert goal([cell("block_197_20", peers, suite="block")], name).met is None
 
 
 def test_our_cost_beside_sdpa() -> None:

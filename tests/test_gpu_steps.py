@@ -1,5 +1,6 @@
 """The steps of `make gpu` that check, without a GPU: what is read from logs, and the smoke test."""
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ def test_tests_that_are_cut_off_keep_what_they_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(command: list[str], log: Path, seconds: float, environment: Any = None) -> Finished:
-        assert environment["CUBLAS_WORKSPACE_CONFIG"] and "-v" in command
-        log.write_text(LOG)
-        return Finished(None, "the end", seconds)
+        assert environment["CUBLAS_WORKSPACE_CONFIG"] and "-vv" in command
+        assert log == tmp_path / "checks.log"
+        return Finished(None, LOG, seconds)
 
     monkeypatch.setattr(gpu_checks, "run", run)
     monkeypatch.setattr(gpu_checks, "ROOT", Path(__file__).parent.parent)
@@ -76,3 +77,10 @@ def test_compiling_beforehand_leaves_errors_to_the_cells(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(cuda_cells.ops, "spec", lambda name: Spec)
     cuda_cells._launch(job)
+
+
+def test_compiling_beforehand_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less than a worker takes to import torch; none is left then."""
+    monkeypatch.setattr(cuda_cells, "WARM_SECONDS", 0.2)
+    cuda_cells.warm(cuda_cells.plan(["block"], ["bfloat16"], [False], None))
+    assert multiprocessing.active_children() == []

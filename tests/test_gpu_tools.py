@@ -26,7 +26,6 @@ from fastfusion.benchmarks import (
     cuda_peers,
     cuda_results,
     cuda_timing,
-    gpu,
     gpu_checks,
     ops,
     sanitize,
@@ -34,7 +33,7 @@ from fastfusion.benchmarks import (
 from fastfusion.benchmarks.cuda_cells import Budget, Job, Settings
 from fastfusion.benchmarks.cuda_results import Cell
 from fastfusion.benchmarks.cuda_timing import Timed
-from fastfusion.benchmarks.gpu_checks import Finished, Outcome
+from fastfusion.benchmarks.gpu_checks import Finished
 
 BASE = {"name": "small", "batch": 2, "heads": 4, "q_len": 5, "kv_len": 8, "head_dim": 4}
 
@@ -259,6 +258,29 @@ def test_a_cell_of_attention(change: dict[str, Any], backward: bool) -> None:
     assert best is not None and cuda_results.is_peer(best[0])
 
 
+SMALL_BLOCK = {"name": "small", "batch": 2, "dim": 32, "context_dim": 32, "heads": 4}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("change", [{"mask": "key_padding"}, {"context_dim": 24}], ids=str)
+def test_a_cell_of_a_block(change: dict[str, Any], dtype: str) -> None:
+    shape = {**SMALL_BLOCK, "q_len": 5, "kv_len": 8, **change}
+    job = Job("block", shape, dtype, False)
+    cell = cuda_cells.run_cell(job, Settings(2, 1e-6, compiled="none"), "cpu", CpuClock())
+    assert cell.problems == {} and cell.path is not None
+    assert {"fastfusion", "linear + sdpa", "torch.nn", "formula"} <= set(cell.times["graph"])
+    assert set(cell.refused) == {"compile", "compile formula"}
+    assert cell.flops is not None and cell.moved is not None
+
+
+def test_the_block_that_is_a_goal_is_compiled_by_every_run() -> None:
+    peer = cuda_peers.PEERS["block"]["compile"]
+    assert cuda_peers.left_out(peer, "block_20_36", "none") is None
+    assert cuda_peers.left_out(peer, "block_32_257", "none") is not None
+    jobs = cuda_cells.plan(["block"], ["bfloat16"], [False, True], None)
+    assert [job.shape["name"] for job in jobs] == ["block_20_36", "block_197_20", "block_32_257"]
+
+
 @pytest.mark.parametrize("mask", [None, "both_padding"])
 def test_a_cell_of_bidirectional_attention(mask: str | None) -> None:
     cell = cell_of({"mask": mask}, "bidirectional")
@@ -357,7 +379,8 @@ def test_the_summary_of_the_tests_is_kept(
     need("benchmarks")
 
     def run(command: list[str], log: Path, seconds: float, environment: Any = None) -> Finished:
-        (tmp_path / "tests.xml").write_text(JUNIT)
+        (report,) = [word for word in command if word.startswith("--junitxml=")]
+        Path(report.partition("=")[2]).write_text(JUNIT)
         return Finished(1, "1 failed", 2.0)
 
     monkeypatch.setattr(gpu_checks, "run", run)
@@ -376,11 +399,15 @@ def test_a_process_has_a_time_limit_and_a_log(
     code = "import time; print('half way', flush=True); time.sleep(60)"
     finished = gpu_checks.run([sys.executable, "-c", code], tmp_path / "a/log", 1.0)
     assert finished.code is None
-    assert finished.tail == "half way\n"
+    assert finished.output == finished.tail == "half way\n"
     assert finished.seconds < 20
     assert "half way" in capsys.readouterr().out
-    finished = gpu_checks.run([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log", 60)
+    code = "print('x\\n' * 60); raise SystemExit(3)"
+    finished = gpu_checks.run([sys.executable, "-c", code], tmp_path / "a/log", 60)
     assert finished.code == 3
+    assert len(finished.output.splitlines()) == 61 and len(finished.tail.splitlines()) == 40
+    log = (tmp_path / "a/log").read_text()
+    assert log.count("$ ") == 2 and log.index("half way") < log.index("x\nx\n")
 
 
 @pytest.mark.parametrize(
@@ -412,7 +439,7 @@ def test_no_sanitizer_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_what_the_sanitizer_watches_is_right() -> None:
     """On the CPU, so on another backend; the calls and the check are the same."""
     suites = [suite for suite, *_ in sanitize.cases()]
-    assert set(suites) == set(cuda_peers.PEERS)
+    assert set(suites) | {"block"} == set(cuda_peers.PEERS)
     for suite, shapes in sanitize.SHAPES.items():
         assert sanitize.check(suite, shapes[0], torch.float32, False, "cpu") is None
     assert (
@@ -421,116 +448,7 @@ def test_what_the_sanitizer_watches_is_right() -> None:
     )
 
 
-# ---- the command
-
-
-def test_a_dry_run_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--dry-run", "--quick"]) == 0
-    output = capsys.readouterr().out
-    assert "steps: smoke, tests, bench, sanitizer" in output
-    assert "bench: 56 cells, 7 rounds, 3 minutes" in output
-    assert "attention bfloat16 forward: lxmert_text_to_image, " in output
-    assert "peer of attention: flex (left out by --quick" in output
-
-
-def test_without_a_gpu_there_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == "make gpu needs an NVIDIA GPU; torch sees none\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--steps", "tests,everything"], "--steps: unknown everything"),
-        (["--steps", ","], "--steps: unknown nothing"),
-        (["--dtypes", "float64"], "--dtypes: unknown float64"),
-        (["--quick", "--full"], "--quick and --full exclude each other"),
-        (["--minutes", "-1"], "--minutes must not be negative"),
-        (["--rounds", "0"], "--rounds must be at least 1"),
-        (["--shape", "nowhere"], "unknown shape 'nowhere'"),
-        (["--shape", "bi_vqa", "--suite", "attention"], "no suite of this run has a shape bi_vqa"),
-        (["--suite", "layers"], "invalid choice: 'layers'"),
-    ],
-    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
-)
-def test_bad_command_lines(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert gpu.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert message in captured.err
-    assert len(captured.err.splitlines()) == 1
-
-
-def test_options_are_put_in_order() -> None:
-    options = gpu.parse(["--steps", "bench,tests", "--dtypes", "float32,bfloat16"])
-    assert options.steps == ["tests", "bench"]
-    assert options.dtypes == ["bfloat16", "float32"]
-    assert options.minutes is None
-    assert gpu.settings_of(options) == Settings(20, 5e-3, False, "some")
-    assert gpu.settings_of(gpu.parse(["--full"])).compiled == "all"
-    quick = gpu.parse(["--quick", "--minutes", "2"])
-    assert (quick.minutes, quick.dtypes) == (2, ["bfloat16"])
-
-
-def test_bench_prints_writes_and_judges(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cuda_cells, "clean_up", lambda settings: None)
-    options = gpu.parse(["--dtypes", "bfloat16", "--direction", "forward"])
-
-    def run(job: Job, settings: Settings) -> Cell:
-        made = cell(job.shape["name"], {"sdpa": 2.0, "two sdpa": 2.0})
-        made.suite, made.shape = job.suite, job.shape
-        return made
-
-    outcome = gpu.bench(options, tmp_path, {"peaks": PEAKS}, run)
-    assert outcome.status == "passed"
-    assert outcome.summary.startswith("28 cells, 0 without a right result of ours, 0 left out; ")
-    output = capsys.readouterr().out
-    assert "[28/28] bidirectional bfloat16 forward bi_gdino_full" in output
-    assert "goals, bfloat16" in output
-    names = ["attention-bfloat16.json", "bidirectional-bfloat16.json"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
-    assert len(cuda_results.read(tmp_path / names[0])[1]) == 22
-
-
-def test_bench_without_time_says_what_it_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = gpu.parse(["--quick", "--minutes", "0", "--suite", "bidirectional"])
-    outcome = gpu.bench(options, tmp_path, {"peaks": PEAKS})
-    assert outcome.status == "failed"
-    assert "0 cells" in outcome.summary
-    output = capsys.readouterr().out
-    assert "left out, no time: bidirectional bfloat16 forward bi_lxmert" in output
-
-
-def test_a_failing_step_is_reported_and_the_next_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(folder: Path, quick: bool, seconds: float) -> Outcome:
-        raise RuntimeError("no such thing")
-
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Test 100")
-    monkeypatch.setattr(cuda_cells, "device_works", lambda: False)
-    monkeypatch.setattr(gpu_checks, "run_tests", fail)
-    monkeypatch.setattr(
-        gpu_checks, "run_sanitizer", lambda *_: [Outcome("memcheck", "passed", "0 errors")]
-    )
-    options = gpu.parse(["--steps", "tests,sanitizer", "--output", str(tmp_path)])
-    assert gpu.run(options) == 1
-    output = capsys.readouterr().out
-    assert "failed    tests: RuntimeError: no such thing" in output
-    assert "passed    memcheck: 0 errors" in output
-    document = json.loads((tmp_path / "summary.json").read_text())
-    assert [step["status"] for step in document["steps"]] == ["failed", "passed"]
+# ---- the device
 
 
 def test_what_is_said_about_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

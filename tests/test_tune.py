@@ -1,6 +1,10 @@
 """`make tune`: candidates, what is accepted and what is written, with synthetic tiles and times."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastfusion.benchmarks import cuda_timing, tune
+from fastfusion.benchmarks.cuda_cells import Budget
 
 SHAPE = {"name": "small", "batch": 2, "heads": 4, "q_len": 5, "kv_len": 8, "head_dim": 4}
 
@@ -25,6 +30,10 @@ class FakeLaunch:
     def __init__(self, seconds: Callable[[Any], float], bits: Callable[[Any], float]) -> None:
         self.seconds, self.bits = seconds, bits
         self.tile: Any = DEFAULT
+
+    @staticmethod
+    def width(dim: int) -> int:
+        return max(16, dim)
 
     @contextmanager
     def override(self, key: str, tile: Any) -> Iterator[None]:
@@ -70,12 +79,14 @@ def tuned(
     seconds: Callable[[Any], float],
     bits: Callable[[Any], float] = lambda tile: 1.0,
     every: bool = True,
+    budget: Budget | None = None,
 ) -> tune.Result:
     launch = FakeLaunch(seconds, bits)
     monkeypatch.setattr(tune, "launch", lambda: launch)
     monkeypatch.setattr(tune, "make_call", lambda task, device: launch.call)
     some = [tune.Task("attention", SHAPE, "bfloat16", False)]
-    return tune.tune_key("attention/16/64", DEFAULT, some, every, 2, "cpu", TileClock(launch))
+    clock, key = TileClock(launch), "attention/16/64"
+    return tune.tune_key(key, DEFAULT, some, every, 2, budget or Budget(None), "cpu", clock)
 
 
 def test_candidates_keep_the_loop() -> None:
@@ -146,11 +157,129 @@ def test_keys_of_forwards_are_tuned_on_forwards(
         for dtype in ("bfloat16", "float32")
         for backward in (True, False)
     ]
-    keys = tune.find_keys(every, "cpu")
+    keys = tune.find_keys(every, "cpu", Budget(None))
     assert [task.backward for task in keys["attention/16/64"][1]] == [False]
     assert (
         "small float32: RuntimeError: backend 'triton' cannot run this" in capsys.readouterr().out
     )
+
+
+def test_candidates_without_time_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = tuned(monkeypatch, lambda tile: 1.0 if tile == DEFAULT else 0.1, budget=Budget(0.0))
+    assert result.chosen == DEFAULT
+    assert set(result.rejected.values()) == {"no time"} and len(result.rejected) == 31
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("", 112),
+        ("attention/16/64", 38),
+        ("attention", 112),
+        ("bidirectional", 24),
+        ("backward", 56),
+        ("bidirectional_backward/32/256", 2),
+        ("16/64", 38),
+        ("/64", 76),
+        ("/8/", 0),
+    ],
+)
+def test_tasks_are_chosen_by_the_text_before_anything_is_launched(text: str, count: int) -> None:
+    pytest.importorskip("fastfusion.kernels._launch")
+    chosen = [task for task in tune.tasks() if tune.may_look_up(task, text)]
+    assert len(chosen) == count
+
+
+def test_keys_are_found_without_running_a_kernel() -> None:
+    """The real launchers, outside Triton's interpreter, for a GPU that is not there."""
+    pytest.importorskip("triton")
+    code = """
+import torch
+from fastfusion.benchmarks import kernels_build, tune
+from fastfusion.benchmarks.cuda_cells import Budget
+from fastfusion.kernels.attention import attention_forward
+
+def make_call(task, device):
+    query = torch.full((1, 12, task.shape["q_len"], 64), float("nan"), dtype=torch.bfloat16)
+    options = (None, None, None, 0.0, False, False, None, False)
+    return lambda: attention_forward(query, query, query, *options)
+
+tune.make_call = make_call
+some = [task for task in tune.tasks() if task.shape["name"] == "vit_b16"][:1]
+with kernels_build.target(90):
+    keys = tune.find_keys(some, "cpu", Budget(None))
+print({key: [str(task) for task in of] for key, (_, of) in keys.items()})
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100
+    )
+    assert done.stdout.splitlines()[-1:] == ["{'attention/16/64': ['vit_b16 bfloat16']}"], done
+
+
+def test_the_file_is_written_after_each_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "configs/test.json"
+    kept: list[Any] = []
+
+    def tune_key(key: str, *_: Any) -> tune.Result:
+        kept.append(json.loads(file.read_text())["tiles"] if file.exists() else None)
+        if key == "attention/16/128":
+            raise SystemExit(143)
+        return tune.Result(key, DEFAULT, DEFAULT._replace(own=128), 1.5)
+
+    found = {f"attention/16/{width}": (DEFAULT, []) for width in (32, 64, 128)}
+    monkeypatch.setattr(tune, "find_keys", lambda *_: found)
+    monkeypatch.setattr(tune, "tune_key", tune_key)
+    argv = ["--jobs", "1", "--output", str(file)]
+    with pytest.raises(SystemExit):
+        tune.run(tune.parse(argv), argv, "cpu")
+    assert [kept[0], *(list(tiles) for tiles in kept[1:])] == [
+        None,
+        ["attention/16/32"],
+        ["attention/16/32", "attention/16/64"],
+    ]
+
+
+def test_processes_that_compile_end_with_the_one_that_tunes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of time, cut off by SIGTERM, or ended in a way that it cannot see."""
+    sleeper = tmp_path / "python"
+    sleeper.write_text(f"#!/bin/sh\necho $$ >>{tmp_path}/pids\nexec sleep 60\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(sleeper))
+
+    def cut_off(*_: Any) -> None:
+        raise SystemExit(143)
+
+    def started() -> list[int]:
+        file = tmp_path / "pids"
+        return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+    tune.compile_beforehand([], 2, 1.0)
+    before = signal.signal(signal.SIGALRM, cut_off)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        with pytest.raises(SystemExit):
+            tune.compile_beforehand([], 2, None)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert len(started()) == 4
+    for number in started():
+        with pytest.raises(ProcessLookupError):
+            os.kill(number, 0)
+
+    launched: list[Any] = []
+    launch = FakeLaunch(lambda tile: 1.0, lambda tile: 1.0)
+    monkeypatch.setattr(tune, "launch", lambda: launch)
+    monkeypatch.setattr(tune, "make_call", lambda task, device: lambda: launched.append(task))
+    parents = iter([7, 7, 7, 1, 1])
+    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    keys = {"attention/16/64": (DEFAULT, [tune.Task("attention", SHAPE, "bfloat16", False)])}
+    tune.warm_up(keys, True, (0, 1), "cpu")
+    assert len(launched) == 2
 
 
 def test_the_file_holds_what_differs_and_keeps_other_keys() -> None:
@@ -205,8 +334,8 @@ def test_the_whole_command(
     }
     assert tune.run(tune.parse([*argv, "--only", "elsewhere"]), argv, "cpu") == 1
     assert tune.run(tune.parse([*argv, "--part", "0/2"]), argv, "cpu") == 0
-    assert tune.run(tune.parse([*argv, "--minutes", "0"]), argv, "cpu") == 0
-    assert "left out, no time: attention/16/64" in capsys.readouterr().out
+    assert tune.run(tune.parse([*argv, "--minutes", "0"]), argv, "cpu") == 1
+    assert "make tune: no time" in capsys.readouterr().err
     assert json.loads(file.read_text())["tiles"] != {}
 
 
