@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import fastfusion as ff
-from fastfusion import _cuda
+from fastfusion import _cuda, _triton
 from fastfusion.ops import bidirectional_attention, scaled_dot_product_attention
 
 needs_kernels = pytest.mark.skipif(
@@ -372,10 +372,72 @@ class TestRefusals:
         assert explanation.chosen == "cpu" and dict(explanation.rows)["cuda"] == ()
         assert ff.info().backends["cuda"] is None
 
-    def test_stands_behind_triton_and_before_the_reference(self) -> None:
-        for op in (scaled_dot_product_attention.OP, bidirectional_attention.OP):
-            assert [i.backend for i in op.implementations][1:] == ["triton", "cuda", "reference"]
+    def test_place_among_the_implementations(self) -> None:
+        orders = {
+            scaled_dot_product_attention.OP: ["cuda", "triton", "reference"],
+            bidirectional_attention.OP: ["triton", "cuda", "reference"],
+        }
+        for op, order in orders.items():
+            assert [i.backend for i in op.implementations][1:] == order
             assert not next(i for i in op.implementations if i.backend == "cuda").differentiable
+
+    def test_leaves_long_calls_to_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where both could run; compiled code does not ask for lengths."""
+        monkeypatch.setattr(_cuda, "emulates", lambda query: False)
+        monkeypatch.setattr(_triton, "refuses", lambda *given: ())
+
+        def waits(q_len: int, kv_len: int, dim: int = 64, dtype: Any = torch.bfloat16) -> bool:
+            query, key = (torch.empty(1, 2, n, dim, dtype=dtype) for n in (q_len, kv_len))
+            return scaled_dot_product_attention._cuda_waits(query, key, key, None)
+
+        assert not waits(20, 36) and not waits(32, 257) and not waits(1, 1500)
+        assert not waits(197, 197) and not waits(900, 256) and not waits(4096, 77)
+        assert waits(1500, 1500) and waits(20, 600) and waits(100, 1050) and waits(4096, 129)
+        assert waits(20, 36, 6) and waits(20, 36, dtype=torch.float32)
+        monkeypatch.setattr(_triton, "refuses", lambda *given: ("not installed",))
+        assert not waits(1500, 1500)
+
+
+@needs_kernels
+@pytest.mark.parametrize("lengths", [(20, 36), (3, 200), (70, 130)], ids=["all", "slices", "tiles"])
+@pytest.mark.parametrize("scale", [0.25, 0.0, -0.25, 2.0**-40, 2.0**40])
+def test_scales(lengths: tuple[int, int], scale: float) -> None:
+    """Scales up to 2^32 are part of an fma with log2(e); a negative or an extreme one takes kernels
+    in natural units, as a mask does. Padding and a diagonal hide keys in either."""
+    q_len, kv_len = lengths
+    sizes = {"batch": 2, "heads": 2, "q_len": q_len, "kv_len": kv_len, "head_dim": 40}
+    call = scaled_dot_product_attention.inputs(sizes, torch.float16)
+    call |= {"scale": scale, "is_causal": True, "causal_alignment": "bottom_right"}
+    call["key_padding_mask"] = torch.rand(2, kv_len, device=call["query"].device) < 0.3
+    exact_call = {k: v.double() if k in ("query", "key", "value") else v for k, v in call.items()}
+    exact, exact_lse = attention(**exact_call, backend="reference", return_lse=True)
+    out, lse = attention(**call, return_lse=True)
+    assert_close(out.double(), exact, rtol=4e-3, atol=2e-3)
+    assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("head_dim", [20, 64, 96])
+@pytest.mark.parametrize("lengths", [(1, 50), (50, 50), (20, 100), (32, 257), (64, 320), (2, 600)])
+def test_few_queries_or_keys(lengths: tuple[int, int], head_dim: int) -> None:
+    """All ways to cut keys into slices and chunks, where rows are aligned chunks of 16 bytes and
+    where they are not; hidden keys are NaN, and a row depends on no other batch entry."""
+    q_len, kv_len = lengths
+    sizes = {"batch": 2, "heads": 4, "kv_heads": 2, "head_dim": head_dim, "mask": "key_padding"}
+    call = scaled_dot_product_attention.inputs(
+        {**sizes, "q_len": q_len, "kv_len": kv_len}, torch.float16
+    )
+    padding = call["key_padding_mask"] = torch.rand(2, kv_len, device=call["query"].device) < 0.4
+    exact_call = {k: v.double() if k in ("query", "key", "value") else v for k, v in call.items()}
+    exact, exact_lse = attention(**exact_call, backend="reference", return_lse=True)
+    for name in ("key", "value"):
+        hidden = padding[:, None, :, None].expand_as(call[name])
+        call[name] = call[name].masked_fill(hidden, float("nan"))
+    out, lse = attention(**call, return_lse=True)
+    assert_close(out.double(), exact, rtol=4e-3, atol=2e-3)
+    assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+    alone = {k: v[1:] if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    assert torch.equal(attention(**alone), out[1:])
 
 
 @needs_emulator

@@ -6,7 +6,7 @@
 
 #include <optional>
 
-#include "tile.cuh"
+#include "exponents.cuh"
 
 namespace ff::cuda {
 namespace {
@@ -22,6 +22,7 @@ struct ShortPlan {
   int64_t chunks;     // that the keys of a head are cut into
   float* outs;        // (B, H, chunks, Lq, Dv) sums of weighted values, where there are several
   float* statistics;  // (B, H, chunks, Lq, 2) maxima and sums
+  bool natural;       // is_natural
 };
 
 inline int short_bytes(const ShortPlan& plan, int dim) {
@@ -34,7 +35,7 @@ inline int short_bytes(const ShortPlan& plan, int dim) {
 // How a call goes this way, if it does: a matter of one sequence's lengths and the device alone.
 inline std::optional<ShortPlan> short_plan(const Attention& p, int capability) {
   if (p.q_len > 64 && p.kv_len > kSlice) return std::nullopt;
-  ShortPlan plan{1, kSlice, 1, 0, 1, nullptr, nullptr};
+  ShortPlan plan{1, kSlice, 1, 0, 1, nullptr, nullptr, is_natural(p)};
   const int dim = padded_dim(p.head_dim, p.value_dim);
   const auto fits = [&] { return short_bytes(plan, dim) <= shared_limit(capability); };
   const int64_t tiles = p.q_len > 0 ? (p.q_len + 15) / 16 : 1,
@@ -66,143 +67,135 @@ FF_DEVICE int64_t chunk_row(const Attention& p, const ShortPlan& plan, int64_t h
   return (head * plan.chunks + chunk) * p.q_len + i;
 }
 
-// Sums of a warp's rows, those of 8 columns whose bit is set in `own`: to the output, or to the
-// workspace.
-template <class T, int kDim>
-FF_DEVICE void store_rows(const AttentionForward& p, const ShortPlan& plan,
-                          const Exponents& exponents, int b, int h, int chunk, int query,
-                          uint32_t own, const float (&maximum)[2], const float (&sum)[2],
-                          const float (&out)[kDim / 8][4]) {
-  const int64_t head = b * p.heads + h;
-  const int column = lane_index() % 4 * 2, dim = int(p.value_dim);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int i = query + lane_index() / 4 + r * 8;
-    if (i >= p.q_len) continue;
-    const float factor = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
-    if (plan.chunks == 1) {
-      T* row = output_row<T>(p.out, b, h, i);
-#pragma unroll
-      for (int d = 0; d < kDim / 8; ++d)
-        if (own >> d & 1)
-          store_pair(row, d * 8 + column, dim, out[d][2 * r] * factor, out[d][2 * r + 1] * factor);
-      if (column == 0 && (own & 1))
-        store_lse(p.lse, b, h, i, exponents.log_sum(maximum[r], sum[r]));
-      continue;
-    }
-    const int64_t at = chunk_row(p, plan, head, chunk, i);
-#pragma unroll
-    for (int d = 0; d < kDim / 8; ++d)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if ((own >> d & 1) && d * 8 + column + e < dim)
-          plan.outs[at * dim + d * 8 + column + e] = out[d][2 * r + e];
-    if (column == 0 && (own & 1)) {
-      plan.statistics[2 * at] = maximum[r];
-      plan.statistics[2 * at + 1] = sum[r];
-    }
-  }
-}
-
-template <class T, int kDim>
+template <class T, int kDim, bool kNatural>
 FF_KERNEL(kMostSlices * 32)
 attention_short(const AttentionForward p, const ShortPlan plan) {
   if constexpr (has_mma<T>()) {
-    constexpr int kTiles = kSlice / 8;
+    constexpr int kTiles = kSlice / 8, kChunks = kDim / 8;
+    // Either warps share queries or they share keys.
+    const bool sliced = plan.slices > 1;
+    const int slice = sliced ? warp_index() : 0, tile = sliced ? 0 : warp_index();
     uint32_t index = uint32_t(block_index());
     const int first_query = take_last(index, plan.groups) * plan.tiles * 16;
     const int chunk = take_last(index, plan.chunks), h = take_last(index, p.heads), b = int(index);
-    const int keys = plan.slices * plan.keys, first_key = chunk * keys;
-    const int kv_head = kv_head_of(p, h);
+    const int keys = plan.slices * plan.keys, place = slice * plan.keys;
+    const int first_key = chunk * keys + place;
+
+    const Exponents<kNatural> exponents(p, b, h);
+    const KeyFlags flags(exponents.padding, first_key, exponents.kv_len);
 
     Shared shared;
     const Tile<T, kDim> query{shared.take<T>(plan.tiles * 16 * kDim)};
     const Tile<T, kDim> key{shared.take<T>(keys * kDim)}, value{shared.take<T>(keys * kDim)};
-    float* const maxima = shared.take<float>(plan.tiles * plan.slices * 16);
-    float* const sums = shared.take<float>(plan.tiles * plan.slices * 16);
+    float* const maxima = shared.take<float>(plan.slices * 16);
+    float* const sums = shared.take<float>(plan.slices * 16);
 
-    const Exponents exponents(p, b, h);
-    const Padding none(nullptr, 0, 0, 0);
-    const int thread = thread_index(), threads = plan.slices * plan.tiles * 32;
-    load_rows(query, Head<T>(p.query, b, h, p.q_len, p.head_dim), none, first_query,
-              plan.tiles * 16, thread, threads);
-    load_rows(key, Head<T>(p.key, b, kv_head, p.kv_len, p.head_dim), none, first_key, keys, thread,
-              threads);
-    commit_copies();
-    load_rows(value, Head<T>(p.value, b, kv_head, p.kv_len, p.value_dim), exponents.padding,
-              first_key, keys, thread, threads);
-    commit_copies();
+    // The operands in a loop: a launch is bound by the way of its instructions to the SM.
+    uint64_t present = 0;
+#pragma unroll 1
+    for (int operand = 0; operand < 3; ++operand) {
+      const bool queries = operand == 0, own = sliced && !queries;
+      const int first = queries ? first_query : first_key;
+      const View& view = queries ? p.query : operand == 1 ? p.key : p.value;
+      const Head<T> head(view, b, queries ? h : kv_head_of(p, h), queries ? p.q_len : p.kv_len,
+                         operand == 2 ? p.value_dim : p.head_dim);
+      present = operand == 2 ? flags.present() : first_bits(head.count - first);
+      T* const to = queries ? query.data : (operand == 1 ? key.data : value.data) + place * kDim;
+      const RowCopy<T, kDim> copy(head, first, uint32_t(own ? lane_index() : thread_index()),
+                                  uint32_t(own ? 32 : plan.slices * plan.tiles * 32));
+      copy.template load<false>(Tile<T, kDim>{to}, queries ? plan.tiles * 16 : plan.keys, present);
+      if (!queries) commit_copies();
+    }
 
-    const int slice = warp_index() % plan.slices, tile = warp_index() / plan.slices;
-    const int tiles = plan.keys / 8, place = (tile * plan.slices + slice) * 16 + lane_index() / 4;
     const int row = first_query + tile * 16;
+    const Hiding<kTiles, kNatural> hiding(exponents, row, first_key);
     wait_copies<1>();
     barrier();
     float weights[kTiles][4];
-    multiply_scores(query, tile * 16, key, slice * plan.keys, tiles, weights);
-    exponents.apply(row, first_key + slice * plan.keys, weights);
+    multiply_scores<1>(query, tile * 16, key, place, plan.keys / 8, weights);
+    hiding.apply(exponents, row, first_key, present, weights);
 
-    float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {};
+    const int at = slice * 16 + lane_index() / 4;  // of the first row's maximum and sum
+    float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {}, shift[2];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (n < tiles) maximum[i / 2] = fmaxf(maximum[i / 2], weights[n][i]);
+      for (int i = 0; i < 4; ++i) maximum[i / 2] = fmaxf(maximum[i / 2], weights[n][i]);
     maximum[0] = row_maximum(maximum[0]), maximum[1] = row_maximum(maximum[1]);
-    if (plan.slices > 1) {
-      if (lane_index() % 4 == 0) maxima[place] = maximum[0], maxima[place + 8] = maximum[1];
+    if (sliced) {
+      if (lane_index() % 4 == 0) maxima[at] = maximum[0], maxima[at + 8] = maximum[1];
       barrier();
-      for (int s = 0; s < plan.slices; ++s) {
-        const int other = place + (s - slice) * 16;
+#pragma unroll 1
+      for (int other = lane_index() / 4; other < plan.slices * 16; other += 16) {
         maximum[0] = fmaxf(maximum[0], maxima[other]);
         maximum[1] = fmaxf(maximum[1], maxima[other + 8]);
       }
     }
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (n >= tiles) continue;
-        weights[n][i] = exponents.power(weights[n][i], finite(maximum[i / 2]));
-        sum[i / 2] += weights[n][i];
-      }
-    sum[0] = row_sum(sum[0]), sum[1] = row_sum(sum[1]);
+    for (int r = 0; r < 2; ++r)
+      maximum[r] = exponents.maximum(maximum[r]), shift[r] = finite(maximum[r]);
 
     wait_copies<0>();
     barrier();  // values are there, and nobody reads keys any more
     float out[kDim / 8][4];
     clear(out);
-    add_values(weights, tiles, value, slice * plan.keys, out);
-    uint32_t own = ~0u;
-    if (plan.slices > 1) {
-      // Partial outputs, 16 rows of float32 a warp, where the keys were: 64 rows of 16 bits. Of
-      // their sum every warp makes a part.
-      constexpr int kStride = kDim + 8;
-      float* const parts = reinterpret_cast<float*>(key.data);
-      const int column = lane_index() % 4 * 2;
-      if (lane_index() % 4 == 0) sums[place] = sum[0], sums[place + 8] = sum[1];
+    const Reader<T, kDim> values = value_reader(value, place);
 #pragma unroll
-      for (int d = 0; d < kDim / 8; ++d)
+    for (int n = 0; n < kTiles; n += 2) {
+      if (n * 8 >= plan.keys) break;
+      add_weighted(exponents, weights[n], weights[n + 1], shift, values, n * 8, sum, out);
+    }
+    sum[0] = row_sum(sum[0]), sum[1] = row_sum(sum[1]);
+
+    if (!sliced) {
+      store_means(query, tile * 16, p.out, b, h, row, int(p.q_len), int(p.value_dim), sum, out);
+      store_lses(exponents, p.lse, b, h, row, int(p.q_len), maximum, sum);
+      return;
+    }
+
+    // Partial outputs, 16 rows of float32 a warp, where the keys were: 64 rows of 16 bits. Threads
+    // add up eight columns of a row each, and row maxima stay as they are among all slices.
+    constexpr int kStride = kDim + 8;
+    float* const parts = reinterpret_cast<float*>(key.data);
+    if (lane_index() % 4 == 0) {
+      sums[at] = sum[0], sums[at + 8] = sum[1];
+      if (slice == 0) maxima[at] = maximum[0], maxima[at + 8] = maximum[1];
+    }
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          parts[(place + i / 2 * 8) * kStride + d * 8 + column + i % 2] = out[d][i];
-      barrier();
-      sum[0] = sum[1] = 0.0f;
-      clear(out);
-      own = 0;
-      for (int d = slice; d < kDim / 8; d += plan.slices) own |= 1u << d;
-      for (int s = 0; s < plan.slices; ++s) {
-        const int other = place + (s - slice) * 16;
-        sum[0] += sums[other], sum[1] += sums[other + 8];
+    for (int d = 0; d < kDim / 8; ++d)
 #pragma unroll
-        for (int d = 0; d < kDim / 8; ++d)
+      for (int i = 0; i < 4; ++i)
+        parts[(at + i / 2 * 8) * kStride + d * 8 + lane_index() % 4 * 2 + i % 2] = out[d][i];
+    barrier();
+    const int dim = int(p.value_dim);
+#pragma unroll 1
+    for (int unit = thread_index(); unit < 16 * kChunks; unit += plan.slices * 32) {
+      const int above = unit / kChunks, column = unit % kChunks * 8, i = row + above;
+      if (i >= p.q_len || column >= dim) continue;
+      float total = 0.0f, columns[8] = {};
+#pragma unroll 1
+      for (int other = above; other < plan.slices * 16; other += 16) {
+        total += sums[other];
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (own >> d & 1)
-              out[d][i] += parts[(other + i / 2 * 8) * kStride + d * 8 + column + i % 2];
+        for (int e = 0; e < 8; ++e) columns[e] += parts[other * kStride + column + e];
+      }
+      if (plan.chunks == 1) {
+        const float factor = inverse(total);
+        Chunk packed;
+#pragma unroll
+        for (int e = 0; e < 8; e += 2)
+          packed.words[e / 2] = pack<T>(columns[e] * factor, columns[e + 1] * factor);
+        store_chunk(output_row<T>(p.out, b, h, i) + column, packed, dim - column);
+        if (column == 0) store_lse(p.lse, b, h, i, exponents.log_sum(maxima[above], total));
+      } else {
+        const int64_t to = chunk_row(p, plan, b * p.heads + h, chunk, i);
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          if (column + e < dim) plan.outs[to * dim + column + e] = columns[e];
+        if (column == 0)
+          plan.statistics[2 * to] = maxima[above], plan.statistics[2 * to + 1] = total;
       }
     }
-    store_rows<T, kDim>(p, plan, exponents, b, h, chunk, row, own, maximum, sum, out);
   }
 }
 
@@ -210,6 +203,7 @@ constexpr int kCombined = 4;  // rows of a block, a warp each
 
 // Rows of all chunks to the output, in order:
 //     w_c = 2^(m_c - max m)      out = sum_c w_c out_c / sum_c w_c l_c
+// Lanes have a chunk's statistics each, then a column.
 template <class T>
 FF_KERNEL(kCombined * 32)
 combine_chunks(const AttentionForward p, const ShortPlan plan) {
@@ -218,27 +212,51 @@ combine_chunks(const AttentionForward p, const ShortPlan plan) {
   uint32_t index = uint32_t(row_index);
   const int i = take_last(index, p.q_len);
   const int64_t head = index;
-  const int h = take_last(index, p.heads), b = int(index);
-  const Exponents exponents(p, b, h);
-  float maximum = -kInfinity, sum = 0.0f;
-  for (int64_t c = 0; c < plan.chunks; ++c)
-    maximum = fmaxf(maximum, plan.statistics[2 * chunk_row(p, plan, head, c, i)]);
+  const int h = take_last(index, p.heads), b = int(index), chunks = int(plan.chunks);
+  // Row i of chunk c stands `apart` rows behind that of chunk c - 1.
+  const int64_t apart = p.q_len, first = head * plan.chunks * apart + i;
+  const float unit = plan.natural ? kLog2E : 1.0f;
+  const int lane = lane_index();
+  float maximum = -kInfinity;
+#pragma unroll 1
+  for (int c = lane; c < chunks; c += 32)
+    maximum = fmaxf(maximum, plan.statistics[2 * (first + c * apart)]);
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) maximum = fmaxf(maximum, shuffle_xor(maximum, mask));
+  const float shift = finite(maximum);
   T* const row = output_row<T>(p.out, b, h, i);
-  for (int64_t c = 0; c < plan.chunks; ++c) {
-    const float* of = plan.statistics + 2 * chunk_row(p, plan, head, c, i);
-    sum += exponents.power(of[0], finite(maximum)) * of[1];
-  }
-  const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-  for (int d = lane_index(); d < p.value_dim; d += 32) {
+  float sum = 0.0f, factor = 0.0f;
+#pragma unroll 1
+  for (int start = -32; start < p.value_dim; start += 32) {  // first the sum, then columns
+    const int d = start + lane < p.value_dim ? start + lane : int(p.value_dim) - 1;
     float out = 0.0f;
-    for (int64_t c = 0; c < plan.chunks; ++c) {
-      const int64_t at = chunk_row(p, plan, head, c, i);
-      out += exponents.power(plan.statistics[2 * at], finite(maximum)) *
-             plan.outs[at * p.value_dim + d];
+#pragma unroll 1
+    for (int c0 = 0; c0 < chunks; c0 += 32) {
+      float weight = 0.0f;
+      if (c0 + lane < chunks) {
+        const float* of = plan.statistics + 2 * (first + (c0 + lane) * apart);
+        weight = exp2((of[0] - shift) * unit);
+        if (start < 0) sum += weight * of[1];
+      }
+      if (start < 0) continue;
+      const int count = chunks - c0 < 32 ? chunks - c0 : 32;
+      const float* from = plan.outs + (first + c0 * apart) * p.value_dim + d;
+#pragma unroll 4
+      for (int c = 0; c < count; ++c) out += shuffle(weight, c) * from[c * (apart * p.value_dim)];
     }
-    row[d] = from_float<T>(out * factor);
+    if (start < 0) {
+#pragma unroll
+      for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+      factor = inverse(sum);
+    } else if (start + lane < p.value_dim) {
+      row[d] = from_float<T>(out * factor);
+    }
   }
-  if (lane_index() == 0) store_lse(p.lse, b, h, i, exponents.log_sum(maximum, sum));
+  if (lane == 0) {
+    const float lse = plan.natural ? Units<true>(p.scale).log_sum(maximum, sum)
+                                   : Units<false>(p.scale).log_sum(maximum, sum);
+    store_lse(p.lse, b, h, i, lse);
+  }
 }
 
 template <class T>
@@ -250,7 +268,8 @@ const char* run_short(const AttentionForward& p, ShortPlan plan, void* workspace
   const char* error = with_dim(padded_dim(p.head_dim, p.value_dim), [&]<int kDim>() {
     const Launch size{heads * plan.chunks * plan.groups, plan.slices * plan.tiles * 32,
                       short_bytes(plan, kDim), stream};
-    return launch<attention_short<T, kDim>>(size, p, plan);
+    if (plan.natural) return launch<attention_short<T, kDim, true>>(size, p, plan);
+    return launch<attention_short<T, kDim, false>>(size, p, plan);
   });
   if (error || plan.chunks == 1) return error;
   const int64_t blocks = (heads * p.q_len + kCombined - 1) / kCombined;

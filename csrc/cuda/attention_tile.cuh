@@ -3,7 +3,7 @@
 // while this one is computed, where shared memory holds two.
 #pragma once
 
-#include "tile.cuh"
+#include "exponents.cuh"
 
 namespace ff::cuda {
 namespace {
@@ -16,7 +16,13 @@ struct TilePlan {
 template <int kDim, int kWarps, int kKeys>
 constexpr int tile_bytes(int stages) {
   return shared_bytes<uint16_t>(kWarps * 16 * kDim) +
-         2 * shared_bytes<uint16_t>(stages * kKeys * kDim) + shared_bytes<int>(2 * kWarps);
+         2 * shared_bytes<uint16_t>(stages * kKeys * kDim) + shared_bytes<int>(2 * kWarps + 6);
+}
+
+// Whether every device has room for two: then code and registers for one are spared.
+template <int kDim, int kWarps, int kKeys>
+constexpr bool has_two_stages() {
+  return tile_bytes<kDim, kWarps, kKeys>(2) <= 64 << 10;
 }
 
 // The keys that a block has to look at: those that the diagonal leaves, and of these from the first
@@ -26,13 +32,14 @@ struct KeyRange {
 };
 
 template <int kWarps>
-FF_DEVICE KeyRange visible_range(const Exponents& exponents, int first_query, int* scratch) {
-  int begin = 0, end = exponents.kv_len;
-  exponents.diagonal.limit(first_query, kWarps * 16, begin, end);
-  if (!exponents.padding.data) return {begin, end};
+FF_DEVICE KeyRange visible_range(const Diagonal& diagonal, const Padding& padding, int kv_len,
+                                 int first_query, int* scratch) {
+  int begin = 0, end = kv_len;
+  diagonal.limit(first_query, kWarps * 16, begin, end);
+  if (!padding.data) return {begin, end};
   int first = end, last = 0;
   for (int i = begin + thread_index(); i < end; i += kWarps * 32) {
-    if (exponents.padding.hides(i)) continue;
+    if (padding.hides(i)) continue;
     first = i < first ? i : first;
     last = i + 1;
   }
@@ -57,109 +64,157 @@ constexpr bool has_tile() {
   return has_mma<T>() && (FF_ARCH >= 80 || kDim < 256 || kKeys < 32);
 }
 
-template <class T, int kDim, int kWarps, int kKeys>
-FF_KERNEL(kWarps * 32)
+// Blocks of an SM at once, as far as registers go: 12 or 16 warps hide the latencies of each other.
+// Two of 8 warps leave 128 registers, which are enough on sm_90 and 4 to 20 bytes short elsewhere.
+template <int kDim, int kWarps, bool kNatural>
+constexpr int blocks_beside() {
+  if (kDim > 64 || kNatural) return 1;
+  return kWarps == 4 ? 3 : FF_ARCH == 90 ? 2 : 1;
+}
+
+template <class T, int kDim, int kWarps, int kKeys, bool kNatural>
+FF_KERNEL_BESIDE(kWarps * 32, (blocks_beside<kDim, kWarps, kNatural>()))
 attention_tile(const AttentionForward p, const TilePlan plan) {
   if constexpr (has_tile<T, kDim, kKeys>()) {
-    constexpr int kThreads = kWarps * 32;
+    constexpr int kThreads = kWarps * 32, kTiles = kKeys / 8;
     uint32_t index = uint32_t(block_index());
     const int first_query = take_last(index, plan.groups) * kWarps * 16;
     const int h = take_last(index, p.heads), b = int(index), kv_head = kv_head_of(p, h);
 
+    const int stages = has_two_stages<kDim, kWarps, kKeys>() ? 2 : plan.stages;
     Shared shared;
     const Tile<T, kDim> query{shared.take<T>(kWarps * 16 * kDim)};
-    T* const key = shared.take<T>(plan.stages * kKeys * kDim);
-    T* const value = shared.take<T>(plan.stages * kKeys * kDim);
-    int* const scratch = shared.take<int>(2 * kWarps);
+    T* const key = shared.take<T>(stages * kKeys * kDim);
+    T* const value = shared.take<T>(stages * kKeys * kDim);
+    int* const scratch = shared.take<int>(2 * kWarps + 6);
 
-    const Exponents exponents(p, b, h);
-    const Padding none(nullptr, 0, 0, 0);
-    const Head<T> keys(p.key, b, kv_head, p.kv_len, p.head_dim);
-    const Head<T> values(p.value, b, kv_head, p.kv_len, p.value_dim);
+    const Exponents<kNatural> exponents(p, b, h);
     const auto stage = [&](T* tiles, int tile) {
-      return Tile<T, kDim>{tiles + (tile & (plan.stages - 1)) * kKeys * kDim};
-    };
-    const auto load = [&](int tile) {
-      load_rows<true>(stage(key, tile), keys, none, tile * kKeys, kKeys, thread_index(), kThreads);
-      load_rows<true>(stage(value, tile), values, exponents.padding, tile * kKeys, kKeys,
-                      thread_index(), kThreads);
-      commit_copies();
+      return Tile<T, kDim>{tiles + (tile & (stages - 1)) * kKeys * kDim};
     };
 
-    load_rows<true>(query, Head<T>(p.query, b, h, p.q_len, p.head_dim), none, first_query,
-                    kWarps * 16, thread_index(), kThreads);
-    const KeyRange range = visible_range<kWarps>(exponents, first_query, scratch);
+    const auto thread = uint32_t(thread_index());
+    // What 64 columns leave no registers for: which head it is, and the keys that are present.
+    int* const kept = scratch + 2 * kWarps;
+    if (thread == 0) kept[0] = b, kept[1] = h;
+    const auto load_flags = [&](int tile) {
+      const Padding padding(p.padding, p.padding_batch, p.padding_column, p.padding ? kept[0] : 0);
+      return KeyFlags(padding, tile * kKeys, exponents.kv_len);
+    };
+    const Head<T> queries(p.query, b, h, p.q_len, p.head_dim);
+    RowCopy<T, kDim>(queries, first_query, thread, kThreads)
+        .template load<true>(query, kWarps * 16, queries.count - first_query);
+    const KeyRange range = visible_range<kWarps>(exponents.diagonal, exponents.padding,
+                                                 exponents.kv_len, first_query, scratch);
     const int first_tile = range.begin / kKeys, end_tile = (range.end + kKeys - 1) / kKeys;
-    if (first_tile < end_tile) {
-      load(first_tile);
-    } else {  // the queries are on their way
+    if (first_tile >= end_tile) {  // the queries are on their way, to where outputs pass
       commit_copies();
       wait_copies<0>();
+      barrier();
     }
 
-    const int row = first_query + warp_index() * 16;
+    const int row = first_query + warp_index() * 16, ahead = stages - 1;
     float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {};
     float out[kDim / 8][4];
     clear(out);
-    for (int tile = first_tile; tile < end_tile; ++tile) {
-      if (plan.stages == 2 && tile + 1 < end_tile) {
-        load(tile + 1);
+    RowCopy<T, kDim> keys(Head<T>(p.key, b, kv_head, p.kv_len, p.head_dim), first_tile * kKeys,
+                          thread, kThreads);
+    RowCopy<T, kDim> values(Head<T>(p.value, b, kv_head, p.kv_len, p.value_dim), first_tile * kKeys,
+                            thread, kThreads);
+    // In one register: bit 0, all rows are whole chunks; bit 1, the first tile is yet to be copied.
+    int state = int(keys.chunked && values.chunked) + 2 * ahead;
+    // Flags are loaded a tile before its copies want them. All copies are begun in one place, since
+    // code that is there twice has to be fetched twice.
+    uint64_t coming = load_flags(first_tile).present();
+#pragma unroll 1
+    for (int tile = first_tile - ahead; tile < end_tile; ++tile) {
+      const int next = tile + ahead;
+      if (next < end_tile) {
+        if (thread == 0) {
+          kept[2 + next % 2 * 2] = int(uint32_t(coming));
+          kept[3 + next % 2 * 2] = int(uint32_t(coming >> 32));
+        }
+        const Tile<T, kDim> key_stage = stage(key, next), value_stage = stage(value, next);
+        if (state & 1) {
+          keys.template load_chunks<true>(key_stage, kKeys, coming);
+          values.template load_chunks<true>(value_stage, kKeys, coming);
+        } else {
+#pragma unroll 1
+          for (int i = 0; i < 2; ++i) {
+            RowCopy<T, kDim> copy = keys;
+            if (i == 1) copy = values;
+            copy.template load_plain<true>(i == 0 ? key_stage : value_stage, kKeys, coming);
+          }
+        }
+        keys.move_on(kKeys), values.move_on(kKeys);
+      }
+      commit_copies();
+      const KeyFlags flags = load_flags(next + 1);
+      if (state & 2) {
+        state &= 1;
+        coming = flags.present();
+        continue;
+      }
+
+      const int first = tile * kKeys;
+      const Hiding<kTiles, kNatural> hiding(exponents, row, first);
+      if (ahead) {
         wait_copies<1>();
       } else {
         wait_copies<0>();
       }
       barrier();
-      float weights[kKeys / 8][4];
-      multiply_scores(query, warp_index() * 16, stage(key, tile), 0, kKeys / 8, weights);
-      exponents.apply(row, tile * kKeys, weights);
+      float weights[kTiles][4];
+      multiply_scores<4>(query, warp_index() * 16, stage(key, tile), 0, kTiles, weights);
+      const uint64_t present =
+          uint32_t(kept[2 + tile % 2 * 2]) | uint64_t(uint32_t(kept[3 + tile % 2 * 2])) << 32;
+      if (kNatural || ~present << (64 - kKeys) || exponents.diagonal.crosses(row, 16, first, kKeys))
+        hiding.apply(exponents, row, first, present, weights);
 
-      float now[2] = {maximum[0], maximum[1]};
+      float now[2] = {-kInfinity, -kInfinity}, shift[2];
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
+      for (int n = 0; n < kTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) now[i / 2] = fmaxf(now[i / 2], weights[n][i]);
-      float rescale[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        now[r] = row_maximum(now[r]);
-        rescale[r] = exponents.power(maximum[r], finite(now[r]));
-        maximum[r] = now[r];
-        sum[r] *= rescale[r];
+        now[r] = fmaxf(maximum[r], exponents.maximum(row_maximum(now[r])));
+        shift[r] = finite(now[r]);
       }
+      if (ballot(now[0] > maximum[0] || now[1] > maximum[1])) {
+        const float rescale[2] = {exponents.rescale(maximum[0], shift[0]),
+                                  exponents.rescale(maximum[1], shift[1])};
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
+        for (int r = 0; r < 2; ++r) maximum[r] = now[r], sum[r] *= rescale[r];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          weights[n][i] = exponents.power(weights[n][i], finite(now[i / 2]));
-          sum[i / 2] += weights[n][i];
-        }
+        for (int d = 0; d < kDim / 8; ++d)
 #pragma unroll
-      for (int d = 0; d < kDim / 8; ++d)
+          for (int i = 0; i < 4; ++i) out[d][i] *= rescale[i / 2];
+      }
+      const Reader<T, kDim> from = value_reader(stage(value, tile), 0);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) out[d][i] *= rescale[i / 2];
-      add_values(weights, kKeys / 8, stage(value, tile), 0, out);
+      for (int n = 0; n < kTiles; n += 2)
+        add_weighted(exponents, weights[n], weights[n + 1], shift, from, n * 8, sum, out);
+      coming = flags.present();
       barrier();  // nobody reads this stage any more
-      if (plan.stages == 1 && tile + 1 < end_tile) load(tile + 1);
     }
 
     sum[0] = row_sum(sum[0]), sum[1] = row_sum(sum[1]);
-    store_means<T, kDim>(p.out, b, h, row, int(p.q_len), int(p.value_dim), sum, out);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int i = row + lane_index() / 4 + r * 8;
-      if (lane_index() % 4 == 0 && i < p.q_len)
-        store_lse(p.lse, b, h, i, exponents.log_sum(maximum[r], sum[r]));
-    }
+    store_means(query, warp_index() * 16, p.out, kept[0], kept[1], row, int(p.q_len),
+                int(p.value_dim), sum, out);
+    store_lses(exponents, p.lse, kept[0], kept[1], row, int(p.q_len), maximum, sum);
   }
 }
 
 template <class T, int kDim, int kWarps, int kKeys>
 const char* launch_tile(const AttentionForward& p, int capability, void* stream) {
   const auto bytes = tile_bytes<kDim, kWarps, kKeys>;
-  const int stages = bytes(2) <= shared_limit(capability) ? 2 : 1;
+  const bool two = has_two_stages<kDim, kWarps, kKeys>() || bytes(2) <= shared_limit(capability);
+  const int stages = two ? 2 : 1;
   const TilePlan plan{stages, (p.q_len + kWarps * 16 - 1) / (kWarps * 16)};
   const Launch size{p.batch * p.heads * plan.groups, kWarps * 32, bytes(stages), stream};
-  return launch<attention_tile<T, kDim, kWarps, kKeys>>(size, p, plan);
+  if (is_natural(p)) return launch<attention_tile<T, kDim, kWarps, kKeys, true>>(size, p, plan);
+  return launch<attention_tile<T, kDim, kWarps, kKeys, false>>(size, p, plan);
 }
 
 // 128 queries a block where a head has many and their outputs leave registers for it.

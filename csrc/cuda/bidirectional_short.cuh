@@ -3,7 +3,7 @@
 // weights of either product from the scores in place.
 #pragma once
 
-#include "tile.cuh"
+#include "exponents.cuh"
 
 namespace ff::cuda {
 namespace {
@@ -54,67 +54,72 @@ FF_DEVICE Side take_side(Shared& shared, int64_t count, int padded, const Paddin
   return side;
 }
 
-// Maxima and sums of the weights: of queries by warps with lanes along the keys, of keys by
-// threads.
-FF_DEVICE void take_statistics(const Exponents& exponents, const float* scores, int stride,
-                               const Side& queries, const Side& keys) {
-  for (int i = warp_index(); i < queries.count; i += kPairWarps) {
-    const float* row = scores + i * stride;
-    float maximum = -kInfinity, sum = 0.0f;
-    for (int j = lane_index(); j < keys.count; j += 32)
-      if (!keys.hidden[j]) maximum = fmaxf(maximum, row[j]);
-    for (int mask = 16; mask > 0; mask /= 2) maximum = fmaxf(maximum, shuffle_xor(maximum, mask));
-    for (int j = lane_index(); j < keys.count; j += 32)
-      if (!keys.hidden[j]) sum += exponents.power(row[j], finite(maximum));
-    for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    if (lane_index() == 0) queries.maximum[i] = maximum, queries.sum[i] = sum;
-  }
-  // From the last warp down: it has the fewest queries.
-  for (int j = kPairWarps * 32 - 1 - thread_index(); j < keys.count; j += kPairWarps * 32) {
-    float maximum = -kInfinity, sum = 0.0f;
-    for (int i = 0; i < queries.count; ++i)
-      if (!queries.hidden[i]) maximum = fmaxf(maximum, scores[i * stride + j]);
-    for (int i = 0; i < queries.count; ++i)
-      if (!queries.hidden[i]) sum += exponents.power(scores[i * stride + j], finite(maximum));
-    keys.maximum[j] = maximum, keys.sum[j] = sum;
-  }
+// A side with what it gathers: score (own i, other j) stands at scores + i * row + j * column.
+struct Direction {
+  Side own, other;
+  int row, column;
+};
+
+// Maxima, in the unit of exponents, and sums of the weights: four positions a warp, of eight lanes
+// each.
+template <bool kNatural>
+FF_DEVICE void take_statistics(const Units<kNatural>& units, const float* scores,
+                               const Direction& way, int first) {
+  const int i = first + lane_index() / 8;
+  const float* const from = scores + (i < way.own.count ? i : way.own.count - 1) * way.row;
+  float maximum = -kInfinity, sum = 0.0f;
+#pragma unroll 2
+  for (int j = lane_index() % 8; j < way.other.count; j += 8)
+    if (!way.other.hidden[j]) maximum = fmaxf(maximum, from[j * way.column]);
+#pragma unroll
+  for (int mask = 4; mask > 0; mask /= 2) maximum = fmaxf(maximum, shuffle_xor(maximum, mask));
+  maximum = units.maximum(maximum);
+#pragma unroll 2
+  for (int j = lane_index() % 8; j < way.other.count; j += 8)
+    if (!way.other.hidden[j]) sum += units.power(from[j * way.column], finite(maximum));
+#pragma unroll
+  for (int mask = 4; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+  if (lane_index() % 8 == 0 && i < way.own.count)
+    way.own.maximum[i] = maximum, way.own.sum[i] = sum;
 }
 
-// Outputs of 16 positions from `first` on, of the side `own`, which gathers `values` of the `other`
-// one. Score (own i, other j) stands at scores + i * row + j * column.
-template <class T, int kDim>
-FF_DEVICE void gather(const Exponents& exponents, const float* scores, int row, int column,
-                      const Side& own, const Side& other, const Tile<T, kDim>& values, int first,
-                      const MutableView& to, const MutableLse& lse, int64_t b, int64_t h, int dim) {
-  float maximum[2], sum[2], out[kDim / 8][4];
-  int position[2];
+// Outputs of 16 positions from `first` on, by way of the same rows of `scratch`.
+template <class T, int kDim, bool kNatural>
+FF_DEVICE void gather(const Units<kNatural>& units, const float* scores, const Direction& way,
+                      const Tile<T, kDim>& values, const Tile<T, kDim>& scratch, int first,
+                      const MutableView& to, const MutableLse& lse, int b, int h, int dim) {
+  float maximum[2], shift[2], sum[2], out[kDim / 8][4];
+  const float* from[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int i = first + lane_index() / 4 + r * 8;
-    position[r] = i < own.count ? i : own.count - 1;
-    maximum[r] = finite(own.maximum[position[r]]), sum[r] = own.sum[position[r]];
-    if (lane_index() % 4 == 0 && i < own.count)
-      store_lse(lse, b, h, i, exponents.log_sum(own.maximum[i], sum[r]));
+    const int i = first + lane_index() / 4 + r * 8, own = i < way.own.count ? i : way.own.count - 1;
+    maximum[r] = way.own.maximum[own], sum[r] = way.own.sum[own];
+    shift[r] = finite(maximum[r]);
+    from[r] = scores + own * way.row;
   }
+  store_lses(units, lse, b, h, first, way.own.count, maximum, sum);
   clear(out);
-  for (int j = 0; j < other.count; j += 16) {
+#pragma unroll 1
+  for (int j = 0; j < way.other.count; j += 16) {
     float weights[2][4];
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = j + n * 8 + lane_index() % 4 * 2 + i % 2;
-        const float* score = scores + position[i / 2] * row + at * column;
-        weights[n][i] = other.hidden[at] ? 0.0f : exponents.power(*score, maximum[i / 2]);
+        const float weight = units.power(from[i / 2][at * way.column], shift[i / 2]);
+        weights[n][i] = way.other.hidden[at] ? 0.0f : weight;
       }
     uint32_t a[4];
     left_operand<T>(weights[0], weights[1], a);
-    add_product(a, values, j, out);
+    add_product(a, value_reader(values, j), 0, out);
   }
-  store_means<T, kDim>(to, b, h, first, own.count, dim, sum, out);
+  store_means(scratch, first, to, b, h, first, way.own.count, dim, sum, out);
 }
 
-template <class T, int kDim>
+// Kernels are bound by the way of their instructions to the SM: what is done for both sides is in
+// loops.
+template <class T, int kDim, bool kNatural>
 FF_KERNEL(kPairWarps * 32)
 bidirectional_short(const BidirectionalForward p, const PairPlan plan) {
   if constexpr (has_mma<T>()) {
@@ -131,53 +136,83 @@ bidirectional_short(const BidirectionalForward p, const PairPlan plan) {
     float* const scores = shared.take<float>(plan.queries * stride);
 
     // A hidden position has scores for its own output, so that no padding hides them.
-    Exponents exponents(p, b, h);
-    const Padding none(nullptr, 0, 0, 0), key_padding = exponents.padding;
+    const Exponents<kNatural> exponents(p, b, h);
+    const Padding none(nullptr, 0, 0, 0);
     const Padding query_padding(p.query_padding, p.query_padding_batch, p.query_padding_column, b);
-    exponents.padding = none;
-    const auto load = [&](const Tile<T, kDim>& tile, const View& view, const Padding& padding,
-                          int64_t count, int64_t dim, int rows) {
-      load_rows(tile, Head<T>(view, b, h, count, dim), padding, 0, rows, thread_index(), kThreads);
-    };
-    load(query, p.query, none, p.q_len, p.head_dim, plan.queries);
-    load(key, p.key, none, p.kv_len, p.head_dim, plan.keys);
-    commit_copies();
-    load(value, p.value, key_padding, p.kv_len, p.value_dim, plan.keys);
-    load(query_value, p.query_value, query_padding, p.q_len, p.query_value_dim, plan.queries);
-    commit_copies();
+#pragma unroll 1
+    for (int operand = 0; operand < 4; ++operand) {  // query, key, value, query value
+      const bool keys = operand == 1 || operand == 2, values = operand >= 2;
+      const View& view = operand == 0   ? p.query
+                         : operand == 1 ? p.key
+                         : operand == 2 ? p.value
+                                        : p.query_value;
+      const int64_t dim = !values ? p.head_dim : keys ? p.value_dim : p.query_value_dim;
+      const Head<T> head(view, b, h, keys ? p.kv_len : p.q_len, dim);
+      T* const to = operand == 0   ? query.data
+                    : operand == 1 ? key.data
+                    : operand == 2 ? value.data
+                                   : query_value.data;
+      Padding padding = none;
+      if (values) padding = keys ? exponents.padding : query_padding;
+      const int rows = keys ? plan.keys : plan.queries;
+#pragma unroll 1
+      for (int first = 0; first < rows; first += 64) {
+        const uint64_t present = KeyFlags(padding, first, head.count).present();
+        const RowCopy<T, kDim> copy(head, first, uint32_t(thread_index()), kThreads);
+        copy.template load<false>(Tile<T, kDim>{to + first * kDim},
+                                  rows - first < 64 ? rows - first : 64, present);
+      }
+      if (operand % 2 == 1) commit_copies();
+    }
     const Side queries = take_side(shared, p.q_len, plan.queries, query_padding);
-    const Side keys = take_side(shared, p.kv_len, plan.keys, key_padding);
+    const Side keys = take_side(shared, p.kv_len, plan.keys, exponents.padding);
     wait_copies<1>();
     barrier();
 
     const int spans = (plan.keys + kTiles * 8 - 1) / (kTiles * 8);  // of keys, a warp each
+#pragma unroll 1
     for (int unit = warp_index(); unit < plan.queries / 16 * spans; unit += kPairWarps) {
       const int row = unit / spans * 16, first = unit % spans * kTiles * 8;
       const int left = (plan.keys - first) / 8, tiles = left < kTiles ? left : kTiles;
+      const uint64_t present = KeyFlags(none, first, exponents.kv_len).present();
+      const Hiding<kTiles, kNatural> hiding(exponents, row, first);
       float tile[kTiles][4];
-      multiply_scores(query, row, key, first, tiles, tile);
-      exponents.apply(row, first, tile);
+      multiply_scores<1>(query, row, key, first, tiles, tile);
+      hiding.apply(exponents, row, first, present, tile);
+      float* const to = scores + (row + lane_index() / 4) * stride + first + lane_index() % 4 * 2;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (n < tiles)
-            scores[(row + lane_index() / 4 + i / 2 * 8) * stride + first + n * 8 +
-                   lane_index() % 4 * 2 + i % 2] = tile[n][i];
+          if (n < tiles) to[i / 2 * 8 * stride + n * 8 + i % 2] = tile[n][i];
     }
     barrier();
-    take_statistics(exponents, scores, stride, queries, keys);
+    const auto way = [&](bool of_queries) {
+      Direction way{queries, keys, stride, 1};
+      if (!of_queries) way = {keys, queries, 1, stride};
+      return way;
+    };
+    const int query_fours = plan.queries / 4, key_fours = plan.keys / 4;
+#pragma unroll 1
+    for (int unit = warp_index(); unit < query_fours + key_fours; unit += kPairWarps) {
+      const bool of_queries = unit < query_fours;
+      take_statistics(exponents, scores, way(of_queries),
+                      (of_queries ? unit : unit - query_fours) * 4);
+    }
     wait_copies<0>();
     barrier();
     const int query_tiles = plan.queries / 16, key_tiles = plan.keys / 16;
+#pragma unroll 1
     for (int unit = warp_index(); unit < query_tiles + key_tiles; unit += kPairWarps) {
-      if (unit < query_tiles) {
-        gather(exponents, scores, stride, 1, queries, keys, value, unit * 16, p.out_q, p.lse_q, b,
-               h, int(p.value_dim));
-      } else {
-        gather(exponents, scores, 1, stride, keys, queries, query_value, (unit - query_tiles) * 16,
-               p.out_k, p.lse_k, b, h, int(p.query_value_dim));
-      }
+      const bool of_queries = unit < query_tiles;
+      MutableView to = p.out_q;
+      MutableLse lse = p.lse_q;
+      if (!of_queries) to = p.out_k, lse = p.lse_k;
+      gather(exponents, scores, way(of_queries),
+             Tile<T, kDim>{of_queries ? value.data : query_value.data},
+             Tile<T, kDim>{of_queries ? query.data : key.data},
+             (of_queries ? unit : unit - query_tiles) * 16, to, lse, b, h,
+             int(of_queries ? p.value_dim : p.query_value_dim));
     }
   }
 }
@@ -187,8 +222,10 @@ const char* run_short_pair(const BidirectionalForward& p, void* stream) {
   const PairPlan plan = pair_plan(p);
   const int dim = pair_dim(p);
   const Launch size{p.batch * p.heads, kPairWarps * 32, int(pair_bytes(plan, dim)), stream};
-  return with_dim(dim,
-                  [&]<int kDim>() { return launch<bidirectional_short<T, kDim>>(size, p, plan); });
+  return with_dim(dim, [&]<int kDim>() {
+    if (is_natural(p)) return launch<bidirectional_short<T, kDim, true>>(size, p, plan);
+    return launch<bidirectional_short<T, kDim, false>>(size, p, plan);
+  });
 }
 
 }  // namespace

@@ -14,10 +14,6 @@ constexpr int kStep = 32;         // values of a row that a warp takes at once
 constexpr int kPartStride = 40;   // of rows of partial sums: each begins 8 banks further
 constexpr int kMostSplit = 1024;  // blocks of 32 columns
 
-struct alignas(16) Chunk {
-  uint32_t words[4];  // eight 16-bit values
-};
-
 // Rows are those of all batch entries in sequence.
 struct Projection {
   Sequence x;

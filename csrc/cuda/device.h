@@ -3,17 +3,19 @@
 //
 //   FF_DEVICE                            in front of device functions
 //   FF_KERNEL(threads)                   in front of kernels, instead of void
+//   FF_KERNEL_BESIDE(threads, blocks)    the same, with registers left for so many blocks at once
 //   FF_ARCH                              compute capability (80); only in kernels
 //   has_mma<T>()                         whether FF_ARCH multiplies matrices of T
 //
 //   thread_index, lane_index, warp_index, block_index, block_count         all one-dimensional
 //   Shared::take<T>(count)               dynamic shared memory, array after array
 //   barrier, barrier_warp, fence         of a block, of a warp, between blocks
-//   shuffle_xor, shuffle                 4 bytes from another lane; whole warps
+//   shuffle_xor, shuffle, ballot         4 bytes from another lane, a bit of each; whole warps
 //   load_matrix4, ..._transposed         four 8x8 matrices of 16-bit values
 //   mma<T>                               16x8 += 16x16 times 16x8
 //   copy_async16, commit_copies, wait_copies<N>
 //   rounded_product                      of floats, and never a part of fmaf
+//   log2, reciprocal                     to 1 or 2 units in the last place, for numbers near 1
 //   exp2, pack<T>, low<T>, high<T>, to_float, from_float<T>, add_atomic
 //
 //   launch<kernel>(Launch, arguments...), compute_capability, shared_limit, shared_bytes<T>   host

@@ -7,7 +7,8 @@
 #include <type_traits>
 
 #define FF_DEVICE __device__ __forceinline__
-#define FF_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define FF_KERNEL(threads) FF_KERNEL_BESIDE(threads, 1)
+#define FF_KERNEL_BESIDE(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 // nvcc reads kernels once more for the host, where it discards their bodies.
 #ifdef __CUDA_ARCH__
@@ -59,6 +60,9 @@ FF_DEVICE T shuffle(T value, int from_lane) {
   static_assert(sizeof(T) == 4);
   return __shfl_sync(0xffffffffu, value, from_lane);
 }
+
+// Bit by bit, for which lanes it is true; whole warps.
+FF_DEVICE uint32_t ballot(bool mine) { return __ballot_sync(0xffffffffu, mine); }
 
 FF_DEVICE uint32_t shared_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
@@ -139,6 +143,18 @@ FF_DEVICE void wait_copies() {
 FF_DEVICE float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+FF_DEVICE float log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+FF_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -7,6 +7,9 @@
 namespace ff::cuda {
 namespace {
 
+// The first n of 64 bits.
+FF_DEVICE uint64_t first_bits(int n) { return n <= 0 ? 0 : n >= 64 ? ~0ull : (1ull << n) - 1; }
+
 // Query i sees key j where direction * (j - i) <= offset.
 struct Diagonal {
   int direction;  // 0: it sees all; -1: the keys are those that have a diagonal
@@ -20,6 +23,12 @@ struct Diagonal {
   // Whether it hides any of so many keys from any of so many queries, from these on.
   FF_DEVICE bool crosses(int query, int queries, int key, int keys) const {
     return direction > 0 ? hides(query, key + keys - 1) : hides(query + queries - 1, key);
+  }
+
+  // Bit by bit, which of the 64 keys from `key` on a query sees; only of a causal call.
+  FF_DEVICE uint64_t seen(int query, int key) const {
+    const int limit = direction > 0 ? query + offset + 1 - key : query - offset - key;
+    return direction > 0 ? first_bits(limit) : ~first_bits(limit);
   }
 
   // The keys [begin, end) without those that it hides from all of the queries.

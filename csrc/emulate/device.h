@@ -19,6 +19,7 @@
 #endif
 #define FF_DEVICE inline
 #define FF_KERNEL(threads) static void
+#define FF_KERNEL_BESIDE(threads, blocks) static void
 #define FF_JOIN_(a, b) a##b
 #define FF_JOIN(a, b) FF_JOIN_(a, b)
 #define FF_ARCH_NAMESPACE FF_JOIN(sm, FF_ARCH)
@@ -73,6 +74,12 @@ FF_DEVICE T shuffle_xor(T value, int mask, Location where = Location::current())
   return shuffle(value, lane_index() ^ mask, where);
 }
 
+FF_DEVICE uint32_t ballot(bool mine, Location where = Location::current()) {
+  uint32_t lanes = uint32_t(mine) << lane_index();
+  for (int mask = 16; mask > 0; mask /= 2) lanes |= shuffle_xor(lanes, mask, where);
+  return lanes;
+}
+
 FF_DEVICE void load_matrix4(uint32_t (&r)[4], const void* row,
                             Location where = Location::current()) {
   emulation::check_shared16(row, where);
@@ -117,6 +124,8 @@ FF_DEVICE void wait_copies(Location where = Location::current()) {
 }
 
 FF_DEVICE float exp2(float x) { return std::exp2(x); }
+FF_DEVICE float log2(float x) { return std::log2(x); }
+FF_DEVICE float reciprocal(float x) { return 1.0f / x; }
 FF_DEVICE float rounded_product(float a, float b) { return a * b; }
 
 FF_DEVICE float to_float(float x) { return x; }
