@@ -13,6 +13,7 @@ from fastfusion.kernels._tile import (
     load_tile,
     multiply_add,
     nothing_lost,
+    product,
     scores,
     seen_range,
     shift_of,
@@ -26,10 +27,7 @@ def product_gradient(
     DROPOUT: tl.constexpr, STREAM: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dP of a tile of scores, and the dropout factor's bits (True without dropout)."""
-    if KEYS_FIRST:
-        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-    else:
-        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    dp = product(v, grad, PRECISION) if KEYS_FIRST else product(grad, v, PRECISION)
     keep = dp == dp
     if DROPOUT:
         keep = kept(
@@ -112,7 +110,7 @@ def store_statistics(statistics_ptr, at, present, shift, share, delta):
 
 
 @triton.jit
-def row_statistics(
+def row_sums(
     q, grad, q_start, k_base, k_row, v_base, v_row, mask, padding, seed, slice_index, first, last,
     kv_len, scale, factor, threshold, keep_scale,
     DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -120,7 +118,8 @@ def row_statistics(
     DROPOUT: tl.constexpr, STREAM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr = False,
 ):  # fmt: skip
-    """(shift, 1 / sum, delta) of a tile of queries, in one pass over the keys [first, last)."""
+    """(maximum, sum of e, sum of e * dP) of a tile of queries over the keys [first, last), where
+    e = exp(score - maximum)."""
     maximum = tl.full([q.shape[0]], -float("inf"), tl.float32)
     total = tl.zeros([q.shape[0]], tl.float32)
     total_lost, weighted, weighted_lost = total, total, total
@@ -140,6 +139,24 @@ def row_statistics(
         total, total_lost = add(total * alpha, total_lost * alpha, tl.sum(p, 1))
         weighted, weighted_lost = add(weighted * alpha, weighted_lost * alpha, tl.sum(p * dp, 1))
         maximum = grown
+    return maximum, total, weighted
+
+
+@triton.jit
+def row_statistics(
+    q, grad, q_start, k_base, k_row, v_base, v_row, mask, padding, seed, slice_index, first, last,
+    kv_len, scale, factor, threshold, keep_scale,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
+    DROPOUT: tl.constexpr, STREAM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr = False,
+):  # fmt: skip
+    """(shift, 1 / sum, delta) of a tile of queries, in one pass over the keys [first, last)."""
+    maximum, total, weighted = row_sums(
+        q, grad, q_start, k_base, k_row, v_base, v_row, mask, padding, seed, slice_index, first,
+        last, kv_len, scale, factor, threshold, keep_scale, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH,
+        LOOP, CAUSAL, MASK, PADDING, DROPOUT, STREAM, DOT, PRECISION, TMA,
+    )  # fmt: skip
     share = inverse(total)
     return shift_of(maximum), share, weighted * share
 

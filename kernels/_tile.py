@@ -72,6 +72,15 @@ def load_tile(
 
 
 @triton.jit
+def rows_of(ptr, batch, head, batch_stride, head_stride, row_stride, TMA: tl.constexpr):
+    """Where the rows of a head are, as `load_tile` takes it."""
+    if TMA:
+        return ptr, (batch, head)
+    else:
+        return slice_base(ptr, batch, head, batch_stride, head_stride), row_stride
+
+
+@triton.jit
 def store_rows(base, tile, start, present, stride, DIM: tl.constexpr):
     rows = tl.arange(0, tile.shape[0])
     columns = tl.arange(0, tile.shape[1])
@@ -133,6 +142,23 @@ def seen_range(
 
 
 @triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a times the transpose of b, over up to 256 columns.
+
+    Exact float32 products of more than 128 are summed in parts of 64: one chain of 256 terms errs
+    by 4.9e-7 on an H200, where cuBLAS errs by 1.4e-7.
+    """
+    COLUMNS: tl.constexpr = a.shape[1]
+    if a.dtype == tl.float32 and COLUMNS > 128 and PRECISION == "ieee":
+        PARTS: tl.constexpr = COLUMNS // 64
+        left = tl.permute(tl.reshape(a, [a.shape[0], PARTS, 64]), [1, 0, 2])
+        right = tl.permute(tl.reshape(b, [b.shape[0], PARTS, 64]), [1, 2, 0])
+        return tl.sum(tl.dot(left, right, input_precision=PRECISION), 0)
+    else:
+        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
+
+
+@triton.jit
 def scores(
     q, k, q_start, k_start, visible, mask, scale, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
     MASK: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
@@ -145,10 +171,10 @@ def scores(
     mask_ptr, mask_row, mask_column, mask_rows, mask_columns, diagonal = mask
     rows, keys = tl.arange(0, q.shape[0]), tl.arange(0, k.shape[0])
     if KEYS_FIRST:
-        x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        x = product(k, q, PRECISION)
         rows, keys, shown = rows[None, :], keys[:, None], visible[:, None]
     else:
-        x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        x = product(q, k, PRECISION)
         rows, keys, shown = rows[:, None], keys[None, :], visible[None, :]
     if MASK >= EXTREME:  # no plain product: with the maximum taken off it would become one fma
         x = tl.fma(x, tl.zeros_like(x) + scale, tl.zeros_like(x))

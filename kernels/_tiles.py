@@ -15,6 +15,7 @@ _DEFAULTS: dict[str, dict[int, dict[int, Sizes]]] = {
         4: {64: (32, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
     },
     "attention_tma": {2: {128: (64, 64, 4, 3)}},  # same `loop` as attention on Hopper
+    "attention_tma_few": {2: {64: (64, 64, 4, 3), 128: (64, 64, 4, 3)}},
     "attention_backward_rows_tma": {2: {128: (64, 64, 4, 2)}},
     "attention_backward_keys_tma": {2: {128: (64, 32, 4, 2)}},
     "bidirectional": {
@@ -57,6 +58,7 @@ _DEFAULTS: dict[str, dict[int, dict[int, Sizes]]] = {
         2: {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (16, 32, 8, 1)},
         4: {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
+    "attention_backward_tiles": {2: {64: (32, 32, 4, 1)}},  # own: keys
     "attention_backward_mask": {
         2: {64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
         4: {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
@@ -64,19 +66,23 @@ _DEFAULTS: dict[str, dict[int, dict[int, Sizes]]] = {
 }
 _DEFAULTS["bidirectional_both"] = _DEFAULTS["attention"]
 
-# What an H200 ran fastest of what spills nothing (benchmarks/results/nvidia-h200/tiles.json).
+# What an H200 ran fastest of what spills little (benchmarks/results/nvidia-h200/tiles.json).
 _HOPPER: dict[tuple[str, int, int], Sizes] = {
     ("attention", 2, 32): (64, 64, 4, 3),
     ("attention", 2, 64): (64, 64, 4, 3),
     ("attention", 2, 128): (64, 64, 4, 3),
     ("attention", 2, 256): (128, 32, 8, 3),
+    ("attention_tma_few", 2, 64): (128, 64, 4, 2),
     ("attention_masked", 2, 32): (64, 64, 8, 2),
     ("attention_masked", 2, 64): (64, 64, 4, 3),
     ("attention_masked", 2, 256): (64, 32, 8, 2),
-    ("attention_backward_rows", 2, 64): (64, 64, 4, 2),
-    ("attention_backward_rows", 2, 128): (128, 64, 8, 2),
+    ("attention_backward_rows", 2, 64): (64, 64, 4, 3),
+    ("attention_backward_rows", 2, 128): (64, 64, 4, 2),
+    ("attention_backward_rows", 2, 256): (64, 32, 4, 1),
+    ("attention_backward_keys", 2, 32): (64, 64, 4, 2),
     ("attention_backward_keys", 2, 64): (64, 32, 4, 1),
     ("attention_backward_keys", 2, 128): (64, 16, 4, 2),
+    ("attention_backward_tiles", 2, 64): (64, 64, 4, 1),
     ("bidirectional_few", 2, 64): (16, 64, 8, 1),
     ("bidirectional_mask", 2, 256): (16, 32, 8, 2),
     ("bidirectional_both", 2, 64): (64, 64, 4, 3),

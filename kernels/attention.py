@@ -164,8 +164,9 @@ def split_length(q_len: int, kv_len: int, is_causal: bool) -> int:
     """
     if is_causal or q_len > 512:
         return 0
-    length = 256 if q_len <= 16 else 512 if q_len <= 128 else 2048
-    return length if kv_len >= 2 * length else 0
+    if q_len <= 128:  # fewer than four of them take longer than one program over all keys
+        return 128 if kv_len >= 512 else 0
+    return 2048 if kv_len >= 4096 else 0
 
 
 @planned

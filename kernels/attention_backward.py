@@ -10,14 +10,12 @@ Sums over queries are cut into ranges that depend on the shape alone and merged 
 float32 chain over 8 heads of 4,096 queries errs by five times the plain formula.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels import attention_tma
+from fastfusion.kernels import attention_backward_short, attention_tma
 from fastfusion.kernels._gradients import (
     key_gradients,
     load_grad_lse,
@@ -43,25 +41,18 @@ from fastfusion.kernels._tile import (
     load_rows,
     load_tile,
     nothing_lost,
+    rows_of,
     slice_base,
     store_rows,
     visible_keys,
     visible_range,
 )
+from fastfusion.kernels.attention_backward_short import inputs, parts_of_splits
 
 LENGTHS = [
     "heads", "group", "q_len", "kv_len", "padding_batch", "threshold", "diagonal", "splits",
     "per_split",
 ]  # fmt: skip
-
-
-@triton.jit
-def rows_of(ptr, batch, head, batch_stride, head_stride, row_stride, TMA: tl.constexpr):
-    """Where the rows of a head are, as `load_tile` takes it."""
-    if TMA:
-        return ptr, (batch, head)
-    else:
-        return slice_base(ptr, batch, head, batch_stride, head_stride), row_stride
 
 
 @triton.jit(do_not_specialize=LENGTHS[:7])
@@ -208,32 +199,35 @@ def merge_kernel(
     tl.store(at + columns, dv.to(dv_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS[:7], "batches", "mask_batches", "mask_heads"])
+@triton.jit(do_not_specialize=[*LENGTHS[:8], "batches", "mask_batches", "mask_heads"])
 def mask_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dmask_ptr, statistics_ptr, mask_ptr, padding_ptr,
     seed_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     grad_batch, grad_head, grad_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
-    diagonal, heads, group, q_len, kv_len, batches, mask_batches, mask_heads, scale, factor,
+    diagonal, heads, group, q_len, kv_len, splits, batches, mask_batches, mask_heads, scale, factor,
     threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
     SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
     MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
     LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a float mask: a program owns a tile of it and adds up whatever shares it.
+    """The gradient of a float mask: a program owns a tile of it and adds up whatever shares it, or
+    every `splits`-th batch entry of that.
 
-    Programs: (batches and heads of the mask, tiles of rows, tiles of columns).
+    Programs: (splits, batches and heads of the mask, tiles of rows, tiles of columns).
     """
     columns_end = 1 if SHARED_COLUMNS else kv_len
     rows_end = 1 if SHARED_ROWS else q_len
     column_tiles, row_tiles = tl.cdiv(columns_end, LOOP), tl.cdiv(rows_end, OWN)
     index = tl.program_id(0)
     column, row = index % column_tiles * LOOP, index // column_tiles % row_tiles * OWN
-    owner = index // column_tiles // row_tiles
+    part = index // column_tiles // row_tiles
+    owner = part % (mask_batches * mask_heads)
+    first = owner // mask_heads + part // (mask_batches * mask_heads) * mask_batches
     seed = tl.load(seed_ptr) if DROPOUT else 0
     total = tl.zeros([OWN, LOOP], tl.float32)
     lost = tl.zeros([OWN, LOOP], tl.float32)
-    for batch in range(owner // mask_heads, batches, mask_batches):
+    for batch in range(first, batches, mask_batches * splits):
         padding = padding_ptr + tl.cast(batch, tl.int64) * padding_batch
         for head in range(owner % mask_heads, heads, mask_heads):
             slice_index = batch * heads + head
@@ -251,8 +245,19 @@ def mask_kernel(
                 CAUSAL, MASK, PADDING, DROPOUT, STREAM, LSE, DOT, PRECISION,
             )  # fmt: skip
     store_mask_gradient(
-        dmask_ptr, total, owner, row, column, rows_end, columns_end, SHARED_ROWS, SHARED_COLUMNS
+        dmask_ptr, total, part, row, column, rows_end, columns_end, SHARED_ROWS, SHARED_COLUMNS
     )
+
+
+@triton.jit(do_not_specialize=["elements", "splits"])
+def mask_merge_kernel(parts_ptr, dmask_ptr, elements, splits, BLOCK: tl.constexpr):
+    """The sum of the splits' parts of a mask's gradient. Programs: blocks of its elements."""
+    at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        from_split = parts_ptr + tl.cast(split, tl.int64) * elements
+        total += tl.load(from_split + at, mask=at < elements, other=0.0)
+    tl.store(dmask_ptr + at, total.to(dmask_ptr.dtype.element_ty), mask=at < elements)
 
 
 def row_splits(row_tiles: int, group: int, loop: int) -> tuple[int, int]:
@@ -328,32 +333,36 @@ def attention_backward(
 
     tma = attention_tma.takes(query, key, value, widest, compile_time, grad_out)
 
+    even = tma or aligned(dim, value_dim)
+
     def chosen(kernel: str, rows: int) -> tuple[int, dict[str, int]]:
         name = f"attention_backward_{kernel}{'_tma' if tma else ''}"
-        return cut(name, query, widest, rows, tma or aligned(dim, value_dim), masked)
+        return cut(name, query, widest, rows, even, masked)
 
-    def inputs(of_queries: int, of_keys: int) -> list[Any]:
-        """The operands, or descriptors of tiles of so many rows of them."""
-        operands = [query, key, value, grad_out]
-        rows = [of_queries, of_keys, of_keys, of_queries]
-        return list(map(attention_tma.describe, operands, rows)) if tma else operands
-
-    own, sizes = chosen("rows", q_len)
-    launch(
-        rows_kernel, batch * heads * cdiv(q_len, own),
-        *inputs(own, sizes["LOOP"]), dq_ptr=dq, **strides(dq=dq), **common, **sizes, TMA=tma,
-        gradient_scale=compile_time["SIGN"] * after, SINGLE=kv_len <= sizes["LOOP"],
-    )  # fmt: skip
-    own, sizes = chosen("keys", kv_len)
-    splits, per_split = row_splits(cdiv(q_len, sizes["LOOP"]), group, sizes["LOOP"])
-    elements = batch * kv_heads * splits * kv_len * (dim + value_dim) if splits > 1 else 0
-    partial = empty(query, (elements,), torch.float32) if elements else query
-    launch(
-        keys_kernel, batch * kv_heads * splits * cdiv(kv_len, own),
-        *inputs(sizes["LOOP"], own), dk_ptr=dk, dv_ptr=dv, partial_ptr=partial,
-        **strides(dk=dk, dv=dv), **common, **sizes, TMA=tma, gradient_scale=after, splits=splits,
-        per_split=per_split, SPLIT=splits > 1,
-    )  # fmt: skip
+    hidden = masked or is_causal
+    short = attention_backward_short.chosen(query, widest, kv_len, even, hidden)
+    if short is not None:
+        partial, splits = attention_backward_short.backward(
+            (query, key, value, grad_out), (dq, dk, dv), short, tma, after, common,
+        )  # fmt: skip
+    else:
+        operands = (query, key, value, grad_out)
+        own, sizes = chosen("rows", q_len)
+        launch(
+            rows_kernel, batch * heads * cdiv(q_len, own),
+            *inputs(operands, own, sizes["LOOP"], tma), dq_ptr=dq, **strides(dq=dq), **common,
+            **sizes, TMA=tma, gradient_scale=compile_time["SIGN"] * after,
+            SINGLE=kv_len <= sizes["LOOP"],
+        )  # fmt: skip
+        own, sizes = chosen("keys", kv_len)
+        splits, per_split = row_splits(cdiv(q_len, sizes["LOOP"]), group, sizes["LOOP"])
+        partial = parts_of_splits(query, dk, dv, splits)
+        launch(
+            keys_kernel, batch * kv_heads * splits * cdiv(kv_len, own),
+            *inputs(operands, sizes["LOOP"], own, tma), dk_ptr=dk, dv_ptr=dv, partial_ptr=partial,
+            **strides(dk=dk, dv=dv), **common, **sizes, TMA=tma, gradient_scale=after,
+            splits=splits, per_split=per_split, SPLIT=splits > 1,
+        )  # fmt: skip
     if splits > 1:
         merge_splits(partial, dk, dv, splits)
     if dmask.numel():
@@ -361,11 +370,18 @@ def attention_backward(
         # 16 rows at a time spill 128 bytes on sm_80.
         own, sizes = chosen("mask", max(shared[2], 32))
         grid = shared[0] * shared[1] * cdiv(shared[2], own) * cdiv(shared[3], sizes["LOOP"])
+        splits = max(1, min(16, batch // shared[0], 1024 // grid))
+        parts = dmask if splits == 1 else empty(dmask, (splits * dmask.numel(),), torch.float32)
         launch(
-            mask_kernel, grid,
-            query, key, value, grad_out, dmask_ptr=dmask, **common, **sizes, batches=batch,
-            mask_batches=shared[0], mask_heads=shared[1],
+            mask_kernel, splits * grid,
+            query, key, value, grad_out, dmask_ptr=parts, **common, **sizes, splits=splits,
+            batches=batch, mask_batches=shared[0], mask_heads=shared[1],
             SHARED_ROWS=shared[2] == 1 and q_len > 1,
             SHARED_COLUMNS=shared[3] == 1 and kv_len > 1,
         )  # fmt: skip
+        if splits > 1:
+            launch(
+                mask_merge_kernel, cdiv(dmask.numel(), 256), parts, dmask, elements=dmask.numel(),
+                splits=splits, BLOCK=256, num_warps=4,
+            )  # fmt: skip
     return dq, dk, dv, dmask

@@ -105,7 +105,8 @@ def forward(
     options: dict[str, Any],
 ) -> None:
     """Fills out (B, H, Lq, Dv) and lse (B, H, Lq), if `options` ask for it."""
-    chosen = tile("attention_tma", query.dtype, widest, query.device)
+    few = key.shape[2] < LONG[max(widest, min(LONG))]
+    chosen = tile(f"attention_tma{'_few' if few else ''}", query.dtype, widest, query.device)
     rows = (chosen.own, chosen.loop, chosen.loop)
     batch, heads, q_len, _ = query.shape
     launch(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastfusion.kernels._launch import cdiv, numbers, rows_readable
 from fastfusion.kernels._plan import FUSION, on
+from fastfusion.kernels._tile import add
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = (None, "relu", "gelu")
@@ -111,7 +112,7 @@ def _product_tile(
         total = tl.zeros([FEATURES, ROWS], tl.float32)
     else:
         total = tl.zeros([ROWS, FEATURES], tl.float32)
-    one = tl.full(total.shape, 1.0, tl.float32)
+    lost = tl.zeros_like(total)
     for start in range(0, inner, INNER):
         if EVEN:
             x = tl.load(x_at)
@@ -128,8 +129,8 @@ def _product_tile(
             total = tl.dot(left, right, total, input_precision=PRECISION)
         else:
             # As a plain sum it would become the product's accumulator: one chain of `inner` terms.
-            product = tl.dot(left, right, input_precision=PRECISION)
-            total = tl.fma(product, one, total)
+            value = tl.dot(left, right, input_precision=PRECISION)
+            total, lost = add(total, lost, value)
     if SWAPPED:
         total = tl.trans(total)
 

@@ -1,5 +1,6 @@
 """The shared suite on bidirectional_attention, and what is peculiar to it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,9 +10,25 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import fastfusion as ff
+from fastfusion import _triton
 from fastfusion.ops import bidirectional_attention as spec
 
 TENSORS = ("query", "key", "value", "query_value")
+
+
+@pytest.fixture(autouse=True)
+def _short_calls_share_their_scores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As long ones do in Triton's kernels, where the shorter side fits on chip; see
+    test_each_way_of_triton for the other way."""
+    if _triton.unavailable() is not None:
+        yield
+        return
+    from fastfusion.kernels import _plan, bidirectional
+
+    monkeypatch.setattr(bidirectional, "LONG", 0)
+    _plan.forget()
+    yield
+    _plan.forget()
 
 
 def plain_bidirectional(
@@ -366,6 +383,26 @@ def test_compile(backend: str, dropout_p: float) -> None:
     torch.manual_seed(1)
     actual = gradients_of(torch.compile(run, fullgraph=True, backend=backend), small())
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.skipif(_triton.unavailable() is not None, reason="no GPU, and no interpreter")
+@pytest.mark.parametrize("lengths", [(20, 36), (70, 9), (1, 3)], ids=str)
+@pytest.mark.parametrize("options", [{}, CAUSAL, {"dropout_p": 0.3}], ids=str)
+def test_each_way_of_triton(
+    lengths: tuple[int, int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One score matrix, and a launch that computes each direction: the same call."""
+    from fastfusion.kernels import _plan, bidirectional
+
+    call = spec.inputs(shape(*lengths, mask="both_padding"), torch.float32, DEVICE)
+    results = []
+    for least in (0, 512):
+        monkeypatch.setattr(bidirectional, "LONG", least)
+        _plan.forget()
+        torch.manual_seed(1)
+        found = ff.bidirectional_attention(**call, **options, return_lse=True, backend="triton")
+        results.append(found)
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
 def test_compile_once_for_all_lengths() -> None:
