@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
+# Of a scale; what is finite in float64 alone goes the long road.
+MAX_SCALE = torch.finfo(torch.float32).max
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -71,7 +73,7 @@ def check_attn_mask(mask: Any, query: Tensor, target: tuple[int, ...], given: st
             f"got {mask.dtype}"
         )
     check_device("attn_mask", mask, "query", query)
-    if not _broadcasts(mask, target):
+    if not broadcasts(mask, target):
         raise ValueError(
             f"attn_mask must broadcast to {target}, got shape {tuple(mask.shape)}; {given}"
         )
@@ -89,11 +91,11 @@ def check_padding_mask(
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be bool (True = ignore), got {mask.dtype}")
     check_device(name, mask, "query", query)
-    if not _broadcasts(mask, target):
+    if not broadcasts(mask, target):
         raise ValueError(f"{name} must broadcast to {target}, got {tuple(mask.shape)}; {given}")
 
 
-def _broadcasts(mask: Tensor, target: tuple[int, ...]) -> bool:
+def broadcasts(mask: Tensor, target: tuple[int, ...]) -> bool:
     pairs = zip(reversed(mask.shape), reversed(target), strict=False)
     return mask.dim() <= len(target) and all(m in (1, t) for m, t in pairs)
 

@@ -22,6 +22,9 @@ _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state  # of torch.jit.trace, in which sizes are tensors
+_BATCHED: Any = torch._C._parse_dispatch_key(
+    "Batched"
+)  # of is_grads_batched, which no other question shows
 PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -72,14 +75,22 @@ class KernelOp:
         launch: called instead of the raw op where nobody watches ops, with the op's arguments and
             whether the log-sum-exps are wanted.
         traceable: whether `launch` takes the tensors of torch.jit.trace, whose sizes are tensors.
+        launch_backward: called likewise instead of the backward op, with its arguments; None where
+            the op itself is not slower.
     """
 
     def __init__(
-        self, name: str, interface: Interface, launch: Callable[..., Any], traceable: bool
+        self,
+        name: str,
+        interface: Interface,
+        launch: Callable[..., Any],
+        traceable: bool,
+        launch_backward: Callable[..., Any] | None = None,
     ) -> None:
         self.tensors, self.outputs = len(interface.tensors), interface.outputs
         self.gradients, self.masked = interface.gradients, interface.masked
         self.reference, self.launch, self.traceable = interface.reference, launch, traceable
+        self.launch_backward = launch_backward
         fake, fake_backward = interface.fake, interface.fake_backward
         for suffix, function in (("", fake), ("_forward", fake), ("_backward", fake_backward)):
             torch.library.register_fake(f"fastfusion::{name}{suffix}", function)
@@ -115,6 +126,24 @@ class KernelOp:
         if _dispatch_modes() or not PLAIN.issuperset(map(type, given[: self.tensors])):
             return self.raw(*given)
         return self.launch(*given, lse)
+
+    def run_backward(self, *given: Any) -> tuple[Any, ...]:
+        """The gradients, by the launcher, or by the op where somebody watches ops or gradients are
+        batched (is_grads_batched), which have no memory to launch on."""
+        tensors = given[: self.outputs + self.tensors]
+        if (
+            self.launch_backward is None
+            or _is_compiling()
+            or _dispatch_modes()
+            or _transforms_active()
+            or not PLAIN.issuperset(map(type, tensors))
+            or any(
+                g is not None and torch._C._dispatch_keys(g).has(_BATCHED)
+                for g in tensors[: self.outputs]
+            )
+        ):
+            return self.backward(*given)
+        return self.launch_backward(*given)
 
     def _autograd_kernel(self, *given: Any) -> tuple[Tensor, ...]:
         leading = given[: self.gradients]
@@ -183,8 +212,7 @@ def _functions(op: KernelOp) -> type[Function]:
             if all(g is None for g in grads):
                 return (*[None] * count, *nothing)
             mask_gradient = op.masked and ctx.needs_input_grad[count - 1]
-            # By the op: batched gradients (is_grads_batched) have no memory to launch on.
-            run = Backward.apply if _is_grad_enabled() else op.backward
+            run = Backward.apply if _is_grad_enabled() else op.run_backward
             found = run(*grads, *tensors, *ctx.options, mask_gradient)
             if op.masked and not mask_gradient:
                 found = (*found[:-1], None)

@@ -5,7 +5,7 @@ refuses an input with sentences; the first that does not refuse runs. The same l
 choice, `explain`, the tests and the benchmarks.
 
 The choice looks at devices, dtypes, which arguments are given and whether a gradient is needed,
-never at a length, a batch size, a pointer or a value: those would recompile a traced program.
+in traced programs never at a length, a batch size, a pointer or a value: they would be recompiled.
 """
 
 import os

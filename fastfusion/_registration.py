@@ -14,7 +14,7 @@ Function styles: `_Eager` for plain eager calls, `_Attention` for torch.func and
 Order of choice and reasons: see `attention`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -139,11 +139,13 @@ def run_checked(
     causal_alignment: Any,
     flags: tuple[Any, ...],
     given: tuple[Any, ...],
+    fits: Callable[..., bool] | None = None,
 ) -> Any:
     """The result of a plain call by a compiled op, which checks its arguments: 10 us less.
 
     None where the general road has to be taken: under autocast and transforms, with dropout, where
     another implementation is chosen, and where anything is wrong, for whose words see `check`.
+    Kernels of a GPU are called as well where `fits` says that `given` are normal.
     """
     if cpu is None or _is_compiling() or _any_autocast() or cpu.by_reference():
         return None
@@ -159,7 +161,9 @@ def run_checked(
             return None
     try:
         chosen = op.select(backend, given)
-        return chosen.run(*given) if chosen.backend == "cpu" else None
+        if chosen.backend == "cpu" or (fits is not None and chosen.checks and fits(*given)):
+            return chosen.run(*given)
+        return None
     except (
         AttributeError,
         IndexError,

@@ -100,4 +100,4 @@ def kernel_op(name: str, interface: Interface, forward: str, backward: str) -> K
         for suffix in ("", "_forward"):
             LIBRARY.impl(name + suffix, lambda *given: launch(*given, True), key)
         LIBRARY.impl(f"{name}_backward", launch_backward, key)
-    return KernelOp(name, interface, launch, traceable=False)
+    return KernelOp(name, interface, launch, False, launch_backward)

