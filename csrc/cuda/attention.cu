@@ -26,8 +26,8 @@ const char* attention_path(const AttentionForward& p, int capability) {
     return takes_wide_tiles(p, capability) ? "blocks of 128 queries, tiles of keys"
                                            : "blocks of 64 queries, tiles of keys";
   }
-  return plan->chunks.count == 1 ? "all keys in shared memory"
-                                 : "chunks of keys in shared memory, then combined";
+  return plan->chunks == 1 ? "all keys in shared memory"
+                           : "chunks of keys in shared memory, then combined";
 }
 
 const char* attention_forward(const AttentionForward& p, void* workspace, void* stream) {

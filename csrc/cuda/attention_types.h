@@ -9,7 +9,7 @@ const char* attention_float16(const AttentionForward&, int capability, void* wor
                               void* stream);
 const char* attention_bfloat16(const AttentionForward&, int capability, void* workspace,
                                void* stream);
-const char* bidirectional_float16(const BidirectionalForward&, int capability, void* stream);
-const char* bidirectional_bfloat16(const BidirectionalForward&, int capability, void* stream);
+const char* bidirectional_float16(const BidirectionalForward&, void* stream);
+const char* bidirectional_bfloat16(const BidirectionalForward&, void* stream);
 
 }  // namespace ff::cuda

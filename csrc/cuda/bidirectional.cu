@@ -1,6 +1,6 @@
-// Attention in both directions on the current device: two calls of attention, the second with both
-// sides exchanged, in one launch where one side is short. Sums over the first side would have to
-// leave the chip once per tile of it, which costs more than scores twice.
+// Attention in both directions on the current device. Where a head does not fit into shared memory
+// it is two calls of attention, the second with both sides exchanged: sums over the first side
+// would have to leave the chip once per tile of it, which costs more than scores twice.
 
 #include "attention_types.h"
 #include "bidirectional_short.cuh"
@@ -8,8 +8,28 @@
 namespace ff::cuda {
 namespace {
 
+AttentionForward from_queries(const BidirectionalForward& p) {
+  AttentionForward call{};
+  static_cast<Attention&>(call) = p;
+  call.out = p.out_q, call.lse = p.lse_q;
+  return call;
+}
+
+AttentionForward from_keys(const BidirectionalForward& p) {
+  AttentionForward call{};
+  static_cast<Attention&>(call) = p;
+  call.q_len = p.kv_len, call.kv_len = p.q_len, call.value_dim = p.query_value_dim;
+  call.query = p.key, call.key = p.query, call.value = p.query_value;
+  call.exchanged = true;
+  call.mask.row = p.mask.column, call.mask.column = p.mask.row;
+  call.padding = p.query_padding, call.padding_batch = p.query_padding_batch;
+  call.padding_column = p.query_padding_column;
+  call.out = p.out_k, call.lse = p.lse_k;
+  return call;
+}
+
 bool in_one(const BidirectionalForward& p, int capability) {
-  return p.type != Type::kFloat32 && short_pair(p, capability);
+  return p.type != Type::kFloat32 && is_short_pair(p, capability);
 }
 
 }  // namespace
@@ -22,7 +42,7 @@ int64_t bidirectional_workspace(const BidirectionalForward& p, int capability) {
 }
 
 const char* bidirectional_path(const BidirectionalForward& p, int capability) {
-  return in_one(p, capability) ? "both directions in one launch, a short side in shared memory"
+  return in_one(p, capability) ? "both sides in shared memory, scores once"
                                : "two launches of attention";
 }
 
@@ -32,8 +52,8 @@ const char* bidirectional_forward(const BidirectionalForward& p, void* workspace
   const int capability = compute_capability();
   if (!runs(p.type, capability)) return "this dtype has no kernel for the device";
   if (in_one(p, capability)) {
-    return p.type == Type::kFloat16 ? bidirectional_float16(p, capability, stream)
-                                    : bidirectional_bfloat16(p, capability, stream);
+    return p.type == Type::kFloat16 ? bidirectional_float16(p, stream)
+                                    : bidirectional_bfloat16(p, stream);
   }
   const char* error = attention_forward(from_queries(p), workspace, stream);
   return error ? error : attention_forward(from_keys(p), workspace, stream);

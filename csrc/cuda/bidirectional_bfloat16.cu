@@ -3,9 +3,8 @@
 
 namespace ff::cuda {
 
-const char* bidirectional_bfloat16(const BidirectionalForward& p, int capability, void* stream) {
-  const auto pair = short_pair(p, capability);
-  return pair ? run_short_pair<BFloat16>(*pair, pair_dim(p), stream) : "too long for one launch";
+const char* bidirectional_bfloat16(const BidirectionalForward& p, void* stream) {
+  return run_short_pair<BFloat16>(p, stream);
 }
 
 }  // namespace ff::cuda

@@ -3,9 +3,8 @@
 
 namespace ff::cuda {
 
-const char* bidirectional_float16(const BidirectionalForward& p, int capability, void* stream) {
-  const auto pair = short_pair(p, capability);
-  return pair ? run_short_pair<Half>(*pair, pair_dim(p), stream) : "too long for one launch";
+const char* bidirectional_float16(const BidirectionalForward& p, void* stream) {
+  return run_short_pair<Half>(p, stream);
 }
 
 }  // namespace ff::cuda

@@ -10,8 +10,6 @@
 //   thread_index, lane_index, warp_index, block_index, block_count         all one-dimensional
 //   Shared::take<T>(count)               dynamic shared memory, array after array
 //   barrier, barrier_warp, fence         of a block, of a warp, between blocks
-//   start_next, wait_before              lets the next kernel start, if it is Launch::early; until
-//                                        the kernel before has ended
 //   shuffle_xor, shuffle, ballot         4 bytes from another lane, a bit of each; whole warps
 //   load_matrix4, ..._transposed         four 8x8 matrices of 16-bit values
 //   mma<T>                               16x8 += 16x16 times 16x8

@@ -49,17 +49,6 @@ FF_DEVICE void barrier() { __syncthreads(); }
 FF_DEVICE void barrier_warp() { __syncwarp(); }
 FF_DEVICE void fence() { __threadfence(); }
 
-FF_DEVICE void start_next() {
-#if FF_ARCH >= 90
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-FF_DEVICE void wait_before() {
-#if FF_ARCH >= 90
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 template <class T>
 FF_DEVICE T shuffle_xor(T value, int mask) {
   static_assert(sizeof(T) == 4);
@@ -271,22 +260,6 @@ cudaError_t raise_shared_limit() {
   return error;
 }
 
-// Whether a kernel's code for the current device has wait_before: PTX of an older architecture that
-// the driver compiles has not.
-template <auto kKernel>
-bool can_start_early() {
-  if (compute_capability() < 90) return false;
-  static std::atomic<int> known[kDevices];  // 1 no, 2 yes
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
-  if (const int answer = known[device].load(std::memory_order_relaxed)) return answer == 2;
-  cudaFuncAttributes attributes;
-  const bool can =
-      cudaFuncGetAttributes(&attributes, kKernel) == cudaSuccess && attributes.ptxVersion >= 90;
-  known[device].store(can ? 2 : 1, std::memory_order_relaxed);
-  return can;
-}
-
 // Starts a kernel; null, or what is wrong.
 template <auto kKernel, class... Args>
 const char* launch(const Launch& launch, const Args&... args) {
@@ -298,21 +271,8 @@ const char* launch(const Launch& launch, const Args&... args) {
       return cudaGetErrorString(error);
     }
   }
-  if (launch.early && can_start_early<kKernel>()) {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(launch.blocks)),
-    config.blockDim = dim3(unsigned(launch.threads));
-    config.dynamicSmemBytes = size_t(launch.shared_bytes);
-    config.stream = static_cast<cudaStream_t>(launch.stream);
-    config.attrs = &attribute, config.numAttrs = 1;
-    cudaLaunchKernelEx(&config, kKernel, args...);
-  } else {
-    kKernel<<<unsigned(launch.blocks), unsigned(launch.threads), size_t(launch.shared_bytes),
-              static_cast<cudaStream_t>(launch.stream)>>>(args...);
-  }
+  kKernel<<<unsigned(launch.blocks), unsigned(launch.threads), size_t(launch.shared_bytes),
+            static_cast<cudaStream_t>(launch.stream)>>>(args...);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

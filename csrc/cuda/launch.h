@@ -28,7 +28,6 @@ struct Launch {
   int threads;
   int shared_bytes;
   void* stream;
-  bool early = false;  // it may start while the kernel before it runs, and calls wait_before
 };
 
 // Bytes of shared memory that a block can have; of an unknown device what every one gives.

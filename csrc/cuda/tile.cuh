@@ -344,23 +344,6 @@ FF_DEVICE void store_means(const Tile<T, kDim>& scratch, int place, const Mutabl
   }
   barrier_warp();
   T* const values = output_row<T>(to, b, h, row);
-  if (reinterpret_cast<size_t>(values) % 16 == 0 && (int(to.row) | dim) % 8 == 0) {
-    // Loads of up to four rows in sequence are on their way at once: 30 cycles each in turn.
-    constexpr int kLanes = kChunks < 8 ? kChunks : 8, kStep = 32 / kLanes;
-    const int above = lane / kLanes;
-#pragma unroll 1
-    for (int c = lane % kLanes; c * 8 < dim; c += kLanes) {
-      Chunk chunks[16 / kStep];
-#pragma unroll
-      for (int k = 0; k < 16 / kStep; ++k)
-        chunks[k] = *reinterpret_cast<const Chunk*>(scratch.chunk(place + above + k * kStep, c));
-      T* at = values + above * to.row + c * 8;
-#pragma unroll
-      for (int k = 0; k < 16 / kStep; ++k, at += kStep * to.row)
-        if (row + above + k * kStep < count) *reinterpret_cast<Chunk*>(at) = chunks[k];
-    }
-    return;
-  }
 #pragma unroll 1
   for (int i = lane; i < 16 * kChunks; i += 32) {
     const int above = i / kChunks, column = i % kChunks * 8;

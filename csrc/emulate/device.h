@@ -58,9 +58,6 @@ FF_DEVICE void barrier_warp(Location where = Location::current()) {
   emulation::meet(emulation::Kind::kBarrierWarp, nullptr, emulation::compute_nothing, where);
 }
 
-FF_DEVICE void start_next() {}
-FF_DEVICE void wait_before() {}
-
 FF_DEVICE void fence(Location where = Location::current()) { emulation::visit_fence(where); }
 
 template <class T>
