@@ -49,8 +49,13 @@ def emulate(library: Path) -> None:
 
     Args:
         library: one of those that ``setup.py build_emulated`` makes.
+
+    Raises:
+        RuntimeError: the kernels for a device are loaded, whose ops have the same names.
     """
     global emulated, _missing
+    if _missing is None and emulated is None:
+        raise RuntimeError("the CUDA kernels are loaded: no emulated ones can take their names")
     torch.ops.load_library(library)
     emulated, _missing = library, None
     for op in _made:

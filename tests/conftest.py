@@ -22,11 +22,20 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if _ON_GPU else "1")
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# Beside a CUDA build of torch the kernels for a device may be built; their ops have the names of
+# the emulated ones, and a process that registered both would die.
+_cuda_version = torch.version.cuda
+if not _ON_GPU:
+    torch.version.cuda = None
+
 import triton_interpreter  # noqa: E402
 from checkout import ROOT  # noqa: E402
 from suite import DEVICE, OpSuite  # noqa: E402
 
 import fastfusion as ff  # noqa: E402
+
+torch.version.cuda = _cuda_version
 
 EMULATED = ROOT / "build/emulated/sm80/_emulated_ops.so"
 

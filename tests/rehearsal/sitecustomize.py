@@ -86,6 +86,7 @@ def fake_device(torch: ModuleType) -> None:
         if broken:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
+    torch.version.cuda = None  # or kernels for a device might be loaded before the emulated ones
     set_default_device = torch.set_default_device
     torch.set_default_device = lambda device: set_default_device(on_the_cpu(device))
     properties = SimpleNamespace(
