@@ -58,8 +58,8 @@ BIDIRECTIONAL = {
     "long": ("plain", 600, 600),
     "long causal": ("causal", 600, 600),
     "long heaviest": ("heaviest", 600, 600),
-    "few queries": ("plain", 8, 2100),
-    "few queries heaviest": ("heaviest", 8, 2100),
+    "short and long": ("plain", 8, 2100),
+    "short and long heaviest": ("heaviest", 8, 2100),
 }
 VARLEN = ("plain", "heaviest", "causal")
 # variant -> rows; each with and without bias, activation and residual.

@@ -27,7 +27,7 @@ def absent(part: str) -> str:
         part: "cpu" or "cuda".
     """
     try:
-        reason = json.loads(_RECORD.read_text())[part]
+        reason = json.loads(_RECORD.read_text()).get(part, "its record does not name it")
     except OSError:
         return (
             "the package was never built: run `pip install .`, or `python setup.py build_ext "

