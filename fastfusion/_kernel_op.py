@@ -22,9 +22,8 @@ _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state  # of torch.jit.trace, in which sizes are tensors
-_BATCHED: Any = torch._C._parse_dispatch_key(
-    "Batched"
-)  # of is_grads_batched, which no other question shows
+# Of is_grads_batched, which no other question shows.
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 

@@ -176,7 +176,7 @@ def _fits(
     key_padding_mask: Tensor | None,
     *others: Any,
 ) -> bool:
-    """Whether plain arguments are as `normalize` would make them; 20 us less than `check`."""
+    """Whether plain arguments are as `normalize` would make them, sooner than `check` says so."""
     batch, heads, q_len, dim = query.shape
     kv_len = key.shape[2]
     tensors = (key, value, query_value)

@@ -375,10 +375,10 @@ def _cuda_waits(
 ) -> bool:
     """Whether the CUDA kernels leave a call that they could run to Triton's.
 
-    An eager call takes Python and the driver some 40 us with Triton's kernels and 15 with these,
-    which is all that counts where lengths are short: the kernels themselves take 5.2 and 6.6 us for
-    197 tokens, 15.5 and 16.2 for 4,096 over 77, but 36 and 77 for 2,048 over 2,048 (H200). Compiled
-    code does not look at lengths.
+    An eager call takes 33 to 99 us with Triton's kernels and 14 to 32 with these, most of it in
+    Python and the driver, which is all that counts where lengths are short: the kernels themselves
+    take 5.2 and 6.6 us for 197 tokens, 15.5 and 16.2 for 4,096 over 77, but 36 and 77 for 2,048
+    over 2,048 (benchmarks/results/nvidia-h200/attention.json). Compiled code ignores lengths.
     """
     if _cuda.emulates(query):
         return True
