@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fastfusion as ff
-from fastfusion import _library
+from fastfusion.backends import library
 
 from . import machine, ops, peers, shapes
 from .results import OURS, REFERENCE, Goal, Row
@@ -82,7 +82,7 @@ def run(rounds: int, min_time: float, most: float) -> Iterator[tuple[str, list[G
 
 def shares(dtype: str, effort: Effort) -> Iterator[Goal]:
     """Operations per second of the kernel over those of a loop of products."""
-    native: Any = _library.native
+    native: Any = library.native
     op = torch.ops.fastfusion.attention_out.default
     rest = (None, None, None, 0.0, False, False, None, False)
     few = [torch.randn(1, 1, 1, 8, dtype=getattr(torch, dtype)) for _ in range(3)]

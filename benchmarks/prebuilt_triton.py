@@ -16,7 +16,7 @@ from pathlib import Path
 
 import triton
 
-from fastfusion import _triton
+from fastfusion.backends import triton as triton_backend
 
 from . import cuda_cells, cuda_peers, sanitize
 from .cuda_cells import Job
@@ -41,12 +41,12 @@ GRAPH_SHAPE = {
 def takes_cpu_tensors() -> Iterator[None]:
     """The Triton backend refuses CPU tensors outside its interpreter; recorded launches may have
     them."""
-    before = _triton.INTERPRETED
-    setattr(_triton, "INTERPRETED", True)  # noqa: B010
+    before = triton_backend.INTERPRETED
+    setattr(triton_backend, "INTERPRETED", True)  # noqa: B010
     try:
         yield
     finally:
-        setattr(_triton, "INTERPRETED", before)  # noqa: B010
+        setattr(triton_backend, "INTERPRETED", before)  # noqa: B010
 
 
 def jobs_of_a_quick_run() -> list[Job]:

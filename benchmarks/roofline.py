@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastfusion import _library
+from fastfusion.backends import library
 
 from .timing import measure
 
@@ -47,7 +47,7 @@ class Machine:
 
 def ceilings(threads: int, rounds: int = 9) -> Machine:
     """Measures the machine: products on one thread, times the threads; the copy on all of them."""
-    native: Any = _library.native
+    native: Any = library.native
     dtypes = ("float32", "bfloat16", "int8") if native is not None else ()
     loops = {name: partial(native.peak_operations, name, 20000) for name in dtypes}
     source = torch.ones(COPIED // 4)

@@ -15,7 +15,7 @@ import torch
 
 import fastfusion as ff
 from fastfusion import _cuda_graph
-from fastfusion._op import Op
+from fastfusion.core.op import Op
 
 from . import gate, ops
 from .results import REFERENCE

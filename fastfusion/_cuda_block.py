@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfusion import _cuda
-from fastfusion._op import forced_backend
+from fastfusion.backends import cuda
+from fastfusion.core.op import forced_backend
 
 DTYPES = frozenset((torch.float16, torch.bfloat16))
 # Rows have to fit into the shared memory of every GPU, 16 at a time.
@@ -32,8 +32,8 @@ def runs_on(module: Any, query: Tensor, context: Tensor) -> bool:
         query.dtype in DTYPES
         and max(query.shape[1], context.shape[1]) <= MAX_LENGTH
         and max(query.shape[2], context.shape[2], module.num_heads * module.head_dim) <= MAX_WIDTH
-        and module.head_dim <= _cuda.MAX_DIM
-        and not _cuda.refuses(0.0, None, query[..., :1])  # it reads last dimensions as head dims
+        and module.head_dim <= cuda.MAX_DIM
+        and not cuda.refuses(0.0, None, query[..., :1])  # it reads last dimensions as head dims
     )
 
 

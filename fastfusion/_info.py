@@ -12,7 +12,9 @@ from typing import Any, overload
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fastfusion import _cuda, _library, _op, _triton, ops
+from fastfusion import ops
+from fastfusion.backends import cuda, library, triton
+from fastfusion.core.op import Explanation, explain_op, forced_backend
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ def _version(package: str) -> str:
 def backend_reasons() -> dict[str, str | None]:
     """Each backend's reason for being unavailable on this machine, None where it is available."""
     return {
-        "cuda": _cuda.unavailable(),
-        "triton": _triton.unavailable(),
-        "cpu": _library.cpu_unavailable,
+        "cuda": cuda.unavailable(),
+        "triton": triton.unavailable(),
+        "cpu": library.cpu_unavailable,
         "reference": None,
     }
 
@@ -83,7 +85,7 @@ def info() -> Info:
         "cpu": _cpu_name(),
         "threads": str(torch.get_num_threads()),
     }
-    native = _library.native
+    native = library.native
     if native is not None:
         facts["cpu isa"] = f"{native.isa()} (built: {', '.join(native.isas())})"
         facts["cpu features"] = ", ".join(native.cpu_features())
@@ -94,7 +96,7 @@ def info() -> Info:
         )
     else:
         facts["gpu"] = "none"
-    facts["backend asked for"] = _op.forced_backend() or "none (automatic)"
+    facts["backend asked for"] = forced_backend() or "none (automatic)"
     return Info(facts, backend_reasons())
 
 
@@ -107,7 +109,7 @@ class ModuleExplanation:
             calls; None behind the names of attentions that called no op.
     """
 
-    rows: tuple[tuple[str, _op.Explanation | None], ...]
+    rows: tuple[tuple[str, Explanation | None], ...]
 
     def __str__(self) -> str:
         lines = []
@@ -125,7 +127,7 @@ class Watching(TorchFunctionMode):
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
         self.names = {id(part): name for name, part in module.named_modules()}
-        self.rows: list[tuple[str, _op.Explanation | None]] = []
+        self.rows: list[tuple[str, Explanation | None]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -140,7 +142,7 @@ class Watching(TorchFunctionMode):
                 if isinstance(value, torch.Tensor)
                 or value != given.signature.parameters[name].default
             }
-            self.rows.append((self._caller(), _op.explain_op(spec, (), told)))
+            self.rows.append((self._caller(), explain_op(spec, (), told)))
         return func(*args, **kwargs)
 
     def _caller(self) -> str:
@@ -184,10 +186,8 @@ def _explain_module(
 @overload
 def explain(op: torch.nn.Module, *args: Any, **kwargs: Any) -> ModuleExplanation: ...
 @overload
-def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> _op.Explanation: ...
-def explain(
-    op: Callable[..., Any], *args: Any, **kwargs: Any
-) -> _op.Explanation | ModuleExplanation:
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation: ...
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation | ModuleExplanation:
     """Which implementation would run this call, and why each other one would not.
 
     Args:
@@ -213,4 +213,4 @@ def explain(
     if spec is None:
         names = ", ".join(o.name for o in ops.ALL)
         raise TypeError(f"op must be a module or one of {names}, got {op!r}")
-    return _op.explain_op(spec, args, kwargs)
+    return explain_op(spec, args, kwargs)

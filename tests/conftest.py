@@ -70,15 +70,15 @@ def emulate(library: Path | None, is_worker: bool) -> None:
             pytest.exit("the emulated CUDA kernels were not built", returncode=3)
     library = library or EMULATED
     if library.exists():
-        ff._cuda.emulate(library)
+        ff.backends.cuda.emulate(library)
 
 
 def emulated_order(name: str) -> None:
     """Blocks, warps and lanes of the emulator in an order of this test's own, always the same."""
-    if ff._cuda.emulated is not None:
+    if ff.backends.cuda.emulated is not None:
         number = zlib.crc32(name.encode())
         order = (number & 1, number >> 1 & 1, number >> 2 & 1)
-        ctypes.CDLL(str(ff._cuda.emulated)).ff_emulate_options(*order)
+        ctypes.CDLL(str(ff.backends.cuda.emulated)).ff_emulate_options(*order)
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def _fresh_state(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-    native = ff._library.native
+    native = ff.backends.library.native
     if native is not None:
         native.select_isa()
 

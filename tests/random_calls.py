@@ -17,7 +17,7 @@ from suite import DEVICE, Target
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from fastfusion._op import Op
+from fastfusion.core.op import Op
 
 # How an operand lies in memory; in all but the first its neighbours are NaN, or True in masks.
 LAYOUTS = ("contiguous", "swapped", "offset", "stepped", "turned", "repeated")

@@ -20,8 +20,8 @@ from accuracy import assert_accurate
 from torch import Tensor
 
 import fastfusion as ff
-from fastfusion import _cuda, _library
-from fastfusion._op import Op
+from fastfusion.backends import cuda, library
+from fastfusion.core.op import Op
 
 # Where the tests run: set by conftest.py, which reads --device.
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -62,8 +62,8 @@ class Target:
         return self.backend != "cuda"
 
     def call(self, function: Callable[..., Any], **kwargs: Any) -> tuple[Tensor, ...]:
-        if self.isa is not None and _library.native is not None:
-            _library.native.select_isa(self.isa)
+        if self.isa is not None and library.native is not None:
+            library.native.select_isa(self.isa)
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             result = function(**kwargs, backend=self.backend)
         return result if isinstance(result, tuple) else (result,)
@@ -114,10 +114,10 @@ def targets_of(op: Op) -> list[Target]:
         if implementation.backend == "cpu":
             if DEVICE != "cpu":
                 continue
-            native = _library.native
+            native = library.native
             isas = native.isas(runnable=True) if native is not None else []
             targets += [Target("cpu", isa, implementation.differentiable) for isa in isas]
-        elif implementation.backend != "cuda" or _cuda.unavailable() is None:
+        elif implementation.backend != "cuda" or cuda.unavailable() is None:
             targets.append(Target(implementation.backend, None, implementation.differentiable))
     return targets
 
@@ -434,8 +434,8 @@ def plain_attention(
     lse = lse.masked_fill(dead.squeeze(-1), -torch.inf)
     weights = torch.softmax(scores, -1).masked_fill(dead, 0.0)
     if dropout_p > 0.0:
-        seed = ff._philox.draw_seed(query.device)
+        seed = ff.core.philox.draw_seed(query.device)
         flat = (math.prod(outer[:-1]), outer[-1] if outer else 1, *weights.shape[-2:])
-        keep = ff._philox.keep_mask(seed, dropout_p, *flat, stream=0).reshape(weights.shape)
+        keep = ff.core.philox.keep_mask(seed, dropout_p, *flat, stream=0).reshape(weights.shape)
         weights = weights * keep * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
     return weights.to(value.dtype) @ value, lse

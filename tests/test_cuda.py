@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import fastfusion as ff
-from fastfusion import _cuda, _triton
+from fastfusion.backends import cuda, triton
 from fastfusion.ops import bidirectional_attention, scaled_dot_product_attention
 
 needs_kernels = pytest.mark.skipif(
-    _cuda.unavailable() is not None, reason=f"no CUDA kernels: {_cuda.unavailable()}"
+    cuda.unavailable() is not None, reason=f"no CUDA kernels: {cuda.unavailable()}"
 )
-needs_emulator = pytest.mark.skipif(_cuda.emulated is None, reason="runs in the emulator")
+needs_emulator = pytest.mark.skipif(cuda.emulated is None, reason="runs in the emulator")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 PADDING = torch.tensor([[False] * 5 + [True] * 2, [False] * 7])
@@ -353,7 +353,7 @@ class TestRefusals:
         self, capability: int, says: Any, bfloat16: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         tensors = qkv()
-        monkeypatch.setitem(_cuda._capabilities, tensors[0].get_device(), capability)
+        monkeypatch.setitem(cuda._capabilities, tensors[0].get_device(), capability)
         for dtype, words in ((torch.float32, says), (torch.bfloat16, bfloat16)):
             said = reasons(ff.scaled_dot_product_attention, *(t.to(dtype) for t in tensors))
             assert len(said) == (words is not None) and (words is None or words in said[0])
@@ -383,8 +383,8 @@ class TestRefusals:
 
     def test_leaves_long_calls_to_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where both could run; compiled code does not ask for lengths."""
-        monkeypatch.setattr(_cuda, "emulates", lambda query: False)
-        monkeypatch.setattr(_triton, "refuses", lambda *given: ())
+        monkeypatch.setattr(cuda, "emulates", lambda query: False)
+        monkeypatch.setattr(triton, "refuses", lambda *given: ())
 
         def waits(q_len: int, kv_len: int, dim: int = 64, dtype: Any = torch.bfloat16) -> bool:
             query, key = (torch.empty(1, 2, n, dim, dtype=dtype) for n in (q_len, kv_len))
@@ -394,7 +394,7 @@ class TestRefusals:
         assert not waits(197, 197) and not waits(900, 256) and not waits(4096, 77)
         assert waits(1500, 1500) and waits(20, 600) and waits(100, 1050) and waits(4096, 129)
         assert waits(20, 36, 6) and waits(20, 36, dtype=torch.float32)
-        monkeypatch.setattr(_triton, "refuses", lambda *given: ("not installed",))
+        monkeypatch.setattr(triton, "refuses", lambda *given: ("not installed",))
         assert not waits(1500, 1500)
 
 
@@ -443,7 +443,7 @@ def test_few_queries_or_keys(lengths: tuple[int, int], head_dim: int) -> None:
 @needs_emulator
 def test_no_order_changes_a_bit() -> None:
     """Blocks up and down, warps in turns and greedy, lanes up and down."""
-    library = ctypes.CDLL(str(_cuda.emulated))
+    library = ctypes.CDLL(str(cuda.emulated))
     sizes = {"batch": 2, "heads": 2, "head_dim": 40, "value_dim": 24}
     calls: list[tuple[Any, dict[str, Any]]] = []
     for dtype in DTYPES:
@@ -469,8 +469,8 @@ def test_no_order_changes_a_bit() -> None:
 def test_turing() -> None:
     """Kernels of sm_75, which has no bfloat16 and no asynchronous copies, in a process of their
     own."""
-    assert _cuda.emulated is not None
-    library = _cuda.emulated.parents[1] / "sm75" / _cuda.emulated.name
+    assert cuda.emulated is not None
+    library = cuda.emulated.parents[1] / "sm75" / cuda.emulated.name
     if not library.exists():
         pytest.skip("only one emulated library is given")
     cases = (
@@ -530,4 +530,4 @@ def test_a_cpu_build_of_torch_loads_nothing() -> None:
     code = "import fastfusion as ff; print(ff.info().backends['cuda'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "this torch is built without CUDA"
-    assert _cuda._load() == "this torch is built without CUDA"
+    assert cuda._load() == "this torch is built without CUDA"

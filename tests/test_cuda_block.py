@@ -13,10 +13,11 @@ from suite import DEVICE, relayout
 from torch import Tensor
 
 import fastfusion as ff
-from fastfusion import _cuda, _cuda_block
+from fastfusion import _cuda_block
+from fastfusion.backends import cuda
 
 pytestmark = pytest.mark.skipif(
-    _cuda.unavailable() is not None, reason=f"no CUDA kernels: {_cuda.unavailable()}"
+    cuda.unavailable() is not None, reason=f"no CUDA kernels: {cuda.unavailable()}"
 )
 TYPES = (torch.float16, torch.bfloat16)
 NAMES = (
@@ -36,7 +37,7 @@ def capability() -> int:
 
 
 def need(dtype: torch.dtype) -> None:
-    reasons = _cuda.refuses(0.0, None, torch.empty(1, 1, device=DEVICE, dtype=dtype))
+    reasons = cuda.refuses(0.0, None, torch.empty(1, 1, device=DEVICE, dtype=dtype))
     if reasons:
         pytest.skip(reasons[0])
 
@@ -258,11 +259,11 @@ def test_no_memory_is_left_unwritten() -> None:
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.skipif(_cuda.emulated is None, reason="runs in the emulator")
+@pytest.mark.skipif(cuda.emulated is None, reason="runs in the emulator")
 @pytest.mark.parametrize("query_dim", [72, 75])
 def test_every_order_gives_the_same_bits(query_dim: int) -> None:
     call = full(2, 33, 36, query_dim, 40, 2, 24, 40)
-    set_order = ctypes.CDLL(str(_cuda.emulated)).ff_emulate_options
+    set_order = ctypes.CDLL(str(cuda.emulated)).ff_emulate_options
     results = []
     for order in itertools.product((0, 1), repeat=3):
         set_order(*order)

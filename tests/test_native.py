@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import fastfusion as ff
-from fastfusion import _library
+from fastfusion.backends import library
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
 EMULATE = runpy.run_path(str(ROOT / "tests/native/emulate.py"), run_name="checks")
-native = _library.native
+native = library.native
 pytestmark = pytest.mark.skipif(native is None, reason="the compiled part is not built")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import fastfusion as ff
-from fastfusion._on_import import on_import
+from fastfusion.core.on_import import on_import
 from fastfusion.integrations.onnx import translations
 
 HEADS, WIDTH, LONGEST = 4, 16, 12

@@ -10,7 +10,8 @@ from suite import OpSuite, Target
 from torch import Tensor
 
 import fastfusion as ff
-from fastfusion import _philox, ops
+from fastfusion import ops
+from fastfusion.core import philox
 from fastfusion.ops import bidirectional_attention, scaled_dot_product_attention, varlen_attention
 
 MASK = 0xFFFFFFFF
@@ -51,7 +52,7 @@ def test_known_answers(counter: str, key: str, words: str) -> None:
     expected = hexadecimal(words)
     assert twin(hexadecimal(counter), hexadecimal(key)) == expected
     seed = as_seed(*hexadecimal(key))
-    result = _philox.philox(tuple(torch.tensor([c]) for c in hexadecimal(counter)), seed)
+    result = philox.philox(tuple(torch.tensor([c]) for c in hexadecimal(counter)), seed)
     assert tuple(w.item() for w in result) == expected
 
 
@@ -67,7 +68,7 @@ def test_equals_its_twin(rounds: int) -> None:
         key = (word(), word())
         counters = [tuple(word() for _ in range(4)) for _ in range(100)]
         columns = tuple(torch.tensor(column) for column in zip(*counters, strict=True))
-        results = _philox.philox(columns, as_seed(*key), rounds)
+        results = philox.philox(columns, as_seed(*key), rounds)
         for index, counter in enumerate(counters):
             assert tuple(int(r[index]) for r in results) == twin(counter, key, rounds)
 
@@ -76,7 +77,7 @@ def test_a_score_keeps_its_bit() -> None:
     """counter = (j // 4, i, batch * heads + head, stream), word j % 4, kept iff >= threshold."""
     sizes, p, seed = (3, 2, 5, 11), 0.37, as_seed(0xDEADBEEF, 0x12345678)
     for stream in (0, 1):
-        keep = _philox.keep_mask(seed, p, *sizes, stream=stream)
+        keep = philox.keep_mask(seed, p, *sizes, stream=stream)
         assert keep.shape == sizes and keep.dtype == torch.bool
         for b, h, i, j in torch.cartesian_prod(*(torch.arange(n) for n in sizes)).tolist():
             words = twin((j // 4, i, b * sizes[1] + h, stream), (0xDEADBEEF, 0x12345678))
@@ -85,17 +86,17 @@ def test_a_score_keeps_its_bit() -> None:
 
 def test_a_bit_does_not_depend_on_the_lengths() -> None:
     seed = as_seed(3, 4)
-    whole = _philox.keep_mask(seed, 0.5, 2, 3, 20, 37, stream=0)
-    assert torch.equal(_philox.keep_mask(seed, 0.5, 2, 3, 7, 10, stream=0), whole[:, :, :7, :10])
-    assert torch.equal(_philox.keep_mask(seed, 0.5, 1, 3, 20, 37, stream=0), whole[:1])
+    whole = philox.keep_mask(seed, 0.5, 2, 3, 20, 37, stream=0)
+    assert torch.equal(philox.keep_mask(seed, 0.5, 2, 3, 7, 10, stream=0), whole[:, :, :7, :10])
+    assert torch.equal(philox.keep_mask(seed, 0.5, 1, 3, 20, 37, stream=0), whole[:1])
     for empty in ((0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)):
-        assert _philox.keep_mask(seed, 0.5, *empty, stream=0).shape == empty
+        assert philox.keep_mask(seed, 0.5, *empty, stream=0).shape == empty
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-9, 0.1, 0.25, 0.5, 0.9, 1.0])
 def test_threshold(p: float) -> None:
-    assert _philox.threshold(p) == round(p * 2**32)
-    keep = _philox.keep_mask(as_seed(1, 2), p, 1, 2, 30, 41, stream=0)
+    assert philox.threshold(p) == round(p * 2**32)
+    keep = philox.keep_mask(as_seed(1, 2), p, 1, 2, 30, 41, stream=0)
     if p in (0.0, 1.0):
         assert bool((keep == (p == 0.0)).all())
 
@@ -108,7 +109,7 @@ def test_keep_rate(p: float, stream: int) -> None:
     Bernstein's inequality: each bound is overstepped by chance once in a million tests.
     """
     sizes = (4, 4, 64, 64)
-    keep = _philox.keep_mask(as_seed(11, 12), p, *sizes, stream=stream).double()
+    keep = philox.keep_mask(as_seed(11, 12), p, *sizes, stream=stream).double()
     for dims in ((0, 1, 2, 3), (0, 1, 2), (0, 1, 3), (2, 3), (1, 2, 3), (0, 2, 3)):
         share = keep.mean(dims)
         unit = math.log(2e6 * share.numel()) / (keep.numel() // share.numel())
@@ -118,11 +119,11 @@ def test_keep_rate(p: float, stream: int) -> None:
 
 def test_bits_are_independent() -> None:
     """Neighbours along every dimension agree as often as fair coins: within 5 deviations."""
-    keep = _philox.keep_mask(as_seed(5, 6), 0.5, 4, 4, 64, 64, stream=0)
+    keep = philox.keep_mask(as_seed(5, 6), 0.5, 4, 4, 64, 64, stream=0)
     others = {
-        "stream": (keep, _philox.keep_mask(as_seed(5, 6), 0.5, 4, 4, 64, 64, stream=1)),
-        "seed": (keep, _philox.keep_mask(as_seed(6, 6), 0.5, 4, 4, 64, 64, stream=0)),
-        "high half of the seed": (keep, _philox.keep_mask(
+        "stream": (keep, philox.keep_mask(as_seed(5, 6), 0.5, 4, 4, 64, 64, stream=1)),
+        "seed": (keep, philox.keep_mask(as_seed(6, 6), 0.5, 4, 4, 64, 64, stream=0)),
+        "high half of the seed": (keep, philox.keep_mask(
             as_seed(5, 7), 0.5, 4, 4, 64, 64, stream=0)),
         "transposed": (keep, keep.transpose(-1, -2)),
     }  # fmt: skip
@@ -136,12 +137,12 @@ def test_bits_are_independent() -> None:
 
 def test_seeds_come_from_torch() -> None:
     torch.manual_seed(7)
-    seeds = [_philox.draw_seed(torch.device("cpu")) for _ in range(50)]
+    seeds = [philox.draw_seed(torch.device("cpu")) for _ in range(50)]
     assert all(s.shape == (1,) and s.dtype == torch.int64 and s >= 0 for s in seeds)
     assert len({int(s) for s in seeds}) == 50
     assert max(int(s) for s in seeds) > 2**56, "the upper half of the key is in use"
     torch.manual_seed(7)
-    assert [int(_philox.draw_seed(torch.device("cpu"))) for _ in range(50)] == list(map(int, seeds))
+    assert [int(philox.draw_seed(torch.device("cpu"))) for _ in range(50)] == list(map(int, seeds))
 
 
 def identities(batch: int, heads: int, q_len: int, kv_len: int) -> dict[str, Tensor]:
@@ -161,7 +162,7 @@ def targets(op: Any) -> list[Target]:
 
 def expected_keep(p: float, *sizes: int, stream: int = 0) -> Tensor:
     torch.manual_seed(21)
-    return _philox.keep_mask(_philox.draw_seed(torch.device("cpu")), p, *sizes, stream=stream)
+    return philox.keep_mask(philox.draw_seed(torch.device("cpu")), p, *sizes, stream=stream)
 
 
 SIZES = [(2, 3, 20, 36), (1, 1, 1, 1), (3, 2, 49, 133), (1, 5, 7, 250)]

@@ -25,7 +25,8 @@ BACKENDS = [
     pytest.param(
         "cpu",
         marks=pytest.mark.skipif(
-            ff._library.native is None, reason="without the compiled part these ops do not exist"
+            ff.backends.library.native is None,
+            reason="without the compiled part these ops do not exist",
         ),
     ),
     "triton",

@@ -24,7 +24,8 @@ need("benchmarks", "tests/rehearsal")
 pytest.importorskip("triton")
 pytest.importorskip("xdist")
 pytestmark = pytest.mark.skipif(
-    DEVICE != "cpu" or ff._cuda.emulated is None, reason="rehearses on a CPU, in the emulator"
+    DEVICE != "cpu" or ff.backends.cuda.emulated is None,
+    reason="rehearses on a CPU, in the emulator",
 )
 PATIENCE = 300.0  # seconds, many times what a busy machine takes
 
@@ -36,7 +37,7 @@ def start(folder: Path, tools: Path, *arguments: str) -> subprocess.Popen[str]:
     environment |= {
         "PYTHONPATH": str(ROOT / "tests/rehearsal"),
         "REHEARSAL_TOOLS": str(tools),
-        "REHEARSAL_EMULATED": str(ff._cuda.emulated),
+        "REHEARSAL_EMULATED": str(ff.backends.cuda.emulated),
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": "1",
     }

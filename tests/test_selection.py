@@ -17,15 +17,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastfusion as ff
-from fastfusion import _library, _op, ops
-from fastfusion._op import BACKENDS, Implementation, Op
+from fastfusion import ops
+from fastfusion.backends import library
+from fastfusion.core.op import BACKENDS, Implementation, Op, forced_backend
 
 PACKAGE = Path(ff.__file__).parent
 SHAPES = {"batch": 1, "heads": 2, "q_len": 4, "kv_len": 5, "head_dim": 8}
 FUNCTIONS = {op.name: function for function, op in ops.FUNCTIONS.items()}
 
 needs_native = pytest.mark.skipif(
-    _library.native is None, reason="this package was built without its compiled part"
+    library.native is None, reason="this package was built without its compiled part"
 )
 
 
@@ -171,7 +172,7 @@ def test_reasons_of_the_cpu_kernels() -> None:
     spec = ops.ALL[0]
     said = " ".join(reasons(spec, "cpu", call_of(spec, torch.float64, "meta")))
     assert "meta" in said and "float64" in said
-    missing = _library.cpu_unavailable
+    missing = library.cpu_unavailable
     expected = () if missing is None else (missing,)
     assert reasons(spec, "cpu", call_of(spec)) == expected
 
@@ -196,7 +197,7 @@ def test_explanation_reads_as_a_table() -> None:
 @needs_native
 @pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
 def test_explanation_says_how_the_cpu_runs_a_call(op: Op) -> None:
-    native: Any = _library.native
+    native: Any = library.native
     call = call_of(op, torch.bfloat16)
     for isa in native.isas(runnable=True):
         native.select_isa(isa)
@@ -231,36 +232,36 @@ def test_explain_takes_the_arguments_of_the_call() -> None:
 
 
 def test_blocks_nest_and_restore() -> None:
-    assert _op.forced_backend() is None
+    assert forced_backend() is None
     with ff.use_backend("reference"):
         with ff.use_backend("cuda"):
-            assert _op.forced_backend() == "cuda"
+            assert forced_backend() == "cuda"
             with ff.use_backend(None):
-                assert _op.forced_backend() is None
-            assert _op.forced_backend() == "cuda"
-        assert _op.forced_backend() == "reference"
-    assert _op.forced_backend() is None
+                assert forced_backend() is None
+            assert forced_backend() == "cuda"
+        assert forced_backend() == "reference"
+    assert forced_backend() is None
 
 
 def test_blocks_restore_after_an_error() -> None:
     with ff.use_backend("reference"):
         with pytest.raises(KeyError), ff.use_backend("cuda"):
             raise KeyError
-        assert _op.forced_backend() == "reference"
+        assert forced_backend() == "reference"
         with pytest.raises(ff.BackendUnavailableError), ff.use_backend("cuda"):
             ff.varlen_attention(**call_of(ops.varlen_attention.OP))
         with pytest.raises(ValueError, match="backend must be one of"), ff.use_backend("gpu"):
             pass
-        assert _op.forced_backend() == "reference"
-    assert _op.forced_backend() is None
+        assert forced_backend() == "reference"
+    assert forced_backend() is None
 
 
 def test_a_block_is_also_a_decorator() -> None:
     @ff.use_backend("reference")
     def inside() -> str | None:
-        return _op.forced_backend()
+        return forced_backend()
 
-    assert [inside(), _op.forced_backend(), inside()] == ["reference", None, "reference"]
+    assert [inside(), forced_backend(), inside()] == ["reference", None, "reference"]
 
 
 @needs_native
@@ -324,7 +325,7 @@ def test_a_block_inside_compiled_code() -> None:
     query = torch.randn(1, 2, 4, 8)
     expected = ff.scaled_dot_product_attention(query, query, query, backend="reference")
     torch.testing.assert_close(run(query), expected)
-    assert graphs == [False] and _op.forced_backend() is None
+    assert graphs == [False] and forced_backend() is None
 
 
 def test_info() -> None:
@@ -335,7 +336,7 @@ def test_info() -> None:
     assert info.facts["python"] == ".".join(map(str, sys.version_info[:3]))
     assert list(info.backends) == list(BACKENDS)
     assert info.backends["reference"] is None
-    assert info.backends["cpu"] == _library.cpu_unavailable
+    assert info.backends["cpu"] == library.cpu_unavailable
     lines = str(info).splitlines()
     assert repr(info) == str(info) and len(lines) == len(info.facts) + 1 + len(info.backends)
     for name, value in info.facts.items():
@@ -353,7 +354,7 @@ def test_info_names_the_choice() -> None:
 
 @needs_native
 def test_info_on_the_compiled_part() -> None:
-    native = _library.native
+    native = library.native
     assert native is not None
     assert set(native.isas(runnable=True)) <= set(native.isas())
     for isa in native.isas(runnable=True):
@@ -437,7 +438,7 @@ def test_environment_names_no_backend() -> None:
 
 @needs_native
 def test_environment_names_the_instruction_set() -> None:
-    native = _library.native
+    native = library.native
     assert native is not None
     runnable = native.isas(runnable=True)
     # The last is what the automatic choice takes last.
@@ -503,12 +504,12 @@ def test_without_the_compiled_part(
 @pytest.mark.parametrize("broken", ["_torch_ops*.so", "_native*.so", "libfastfusion_cpu.so"])
 def test_with_a_broken_compiled_part(broken: str, copied: Path) -> None:
     """One warning, and everything runs on the reference; info says why."""
-    for library in PACKAGE.glob("*.so"):
-        target = copied / "fastfusion" / library.name
-        if library.match(broken):
+    for built in PACKAGE.glob("*.so"):
+        target = copied / "fastfusion" / built.name
+        if built.match(broken):
             target.write_bytes(b"not a shared library")
         else:
-            shutil.copy(library, target)
+            shutil.copy(built, target)
     facts = answer(CHOICES, copied)
     assert facts["file"].startswith(str(copied))
     assert facts["asked"] == facts["automatic"] == "reference" and facts["error"] is None

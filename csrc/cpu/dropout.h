@@ -1,5 +1,5 @@
 // The random bits of dropout: a function of seed, head and position, the same on every backend
-// (fastfusion/_philox.py has the definition).
+// (fastfusion/core/philox.py has the definition).
 #pragma once
 
 #include "softmax.h"

@@ -6,7 +6,7 @@
 from importlib import import_module
 from typing import Any
 
-from fastfusion._on_import import on_import
+from fastfusion.core.on_import import on_import
 
 
 def _onnx() -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fastfusion.nn as ffnn
-from fastfusion._arguments import check_padding_mask, check_tensors, shapes
+from fastfusion.core.arguments import check_padding_mask, check_tensors, shapes
 from fastfusion.nn._checks import check_activation, check_sequences
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfusion._arguments import is_exporting
+from fastfusion.core.arguments import is_exporting
 
 _open_blocks: set[int] = set()
 

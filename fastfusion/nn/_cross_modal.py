@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfusion import _arguments as arguments
+from fastfusion.core import arguments
 from fastfusion.nn import _fused, _nested
 from fastfusion.nn._attention_maps import RecordsAttention
 from fastfusion.nn._checks import (

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._device import DeviceContext
 
-from fastfusion import _arguments as arguments
-from fastfusion import _cuda_block, _triton
+from fastfusion import _cuda_block
 from fastfusion._info import Watching
-from fastfusion._op import forced_backend
+from fastfusion.backends import triton
+from fastfusion.core import arguments
+from fastfusion.core.op import forced_backend
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
@@ -136,11 +137,11 @@ def kernels_run_on(tensor: Tensor) -> bool:
         return False
     # First what costs nothing: calls on a CPU end here.
     forced = forced_backend()
-    if forced != "triton" and (forced is not None or _triton.INTERPRETED or not tensor.is_cuda):
+    if forced != "triton" and (forced is not None or triton.INTERPRETED or not tensor.is_cuda):
         return False
     # `refuses` reads devices, dtypes and the last dimensions, which here are those of heads.
     one_wide = tensor[..., :1]
-    return not _triton.refuses(one_wide, one_wide, one_wide)
+    return not triton.refuses(one_wide, one_wide, one_wide)
 
 
 def _wants_gradient(mask: Tensor | None) -> bool:

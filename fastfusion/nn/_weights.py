@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfusion import _arguments as arguments
+from fastfusion.core import arguments
 
 _HALVES = (torch.float16, torch.bfloat16)
 

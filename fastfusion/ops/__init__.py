@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from fastfusion import _flops
-from fastfusion._op import Op
+from fastfusion.core import flops
+from fastfusion.core.op import Op
 from fastfusion.ops import bidirectional_attention as _bidirectional
 from fastfusion.ops import scaled_dot_product_attention as _attention
 from fastfusion.ops import varlen_attention as _varlen
@@ -18,4 +18,4 @@ FUNCTIONS: dict[Callable[..., Any], Op] = {
     _varlen.varlen_attention: _varlen.OP,
 }
 
-_flops.register()
+flops.register()

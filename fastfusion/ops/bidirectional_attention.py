@@ -25,11 +25,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastfusion import _arguments as arguments
-from fastfusion import _cuda, _philox, _registration, _triton
-from fastfusion._kernel_op import Interface
-from fastfusion._op import Implementation, Op, never_refuses
-from fastfusion._reference import (
+from fastfusion.backends import cpu, cuda, triton
+from fastfusion.core import arguments, philox
+from fastfusion.core.op import Implementation, Op, never_refuses
+from fastfusion.core.reference import (
     accumulation_dtype,
     diagonal_of,
     dropout_factor,
@@ -39,6 +38,7 @@ from fastfusion._reference import (
     rows_outside,
     safe_softmax,
 )
+from fastfusion.core.torch_op import Interface
 
 
 def bidirectional_attention(
@@ -97,7 +97,7 @@ def bidirectional_attention(
                 is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
                 dropout_p=dropout_p, return_lse=return_lse, backend=backend,
             )  # fmt: skip
-    result = _registration.run_checked(
+    result = cpu.run_checked(
         _CPU, OP, backend, attn_mask, scale, dropout_p, causal_alignment, (is_causal, return_lse),
         (
             query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask, None,
@@ -246,7 +246,7 @@ def normalize(
         None if mask is None else mask.expand(batch, length)
         for mask, length in ((query_padding_mask, query.shape[2]), (key_padding_mask, key.shape[2]))
     )
-    seed = _philox.draw_seed(query.device) if dropout_p > 0.0 else None
+    seed = philox.draw_seed(query.device) if dropout_p > 0.0 else None
     return (
         query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask, seed,
         dropout_p, is_causal, causal_alignment == "bottom_right", scale, return_lse,
@@ -278,8 +278,8 @@ def _run_reference(
     if query_padding_mask is not None:
         columns = scores.masked_fill(query_padding_mask[:, None, :, None], -torch.inf)
     to_keys, to_queries = safe_softmax(rows, -1), safe_softmax(columns, -2)
-    row_factor = dropout_factor(to_keys, seed, dropout_p, _philox.ROW_STREAM)
-    column_factor = dropout_factor(to_queries, seed, dropout_p, _philox.COLUMN_STREAM)
+    row_factor = dropout_factor(to_keys, seed, dropout_p, philox.ROW_STREAM)
+    column_factor = dropout_factor(to_queries, seed, dropout_p, philox.COLUMN_STREAM)
     if row_factor is not None and column_factor is not None:
         to_keys, to_queries = to_keys * row_factor, to_queries * column_factor
     value = hide(value, key_padding_mask).to(acc)
@@ -331,14 +331,14 @@ _INTERFACE = Interface(
     fake_backward=_fake_backward,
     reference=_full_reference,
 )  # fmt: skip
-_TRITON = _triton.kernel_op(
+_TRITON = triton.kernel_op(
     "bidirectional", _INTERFACE,
     forward="bidirectional:bidirectional_forward",
     backward="bidirectional_backward:bidirectional_backward",
 )  # fmt: skip
 
 
-_CPU: Any = _registration.kernel_op("bidirectional", _INTERFACE)
+_CPU: Any = cpu.kernel_op("bidirectional", _INTERFACE)
 
 
 def _run_cpu(*given: Any) -> tuple[Tensor, ...]:
@@ -347,7 +347,7 @@ def _run_cpu(*given: Any) -> tuple[Tensor, ...]:
 
 
 def _cpu_path(query: Tensor, *others: Any) -> str:
-    return f"scores once for both directions, {_registration.path(query, 48)}"
+    return f"scores once for both directions, {cpu.path(query, 48)}"
 
 
 def _run_triton(*given: Any) -> tuple[Tensor, ...]:
@@ -358,8 +358,8 @@ def _run_triton(*given: Any) -> tuple[Tensor, ...]:
 def _triton_refuses(
     query: Tensor, key: Tensor, value: Tensor, query_value: Tensor, *others: Any
 ) -> Sequence[str]:
-    reasons = _triton.refuses(query, key, value)
-    return reasons or _triton.refuses(query, key, query_value)
+    reasons = triton.refuses(query, key, value)
+    return reasons or triton.refuses(query, key, query_value)
 
 
 def _cuda_given(*given: Any) -> tuple[Any, ...]:
@@ -375,7 +375,7 @@ def _cuda_reference(*given: Any) -> tuple[Tensor, ...]:
     return _full_reference(*given[:7], None, 0.0, *given[7:])
 
 
-_CUDA = _cuda.ForwardOp("bidirectional", _cuda_fake, _cuda_reference, outputs=2)
+_CUDA = cuda.ForwardOp("bidirectional", _cuda_fake, _cuda_reference, outputs=2)
 
 
 def _run_cuda(*given: Any) -> tuple[Tensor, ...]:
@@ -383,7 +383,7 @@ def _run_cuda(*given: Any) -> tuple[Tensor, ...]:
 
 
 def _cuda_refuses(*given: Any) -> Sequence[str]:
-    return _cuda.refuses(given[8], given[4], *given[:4])
+    return cuda.refuses(given[8], given[4], *given[:4])
 
 
 def _cuda_path(*given: Any) -> str:
@@ -461,11 +461,11 @@ OP = Op(
     inputs=inputs,
     cost=cost,
     implementations=(
-        Implementation("cpu", _run_cpu, _registration.refuses, path=_cpu_path),
-        Implementation("triton", _run_triton, _triton_refuses, on_request=_triton.interprets),
+        Implementation("cpu", _run_cpu, cpu.refuses, path=_cpu_path),
+        Implementation("triton", _run_triton, _triton_refuses, on_request=triton.interprets),
         # Behind Triton until both have been timed on hardware: for where Triton cannot go.
         Implementation(
-            "cuda", _run_cuda, _cuda_refuses, False, on_request=_cuda.emulates, path=_cuda_path
+            "cuda", _run_cuda, _cuda_refuses, False, on_request=cuda.emulates, path=_cuda_path
         ),
         Implementation("reference", _run_reference, never_refuses, checks=False),
     ),

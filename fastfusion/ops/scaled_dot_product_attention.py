@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastfusion import _arguments as arguments
-from fastfusion import _cuda, _philox, _registration, _triton
-from fastfusion._kernel_op import PLAIN, Interface
-from fastfusion._op import Implementation, Op, never_refuses
-from fastfusion._reference import attention_reference
+from fastfusion.backends import cpu, cuda, triton
+from fastfusion.core import arguments, philox
+from fastfusion.core.op import Implementation, Op, never_refuses
+from fastfusion.core.reference import attention_reference
+from fastfusion.core.torch_op import PLAIN, Interface
 
 _is_compiling = torch.compiler.is_compiling
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -284,7 +284,7 @@ def normalize(
             attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, rank - 4)
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.flatten(0, rank - 4)
-    seed = _philox.draw_seed(query.device) if dropout_p > 0.0 else None
+    seed = philox.draw_seed(query.device) if dropout_p > 0.0 else None
     return (
         query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal,
         causal_alignment == "bottom_right", scale, enable_gqa or kv_heads != heads, return_lse,
@@ -332,11 +332,11 @@ _INTERFACE = Interface(
     outputs=2,
     gradients=4,
     masked=True,
-    fake=_registration.fake_attention,
-    fake_backward=_registration.fake_attention_backward,
+    fake=cpu.fake_attention,
+    fake_backward=cpu.fake_attention_backward,
     reference=_full_reference,
 )  # fmt: skip
-_TRITON = _triton.kernel_op(
+_TRITON = triton.kernel_op(
     "attention", _INTERFACE,
     forward="attention:attention_forward",
     backward="attention_backward:attention_backward",
@@ -350,14 +350,14 @@ def _cuda_given(*given: Any) -> tuple[Any, ...]:
 
 
 def _cuda_fake(*given: Any) -> tuple[Tensor, Tensor]:
-    return _registration.fake_attention(*given[:5], None)
+    return cpu.fake_attention(*given[:5], None)
 
 
 def _cuda_reference(*given: Any) -> tuple[Tensor, Tensor]:
     return _full_reference(*given[:5], None, 0.0, *given[5:8])
 
 
-_CUDA = _cuda.ForwardOp("attention", _cuda_fake, _cuda_reference, outputs=1)
+_CUDA = cuda.ForwardOp("attention", _cuda_fake, _cuda_reference, outputs=1)
 
 
 def _run_cuda(*given: Any) -> Any:
@@ -367,7 +367,7 @@ def _run_cuda(*given: Any) -> Any:
 def _cuda_refuses(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *others: Any
 ) -> Sequence[str]:
-    return _cuda.refuses(others[2], attn_mask, query, key, value)
+    return cuda.refuses(others[2], attn_mask, query, key, value)
 
 
 def _cuda_waits(
@@ -380,14 +380,14 @@ def _cuda_waits(
     take 5.2 and 6.6 us for 197 tokens, 15.5 and 16.2 for 4,096 over 77, but 36 and 77 for 2,048
     over 2,048 (benchmarks/results/nvidia-h200/attention.json). Compiled code ignores lengths.
     """
-    if _cuda.emulates(query):
+    if cuda.emulates(query):
         return True
     if not _is_compiling() and query.itemsize == 2:
         q_len, kv_len = query.shape[2], key.shape[2]
         longest = 128 if q_len > 1024 else 256 if q_len > 64 else 512 if q_len > 16 else 2048
         if kv_len <= longest and (query.shape[3] | value.shape[3]) % 8 == 0:
             return False
-    return not _triton.refuses(query, key, value)
+    return not triton.refuses(query, key, value)
 
 
 def _cuda_path(*given: Any) -> str:
@@ -396,7 +396,7 @@ def _cuda_path(*given: Any) -> str:
 
 def _cpu_path(query: Tensor, key: Tensor, *others: Any) -> str:
     dropout_p, is_causal = others[4:6]
-    return _registration.path(query, query.shape[2], key.shape[2], is_causal, dropout_p > 0.0)
+    return cpu.path(query, query.shape[2], key.shape[2], is_causal, dropout_p > 0.0)
 
 
 def _run_triton(
@@ -544,11 +544,11 @@ OP = Op(
     inputs=inputs,
     cost=cost,
     implementations=(
-        Implementation("cpu", _registration.attention, _registration.refuses, path=_cpu_path),
+        Implementation("cpu", cpu.attention, cpu.refuses, path=_cpu_path),
         Implementation(
             "cuda", _run_cuda, _cuda_refuses, False, on_request=_cuda_waits, path=_cuda_path
         ),
-        Implementation("triton", _run_triton, _triton.refuses, on_request=_triton.interprets),
+        Implementation("triton", _run_triton, triton.refuses, on_request=triton.interprets),
         Implementation("reference", _run_reference, never_refuses, checks=False),
     ),
 )

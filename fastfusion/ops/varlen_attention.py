@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastfusion import _arguments as arguments
-from fastfusion import _philox, _registration, _triton
-from fastfusion._kernel_op import PLAIN, Interface
-from fastfusion._op import Implementation, Op, never_refuses
-from fastfusion._reference import attention_below
+from fastfusion.backends import cpu, triton
+from fastfusion.core import arguments, philox
+from fastfusion.core.op import Implementation, Op, never_refuses
+from fastfusion.core.reference import attention_below
+from fastfusion.core.torch_op import PLAIN, Interface
 
 
 def varlen_attention(
@@ -83,7 +83,7 @@ def varlen_attention(
             scale=scale, dropout_p=dropout_p, return_lse=return_lse, backend=backend,
         )  # fmt: skip
     plain = type(max_seqlen_q) is int and type(max_seqlen_k) is int  # a tensor would pass for one
-    result = _registration.run_checked(
+    result = cpu.run_checked(
         _CPU if plain else None, OP, backend, attn_mask, scale, dropout_p, causal_alignment,
         (is_causal, return_lse),
         (
@@ -248,7 +248,7 @@ def normalize(
     max_seqlen_k = _longest(cu_seqlens_k, max_seqlen_k, key, attn_mask, -1)
     scale = arguments.number("scale", scale)
     query, key = arguments.with_a_head_dim(query, key)
-    seed = _philox.draw_seed(query.device) if dropout_p > 0.0 else None
+    seed = philox.draw_seed(query.device) if dropout_p > 0.0 else None
     return (
         query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seed,
         dropout_p, is_causal, causal_alignment == "bottom_right", scale, return_lse,
@@ -352,14 +352,14 @@ _INTERFACE = Interface(
     fake_backward=_fake_backward,
     reference=_full_reference,
 )  # fmt: skip
-_TRITON = _triton.kernel_op(
+_TRITON = triton.kernel_op(
     "varlen", _INTERFACE,
     forward="varlen:varlen_forward",
     backward="varlen:varlen_backward",
 )  # fmt: skip
 
 
-_CPU: Any = _registration.kernel_op("varlen", _INTERFACE)
+_CPU: Any = cpu.kernel_op("varlen", _INTERFACE)
 
 
 def _run_cpu(*given: Any) -> Any:
@@ -368,7 +368,7 @@ def _run_cpu(*given: Any) -> Any:
 
 
 def _cpu_path(*given: Any) -> str:
-    return _registration.path(given[0], given[6])
+    return cpu.path(given[0], given[6])
 
 
 def _run_triton(*given: Any) -> Any:
@@ -446,8 +446,8 @@ OP = Op(
     inputs=inputs,
     cost=cost,
     implementations=(
-        Implementation("cpu", _run_cpu, _registration.refuses, path=_cpu_path),
-        Implementation("triton", _run_triton, _triton.refuses, on_request=_triton.interprets),
+        Implementation("cpu", _run_cpu, cpu.refuses, path=_cpu_path),
+        Implementation("triton", _run_triton, triton.refuses, on_request=triton.interprets),
         Implementation("reference", _run_reference, never_refuses, checks=False),
     ),
 )

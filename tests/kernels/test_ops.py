@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import fastfusion as ff
-from fastfusion import _triton
+from fastfusion.backends import triton
 from fastfusion.ops import bidirectional_attention, varlen_attention
 
 
@@ -247,16 +247,16 @@ def test_refuses_what_the_kernels_cannot_do() -> None:
 
 def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cpu = {k: t.cpu() for k, t in both().items()}
-    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
     assert "TRITON_INTERPRET=1" in reasons(on_cpu)
     with pytest.raises(ff.BackendUnavailableError, match="the inputs are on the CPU"):
         ff.bidirectional_attention(**on_cpu, backend="triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ff.info().backends["triton"] == "torch sees no NVIDIA GPU"
-    monkeypatch.setattr(_triton, "INTERPRETED", True)
-    monkeypatch.setattr(_triton, "_MISSING", "Triton is not installed (pip install triton)")
+    monkeypatch.setattr(triton, "INTERPRETED", True)
+    monkeypatch.setattr(triton, "_MISSING", "Triton is not installed (pip install triton)")
     assert "not installed" in reasons(on_cpu)
-    assert ff.info().backends["triton"] == _triton._MISSING
+    assert ff.info().backends["triton"] == triton._MISSING
 
 
 def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +264,6 @@ def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         is_cpu=False, is_cuda=True, get_device=lambda: 0, dtype=torch.float16, shape=(1, 1, 4, 8)
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert "older than Ampere" in " ".join(_triton.refuses(turing, turing, turing))
+    assert "older than Ampere" in " ".join(triton.refuses(turing, turing, turing))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 7))
-    assert not _triton.refuses(turing, turing, turing)
+    assert not triton.refuses(turing, turing, turing)

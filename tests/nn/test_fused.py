@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastfusion as ff
-from fastfusion import _triton
-from fastfusion._op import forced_backend
+from fastfusion.backends import triton
+from fastfusion.core.op import forced_backend
 from fastfusion.kernels import linear, norm
 from fastfusion.nn import _fused
 
@@ -367,7 +367,7 @@ def test_where_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = values(1, 2, 3)
     assert _fused.kernels_run_on(tensor) == (DEVICE == "cuda")
     with ff.use_backend("triton"):
-        assert _fused.kernels_run_on(tensor) == (DEVICE == "cuda" or _triton.INTERPRETED)
+        assert _fused.kernels_run_on(tensor) == (DEVICE == "cuda" or triton.INTERPRETED)
         assert not _fused.kernels_run_on(tensor.double())
     with ff.use_backend("reference"):
         assert not _fused.kernels_run_on(tensor)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import fastfusion as ff
-from fastfusion import _triton
+from fastfusion.backends import triton
 from fastfusion.ops import bidirectional_attention as spec
 
 TENSORS = ("query", "key", "value", "query_value")
@@ -20,7 +20,7 @@ TENSORS = ("query", "key", "value", "query_value")
 def _short_calls_share_their_scores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As long ones do in Triton's kernels, where the shorter side fits on chip; see
     test_each_way_of_triton for the other way."""
-    if _triton.unavailable() is not None:
+    if triton.unavailable() is not None:
         yield
         return
     from fastfusion.kernels import _plan, bidirectional
@@ -61,10 +61,10 @@ def plain_bidirectional(
         columns = columns.masked_fill(query_padding_mask[:, None, :, None], -torch.inf)
     row_keep = column_keep = torch.ones((), dtype=query.dtype)
     if dropout_p > 0.0:
-        seed = ff._philox.draw_seed(query.device)
+        seed = ff.core.philox.draw_seed(query.device)
         factor = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
         row_keep, column_keep = (
-            ff._philox.keep_mask(seed, dropout_p, *scores.shape, stream=stream).to(query.dtype)
+            ff.core.philox.keep_mask(seed, dropout_p, *scores.shape, stream=stream).to(query.dtype)
             * factor
             for stream in (0, 1)
         )
@@ -385,7 +385,7 @@ def test_compile(backend: str, dropout_p: float) -> None:
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.skipif(_triton.unavailable() is not None, reason="no GPU, and no interpreter")
+@pytest.mark.skipif(triton.unavailable() is not None, reason="no GPU, and no interpreter")
 @pytest.mark.parametrize("lengths", [(20, 36), (70, 9), (1, 3)], ids=str)
 @pytest.mark.parametrize("options", [{}, CAUSAL, {"dropout_p": 0.3}], ids=str)
 def test_each_way_of_triton(

@@ -240,7 +240,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run(8192)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    if ff._library.native is None:
+    if ff.backends.library.native is None:
         pytest.skip("the compiled part is not built: the promise is the native backends'")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 64 * 1024

@@ -44,9 +44,9 @@ def plain_varlen(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     pairs = sequences({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
     if dropout_p > 0.0:
-        seed = ff._philox.draw_seed(query.device)
+        seed = ff.core.philox.draw_seed(query.device)
         sizes = (len(pairs), heads, max_seqlen_q, max_seqlen_k)
-        keep = ff._philox.keep_mask(seed, dropout_p, *sizes, stream=0)
+        keep = ff.core.philox.keep_mask(seed, dropout_p, *sizes, stream=0)
     # Empty slices of the inputs, so that a pack of nothing has gradients too.
     outs = [query[:0, :, :1].expand(-1, -1, value.shape[-1])]
     statistics = [query[:0, :, 0].to(torch.promote_types(query.dtype, torch.float32))]

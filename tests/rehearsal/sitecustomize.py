@@ -111,7 +111,7 @@ def fake_device(torch: ModuleType) -> None:
 
 def emulate(fastfusion: ModuleType) -> None:
     """The CUDA kernels in their emulator."""
-    fastfusion._cuda.emulate(Path(os.environ["REHEARSAL_EMULATED"]))
+    fastfusion.backends.cuda.emulate(Path(os.environ["REHEARSAL_EMULATED"]))
 
 
 def record(cuda_graph: ModuleType) -> None:

@@ -12,8 +12,8 @@ from types import ModuleType
 
 import torch
 
-_OPS = Path(__file__).with_name("_torch_ops.so")
-_RECORD = Path(__file__).with_name("_build.json")
+_OPS = Path(__file__).parents[1].joinpath("_torch_ops.so")
+_RECORD = Path(__file__).parents[1].joinpath("_build.json")
 _PARTS = {"cpu": "compiled part", "cuda": "CUDA part"}
 
 native: ModuleType | None = None

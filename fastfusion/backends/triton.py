@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfusion._kernel_op import LIBRARY, Interface, KernelOp
+from fastfusion.core.torch_op import LIBRARY, Interface, KernelOp
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 MAX_DIM = 256

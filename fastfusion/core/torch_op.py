@@ -14,7 +14,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
 
-from fastfusion._arguments import is_exporting
+from fastfusion.core.arguments import is_exporting
 
 LIBRARY = torch.library.Library("fastfusion", "FRAGMENT")
 _is_compiling = torch.compiler.is_compiling

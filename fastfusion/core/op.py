@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastfusion._arguments import autocast_dtype
+from fastfusion.core.arguments import autocast_dtype
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 

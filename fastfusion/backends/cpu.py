@@ -22,11 +22,11 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
 
-from fastfusion import _library
-from fastfusion._arguments import ALIGNMENTS, check_one_device, is_exporting
-from fastfusion._kernel_op import PLAIN, Interface, KernelOp
-from fastfusion._op import Op
-from fastfusion._reference import attention_backward_reference, attention_reference
+from fastfusion.backends import library
+from fastfusion.core.arguments import ALIGNMENTS, check_one_device, is_exporting
+from fastfusion.core.op import Op
+from fastfusion.core.reference import attention_backward_reference, attention_reference
+from fastfusion.core.torch_op import PLAIN, Interface, KernelOp
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -90,13 +90,13 @@ _ON_GPU = ("the inputs are on a GPU",)
 
 def refuses(query: Tensor, *others: Any) -> Sequence[str]:
     """Why the compiled op cannot run a call with this query, one sentence per reason."""
-    if query.is_cpu and query.dtype in DTYPES and _library.cpu_unavailable is None:
+    if query.is_cpu and query.dtype in DTYPES and library.cpu_unavailable is None:
         return ()
     if query.is_cuda:
         return _ON_GPU  # asked before each call there
     reasons = []
-    if _library.cpu_unavailable is not None:
-        reasons.append(_library.cpu_unavailable)
+    if library.cpu_unavailable is not None:
+        reasons.append(library.cpu_unavailable)
     if query.device.type == "meta":
         reasons.append("meta tensors have no data")
     elif query.device.type != "cpu":
@@ -111,14 +111,14 @@ def path(query: Tensor, q_len: int, *others: Any) -> str:
 
     Others: length of the key, whether it is causal, and whether it has dropout.
     """
-    native: Any = _library.native
+    native: Any = library.native
     dtype = str(query.dtype).removeprefix("torch.")
     return f"{native.isa()}, {native.attention_path(dtype, q_len, *others)}"
 
 
 def kernel_op(name: str, interface: Interface) -> KernelOp | None:
     """The compiled ops `<name>...`; None without them. `<name>_out` leaves log-sum-exps out."""
-    if _library.cpu_unavailable is not None:
+    if library.cpu_unavailable is not None:
         return None
     ops = torch.ops.fastfusion
     forward, out = getattr(ops, f"{name}_forward").default, getattr(ops, f"{name}_out").default
@@ -449,5 +449,5 @@ def _register() -> None:
 
 
 _IMPLEMENTATIONS = torch.library.Library("fastfusion", "IMPL")
-if _library.cpu_unavailable is None:
+if library.cpu_unavailable is None:
     _register()

@@ -14,12 +14,12 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastfusion import _library
-from fastfusion._arguments import is_exporting
+from fastfusion.backends import library
+from fastfusion.core.arguments import is_exporting
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 MAX_DIM = 256
-_OPS = Path(__file__).with_name("_torch_cuda_ops.so")
+_OPS = Path(__file__).parents[1].joinpath("_torch_cuda_ops.so")
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
@@ -34,7 +34,7 @@ def _load() -> str | None:
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     if not _OPS.exists():
-        return _library.absent("cuda")
+        return library.absent("cuda")
     try:
         torch.ops.load_library(_OPS)
     except (OSError, RuntimeError) as error:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastfusion import _philox
-from fastfusion._arguments import softmax_scale
+from fastfusion.core import philox
+from fastfusion.core.arguments import softmax_scale
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -87,7 +87,7 @@ def dropout_factor(
     if seed is None:
         return None
     batch, heads, q_len, kv_len = probabilities.shape
-    keep = _philox.keep_mask(seed, dropout_p, batch, heads, q_len, kv_len, stream)
+    keep = philox.keep_mask(seed, dropout_p, batch, heads, q_len, kv_len, stream)
     return keep.to(probabilities.dtype) * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
 
 
@@ -143,7 +143,7 @@ def attention_below(
     value = _grouped(hide(value, key_padding_mask), heads)
     scores = masked_scores(query, key, attn_mask, key_padding_mask, diagonal, scale)
     probabilities = safe_softmax(scores, -1)
-    factor = dropout_factor(probabilities, seed, dropout_p, _philox.ROW_STREAM)
+    factor = dropout_factor(probabilities, seed, dropout_p, philox.ROW_STREAM)
     if factor is not None:
         probabilities = probabilities * factor
     out = rows_outside((probabilities @ value.to(acc)).to(query.dtype))
@@ -176,7 +176,7 @@ def attention_backward_reference(
     diagonal = diagonal_of(is_causal, bottom_right, query.shape[2], key.shape[2])
     scores = masked_scores(query, key, attn_mask, key_padding_mask, diagonal, scale)
     probabilities = safe_softmax(scores, -1)
-    factor = dropout_factor(probabilities, seed, dropout_p, _philox.ROW_STREAM)
+    factor = dropout_factor(probabilities, seed, dropout_p, philox.ROW_STREAM)
     gradient = grad_out.to(acc)
     grad_p = gradient @ value.to(acc).transpose(-1, -2)
     dropped = probabilities

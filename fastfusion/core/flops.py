@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastfusion._on_import import on_import
+from fastfusion.core.on_import import on_import
 
 Shape = Sequence[int]
 

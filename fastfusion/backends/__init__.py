@@ -1,0 +1,1 @@
+"""Where the kernels of each device are loaded, asked whether they can run a call, and launched."""
