@@ -572,7 +572,11 @@ if __name__ == "__main__":
     setup(
         packages=[
             *find_packages(include=["fastfusion", "fastfusion.*"]),
-            *(f"fastfusion.{name}" for name in MAPPED),
+            *(
+                f"fastfusion.{name}"
+                for top in MAPPED
+                for name in (top, *(f"{top}.{room}" for room in find_packages(top)))
+            ),
         ],
         package_dir={f"fastfusion.{name}": name for name in MAPPED},
         package_data={

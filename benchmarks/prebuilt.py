@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("libfastfusion_cuda.so", "_torch_cuda_ops.so")
 # What decides about the libraries, and what about the kernels in Triton's cache.
 CUDA_SOURCES = ("setup.py", "csrc/*.h", "csrc/torch_cuda*.cpp", "csrc/cuda/*")
-TRITON_SOURCES = ("kernels/*.py",)
+TRITON_SOURCES = ("kernels/**/*.py",)
 FACTS = "prebuilt.json"
 SECONDS = 20.0  # that the driver's own tool may take
 

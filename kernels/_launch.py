@@ -14,7 +14,13 @@ from torch import Tensor
 
 from fastfusion.kernels import _plan, _tiles
 from fastfusion.kernels._plan import INTERPRETED, empty
-from fastfusion.kernels._tile import BOOL_MASK, EXTREME, EXTREME_BOOL, EXTREME_FLOAT, FLOAT_MASK
+from fastfusion.kernels.device.masks import (
+    BOOL_MASK,
+    EXTREME,
+    EXTREME_BOOL,
+    EXTREME_FLOAT,
+    FLOAT_MASK,
+)
 
 _CONFIGS = Path(__file__).with_name("configs")
 # Values of MASK by the mask's being there and of bools, and by whether the scale is extreme.

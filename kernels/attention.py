@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels import attention_tma
-from fastfusion.kernels._attend import attend, store_results
 from fastfusion.kernels._launch import (
     aligned,
     cdiv,
@@ -25,15 +24,10 @@ from fastfusion.kernels._launch import (
     width,
 )
 from fastfusion.kernels._plan import empty, launch, planned
-from fastfusion.kernels._tile import (
-    inverse,
-    log_sum,
-    rescale,
-    shift_of,
-    slice_base,
-    store_rows,
-    visible_range,
-)
+from fastfusion.kernels.device.attend import attend, store_results
+from fastfusion.kernels.device.masks import visible_range
+from fastfusion.kernels.device.rows import slice_base, store_rows
+from fastfusion.kernels.device.softmax import inverse, log_sum, rescale, shift_of
 
 
 @triton.jit

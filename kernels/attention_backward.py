@@ -16,14 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels import attention_backward_short, attention_tma
-from fastfusion.kernels._gradients import (
-    key_gradients,
-    load_grad_lse,
-    mask_gradients,
-    row_gradients,
-    store_mask_gradient,
-    store_statistics,
-)
 from fastfusion.kernels._launch import (
     aligned,
     cdiv,
@@ -37,17 +29,17 @@ from fastfusion.kernels._launch import (
     width,
 )
 from fastfusion.kernels._plan import empty, launch, planned
-from fastfusion.kernels._tile import (
-    load_rows,
-    load_tile,
-    nothing_lost,
-    rows_of,
-    slice_base,
-    store_rows,
-    visible_keys,
-    visible_range,
-)
 from fastfusion.kernels.attention_backward_short import inputs, parts_of_splits
+from fastfusion.kernels.device.gradient_sums import (
+    key_gradients,
+    mask_gradients,
+    row_gradients,
+    store_mask_gradient,
+)
+from fastfusion.kernels.device.masks import visible_keys, visible_range
+from fastfusion.kernels.device.rows import load_rows, load_tile, rows_of, slice_base, store_rows
+from fastfusion.kernels.device.statistics import load_grad_lse, store_statistics
+from fastfusion.kernels.device.sums import nothing_lost
 
 LENGTHS = [
     "heads", "group", "q_len", "kv_len", "padding_batch", "threshold", "diagonal", "splits",

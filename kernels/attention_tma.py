@@ -13,10 +13,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastfusion.kernels import _launch
-from fastfusion.kernels._attend import attend, store_results
 from fastfusion.kernels._launch import aligned, cdiv, strides, tile, width
 from fastfusion.kernels._plan import accepted, launch
-from fastfusion.kernels._tile import slice_base
+from fastfusion.kernels.device.attend import attend, store_results
+from fastfusion.kernels.device.rows import slice_base
 
 # Lengths from which it pays, by the width of the heads: on an H200 2,048 tokens take 36 us and not
 # 38 with 64 columns, 1,024 take 21 and not 27 with 128 (benchmarks/results/nvidia-h200/tiles.json);

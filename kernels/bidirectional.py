@@ -34,29 +34,25 @@ from fastfusion.kernels._launch import (
     width,
 )
 from fastfusion.kernels._plan import empty, launch, planned
-from fastfusion.kernels._tile import (
-    add,
-    inverse,
-    kept_pair,
-    load_rows,
-    log_sum,
-    multiply_add,
-    nothing_lost,
-    rescale,
-    scaled_maximum,
-    scores,
-    shift_of,
-    slice_base,
-    store_rows,
-    visible_keys,
-    weights,
-)
 from fastfusion.kernels.attention import (
     attend_program,
     merge_kernel,
     split_length,
     store_partial,
 )
+from fastfusion.kernels.device.dropout import kept_pair
+from fastfusion.kernels.device.masks import visible_keys
+from fastfusion.kernels.device.rows import load_rows, slice_base, store_rows
+from fastfusion.kernels.device.scores import scores
+from fastfusion.kernels.device.softmax import (
+    inverse,
+    log_sum,
+    rescale,
+    scaled_maximum,
+    shift_of,
+    weights,
+)
+from fastfusion.kernels.device.sums import add, multiply_add, nothing_lost
 
 # Bytes of the column sums as operands; twice that as float32: the accumulators of 256 threads.
 ON_CHIP = 32768

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels._bidirectional import common_options, exchanged, prepared
-from fastfusion.kernels._gradients import load_statistics, store_mask_gradient
 from fastfusion.kernels._launch import (
     cdiv,
     cut,
@@ -29,10 +28,14 @@ from fastfusion.kernels._launch import (
     width,
 )
 from fastfusion.kernels._plan import accepted, empty, launch, planned
-from fastfusion.kernels._sides import both_gradients, side_gradients, side_statistics
-from fastfusion.kernels._tile import add, load_rows, slice_base, visible_keys
 from fastfusion.kernels.attention_backward import merge_splits
 from fastfusion.kernels.bidirectional_shared import keys_on_chip, shared_backward
+from fastfusion.kernels.device.gradient_sums import store_mask_gradient
+from fastfusion.kernels.device.masks import visible_keys
+from fastfusion.kernels.device.rows import load_rows, slice_base
+from fastfusion.kernels.device.sides import both_gradients, side_gradients, side_statistics
+from fastfusion.kernels.device.statistics import load_statistics
+from fastfusion.kernels.device.sums import add
 
 LENGTHS = [
     "heads", "q_len", "kv_len", "q_padding_batch", "k_padding_batch", "threshold", "diagonal",

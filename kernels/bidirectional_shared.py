@@ -13,24 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels._bidirectional import row_ranges, shared_sizes
-from fastfusion.kernels._gradients import load_grad_lse, partly_scaled, softmax_gradient
 from fastfusion.kernels._launch import gradient_scale, strides, tile, width
 from fastfusion.kernels._plan import accepted, empty, launch
-from fastfusion.kernels._tile import (
-    add,
-    exponentials,
-    inverse,
-    kept_pair,
-    load_rows,
-    multiply_add,
-    nothing_lost,
-    scores,
-    shift_of,
-    slice_base,
-    store_rows,
-    visible_keys,
-)
 from fastfusion.kernels.attention_backward import merge_splits
+from fastfusion.kernels.device.dropout import kept_pair
+from fastfusion.kernels.device.gradients import partly_scaled, softmax_gradient
+from fastfusion.kernels.device.masks import visible_keys
+from fastfusion.kernels.device.rows import load_rows, slice_base, store_rows
+from fastfusion.kernels.device.scores import scores
+from fastfusion.kernels.device.softmax import exponentials, inverse, shift_of
+from fastfusion.kernels.device.statistics import load_grad_lse
+from fastfusion.kernels.device.sums import add, multiply_add, nothing_lost
 
 LENGTHS = [
     "heads", "q_len", "kv_len", "q_padding_batch", "diagonal", "threshold", "k_padding_batch"

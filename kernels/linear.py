@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastfusion.kernels._launch import cdiv, numbers, rows_readable
 from fastfusion.kernels._plan import FUSION, on
-from fastfusion.kernels._tile import add
+from fastfusion.kernels.device.sums import add
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = (None, "relu", "gelu")

@@ -12,15 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels._attend import attend
-from fastfusion.kernels._gradients import (
-    key_gradients,
-    load_grad_lse,
-    mask_gradients,
-    row_gradients,
-    store_mask_gradient,
-    store_statistics,
-)
 from fastfusion.kernels._launch import (
     Tile,
     aligned,
@@ -32,15 +23,19 @@ from fastfusion.kernels._launch import (
     tile,
     width,
 )
-from fastfusion.kernels._packed import bounds, find_tile, sequence_mask
 from fastfusion.kernels._plan import empty, launch, planned
-from fastfusion.kernels._tile import (
-    inverse,
-    load_rows,
-    log_sum,
-    nothing_lost,
-    store_rows,
+from fastfusion.kernels.device.attend import attend
+from fastfusion.kernels.device.gradient_sums import (
+    key_gradients,
+    mask_gradients,
+    row_gradients,
+    store_mask_gradient,
 )
+from fastfusion.kernels.device.packed import bounds, find_tile, sequence_mask
+from fastfusion.kernels.device.rows import load_rows, store_rows
+from fastfusion.kernels.device.softmax import inverse, log_sum
+from fastfusion.kernels.device.statistics import load_grad_lse, store_statistics
+from fastfusion.kernels.device.sums import nothing_lost
 
 NAMES = [
     "heads", "group", "sequences", "q_total", "k_total", "threshold", "mask_rows", "mask_columns",

@@ -3,23 +3,19 @@
 import triton
 import triton.language as tl
 
-from fastfusion.kernels._tile import (
-    add,
+from fastfusion.kernels.device.dropout import kept
+from fastfusion.kernels.device.masks import seen_range, visible_keys
+from fastfusion.kernels.device.rows import load_tile, store_rows
+from fastfusion.kernels.device.scores import scores
+from fastfusion.kernels.device.softmax import (
     inverse,
-    kept,
-    load_tile,
     log_sum,
-    multiply_add,
-    nothing_lost,
     rescale,
     scaled_maximum,
-    scores,
-    seen_range,
     shift_of,
-    store_rows,
-    visible_keys,
     weights,
 )
+from fastfusion.kernels.device.sums import add, multiply_add, nothing_lost
 
 
 @triton.jit

@@ -7,24 +7,13 @@ grad_a is the gradient of what a gathered (so it has the dim of bv).
 import triton
 import triton.language as tl
 
-from fastfusion.kernels._gradients import (
-    load_statistics,
-    partly_scaled,
-    row_statistics,
-    softmax_gradient,
-    store_statistics,
-)
-from fastfusion.kernels._tile import (
-    kept_pair,
-    load_rows,
-    multiply_add,
-    nothing_lost,
-    scores,
-    seen_range,
-    slice_base,
-    store_rows,
-    visible_keys,
-)
+from fastfusion.kernels.device.dropout import kept_pair
+from fastfusion.kernels.device.gradients import partly_scaled, softmax_gradient
+from fastfusion.kernels.device.masks import seen_range, visible_keys
+from fastfusion.kernels.device.rows import load_rows, slice_base, store_rows
+from fastfusion.kernels.device.scores import scores
+from fastfusion.kernels.device.statistics import load_statistics, row_statistics, store_statistics
+from fastfusion.kernels.device.sums import multiply_add, nothing_lost
 
 
 @triton.jit

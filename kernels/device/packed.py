@@ -51,8 +51,11 @@ def sequence_mask(
     mask_ptr, sequence, head, mask_batch, mask_head, mask_row, mask_column, mask_rows, mask_columns,
     bottom_right, q_len, kv_len,
 ):  # fmt: skip
-    """The `mask` (see _tile) of a head of a sequence. `mask_rows` and `mask_columns`, the longest
-    lengths, bound what is read of it even where a sequence is longer."""
+    """The `mask` (see masks.py) of a head of a sequence.
+
+    `mask_rows` and `mask_columns`, the longest lengths, bound what is read of it even where a
+    sequence is longer.
+    """
     base = mask_ptr + tl.cast(sequence, tl.int64) * mask_batch + tl.cast(head, tl.int64) * mask_head
     diagonal = bottom_right * (kv_len - q_len)
     return base, mask_row, mask_column, mask_rows, mask_columns, diagonal

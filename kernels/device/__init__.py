@@ -1,0 +1,1 @@
+"""Device functions of the kernels, by job; no kernel is launched from here."""

@@ -1,0 +1,74 @@
+"""Device functions of the online softmax.
+
+Exponents are of base 2. As a rule scores stay raw products, and one fma per score,
+x * factor - shift, does scale, log2(e) and maximum. With a float mask they are in natural units and
+the maximum is subtracted first, because a mask of finfo.min times log2(e) would be -inf. So they
+are for an extreme scale, which may overflow by log2(e) alone, or make NaN of -inf.
+"""
+
+import triton
+import triton.language as tl
+
+from fastfusion.kernels.device.masks import FLOAT_MASK
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def scaled_maximum(maximum, factor, MASK: tl.constexpr):
+    """A maximum of scores in the unit of exponents, in which the running maximum is kept."""
+    if MASK >= FLOAT_MASK:
+        return maximum
+    else:
+        return maximum * factor
+
+
+@triton.jit
+def shift_of(maximum):
+    """What to subtract: the maximum, or 0 where no score is visible (-inf - -inf is NaN)."""
+    return tl.where(maximum == -float("inf"), 0.0, maximum)
+
+
+@triton.jit
+def weights(x, shift, factor, MASK: tl.constexpr):
+    """exp(scores - maximum), the shift broadcast to the tile by the caller."""
+    if MASK >= FLOAT_MASK:
+        return tl.exp2((x - shift) * LOG2E)
+    else:
+        return tl.exp2(tl.fma(x, tl.zeros_like(x) + factor, tl.zeros_like(x) - shift))
+
+
+@triton.jit
+def rescale(before, shift, MASK: tl.constexpr):
+    """By what sums are multiplied when the maximum moves from `before` to `shift`."""
+    if MASK >= FLOAT_MASK:
+        return tl.exp2((before - shift) * LOG2E)
+    else:
+        return tl.exp2(before - shift)
+
+
+@triton.jit
+def exponentials(x, maximum, factor, MASK: tl.constexpr):
+    """exp(scores - maximum) with the plain maximum, for gradients: the greatest is exactly 1, so
+    that a softmax over one key has exactly no gradient. One operation more than `weights`."""
+    if MASK >= FLOAT_MASK:
+        return tl.exp2((x - maximum) * LOG2E)
+    else:
+        return tl.exp2((x - maximum) * factor)
+
+
+@triton.jit
+def log_sum(maximum, total, MASK: tl.constexpr):
+    """The natural log-sum-exp; -inf where no score is visible."""
+    lse = tl.log(tl.where(total == 0.0, 1.0, total))
+    if MASK >= FLOAT_MASK:
+        return maximum + lse
+    else:
+        return maximum * LN2 + lse
+
+
+@triton.jit
+def inverse(total):
+    """1 / total; 0 where nothing is visible, so that such rows give 0."""
+    return 1.0 / tl.where(total == 0.0, float("inf"), total)
