@@ -583,7 +583,7 @@ if __name__ == "__main__":
             "fastfusion": ["py.typed"],
             "fastfusion.models": ["*.safetensors"],
             "fastfusion.benchmarks": ["*.json"],
-            "fastfusion.kernels": ["configs/*.json"],
+            "fastfusion.kernels.host": ["configs/*.json"],
         },
         include_package_data=False,
         ext_modules=native_extensions(),

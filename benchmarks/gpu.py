@@ -13,7 +13,7 @@ each written as its results come, so that a run that is cut off keeps what it ha
     checks.log          what smoke test, tests and sanitizer said
     <suite>.json        every time of a suite, all dtypes and directions
     times.png           all of them as bars
-    tuned.json          what tuning found; without --output kernels/configs/<device>.json
+    tuned.json          what tuning found; without --output kernels/host/configs/<device>.json
 """
 
 import argparse

@@ -18,7 +18,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastfusion.kernels import _launch
+from fastfusion.kernels.host import tiles
 
 # Shared memory that a block may have, in KB, by architecture.
 SHARED_LIMITS = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227}
@@ -153,15 +153,15 @@ class _Driver:
 @contextlib.contextmanager
 def target(arch: int) -> Iterator[None]:
     """In it Triton and the choice of tiles believe in a GPU; Triton goes on to do so afterwards."""
-    capability = _launch.capability
-    setattr(_launch, "capability", lambda device: divmod(arch, 10))  # noqa: B010
-    _launch.forget()
+    capability = tiles.capability
+    setattr(tiles, "capability", lambda device: divmod(arch, 10))  # noqa: B010
+    tiles.forget()
     triton.runtime.driver.set_active(_Driver(arch))
     try:
         yield
     finally:
-        setattr(_launch, "capability", capability)  # noqa: B010
-        _launch.forget()
+        setattr(tiles, "capability", capability)  # noqa: B010
+        tiles.forget()
 
 
 @contextlib.contextmanager

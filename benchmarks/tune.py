@@ -1,4 +1,4 @@
-"""``make tune``: finds tiles for the GPU at hand and writes them to kernels/configs/<device>.json.
+"""``make tune``: finds tiles for the GPU at hand, in kernels/host/configs/<device>.json.
 
 A tile says how many rows a program owns, and its warps and stages. How many rows it loops over is
 never tuned: that decides the bits of a result. A candidate that changes a bit is rejected, and the
@@ -85,7 +85,7 @@ Keys = dict[str, tuple[Any, list[Task]]]
 
 def launch() -> Any:
     """The module that chooses tiles; importing it imports triton."""
-    return importlib.import_module("fastfusion.kernels._launch")
+    return importlib.import_module("fastfusion.kernels.host.tiles")
 
 
 def candidates(default: Any, every: bool) -> list[Any]:
@@ -333,7 +333,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--only", default="", help="keys that contain this text, such as attention/16/64")
     add("--minutes", type=float, help="start nothing new after so many minutes")
     add("--jobs", type=int, help="processes that compile beforehand; default: cores - 2")
-    add("--output", type=Path, metavar="FILE", help="default kernels/configs/<device>.json")
+    add("--output", type=Path, metavar="FILE", help="default kernels/host/configs/<device>.json")
     add("--part", help=argparse.SUPPRESS)
     options = result.parse_args(argv)
     if options.minutes is not None and options.minutes < 0:

@@ -5,14 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfusion.kernels._launch import (
-    cdiv,
-    readable,
-    rows_readable,
-    score_options,
-    strides,
-    width,
-)
+from fastfusion.kernels.host.arguments import readable, rows_readable, score_options, strides
+from fastfusion.kernels.host.tiles import cdiv, width
 
 NAMES = ("q", "k", "v", "qv")
 

@@ -11,23 +11,19 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels import attention_tma
-from fastfusion.kernels._launch import (
-    aligned,
-    cdiv,
-    owned,
+from fastfusion.kernels.device.attend import attend, store_results
+from fastfusion.kernels.device.masks import visible_range
+from fastfusion.kernels.device.rows import slice_base, store_rows
+from fastfusion.kernels.device.softmax import inverse, log_sum, rescale, shift_of
+from fastfusion.kernels.host.arguments import (
     readable,
     rows_outside,
     rows_readable,
     score_options,
     strides,
-    tile,
-    width,
 )
-from fastfusion.kernels._plan import empty, launch, planned
-from fastfusion.kernels.device.attend import attend, store_results
-from fastfusion.kernels.device.masks import visible_range
-from fastfusion.kernels.device.rows import slice_base, store_rows
-from fastfusion.kernels.device.softmax import inverse, log_sum, rescale, shift_of
+from fastfusion.kernels.host.plan import empty, launch, planned
+from fastfusion.kernels.host.tiles import aligned, cdiv, owned, tile, width
 
 
 @triton.jit

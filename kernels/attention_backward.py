@@ -16,19 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels import attention_backward_short, attention_tma
-from fastfusion.kernels._launch import (
-    aligned,
-    cdiv,
-    cut,
-    gradient_scale,
-    readable,
-    rows_outside,
-    rows_readable,
-    score_options,
-    strides,
-    width,
-)
-from fastfusion.kernels._plan import empty, launch, planned
 from fastfusion.kernels.attention_backward_short import inputs, parts_of_splits
 from fastfusion.kernels.device.gradient_sums import (
     key_gradients,
@@ -40,6 +27,16 @@ from fastfusion.kernels.device.masks import visible_keys, visible_range
 from fastfusion.kernels.device.rows import load_rows, load_tile, rows_of, slice_base, store_rows
 from fastfusion.kernels.device.statistics import load_grad_lse, store_statistics
 from fastfusion.kernels.device.sums import nothing_lost
+from fastfusion.kernels.host.arguments import (
+    gradient_scale,
+    readable,
+    rows_outside,
+    rows_readable,
+    score_options,
+    strides,
+)
+from fastfusion.kernels.host.plan import empty, launch, planned
+from fastfusion.kernels.host.tiles import aligned, cdiv, cut, width
 
 LENGTHS = [
     "heads", "group", "q_len", "kv_len", "padding_batch", "threshold", "diagonal", "splits",

@@ -15,14 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels import attention_tma
-from fastfusion.kernels._launch import Tile, cdiv, strides, tile, width
-from fastfusion.kernels._plan import accepted, empty, launch
 from fastfusion.kernels.device.gradients import gradients, partly_scaled, softmax_gradient
 from fastfusion.kernels.device.masks import visible_keys, visible_range
 from fastfusion.kernels.device.rows import load_rows, load_tile, rows_of, slice_base, store_rows
 from fastfusion.kernels.device.scores import product, scores
 from fastfusion.kernels.device.softmax import exponentials, inverse, shift_of
 from fastfusion.kernels.device.statistics import load_grad_lse, row_sums, store_statistics
+from fastfusion.kernels.host.arguments import strides
+from fastfusion.kernels.host.plan import accepted, empty, launch
+from fastfusion.kernels.host.tiles import Tile, cdiv, tile, width
 
 # Queries up to which parts of dq are worth their memory: per tile of keys a row in float32, twice
 # the size of the keys for 64 queries; and keys from which three launches pay. On an H200 forward

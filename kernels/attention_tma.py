@@ -12,11 +12,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastfusion.kernels import _launch
-from fastfusion.kernels._launch import aligned, cdiv, strides, tile, width
-from fastfusion.kernels._plan import accepted, launch
 from fastfusion.kernels.device.attend import attend, store_results
 from fastfusion.kernels.device.rows import slice_base
+from fastfusion.kernels.host import tiles
+from fastfusion.kernels.host.arguments import strides
+from fastfusion.kernels.host.plan import accepted, launch
+from fastfusion.kernels.host.tiles import aligned, cdiv, tile, width
 
 # Lengths from which it pays, by the width of the heads: on an H200 2,048 tokens take 36 us and not
 # 38 with 64 columns, 1,024 take 21 and not 27 with 128 (benchmarks/results/nvidia-h200/tiles.json);
@@ -74,7 +75,7 @@ def takes(
     return (
         (long or not aligned(query.shape[3], value.shape[3]))
         and not (options["MASK"] or options["PADDING"] or options["DROPOUT"])
-        and _launch.capability(query.device)[0] in _MAJORS
+        and tiles.capability(query.device)[0] in _MAJORS
         and all(_describable(t) for t in (query, key, value, *others))
     )
 

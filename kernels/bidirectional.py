@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels import _launch
 from fastfusion.kernels._bidirectional import (
     common_options,
     exchanged,
@@ -25,15 +24,6 @@ from fastfusion.kernels._bidirectional import (
     row_ranges,
     shared_sizes,
 )
-from fastfusion.kernels._launch import (
-    cdiv,
-    owned,
-    rows_outside,
-    strides,
-    tile,
-    width,
-)
-from fastfusion.kernels._plan import empty, launch, planned
 from fastfusion.kernels.attention import (
     attend_program,
     merge_kernel,
@@ -53,6 +43,10 @@ from fastfusion.kernels.device.softmax import (
     weights,
 )
 from fastfusion.kernels.device.sums import add, multiply_add, nothing_lost
+from fastfusion.kernels.host import tiles
+from fastfusion.kernels.host.arguments import rows_outside, strides
+from fastfusion.kernels.host.plan import empty, launch, planned
+from fastfusion.kernels.host.tiles import cdiv, owned, tile, width
 
 # Bytes of the column sums as operands; twice that as float32: the accumulators of 256 threads.
 ON_CHIP = 32768
@@ -281,7 +275,7 @@ def _shared(given: tuple[Any, ...], return_lse: bool, widest: int, turned: bool)
         shared_kernel, query.shape[0] * query.shape[1] * splits,
         **common, **results.options, partial_ptr=partial, splits=splits, per_split=per_split,
         ROWS=rows, KEYS=keys, SPLIT=splits > 1, EXCHANGED=turned,
-        TURN_WEIGHTS=_launch.capability(query.device)[0] >= 9,
+        TURN_WEIGHTS=tiles.capability(query.device)[0] >= 9,
         **chosen.options(),
     )  # fmt: skip
     results.merge(1, partial, splits, common["MASK"])

@@ -18,16 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels._bidirectional import common_options, exchanged, prepared
-from fastfusion.kernels._launch import (
-    cdiv,
-    cut,
-    gradient_scale,
-    rows_outside,
-    rows_readable,
-    strides,
-    width,
-)
-from fastfusion.kernels._plan import accepted, empty, launch, planned
 from fastfusion.kernels.attention_backward import merge_splits
 from fastfusion.kernels.bidirectional_shared import keys_on_chip, shared_backward
 from fastfusion.kernels.device.gradient_sums import store_mask_gradient
@@ -36,6 +26,9 @@ from fastfusion.kernels.device.rows import load_rows, slice_base
 from fastfusion.kernels.device.sides import both_gradients, side_gradients, side_statistics
 from fastfusion.kernels.device.statistics import load_statistics
 from fastfusion.kernels.device.sums import add
+from fastfusion.kernels.host.arguments import gradient_scale, rows_outside, rows_readable, strides
+from fastfusion.kernels.host.plan import accepted, empty, launch, planned
+from fastfusion.kernels.host.tiles import cdiv, cut, width
 
 LENGTHS = [
     "heads", "q_len", "kv_len", "q_padding_batch", "k_padding_batch", "threshold", "diagonal",

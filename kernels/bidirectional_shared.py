@@ -13,8 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels._bidirectional import row_ranges, shared_sizes
-from fastfusion.kernels._launch import gradient_scale, strides, tile, width
-from fastfusion.kernels._plan import accepted, empty, launch
 from fastfusion.kernels.attention_backward import merge_splits
 from fastfusion.kernels.device.dropout import kept_pair
 from fastfusion.kernels.device.gradients import partly_scaled, softmax_gradient
@@ -24,6 +22,9 @@ from fastfusion.kernels.device.scores import scores
 from fastfusion.kernels.device.softmax import exponentials, inverse, shift_of
 from fastfusion.kernels.device.statistics import load_grad_lse
 from fastfusion.kernels.device.sums import add, multiply_add, nothing_lost
+from fastfusion.kernels.host.arguments import gradient_scale, strides
+from fastfusion.kernels.host.plan import accepted, empty, launch
+from fastfusion.kernels.host.tiles import tile, width
 
 LENGTHS = [
     "heads", "q_len", "kv_len", "q_padding_batch", "diagonal", "threshold", "k_padding_batch"

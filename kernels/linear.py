@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels._launch import cdiv, numbers, rows_readable
-from fastfusion.kernels._plan import FUSION, on
 from fastfusion.kernels.device.sums import add
+from fastfusion.kernels.host.arguments import numbers, rows_readable
+from fastfusion.kernels.host.plan import FUSION, on
+from fastfusion.kernels.host.tiles import cdiv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = (None, "relu", "gelu")

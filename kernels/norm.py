@@ -23,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastfusion.kernels._launch import cdiv, rows_readable, width
-from fastfusion.kernels._plan import FUSION, on
+from fastfusion.kernels.host.arguments import rows_readable
+from fastfusion.kernels.host.plan import FUSION, on
+from fastfusion.kernels.host.tiles import cdiv, width
 
 # Float32 values that the 512 threads of a row hold without spilling: 32 each, or 16 where the
 # backward pass has a gradient and the sums of two more to hold.

@@ -12,18 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels._launch import (
-    Tile,
-    aligned,
-    cdiv,
-    cut,
-    gradient_scale,
-    rows_readable,
-    score_options,
-    tile,
-    width,
-)
-from fastfusion.kernels._plan import empty, launch, planned
 from fastfusion.kernels.device.attend import attend
 from fastfusion.kernels.device.gradient_sums import (
     key_gradients,
@@ -36,6 +24,9 @@ from fastfusion.kernels.device.rows import load_rows, store_rows
 from fastfusion.kernels.device.softmax import inverse, log_sum
 from fastfusion.kernels.device.statistics import load_grad_lse, store_statistics
 from fastfusion.kernels.device.sums import nothing_lost
+from fastfusion.kernels.host.arguments import gradient_scale, rows_readable, score_options
+from fastfusion.kernels.host.plan import empty, launch, planned
+from fastfusion.kernels.host.tiles import Tile, aligned, cdiv, cut, tile, width
 
 NAMES = [
     "heads", "group", "sequences", "q_total", "k_total", "threshold", "mask_rows", "mask_columns",

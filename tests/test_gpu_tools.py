@@ -475,7 +475,7 @@ def test_what_the_driver_says_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_device_names_become_file_names() -> None:
-    launch = pytest.importorskip("fastfusion.kernels._launch")
+    launch = pytest.importorskip("fastfusion.kernels.host.tiles")
     for name in ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB"):
         assert cuda_device.file_name(name) == launch.device_file(name)
     assert cuda_device.results_folder("NVIDIA H100").name == "nvidia-h100"

@@ -185,7 +185,7 @@ def test_candidates_without_time_are_not_tried(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_tasks_are_chosen_by_the_text_before_anything_is_launched(text: str, count: int) -> None:
-    pytest.importorskip("fastfusion.kernels._launch")
+    pytest.importorskip("fastfusion.kernels.host.tiles")
     chosen = [task for task in tune.tasks() if tune.may_look_up(task, text)]
     assert len(chosen) == count
 
@@ -293,7 +293,7 @@ def test_the_file_holds_what_differs_and_keeps_other_keys() -> None:
 
 
 def test_override_and_watch_of_the_launcher() -> None:
-    launch = pytest.importorskip("fastfusion.kernels._launch")
+    launch = pytest.importorskip("fastfusion.kernels.host.tiles")
     cpu = torch.device("cpu")
 
     def chosen() -> Any:

@@ -16,7 +16,7 @@ def mend() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    from fastfusion.kernels import _tiles
+    from fastfusion.kernels.host import default_tiles as _tiles
 
     default = _tiles.default
 

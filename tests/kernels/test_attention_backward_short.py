@@ -15,7 +15,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import fastfusion as ff  # noqa: E402
-from fastfusion.kernels import _launch, attention_backward_short  # noqa: E402
+from fastfusion.kernels import attention_backward_short  # noqa: E402
+from fastfusion.kernels.host import tiles as _launch  # noqa: E402
 
 CAPABILITIES = ((8, 0), (9, 0)) if DEVICE == "cpu" else (None,)
 

@@ -9,10 +9,11 @@ import torch
 from suite import DEVICE
 from torch import Tensor
 
-from fastfusion.kernels import _launch, _plan
 from fastfusion.kernels.attention import attention_forward
 from fastfusion.kernels.attention_backward import attention_backward
 from fastfusion.kernels.bidirectional import bidirectional_forward
+from fastfusion.kernels.host import plan as _plan
+from fastfusion.kernels.host import tiles as _launch
 from fastfusion.kernels.varlen import varlen_forward
 
 OPTIONS = (0.0, False, False, None)

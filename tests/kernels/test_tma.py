@@ -16,13 +16,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import fastfusion as ff  # noqa: E402
-from fastfusion.kernels import (  # noqa: E402
-    _launch,
-    _plan,
-    _tiles,
-    attention_backward_short,
-    attention_tma,
-)
+from fastfusion.kernels import attention_backward_short, attention_tma  # noqa: E402
+from fastfusion.kernels.host import default_tiles as _tiles  # noqa: E402
+from fastfusion.kernels.host import plan as _plan  # noqa: E402
+from fastfusion.kernels.host import tiles as _launch  # noqa: E402
 
 CAUSAL = {"is_causal": True}
 LAST = {"is_causal": True, "causal_alignment": "bottom_right"}

@@ -25,7 +25,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Said in every launch, since the default is to change: products and sums fuse where LLVM sees them.
 FUSION: dict[str, Any] = {} if INTERPRETED else {"enable_fp_fusion": True}
-
 # Kinds of calls that a process may see before all plans are forgotten: each is some kilobytes.
 _MOST = 4096
 _plans: dict[Any, "_Plan | None"] = {}

@@ -6,7 +6,6 @@ from sm_80 to sm_100 and fit the shared memory of the smallest (99 KB on sm_86 a
 """
 
 Sizes = tuple[int, int, int, int]
-
 # kernel -> element size in bytes -> padded head dim -> (own, loop, warps, stages). A missing
 # head dim takes the next wider one.
 _DEFAULTS: dict[str, dict[int, dict[int, Sizes]]] = {
@@ -65,7 +64,6 @@ _DEFAULTS: dict[str, dict[int, dict[int, Sizes]]] = {
     },
 }
 _DEFAULTS["bidirectional_both"] = _DEFAULTS["attention"]
-
 # What an H200 ran fastest of what spills little (benchmarks/results/nvidia-h200/tiles.json).
 _HOPPER: dict[tuple[str, int, int], Sizes] = {
     ("attention", 2, 32): (64, 64, 4, 3),

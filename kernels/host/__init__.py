@@ -1,0 +1,1 @@
+"""What the launchers share on the host: tiles, arguments, plans."""
