@@ -30,6 +30,21 @@ TENSOR_MEMORY_LIMIT = 512
 SPILL_LIMIT, TIMED_SPILL_LIMIT, DROPOUT_SPILL_LIMIT = 0, 80, 96
 HALF = ("bfloat16", "float16")
 
+# What the committed tables call the modules of kernels, so that a new table shows what changed and
+# not where it lies.
+TABLE_NAMES = {
+    "attention.forward": "attention",
+    "attention.backward": "attention_backward",
+    "attention.backward_short_side": "attention_backward_short",
+    "attention.tma": "attention_tma",
+    "bidirectional": "bidirectional",
+    "bidirectional_backward": "bidirectional_backward",
+    "bidirectional_shared": "bidirectional_shared",
+    "varlen": "varlen",
+    "linear": "linear",
+    "norm": "norm",
+}
+
 # The operand of a product in registers: its shape, which of the two it is, elements side by side.
 _OPERAND = re.compile(
     r"tensor<(\d+)x(\d+)x\w+, #ttg\.dot_op<\{opIdx = ([01]), parent = #\w+, kWidth = (\d+)\}>>"
@@ -185,7 +200,7 @@ def record(call: Callable[[], Any], arch: int, variant: str, dtype: str, size: i
         constants = {names[at[0]]: value for at, value in compile["constants"].items()}
         sizes = [str(constants[name]) for name in _SIZES if name in constants]
         warps, stages = compile["num_warps"], compile["num_stages"]
-        file = fn.module.rpartition(".")[2]
+        file = TABLE_NAMES[fn.module.removeprefix("fastfusion.kernels.")]
         kind = Kind(
             kernel=f"{file}.{fn.name.removesuffix('_kernel').lstrip('_')}",
             variant=variant,

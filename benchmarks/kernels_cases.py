@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastfusion.kernels import bidirectional, bidirectional_shared, linear, norm
-from fastfusion.kernels.attention import attention_forward
-from fastfusion.kernels.attention_backward import attention_backward
+from fastfusion.kernels.attention.backward import attention_backward
+from fastfusion.kernels.attention.forward import attention_forward
 from fastfusion.kernels.bidirectional_backward import bidirectional_backward
 from fastfusion.kernels.host.tiles import width
 from fastfusion.kernels.varlen import varlen_backward, varlen_forward

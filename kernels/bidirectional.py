@@ -24,7 +24,7 @@ from fastfusion.kernels._bidirectional import (
     row_ranges,
     shared_sizes,
 )
-from fastfusion.kernels.attention import (
+from fastfusion.kernels.attention.forward import (
     attend_program,
     merge_kernel,
     split_length,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels._bidirectional import common_options, exchanged, prepared
-from fastfusion.kernels.attention_backward import merge_splits
+from fastfusion.kernels.attention.backward import merge_splits
 from fastfusion.kernels.bidirectional_shared import keys_on_chip, shared_backward
 from fastfusion.kernels.device.gradient_sums import store_mask_gradient
 from fastfusion.kernels.device.masks import visible_keys
@@ -131,7 +131,7 @@ def mask_kernel(
     CAUSAL: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr,
     DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a float mask, as in attention_backward."""
+    """The gradient of a float mask, as in attention/backward.py."""
     columns_end = 1 if SHARED_COLUMNS else kv_len
     rows_end = 1 if SHARED_ROWS else q_len
     column_tiles, row_tiles = tl.cdiv(columns_end, LOOP), tl.cdiv(rows_end, OWN)

@@ -173,7 +173,7 @@ def mask_kernel(
     CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, LSE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a float mask, as in attention_backward."""
+    """The gradient of a float mask, as in attention/backward.py."""
     columns_end = 1 if SHARED_COLUMNS else mask_columns
     rows_end = 1 if SHARED_ROWS else mask_rows
     column_tiles, row_tiles = tl.cdiv(columns_end, LOOP), tl.cdiv(rows_end, OWN)

@@ -197,7 +197,7 @@ def test_keys_are_found_without_running_a_kernel() -> None:
 import torch
 from fastfusion.benchmarks import kernels_build, tune
 from fastfusion.benchmarks.cuda_cells import Budget
-from fastfusion.kernels.attention import attention_forward
+from fastfusion.kernels.attention.forward import attention_forward
 
 def make_call(task, device):
     query = torch.full((1, 12, task.shape["q_len"], 64), float("nan"), dtype=torch.bfloat16)

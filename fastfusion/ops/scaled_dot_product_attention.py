@@ -338,8 +338,8 @@ _INTERFACE = Interface(
 )  # fmt: skip
 _TRITON = triton.kernel_op(
     "attention", _INTERFACE,
-    forward="attention:attention_forward",
-    backward="attention_backward:attention_backward",
+    forward="attention.forward:attention_forward",
+    backward="attention.backward:attention_backward",
 )  # fmt: skip
 
 

@@ -15,7 +15,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import fastfusion as ff  # noqa: E402
-from fastfusion.kernels import attention_backward_short  # noqa: E402
+from fastfusion.kernels.attention import (  # noqa: E402
+    backward_short_side as attention_backward_short,
+)
 from fastfusion.kernels.host import tiles as _launch  # noqa: E402
 
 CAPABILITIES = ((8, 0), (9, 0)) if DEVICE == "cpu" else (None,)

@@ -9,8 +9,8 @@ import torch
 from suite import DEVICE
 from torch import Tensor
 
-from fastfusion.kernels.attention import attention_forward
-from fastfusion.kernels.attention_backward import attention_backward
+from fastfusion.kernels.attention.backward import attention_backward
+from fastfusion.kernels.attention.forward import attention_forward
 from fastfusion.kernels.bidirectional import bidirectional_forward
 from fastfusion.kernels.host import plan as _plan
 from fastfusion.kernels.host import tiles as _launch

@@ -16,7 +16,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import fastfusion as ff  # noqa: E402
-from fastfusion.kernels import attention_backward_short, attention_tma  # noqa: E402
+from fastfusion.kernels.attention import (  # noqa: E402
+    backward_short_side as attention_backward_short,
+)
+from fastfusion.kernels.attention import tma as attention_tma  # noqa: E402
 from fastfusion.kernels.host import default_tiles as _tiles  # noqa: E402
 from fastfusion.kernels.host import plan as _plan  # noqa: E402
 from fastfusion.kernels.host import tiles as _launch  # noqa: E402

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels import attention_tma
+from fastfusion.kernels.attention import tma
 from fastfusion.kernels.device.attend import attend, store_results
 from fastfusion.kernels.device.masks import visible_range
 from fastfusion.kernels.device.rows import slice_base, store_rows
@@ -193,9 +193,9 @@ def attention_forward(
         "LSE": return_lse,
     }  # fmt: skip
     outs = (out, query if lse is None else lse)
-    if attention_tma.takes(query, key, value, widest, compile_time):
+    if tma.takes(query, key, value, widest, compile_time):
         options = {**sizes, **run_time, **compile_time}
-        attention_tma.forward(query, key, value, outs, widest, options)
+        tma.forward(query, key, value, outs, widest, options)
         return out, lse
     masked = attn_mask is not None or seed is not None
     even = aligned(dim, value_dim)

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels import attention_backward_short, attention_tma
-from fastfusion.kernels.attention_backward_short import inputs, parts_of_splits
+from fastfusion.kernels.attention import backward_short_side
+from fastfusion.kernels.attention import tma as attention_tma
+from fastfusion.kernels.attention.backward_short_side import inputs, parts_of_splits
 from fastfusion.kernels.device.gradient_sums import (
     key_gradients,
     mask_gradients,
@@ -329,9 +330,9 @@ def attention_backward(
         return cut(name, query, widest, rows, even, masked)
 
     hidden = masked or is_causal
-    short = attention_backward_short.chosen(query, widest, kv_len, even, hidden)
+    short = backward_short_side.chosen(query, widest, kv_len, even, hidden)
     if short is not None:
-        partial, splits = attention_backward_short.backward(
+        partial, splits = backward_short_side.backward(
             (query, key, value, grad_out), (dq, dk, dv), short, tma, after, common,
         )  # fmt: skip
     else:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels import attention_tma
+from fastfusion.kernels.attention import tma as attention_tma
 from fastfusion.kernels.device.gradients import gradients, partly_scaled, softmax_gradient
 from fastfusion.kernels.device.masks import visible_keys, visible_range
 from fastfusion.kernels.device.rows import load_rows, load_tile, rows_of, slice_base, store_rows
@@ -32,7 +32,6 @@ from fastfusion.kernels.host.tiles import Tile, cdiv, tile, width
 FEW, LONG = 128, 256
 _MOST_RANGES = 32  # of keys, whose statistics a program merges at once
 _QUERIES = 256  # of a split, so that a long call with few keys fills the GPU
-
 LENGTHS = [
     "heads", "group", "q_len", "kv_len", "padding_batch", "ranges", "range_keys", "splits",
     "per_split",

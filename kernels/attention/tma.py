@@ -1,6 +1,6 @@
 """Attention forward of long sequences whose tiles the copy engine of Hopper and later brings (TMA).
 
-The same tiles in the same order as in attention.py, and so the same bits; but one thread asks for a
+The same tiles in the same order as in forward.py, and so the same bits; but one thread asks for a
 tile by its coordinates, where there all threads compute addresses, compare and copy 16 bytes each.
 The descriptors that say where a head's rows lie are made on the host, per call.
 """
