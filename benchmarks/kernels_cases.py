@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfusion.kernels import bidirectional, bidirectional_shared, linear, norm
+from fastfusion.kernels import linear, norm
 from fastfusion.kernels.attention.backward import attention_backward
 from fastfusion.kernels.attention.forward import attention_forward
-from fastfusion.kernels.bidirectional_backward import bidirectional_backward
+from fastfusion.kernels.bidirectional import backward_on_chip, forward
+from fastfusion.kernels.bidirectional.backward import bidirectional_backward
 from fastfusion.kernels.host.tiles import width
 from fastfusion.kernels.varlen import varlen_backward, varlen_forward
 
@@ -119,7 +120,7 @@ def _bidirectional(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dt
         if kv_len == MOST:
             lengths = (256, 128, 64, 32, 16)
             extras = (0 if kind == "plain" else 2) + (dim % 8 > 0)
-            sizes = (width(dim), dtype.itemsize, *((extras,) if part is bidirectional else ()))
+            sizes = (width(dim), dtype.itemsize, *((extras,) if part is forward else ()))
             fits = (n for n in lengths if part.keys_on_chip(n, *sizes))
             keys = next(fits, 64)  # where none fits, the other kernels run
         query, key = _heads(q_len, dim, dtype), _heads(keys, dim, dtype)
@@ -128,8 +129,8 @@ def _bidirectional(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dt
         options = (*_dropout(kind), kind == "causal", False, None)
         return (query, key, key, query, mask, *paddings, *options)
 
-    bidirectional.bidirectional_forward(*given(bidirectional), kind != "plain")
-    query, key, _, _, mask, *options = given(bidirectional_shared)
+    forward.bidirectional_forward(*given(forward), kind != "plain")
+    query, key, _, _, mask, *options = given(backward_on_chip)
     lse = (None, None) if kind == "plain" else (query.new_empty(query.shape[:3]).float(), None)
     bidirectional_backward(
         query,

@@ -333,8 +333,8 @@ _INTERFACE = Interface(
 )  # fmt: skip
 _TRITON = triton.kernel_op(
     "bidirectional", _INTERFACE,
-    forward="bidirectional:bidirectional_forward",
-    backward="bidirectional_backward:bidirectional_backward",
+    forward="bidirectional.forward:bidirectional_forward",
+    backward="bidirectional.backward:bidirectional_backward",
 )  # fmt: skip
 
 

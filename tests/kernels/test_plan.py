@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastfusion.kernels.attention.backward import attention_backward
 from fastfusion.kernels.attention.forward import attention_forward
-from fastfusion.kernels.bidirectional import bidirectional_forward
+from fastfusion.kernels.bidirectional.forward import bidirectional_forward
 from fastfusion.kernels.host import plan as _plan
 from fastfusion.kernels.host import tiles as _launch
 from fastfusion.kernels.varlen import varlen_forward

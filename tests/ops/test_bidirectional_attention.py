@@ -23,7 +23,7 @@ def _short_calls_share_their_scores(monkeypatch: pytest.MonkeyPatch) -> Iterator
     if triton.unavailable() is not None:
         yield
         return
-    from fastfusion.kernels import bidirectional
+    from fastfusion.kernels.bidirectional import forward as bidirectional
     from fastfusion.kernels.host import plan as _plan
 
     monkeypatch.setattr(bidirectional, "LONG", 0)
@@ -393,7 +393,7 @@ def test_each_way_of_triton(
     lengths: tuple[int, int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One score matrix, and a launch that computes each direction: the same call."""
-    from fastfusion.kernels import bidirectional
+    from fastfusion.kernels.bidirectional import forward as bidirectional
     from fastfusion.kernels.host import plan as _plan
 
     call = spec.inputs(shape(*lengths, mask="both_padding"), torch.float32, DEVICE)

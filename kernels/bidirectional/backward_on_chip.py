@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels._bidirectional import row_ranges, shared_sizes
 from fastfusion.kernels.attention.backward import merge_splits
+from fastfusion.kernels.bidirectional.arguments import row_ranges, shared_sizes
 from fastfusion.kernels.device.dropout import kept_pair
 from fastfusion.kernels.device.gradients import partly_scaled, softmax_gradient
 from fastfusion.kernels.device.masks import visible_keys

@@ -17,18 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels._bidirectional import (
-    common_options,
-    exchanged,
-    prepared,
-    row_ranges,
-    shared_sizes,
-)
 from fastfusion.kernels.attention.forward import (
     attend_program,
     merge_kernel,
     split_length,
     store_partial,
+)
+from fastfusion.kernels.bidirectional.arguments import (
+    common_options,
+    exchanged,
+    prepared,
+    row_ranges,
+    shared_sizes,
 )
 from fastfusion.kernels.device.dropout import kept_pair
 from fastfusion.kernels.device.masks import visible_keys
@@ -58,8 +58,6 @@ FEW_KEYS = 64
 # where a launch that computes each direction takes 4.6, of 2,125 x 64 with 256 columns 31 where
 # that takes 41 (H200).
 LONG = 512
-
-
 LENGTHS = [
     "heads", "q_len", "kv_len", "q_padding_batch", "k_padding_batch", "threshold", "diagonal",
     "splits", "per_split", "q_splits", "k_splits", "q_programs",

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels._bidirectional import common_options, exchanged, prepared
 from fastfusion.kernels.attention.backward import merge_splits
-from fastfusion.kernels.bidirectional_shared import keys_on_chip, shared_backward
+from fastfusion.kernels.bidirectional.arguments import common_options, exchanged, prepared
+from fastfusion.kernels.bidirectional.backward_on_chip import keys_on_chip, shared_backward
 from fastfusion.kernels.device.gradient_sums import store_mask_gradient
 from fastfusion.kernels.device.masks import visible_keys
 from fastfusion.kernels.device.rows import load_rows, slice_base

@@ -1,0 +1,1 @@
+"""Bidirectional attention, forward and backward."""
