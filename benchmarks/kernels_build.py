@@ -40,7 +40,8 @@ TABLE_NAMES = {
     "bidirectional.forward": "bidirectional",
     "bidirectional.backward": "bidirectional_backward",
     "bidirectional.backward_on_chip": "bidirectional_shared",
-    "varlen": "varlen",
+    "varlen.forward": "varlen",
+    "varlen.backward": "varlen",
     "linear": "linear",
     "norm": "norm",
 }

@@ -19,7 +19,8 @@ from fastfusion.kernels.attention.forward import attention_forward
 from fastfusion.kernels.bidirectional import backward_on_chip, forward
 from fastfusion.kernels.bidirectional.backward import bidirectional_backward
 from fastfusion.kernels.host.tiles import width
-from fastfusion.kernels.varlen import varlen_backward, varlen_forward
+from fastfusion.kernels.varlen.backward import varlen_backward
+from fastfusion.kernels.varlen.forward import varlen_forward
 
 DTYPES = ("bfloat16", "float16", "float32")
 # The padded widths.

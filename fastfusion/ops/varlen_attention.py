@@ -354,8 +354,8 @@ _INTERFACE = Interface(
 )  # fmt: skip
 _TRITON = triton.kernel_op(
     "varlen", _INTERFACE,
-    forward="varlen:varlen_forward",
-    backward="varlen:varlen_backward",
+    forward="varlen.forward:varlen_forward",
+    backward="varlen.backward:varlen_backward",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from fastfusion.kernels.attention.forward import attention_forward
 from fastfusion.kernels.bidirectional.forward import bidirectional_forward
 from fastfusion.kernels.host import plan as _plan
 from fastfusion.kernels.host import tiles as _launch
-from fastfusion.kernels.varlen import varlen_forward
+from fastfusion.kernels.varlen.forward import varlen_forward
 
 OPTIONS = (0.0, False, False, None)
 

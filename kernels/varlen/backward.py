@@ -1,18 +1,10 @@
-"""Attention over packed sequences, forward and backward, without a look at their lengths.
-
-The grid has one program per tile that the longest possible cut of the tokens could need, total /
-OWN + sequences of them, and each finds its sequence in the offsets by itself: nothing waits for the
-device to tell the host how long the sequences are. The programs that find none end at once.
-"""
-
-from typing import Any
+"""Attention over packed sequences, backward; the grids are those of the forward."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels.device.attend import attend
 from fastfusion.kernels.device.gradient_sums import (
     key_gradients,
     mask_gradients,
@@ -21,55 +13,12 @@ from fastfusion.kernels.device.gradient_sums import (
 )
 from fastfusion.kernels.device.packed import bounds, find_tile, sequence_mask
 from fastfusion.kernels.device.rows import load_rows, store_rows
-from fastfusion.kernels.device.softmax import inverse, log_sum
 from fastfusion.kernels.device.statistics import load_grad_lse, store_statistics
 from fastfusion.kernels.device.sums import nothing_lost
-from fastfusion.kernels.host.arguments import gradient_scale, rows_readable, score_options
+from fastfusion.kernels.host.arguments import gradient_scale, rows_readable
 from fastfusion.kernels.host.plan import empty, launch, planned
-from fastfusion.kernels.host.tiles import Tile, aligned, cdiv, cut, tile, width
-
-NAMES = [
-    "heads", "group", "sequences", "q_total", "k_total", "threshold", "mask_rows", "mask_columns",
-    "bottom_right",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=NAMES)
-def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_offsets_ptr, k_offsets_ptr, mask_ptr, seed_ptr,
-    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, mask_batch, mask_head, mask_row,
-    mask_column, mask_rows, mask_columns, bottom_right, q_offsets_step, k_offsets_step, heads,
-    group, sequences, q_total, k_total, scale, factor, threshold, keep_scale, SIGN: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Programs: (tiles of queries, heads), the last fastest."""
-    head = tl.program_id(0) % heads
-    sequence, q_start, q_first, q_len, k_first, kv_len = find_tile(
-        q_offsets_ptr, q_offsets_step, q_total, k_offsets_ptr, k_offsets_step, k_total, sequences,
-        tl.program_id(0) // heads, OWN,
-    )  # fmt: skip
-    mask = sequence_mask(
-        mask_ptr, sequence, head, mask_batch, mask_head, mask_row, mask_column, mask_rows,
-        mask_columns, bottom_right, q_len, kv_len,
-    )  # fmt: skip
-    seed = tl.load(seed_ptr) if DROPOUT else 0
-    maximum, total, acc = attend(
-        q_ptr + q_first * q_row + head * q_head, q_row, q_start,
-        k_ptr + k_first * k_row + (head // group) * k_head, k_row,
-        v_ptr + k_first * v_row + (head // group) * v_head, v_row,
-        mask, q_ptr, seed, sequence * heads + head, 0, kv_len, q_len, kv_len, scale, factor,
-        threshold, keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, MASK,
-        False, DROPOUT, 0, DOT, PRECISION,
-    )  # fmt: skip
-    rows = q_start + tl.arange(0, OWN)
-    present = rows < q_len
-    out = out_ptr + q_first * out_row + head * out_head
-    store_rows(out, acc * inverse(total)[:, None], q_start, present, out_row, VALUE_DIM)
-    if LSE:
-        at = (q_first + rows) * heads + head
-        tl.store(lse_ptr + at, log_sum(maximum, total, MASK), mask=present)
+from fastfusion.kernels.host.tiles import aligned, cdiv, cut, tile, width
+from fastfusion.kernels.varlen.arguments import NAMES, common_options, sizes_of, token_strides
 
 
 @triton.jit(do_not_specialize=NAMES)
@@ -207,91 +156,6 @@ def mask_kernel(
     )
 
 
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    """Strides of tokens and heads, by the names that the kernels give them."""
-    parts = ("row", "head")
-    return {f"{n}_{p}": t.stride(i) for n, t in tensors.items() for i, p in enumerate(parts)}
-
-
-def _common(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *options: Any,
-) -> dict[str, Any]:
-    """Arguments of all kernels; `options` are those from the seed to the scale."""
-    heads, dim = query.shape[1:]
-    value_dim, sequences = value.shape[2], q_offsets.shape[0] - 1
-    sizes = (sequences, heads, max_seqlen_q, max_seqlen_k)
-    run_time, compile_time = score_options(query, sizes, attn_mask, None, *options)
-    for name in ("padding_ptr", "padding_batch", "diagonal"):  # the diagonal is a sequence's own
-        del run_time[name]
-    del compile_time["PADDING"]
-    masked = attn_mask is not None
-    return {
-        "q_ptr": query, "k_ptr": key, "v_ptr": value, "q_offsets_ptr": q_offsets,
-        "k_offsets_ptr": k_offsets, "q_offsets_step": q_offsets.stride(0),
-        "k_offsets_step": k_offsets.stride(0), **run_time, **compile_time,
-        "mask_rows": max_seqlen_q if masked else 0, "mask_columns": max_seqlen_k if masked else 0,
-        "bottom_right": int(options[3]), **_strides(q=query, k=key, v=value), "heads": heads,
-        "group": heads // key.shape[1], "sequences": sequences, "q_total": query.shape[0],
-        "k_total": key.shape[0], "DIM": dim, "WIDTH": width(dim), "VALUE_DIM": value_dim,
-        "VALUE_WIDTH": width(value_dim),
-    }  # fmt: skip
-
-
-def _sizes(chosen: Tile) -> dict[str, int]:
-    return {"OWN": chosen.own, "LOOP": chosen.loop, **chosen.options()}
-
-
-@planned
-def varlen_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    bottom_right: bool,
-    scale: float | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """out (total_q, H, Dv) and lse (total_q, H), float32, or None.
-
-    The longest lengths only say which shape the mask broadcasts to: (sequences, H, max_seqlen_q,
-    max_seqlen_k). Rows behind the last offset give 0 and -inf.
-    """
-    query, key, value = map(rows_readable, (query, key, value))
-    total, heads, dim = query.shape
-    out = empty(query, (total, heads, value.shape[2]))
-    lse = empty(query, (total, heads), torch.float32) if return_lse else None
-    sequences = q_offsets.shape[0] - 1
-    if total * heads == 0:
-        return out, lse
-    widest = max(width(dim), width(value.shape[2]))
-    chosen = tile("varlen", query.dtype, widest, query.device, aligned(dim, value.shape[2]))
-    launch(
-        forward_kernel, (cdiv(total, chosen.own) + sequences) * heads,
-        **_common(
-            query, key, value, attn_mask, q_offsets, k_offsets, max_seqlen_q, max_seqlen_k, seed,
-            dropout_p, is_causal, bottom_right, scale,
-        ),
-        out_ptr=out, lse_ptr=query if lse is None else lse, LSE=return_lse,
-        **_strides(out=out), **_sizes(chosen),
-    )  # fmt: skip
-    return out, lse
-
-
 @planned
 def varlen_backward(
     grad_out: Tensor | None,
@@ -327,25 +191,25 @@ def varlen_backward(
     # (heads, tokens), as the statistics lie: the rows of a head side by side.
     grad_lse = None if grad_lse is None else grad_lse.t().contiguous()
     common = {
-        **_common(
+        **common_options(
             query, key, value, attn_mask, q_offsets, k_offsets, max_seqlen_q, max_seqlen_k, seed,
             dropout_p, is_causal, bottom_right, scale,
         ),
         "grad_ptr": grad_out, "grad_lse_ptr": query if grad_lse is None else grad_lse,
-        "LSE": grad_lse is not None, **_strides(grad=grad_out),
+        "LSE": grad_lse is not None, **token_strides(grad=grad_out),
         "statistics_ptr": empty(query, (heads * total * 3,), torch.float32),
     }  # fmt: skip
     chosen = tile("varlen_rows", query.dtype, widest, query.device, aligned(dim, value.shape[2]))
     launch(
         rows_kernel, (cdiv(total, chosen.own) + sequences) * heads,
-        **common, dq_ptr=dq, **_strides(dq=dq), **_sizes(chosen),
+        **common, dq_ptr=dq, **token_strides(dq=dq), **sizes_of(chosen),
         gradient_scale=common["SIGN"] * gradient_scale(common),
     )  # fmt: skip
     chosen = tile("varlen_keys", query.dtype, widest, query.device, aligned(dim, value.shape[2]))
     launch(
         keys_kernel, (cdiv(key.shape[0], chosen.own) + sequences) * key.shape[1],
-        **common, dk_ptr=dk, dv_ptr=dv, **_strides(dk=dk, dv=dv),
-        gradient_scale=gradient_scale(common), **_sizes(chosen),
+        **common, dk_ptr=dk, dv_ptr=dv, **token_strides(dk=dk, dv=dv),
+        gradient_scale=gradient_scale(common), **sizes_of(chosen),
     )  # fmt: skip
     if dmask.numel():
         shared = (1,) * (4 - dmask.dim()) + tuple(dmask.shape)
