@@ -42,8 +42,8 @@ TABLE_NAMES = {
     "bidirectional.backward_on_chip": "bidirectional_shared",
     "varlen.forward": "varlen",
     "varlen.backward": "varlen",
-    "linear": "linear",
-    "norm": "norm",
+    "layer.linear": "linear",
+    "layer.norm": "norm",
 }
 
 # The operand of a product in registers: its shape, which of the two it is, elements side by side.

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfusion.kernels import linear, norm
 from fastfusion.kernels.attention.backward import attention_backward
 from fastfusion.kernels.attention.forward import attention_forward
 from fastfusion.kernels.bidirectional import backward_on_chip, forward
 from fastfusion.kernels.bidirectional.backward import bidirectional_backward
 from fastfusion.kernels.host.tiles import width
+from fastfusion.kernels.layer import linear, norm
 from fastfusion.kernels.varlen.backward import varlen_backward
 from fastfusion.kernels.varlen.forward import varlen_forward
 

@@ -38,7 +38,7 @@ from fastfusion.core.op import forced_backend
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
-MAX_NORM_WIDTH = 16384  # kernels.norm.MAX_WIDTH, here without importing Triton
+MAX_NORM_WIDTH = 16384  # kernels.layer.norm.MAX_WIDTH, here without importing Triton
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 # torch.set_default_device, and `explain`, which describes what runs without it.
 _HARMLESS_MODES = (DeviceContext, Watching)
@@ -217,7 +217,7 @@ def _linears(
     activation: str | None = None,
     residuals: Sequence[Tensor | None] = (None, None),
 ) -> Sequence[Tensor]:
-    from fastfusion.kernels.linear import Product, linears
+    from fastfusion.kernels.layer.linear import Product, linears
 
     given = zip(modules, inputs, residuals, strict=False)
     return linears(tuple(Product(x, m.weight, m.bias, r) for m, x, r in given), activation)
@@ -226,14 +226,14 @@ def _linears(
 def _heads(
     modules: Sequence[Any], inputs: Sequence[Tensor], parts: tuple[int, ...], heads: int
 ) -> Sequence[tuple[Tensor, ...]]:
-    from fastfusion.kernels.linear import Product, project_heads
+    from fastfusion.kernels.layer.linear import Product, project_heads
 
     given = zip(modules, inputs, strict=True)
     return project_heads(tuple(Product(x, m.weight, m.bias) for m, x in given), parts, heads)
 
 
 def _norms(modules: Sequence[Any], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    from fastfusion.kernels.norm import Rows, layer_norms
+    from fastfusion.kernels.layer.norm import Rows, layer_norms
 
     first, second = (Rows(x, m.weight, m.bias, m.eps) for m, x in zip(modules, inputs, strict=True))
     return layer_norms(first, second)

@@ -1,4 +1,4 @@
-"""kernels/linear.py against torch.nn.functional."""
+"""kernels/layer/linear.py against torch.nn.functional."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,8 @@ from accuracy import assert_accurate
 from suite import DEVICE, DTYPES, relayout
 from torch import Tensor
 
-from fastfusion.kernels import linear as linear_module
-from fastfusion.kernels.linear import TILES, Product, linear, linears, project_heads
+from fastfusion.kernels.layer import linear as linear_module
+from fastfusion.kernels.layer.linear import TILES, Product, linear, linears, project_heads
 
 # rows, in_features, out_features
 SIZES = [(0, 97, 6), (1, 1000, 97), (3, 77, 160), (17, 160, 77), (130, 97, 97), (130, 6, 1)]

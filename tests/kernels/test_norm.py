@@ -1,4 +1,4 @@
-"""kernels/norm.py against torch.nn.functional, values and gradients."""
+"""kernels/layer/norm.py against torch.nn.functional, values and gradients."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from accuracy import assert_accurate
 from suite import DEVICE, DTYPES, relayout
 from torch import Tensor
 
-from fastfusion.kernels import norm
+from fastfusion.kernels.layer import norm
 
 SIZES = [(0, 77), (1, 1000), (3, 6), (17, 160), (130, 97), (3, 1)]
 

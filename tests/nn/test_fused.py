@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastfusion as ff
 from fastfusion.backends import triton
 from fastfusion.core.op import forced_backend
-from fastfusion.kernels import linear, norm
+from fastfusion.kernels.layer import linear, norm
 from fastfusion.nn import _fused
 
 BATCH, VISUAL, TEXT = 3, 9, 5

@@ -1,0 +1,1 @@
+"""What stands around the attention in a fusion layer: projections and norms."""
