@@ -131,7 +131,7 @@ bench: build $(VENV)/bench.stamp
 		--plots bench-results/threads
 
 bench-check: build
-	@OMP_NUM_THREADS=1 $(BIN)/python -m fastfusion.benchmarks.check
+	@OMP_NUM_THREADS=1 $(BIN)/python -m fastfusion.benchmarks.cpu.check
 
 # The committed tables are those of all builds. Options for a part of Triton's table leave the other one out.
 kernels: build

@@ -19,12 +19,14 @@ from torch import Tensor
 
 import fastfusion as ff
 
-from . import cuda_block, cuda_peers, gate, ops, shapes
+from . import cuda_block, cuda_peers
+from .common import gate, ops, shapes
+from .common.peers import Skipped
+from .common.results import OURS, REFERENCE
 from .cuda_device import DTYPES
-from .cuda_peers import PEERS, Refusal
+from .cuda_peers import PEERS
 from .cuda_results import OWN_PREFIX, Cell
 from .cuda_timing import MODES, Clock, Timed, measure
-from .results import OURS, REFERENCE
 
 WARM_SECONDS = 120.0
 # How torch begins to say that the one backend it may use does not take the call.
@@ -126,7 +128,7 @@ def others(call: dict[str, Any], cell: Cell, compiled: str) -> dict[str, Timed]:
             try:
                 found[name] = Timed(peer.adapt(call), peer.context)
                 continue
-            except Refusal as refusal:
+            except Skipped as refusal:
                 reason = str(refusal)
             except Exception as error:
                 reason = f"{type(error).__name__}: {_first_line(error)}"
@@ -253,7 +255,7 @@ def _note(cell: Cell, name: str, error: Exception, warned: list[str]) -> None:
     peer = PEERS[cell.suite].get(name)
     if peer is not None and peer.sdpa is not None and str(error).startswith(NO_KERNEL):
         cell.refused[name] = cuda_peers.sdpa_refusal(warned, peer.sdpa)
-    elif isinstance(error, Refusal | NotImplementedError):
+    elif isinstance(error, Skipped | NotImplementedError):
         cell.refused[name] = _first_line(error)
     else:
         cell.problems[name] = f"ERROR: {type(error).__name__}: {_first_line(error)}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import machine
+from .common import machine
 from .cuda_timing import Clock
 
 NO_GPU = "needs an NVIDIA GPU; torch sees none"

@@ -1,7 +1,7 @@
 """What a user would call on a CUDA device instead of an op of ours.
 
 As in `peers.py` an adapter takes the keyword arguments of our public op and returns a call without
-arguments. A peer that does not take a call says why: it raises `Refusal` in its adapter, or torch
+arguments. A peer that does not take a call says why: it raises `Skipped` in its adapter, or torch
 says it in warnings when the call first runs (`sdpa_refusal`).
 """
 
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import cuda_block, peers
-from .peers import Adapter, Arguments
+from . import cuda_block
+from .common import peers
+from .common.peers import Adapter, Arguments, Skipped
 
 # torch.compile and FlexAttention compile for seconds per shape; --full measures them everywhere,
 # and --quick only where a goal is about them.
@@ -30,16 +31,12 @@ COMPILED_SHAPES = QUICK_COMPILED_SHAPES | {
 }
 
 
-class Refusal(Exception):
-    """A peer does not take this call; the message says why."""
-
-
 @dataclass(frozen=True)
 class Peer:
     """An implementation that ours is timed beside.
 
     Attributes:
-        adapt: makes the call; raises Refusal.
+        adapt: makes the call; raises Skipped.
         context: in which the call runs, such as the choice of an SDPA backend.
         compiled: whether it compiles anew for every shape, which takes seconds.
         package: what has to be installed, None where torch is enough.
@@ -62,23 +59,16 @@ class Peer:
 def _unmasked(call: Arguments, who: str) -> None:
     for name in ("attn_mask", "key_padding_mask", "query_padding_mask"):
         if call.get(name) is not None:
-            raise Refusal(f"{who} takes no mask in this form")
+            raise Skipped(f"{who} takes no mask in this form")
 
 
 def _no_bias_gradient(call: Arguments, who: str) -> None:
     mask = call.get("attn_mask")
     if mask is not None and mask.requires_grad:
-        raise Refusal(f"{who} is not asked for the gradient of a bias")
+        raise Skipped(f"{who} is not asked for the gradient of a bias")
 
 
 # ---- attention
-
-
-def compiled_formula(call: Arguments) -> Callable[[], Tensor]:
-    """torch.compile of the unfused formula."""
-    plain = peers.unfused(call)
-    function = torch.compile(plain.func, dynamic=False)  # type: ignore[attr-defined]
-    return partial(function, *plain.args)  # type: ignore[attr-defined]
 
 
 def flex(call: Arguments) -> Callable[[], Tensor]:
@@ -134,7 +124,7 @@ def flash_attn(call: Arguments) -> Callable[[], Tensor]:
     query, key, value = (call[name].transpose(1, 2) for name in ("query", "key", "value"))
     causal = call.get("is_causal", False)
     if causal and query.shape[1] != key.shape[1]:
-        raise Refusal("flash_attn aligns a causal mask bottom right")
+        raise Skipped("flash_attn aligns a causal mask bottom right")
     function = importlib.import_module("flash_attn").flash_attn_func
     scale = call.get("scale")
 
@@ -148,7 +138,7 @@ def xformers(call: Arguments) -> Callable[[], Tensor]:
     """xformers' memory_efficient_attention, on (batch, length, heads, head_dim) views."""
     _unmasked(call, "xformers")
     if call.get("enable_gqa"):
-        raise Refusal("xformers takes grouped heads in another layout")
+        raise Skipped("xformers takes grouped heads in another layout")
     ops = importlib.import_module("xformers.ops")
     query, key, value = (call[name].transpose(1, 2) for name in ("query", "key", "value"))
     bias = ops.LowerTriangularMask() if call.get("is_causal") else None
@@ -217,7 +207,7 @@ PEERS: dict[str, dict[str, Peer]] = {
         **_sdpa_peers(peers.sdpa, ""),
         "math": Peer(peers.sdpa, partial(sdpa_kernel, SDPBackend.MATH)),
         "unfused": Peer(peers.unfused),
-        "compile": Peer(compiled_formula, compiled=True),
+        "compile": Peer(peers.compiled_formula, compiled=True),
         "flex": Peer(flex, compiled=True),
         "flash_attn": Peer(flash_attn, package="flash_attn"),
         "xformers": Peer(xformers, package="xformers"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cuda_results
+from .common.plots import pyplot
 from .cuda_results import Cell
 
 COLORS = {"graph": "#2a6f97", "eager": "#a9d6e5"}
@@ -45,11 +46,6 @@ def panels(cells: Iterable[Cell]) -> dict[tuple[str, str], dict[bool, list[Cell]
 
 def draw(sources: Sequence[Path], target: Path) -> Path | None:
     """One picture of some files; None where they hold no times."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     machine: dict[str, Any] = {}
     cells: list[Cell] = []
     for source in sources:
@@ -60,7 +56,8 @@ def draw(sources: Sequence[Path], target: Path) -> Path | None:
         return None
     directions = sorted({backward for row in rows.values() for backward in row})
     heights = [1.2 + 0.34 * max(map(len, row.values())) for row in rows.values()]
-    figure, grid = pyplot.subplots(
+    drawing = pyplot()
+    figure, grid = drawing.subplots(
         len(rows),
         len(directions),
         figsize=(9 * len(directions), 0.6 + sum(heights)),
@@ -76,7 +73,7 @@ def draw(sources: Sequence[Path], target: Path) -> Path | None:
                 axes.set_axis_off()
     figure.suptitle(title(machine), size=9)
     figure.savefig(target, dpi=120)
-    pyplot.close(figure)
+    drawing.close(figure)
     return target
 
 

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .common.results import OURS, REFERENCE, in_words, slower
+from .common.timing import Spread, geometric_mean
 from .cuda_timing import Times
-from .results import OURS, REFERENCE
-from .timing import Spread, geometric_mean
 
 # Timed beside us, but nobody's alternative: our own definition and our other backends.
 OWN = (OURS, REFERENCE)
@@ -132,16 +132,12 @@ def _us(seconds: float | None) -> str:
 
 
 def _spread(spread: Spread | None, factor: float, digits: int) -> str:
-    if spread is None:
-        return "-"
-    median, lower, upper = (factor * t for t in (spread.median, spread.lower, spread.upper))
-    return f"{median:.{digits}f} ({lower:.{digits}f}-{upper:.{digits}f})"
+    return "-" if spread is None else in_words(spread, factor, digits)
 
 
 def _label(cell: Cell) -> str:
-    """LOST as in `results.slower`: three quarters of the rounds say so."""
     best = cell.best()
-    return "LOST" if best is not None and best[1].upper < 1 else ""
+    return "LOST" if best is not None and slower(best[1]) else ""
 
 
 def _line(cell: Cell, names: list[str], width: int, peaks: dict[str, float]) -> str:

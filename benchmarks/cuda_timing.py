@@ -8,7 +8,6 @@ Times are hot: the same inputs again and again, in the L2 cache where they fit. 
 taken of single replays, the L2 cache overwritten before each.
 """
 
-import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,14 +20,14 @@ import torch
 
 from fastfusion import _cuda_graph
 
-from .timing import Measurement
+from .common.timing import Call, Measurement, in_turns, loops_for
 
-Call = Callable[[], object]
 MODES = ("graph", "eager", "cold")
 # One launch of a graph costs a few microseconds; a graph of this length hides them.
 GRAPH_SECONDS = 1e-4
 MOST_COPIES = 32
 COLD_LOOPS = 10
+MOST_LOOPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,7 @@ class Clock:
 def autorange(clock: Clock, run: Call, min_time: float) -> int:
     """How many calls in a row take `min_time` seconds; warms the call up on the way."""
     run()
-    loops = 1
-    while (elapsed := clock.seconds(run, loops)) < min_time and loops < 1_000_000:
-        loops = max(2 * loops, min(10 * loops, math.ceil(loops * min_time / max(elapsed, 1e-9))))
-    return loops
+    return loops_for(partial(clock.seconds, run), min_time, MOST_LOOPS)
 
 
 def graphed(clock: Clock, call: Call) -> tuple[Call, int]:
@@ -182,21 +178,10 @@ def measure(
     jobs: dict[tuple[str, str], _Job] = {}
     for name, timed in calls.items():
         jobs |= _jobs(clock, name, timed, min_time, modes, no_graph)
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
-    keys = list(jobs)
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for index in range(rounds):
-            first = index % len(keys) if keys else 0
-            for key in keys[first:] + keys[:first]:
-                samples[key].append(jobs[key].sample())
-    finally:
-        if collecting:
-            gc.enable()
+    samples = in_turns({key: job.sample for key, job in jobs.items()}, rounds)
     found = {}
     for mode in MODES:
-        names = [name for kind, name in keys if kind == mode]
+        names = [name for kind, name in jobs if kind == mode]
         if names:
             found[mode] = Measurement(
                 {name: samples[mode, name] for name in names},

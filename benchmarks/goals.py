@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable, Iterable
 
 from . import cuda_block
+from .common.results import OURS, Goal
+from .common.timing import geometric_mean
 from .cuda_results import Cell
-from .results import OURS, Goal
-from .timing import geometric_mean
 
 SHORT = 1024
 

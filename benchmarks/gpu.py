@@ -24,16 +24,17 @@ import time
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from . import cuda_cells, cuda_device, cuda_peers, cuda_plot, cuda_results, goals, gpu_checks
-from . import shapes as all_shapes
+from .common import shapes as all_shapes
+from .common.command import Parser, UsageError
+from .common.results import OURS
 from .cuda_cells import Budget, Job, Settings
 from .cuda_results import Cell
 from .gpu_checks import Outcome
-from .results import OURS
 
 STEPS = ("smoke", "tests", "bench", "sanitizer", "tune")
 USUAL = ("smoke", "tests", "bench", "sanitizer")
@@ -43,18 +44,9 @@ QUICK_MINUTES = 3.5
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-class UsageError(Exception):
-    """The command line makes no sense; the message says why in one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    result = _Parser(prog="make gpu", description=__doc__.partition("\n")[0])
+    result = Parser(prog="make gpu", description=__doc__.partition("\n")[0])
     add = result.add_argument
     add("--steps", default=",".join(USUAL), help=f"of {', '.join(STEPS)}; default all but tune")
     add("--quick", action="store_true", help="bfloat16, few rounds, a few tests: 10 minutes")

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 # Triton's launchers are compiled to machine code here, not run by its interpreter; and Triton 3.9
 # warns in every process that 3.10 will no longer fuse multiplications and additions by itself.
@@ -27,16 +27,8 @@ warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 
 import triton  # noqa: E402
 
-from .kernels_build import (  # noqa: E402
-    HALF,
-    SHARED_LIMITS,
-    Build,
-    Row,
-    compile_build,
-    problems,
-    record,
-    unique,
-)
+from .common.command import Parser, UsageError  # noqa: E402
+from .kernels_build import HALF, SHARED_LIMITS, Build, Row, compile_build, problems, record, unique  # noqa: E402
 from .kernels_cases import DTYPES, cases  # noqa: E402
 
 ARCHS = tuple(SHARED_LIMITS)
@@ -45,15 +37,6 @@ COLUMNS = (
     *("kernel", "variant", "dtype", "size", "arch", "tile"),
     *("registers", "spilled bytes", "shared KB", "tensor-core instructions", "wgmma"),
 )
-
-
-class UsageError(Exception):
-    """The command line makes no sense; the message says why in one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
 
 def _among(name: str, given: str | None, known: Iterable[Any], default: Iterable[Any]) -> list[Any]:
@@ -73,7 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         UsageError: an option or a value that does not exist.
     """
-    parser = _Parser(prog="python -m fastfusion.benchmarks.kernels", description=__doc__)
+    parser = Parser(prog="python -m fastfusion.benchmarks.kernels", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="about 200 builds of some 3,000")
     parser.add_argument("--arch", metavar="LIST", help="such as 80,90; default all, or 3 if quick")
     parser.add_argument("--dtype", metavar="LIST", help=f"of {','.join(DTYPES)}; default all")

@@ -17,8 +17,8 @@ import fastfusion as ff
 from fastfusion import _cuda_graph
 from fastfusion.core.op import Op
 
-from . import gate, ops
-from .results import REFERENCE
+from .common import gate, ops
+from .common.results import REFERENCE
 
 # Lengths of one tile and less, of several with a rest, and long enough to be split.
 SHAPES: dict[str, list[dict[str, Any]]] = {

@@ -22,17 +22,19 @@ from functools import partial
 from itertools import product
 from operator import ne
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 import fastfusion as ff
 
-from . import cuda_device, cuda_results, machine, ops, shapes
+from . import cuda_device, cuda_results
+from .common import machine, ops, shapes
+from .common.command import Parser, UsageError
+from .common.timing import geometric_mean
 from .cuda_cells import Budget
 from .cuda_timing import Clock, Timed, measure
-from .timing import geometric_mean
 
 OWN = (16, 32, 64, 128)
 WARPS = (4, 8)
@@ -316,18 +318,9 @@ def document(results: Sequence[Result], about: dict[str, Any], old: dict[str, An
     return {**{name: about.get(name) for name in kept}, "tiles": dict(sorted(tiles.items()))}
 
 
-class UsageError(Exception):
-    """The command line makes no sense; the message says why in one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options, checked."""
-    result = _Parser(prog="make tune", description=(__doc__ or "").partition("\n")[0])
+    result = Parser(prog="make tune", description=(__doc__ or "").partition("\n")[0])
     add = result.add_argument
     add("--quick", action="store_true", help="candidates that change one thing at a time")
     add("--only", default="", help="keys that contain this text, such as attention/16/64")

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastfusion.benchmarks import check, compare, ops, plots, report, results
 from fastfusion.benchmarks.__main__ import main
-from fastfusion.benchmarks.command import only_suite, parse
-from fastfusion.benchmarks.results import Goal, Row, Spread
+from fastfusion.benchmarks.common.results import Goal
+from fastfusion.benchmarks.common.timing import Spread
+from fastfusion.benchmarks.cpu import cells as ops
+from fastfusion.benchmarks.cpu import check, compare, plots, report, results
+from fastfusion.benchmarks.cpu.command import only_suite, parse
+from fastfusion.benchmarks.cpu.results import Row
 
 SMALL = ["--shape", "lxmert_text_to_image", "--rounds", "1", "--quick", "--peers", "sdpa,unfused"]
 

@@ -8,25 +8,25 @@ import pytest
 import torch
 
 import fastfusion as ff
-from fastfusion.benchmarks import (
+from fastfusion.benchmarks.__main__ import main
+from fastfusion.benchmarks.common import gate, peers, shapes
+from fastfusion.benchmarks.common.results import Goal
+from fastfusion.benchmarks.common.timing import Spread
+from fastfusion.benchmarks.cpu import cells as ops
+from fastfusion.benchmarks.cpu import (
     compiled,
-    cpu_goals,
-    gate,
     layers,
     libraries,
     models,
-    ops,
     overhead,
-    peers,
     results,
     roofline,
     runtimes,
-    shapes,
     timing,
 )
-from fastfusion.benchmarks.__main__ import main
-from fastfusion.benchmarks.results import Goal, Row, Spread
-from fastfusion.benchmarks.settings import Settings
+from fastfusion.benchmarks.cpu import goals as cpu_goals
+from fastfusion.benchmarks.cpu.results import Row
+from fastfusion.benchmarks.cpu.settings import Settings
 
 SMALL = ["--shape", "lxmert_text_to_image", "--rounds", "1", "--quick", "--peers", "sdpa,unfused"]
 ONCE = Settings(rounds=1, min_time=0.0, peers=("sdpa", "two sdpa", "unfused", "reference"))

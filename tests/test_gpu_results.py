@@ -6,8 +6,8 @@ import pytest
 from gpu_cells import PEAKS, cell
 
 from fastfusion.benchmarks import cuda_plot, cuda_results, goals
+from fastfusion.benchmarks.common.timing import Spread
 from fastfusion.benchmarks.cuda_results import Cell
-from fastfusion.benchmarks.timing import Spread
 
 # ---- tables, files, plots
 

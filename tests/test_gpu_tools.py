@@ -27,9 +27,9 @@ from fastfusion.benchmarks import (
     cuda_results,
     cuda_timing,
     gpu_checks,
-    ops,
     sanitize,
 )
+from fastfusion.benchmarks.common import ops
 from fastfusion.benchmarks.cuda_cells import Budget, Job, Settings
 from fastfusion.benchmarks.cuda_results import Cell
 from fastfusion.benchmarks.cuda_timing import Timed

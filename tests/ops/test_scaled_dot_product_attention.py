@@ -12,7 +12,7 @@ from suite import DEVICE, Case, OpSuite, Target, plain_attention
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 import fastfusion as ff
-from fastfusion.benchmarks import peers
+from fastfusion.benchmarks.common import peers
 from fastfusion.ops import scaled_dot_product_attention as spec
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.results import REFERENCE
+from ..common.timing import Spread
 from . import results
 
 LEAST = 0.05
@@ -25,8 +27,8 @@ class Change:
 
     cell: str
     peer: str
-    before: results.Spread
-    now: results.Spread
+    before: Spread
+    now: Spread
 
     @property
     def factor(self) -> float:
@@ -53,13 +55,9 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     found = []
     for row in now["rows"]:
         cell = results.label(row)
-        shared = [
-            name
-            for name in row["ratios"]
-            if name in old.get(cell, {}) and name != results.REFERENCE
-        ]
+        shared = [name for name in row["ratios"] if name in old.get(cell, {}) and name != REFERENCE]
         if shared:
-            pair = (results.Spread(**ratios[shared[0]]) for ratios in (old[cell], row["ratios"]))
+            pair = (Spread(**ratios[shared[0]]) for ratios in (old[cell], row["ratios"]))
             found.append(Change(cell, shared[0], *pair))
     return found
 
@@ -92,7 +90,7 @@ def load(source: str, argv: Sequence[str]) -> dict[str, Any]:
 
 def of_revision(revision: str, argv: Sequence[str]) -> dict[str, Any]:
     """Builds and runs a revision in folders that are thrown away."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
 
     def run(*command: str, cwd: Path = root, env: dict[str, str] | None = None) -> None:
         done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .peers import Arguments, Skipped, additive, attend_mask, mask_or_causal, whole_mask
+from ..common.peers import Arguments, Skipped, additive, attend_mask, mask_or_causal, whole_mask
 
 
 def _wide_heads(call: Arguments) -> list[Tensor]:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import fastfusion as ff
-from fastfusion.benchmarks import ops, shapes
+from fastfusion.benchmarks.common import ops, shapes
+from fastfusion.benchmarks.cpu.cells import SUITES
 
 CASES = [
     pytest.param(suite, shape, id=f"{suite}-{shape['name']}")
-    for suite, about in ops.SUITES.items()
+    for suite, about in SUITES.items()
     for shape in shapes.select(about.group)
 ]
 
@@ -24,7 +25,7 @@ def test_forward(
 ) -> None:
     """One call in float32; "torch" is SDPA, twice for both directions."""
     torch.set_num_threads(1)
-    about = ops.SUITES[suite]
+    about = SUITES[suite]
     call = ops.spec(about.op).inputs(shape, torch.float32, "cpu", 0)
     adapter = next(iter(about.others.values()))
     function = adapter(call) if peer else partial(getattr(ff, about.op), **call)

@@ -1,4 +1,4 @@
-"""Whether this tool repeats itself: ``python -m fastfusion.benchmarks.check`` (make bench-check).
+"""Whether this tool repeats itself: ``python -m fastfusion.benchmarks.cpu.check``, bench-check.
 
 Runs a small set twice, each in a process of its own, and fails where a cell's ratio to its peer
 differs by more than 10 %. On a machine that does other work it will.

@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .timing import Measurement, Spread, geometric_mean
-
-OURS = "fastfusion"
-REFERENCE = "reference"
+from ..common.results import OURS, REFERENCE, Goal, in_words, slower
+from ..common.timing import Measurement, Spread, geometric_mean
 
 
 @dataclass
@@ -111,56 +109,22 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def slower(ratio: Spread) -> bool:
-    """Whether we lose: three quarters of the rounds say so. In between it is a draw."""
-    return ratio.upper < 1
-
-
 def _time_cell(time: Spread | None) -> str:
     if time is None:
         return "no time"
-    digits = 1 if time.median < 1e-3 else 0
-    median, lower, upper = (f"{1e6 * t:.{digits}f}" for t in (time.median, time.lower, time.upper))
-    return f"{median} ({lower}-{upper})"
+    return in_words(time, 1e6, 1 if time.median < 1e-3 else 0)
 
 
 def _ratio_cell(ratio: Spread | None, short: bool = False) -> str:
     if ratio is None:
         return "-"
-    spread = "" if short else f" ({ratio.lower:.2f}-{ratio.upper:.2f})"
-    return f"{ratio.median:.2f}{spread}"
+    return f"{ratio.median:.2f}" if short else in_words(ratio, 1, 2)
 
 
 def _closest_cell(row: Row) -> str:
     found = row.hardest()
     names = [name for name, ratio in row.ratios.items() if ratio == found and name != REFERENCE]
     return f"{_ratio_cell(found)} {names[0]}" if names else ""
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One line: a number beside what it has to reach; None where nothing was measured for it."""
-
-    name: str
-    value: float | None
-    limit: float
-    at_most: bool = False
-    unit: str = "x"
-    detail: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the number is on the right side of its limit."""
-        if self.value is None:
-            return None
-        return self.value <= self.limit if self.at_most else self.value >= self.limit
-
-    def __str__(self) -> str:
-        verdict = {None: "not measured", True: "met", False: "MISSED"}[self.met]
-        sign = "<=" if self.at_most else ">="
-        number = "" if self.value is None else f": {self.value:.2f}{self.unit}"
-        detail = f"; {self.detail}" if self.detail else ""
-        return f"{verdict:<12}  {self.name}{number} (goal {sign} {self.limit:g}{self.unit}){detail}"
 
 
 def document(

@@ -15,7 +15,7 @@ class UnknownShapeError(ValueError):
 @cache
 def load() -> dict[str, list[Shape]]:
     """All shapes, by group: attention, bidirectional, encoder_layer, cross_attention."""
-    return json.loads((Path(__file__).parent / "shapes.json").read_text())
+    return json.loads((Path(__file__).parents[1] / "shapes.json").read_text())
 
 
 def select(group: str, name: str | None = None) -> list[Shape]:

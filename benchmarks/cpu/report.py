@@ -5,9 +5,10 @@ import html
 import io
 from typing import Any
 
+from ..common.plots import pyplot
+from ..common.results import OURS, REFERENCE, slower
+from ..common.timing import Spread, geometric_mean
 from . import plots
-from .results import OURS, REFERENCE, Spread, slower
-from .timing import geometric_mean
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
@@ -149,16 +150,16 @@ def _goals(document: dict[str, Any]) -> str:
 
 def _pictures(document: dict[str, Any]) -> str:
     try:
-        pyplot = plots.pyplot()
+        drawing = pyplot()
     except ImportError:
         return "<p><small>No pictures: matplotlib is not installed.</small></p>"
     parts = []
     for name, (draw, rows, size) in plots.pictures(document).items():
-        figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+        figure, axes = drawing.subplots(figsize=size, layout="constrained")
         draw(axes, document, rows)
         memory = io.BytesIO()
         figure.savefig(memory, dpi=110)
-        pyplot.close(figure)
+        drawing.close(figure)
         data = base64.b64encode(memory.getvalue()).decode()
         parts.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
     return "".join(parts)

@@ -110,6 +110,13 @@ def unfused(call: Arguments) -> Callable[[], Tensor]:
     return partial(unfused_formula, query, call["key"], call["value"], bias, scale)
 
 
+def compiled_formula(call: Arguments) -> Callable[[], Tensor]:
+    """The unfused formula under torch.compile."""
+    plain = unfused(call)
+    assert isinstance(plain, partial)
+    return partial(torch.compile(plain.func, dynamic=False), *plain.args, **plain.keywords)
+
+
 def _padding_pair(call: Arguments) -> tuple[Tensor | None, Tensor | None]:
     """The masks of the row softmax (over keys) and of the column softmax (over queries)."""
     rows, columns = call.get("key_padding_mask"), call.get("query_padding_mask")

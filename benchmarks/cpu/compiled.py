@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import peers
-from .peers import Arguments, Skipped
+from ..common import peers
+from ..common.peers import Arguments, Skipped
 
 SOME = ("lxmert_text_to_image", "lxmert_image_to_text", "vit_b16", "qformer", "self_256")
 
@@ -26,9 +26,7 @@ def compiled_formula(call: Arguments) -> Callable[[], Tensor]:
     """The unfused formula under torch.compile, once per shape."""
     _require_compiler()
     torch.compiler.reset()  # every shape is another program, and they are limited in number
-    plain = peers.unfused(call)
-    assert isinstance(plain, partial)
-    return partial(torch.compile(plain.func, dynamic=False), *plain.args, **plain.keywords)
+    return peers.compiled_formula(call)
 
 
 def flex(call: Arguments) -> Callable[[], Tensor]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from fastfusion.demo.stock import StockVQATransformer
 from fastfusion.models import VQATransformer
 
+from ..common.ops import Call
 from .layers import compare_modules
-from .ops import Call
 from .results import Row
 from .settings import Settings
 

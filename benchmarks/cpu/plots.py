@@ -1,7 +1,7 @@
 """Pictures of results on a CPU, from their JSON alone.
 
-``python -m fastfusion.benchmarks.plots PICTURE FILE...`` draws the speed-ups of some files side by
-side: for every shape a mark per peer, how many times as long it takes; left of the line at 1 we
+``python -m fastfusion.benchmarks.cpu.plots PICTURE FILE...`` draws the speed-ups of some files side
+by side: for every shape a mark per peer, how many times as long it takes; left of the line at 1 we
 lose. With a folder in the place of the picture it draws whatever the files together have the
 numbers for: also the roofline, time against length, and threads.
 """
@@ -11,7 +11,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from .results import OURS, REFERENCE, merged, read
+from ..common.plots import pyplot
+from ..common.results import OURS, REFERENCE
+from .results import merged, read
 
 Document = dict[str, Any]
 Rows = list[dict[str, Any]]
@@ -22,16 +24,6 @@ COLORS = (
 MARKERS = "osD^vPX<>*hp"
 TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 30, 50, 100)
 FINE_TICKS = (0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.3, 1.4)
-
-
-def pyplot() -> Any:
-    """matplotlib without a screen; imported here because it takes a second."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def peers_of(rows: Rows) -> list[str]:

@@ -18,10 +18,13 @@ from torch import Tensor
 import fastfusion as ff
 from fastfusion.backends import library
 
-from . import machine, ops, peers, shapes
-from .results import OURS, REFERENCE, Goal, Row
+from ..common import machine, ops, peers, shapes
+from ..common.results import OURS, REFERENCE, Goal
+from ..common.timing import Measurement, geometric_mean
+from . import cells
+from .results import Row
 from .settings import Settings
-from .timing import Measurement, geometric_mean, measure
+from .timing import measure
 
 Call = Callable[[], Any]
 # What no cell may lose to.
@@ -116,10 +119,10 @@ def rows(suite: str, dtype: str, backward: bool, effort: Effort) -> list[Row]:
     )
     chosen = [
         shape
-        for shape in shapes.select(ops.SUITES[suite].group)
+        for shape in shapes.select(cells.SUITES[suite].group)
         if ops.flops(suite, shape, getattr(torch, dtype)) <= effort.most
     ]
-    return [ops.run_shape(suite, shape, settings) for shape in chosen]
+    return [cells.run_shape(suite, shape, settings) for shape in chosen]
 
 
 def against_peers(dtype: str, backward: bool, effort: Effort) -> list[Goal]:
@@ -174,7 +177,7 @@ def in_turns(a: Call, b: Call, effort: Effort) -> Measurement:
 
 def threads(effort: Effort) -> list[Goal]:
     """In a process of its own, whose threads keep to their cores."""
-    command = [sys.executable, "-m", "fastfusion.benchmarks.cpu_goals"]
+    command = [sys.executable, "-m", "fastfusion.benchmarks.cpu.goals"]
     result = subprocess.run(
         [*command, str(effort.rounds), str(effort.min_time)],
         env=machine.pinned(2), capture_output=True, text=True, check=True,

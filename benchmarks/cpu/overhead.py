@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 import fastfusion as ff
 
-from .results import Goal
-from .timing import Measurement, measure
+from ..common.results import Goal
+from ..common.timing import Measurement
+from .timing import measure
 
 INFERENCE_US = 6.0
 AGAINST_SDPA = 1.2

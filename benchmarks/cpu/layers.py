@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 import fastfusion as ff
 
-from .ops import Call, as_tuple, judge, timed_row
-from .results import OURS, Row
+from ..common.ops import Call, as_tuple
+from ..common.results import OURS
+from .cells import judge, timed_row
+from .results import Row
 from .settings import Settings
 
 GROUPS = ("encoder_layer", "cross_attention")

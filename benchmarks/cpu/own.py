@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.ops import Call
 from .layers import compare_modules
-from .ops import Call
 from .results import Row
 from .settings import Settings
 

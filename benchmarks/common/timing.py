@@ -1,4 +1,4 @@
-"""Timing of calls against each other, in one process and in turns.
+"""Times of calls against each other, in one process and in turns.
 
 A machine's speed drifts (clocks, neighbours, caches), so times taken one after the other are not
 comparable. Here every round times each call once, in rotating order, and what is compared are the
@@ -8,12 +8,12 @@ times of the same round.
 import gc
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import repeat
-from time import perf_counter
+from typing import TypeVar
 
 Call = Callable[[], object]
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -55,53 +55,27 @@ class Measurement:
         return Spread.of([a / b for a, b in pairs])
 
 
-def measure(
-    calls: Mapping[str, Call], rounds: int, min_time: float, before: Call | None = None
-) -> Measurement:
-    """Times ``calls`` against each other.
-
-    Args:
-        calls: what to time, by name. Every call is warmed up before the first round.
-        rounds: how many times each of them is timed, at least 1.
-        min_time: seconds that one timing should take; faster calls run in a loop.
-        before: runs before each timing, which is of a single call then.
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
-    # Warms up, too.
-    loops = {name: autorange(call, min_time) for name, call in calls.items()}
-    if before is not None:
-        loops = dict.fromkeys(loops, 1)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+def in_turns(samples: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
+    """What each of some calls gives in each round, in rotating order; no garbage is collected."""
+    found: dict[Key, list[float]] = {key: [] for key in samples}
+    keys = list(samples)
     collecting = gc.isenabled()
     gc.disable()
     try:
         for index in range(rounds):
-            first = index % len(names)
-            for name in names[first:] + names[:first]:
-                if before is not None:
-                    before()
-                samples[name].append(time_loop(calls[name], loops[name]) / loops[name])
+            first = index % len(keys) if keys else 0
+            for key in keys[first:] + keys[:first]:
+                found[key].append(samples[key]())
     finally:
         if collecting:
             gc.enable()
-    return Measurement(samples, loops)
+    return found
 
 
-def time_loop(call: Call, loops: int) -> float:
-    """Seconds of ``loops`` calls in a row."""
-    start = perf_counter()
-    for _ in repeat(None, loops):
-        call()
-    return perf_counter() - start
-
-
-def autorange(call: Call, min_time: float) -> int:
-    """How many calls in a row take ``min_time`` seconds; warms the call up on the way."""
-    call()
+def loops_for(seconds: Callable[[int], float], min_time: float, most: float = math.inf) -> int:
+    """How many calls in a row take `min_time`, or `most`; `seconds` times so many of them."""
     loops = 1
-    while (elapsed := time_loop(call, loops)) < min_time:
+    while (elapsed := seconds(loops)) < min_time and loops < most:
         loops = max(2 * loops, min(10 * loops, math.ceil(loops * min_time / max(elapsed, 1e-9))))
     return loops
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .peers import Arguments, Skipped, additive, whole_mask
+from ..common.peers import Arguments, Skipped, additive, whole_mask
 
 
 def _transformers(call: Arguments, module: str, function: str) -> Callable[[], Tensor]:

@@ -3,12 +3,14 @@
 import argparse
 import math
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-from . import layers, models, ops, own, shapes
-from .results import REFERENCE
+from ..common import shapes
+from ..common.command import Parser, UsageError
+from ..common.results import REFERENCE
+from . import cells, layers, models, own
 from .settings import Settings
 
 SUITES = ("overhead", "attention", "bidirectional", "lengths", "layers", "models", "goals")
@@ -24,24 +26,15 @@ OWN = {
 }  # fmt: skip
 
 
-class UsageError(Exception):
-    """The command line makes no sense; the message says why in one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def peers() -> list[str]:
     """Every peer of every suite."""
-    of_ops = [name for about in ops.SUITES.values() for name in about.others]
+    of_ops = [name for about in cells.SUITES.values() for name in about.others]
     return list(dict.fromkeys([*of_ops, *OF_MODULES, REFERENCE]))
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    result = _Parser(prog="python -m fastfusion bench", description=__doc__)
+    result = Parser(prog="python -m fastfusion bench", description=__doc__)
     add = result.add_argument
     names = f"{', '.join(SUITES)}; default all"
     add("suite", nargs="?", metavar="suite", choices=SUITES, help=names)
@@ -200,7 +193,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def choose(suite: str, name: str | None) -> list[tuple[str, shapes.Shape]]:
     """The shapes of a suite, or the one that was asked for, each with its group."""
     groups: tuple[str, ...] = {"layers": layers.GROUPS, "models": (models.GROUP,)}.get(suite, ())
-    groups = groups or (ops.SUITES[suite].group,)
+    groups = groups or (cells.SUITES[suite].group,)
     return [(group, shape) for group in groups for shape in shapes.select(group, name)]
 
 

@@ -1,0 +1,1 @@
+"""What runs on a CPU and on a GPU share: shapes, calls, peers, the correctness gate, goals."""

@@ -1,0 +1,1 @@
+"""What ``python -m fastfusion bench`` times on a CPU."""
