@@ -22,11 +22,13 @@ SEES_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
 # What $(PYTHON) imports from; it may be a virtual environment itself, whose packages another one does not inherit.
 LIST_SITES := import sys; [print(f"import site; site.addsitedir({p!r})") for p in sys.path if p.endswith("-packages")]
 BUILD := setup.py --quiet build_ext --inplace
+MODULE_gpu := gpu
+MODULE_tune := gpu.tune
 
 define on_gpu
 @set -e; python='$(GPU_PYTHON)'; export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-native}"; \
 sees() { test -x "$$(command -v $$1)" && $$1 -c '$(SEES_GPU)' 2>/dev/null; }; \
-prebuilt() { test -z '$(PREBUILT)' || eval "$$($$1 -P benchmarks/prebuilt.py use '$(PREBUILT)')"; }; \
+prebuilt() { test -z '$(PREBUILT)' || eval "$$($$1 -P benchmarks/gpu/prebuilt.py use '$(PREBUILT)')"; }; \
 if [ -z "$$python" ] && [ ! -x $(BIN)/python ] && command -v nvidia-smi >/dev/null && ! sees $(PYTHON); then \
 	$(MAKE) -s --no-print-directory build; fi; \
 if [ -n "$$python" ]; then prebuilt $$python; \
@@ -35,7 +37,7 @@ elif sees $(BIN)/python; then prebuilt $(BIN)/python; \
 elif sees $(PYTHON); then prebuilt $(PYTHON); \
 	$(MAKE) -s --no-print-directory $(GPU_VENV)/install.stamp; python=$(GPU_VENV)/bin/python; $$python $(BUILD); \
 else echo "make $@ needs an NVIDIA GPU; torch sees none" >&2; exit 1; fi; \
-OMP_NUM_THREADS=1 exec $$python -m fastfusion.benchmarks.$@ $(ARGS)
+OMP_NUM_THREADS=1 exec $$python -m fastfusion.benchmarks.$(MODULE_$@) $(ARGS)
 endef
 
 .DEFAULT_GOAL := help
@@ -156,7 +158,7 @@ gpu tune:
 gpu-prebuild: build
 	@test -n "$(ARCH)" || { echo "make gpu-prebuild needs an architecture, such as ARCH=90" >&2; exit 2; }
 	@TORCH_CUDA_ARCH_LIST="$$(echo $(ARCH) | sed 's/.$$/.&/')" $(BIN)/python $(BUILD) --cuda
-	@TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(or $(GPU_PYTHON),$(BIN)/python) -m fastfusion.benchmarks.prebuilt make \
+	@TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(or $(GPU_PYTHON),$(BIN)/python) -m fastfusion.benchmarks.gpu.prebuilt make \
 		$(or $(PREBUILT),build/prebuilt-sm$(ARCH)) --arch $(ARCH) --jobs $(JOBS)
 
 wheel: $(VENV)/dependencies.stamp

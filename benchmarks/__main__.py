@@ -15,7 +15,7 @@ def on_gpu(options: argparse.Namespace) -> int:
     """Hands over to what `make gpu` times."""
     if not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU")
-    from .gpu import main as gpu
+    from .gpu.run import main as gpu
 
     words = ["--steps", "bench", "--dtypes", options.dtype]
     words += ["--suite", options.suite] if options.suite else []

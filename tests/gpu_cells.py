@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from fastfusion.benchmarks import cuda_timing
 from fastfusion.benchmarks.common.timing import Measurement
-from fastfusion.benchmarks.cuda_results import Cell
+from fastfusion.benchmarks.gpu import timing as cuda_timing
+from fastfusion.benchmarks.gpu.results import Cell
 
 PEAKS = {"bfloat16": 1e15, "float32": 5e13, "copy": 3e12}
 

@@ -8,10 +8,14 @@ import pytest
 import torch
 from gpu_cells import PEAKS, cell
 
-from fastfusion.benchmarks import cuda_cells, cuda_device, cuda_results, gpu, gpu_checks
-from fastfusion.benchmarks.cuda_cells import Job, Settings
-from fastfusion.benchmarks.cuda_results import Cell
-from fastfusion.benchmarks.gpu_checks import Finished, Outcome
+from fastfusion.benchmarks.gpu import cells as cuda_cells
+from fastfusion.benchmarks.gpu import checks as gpu_checks
+from fastfusion.benchmarks.gpu import device as cuda_device
+from fastfusion.benchmarks.gpu import results as cuda_results
+from fastfusion.benchmarks.gpu import run as gpu
+from fastfusion.benchmarks.gpu.cells import Job, Settings
+from fastfusion.benchmarks.gpu.checks import Finished, Outcome
+from fastfusion.benchmarks.gpu.results import Cell
 
 
 def test_a_dry_run_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:

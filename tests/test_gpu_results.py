@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 from gpu_cells import PEAKS, cell
 
-from fastfusion.benchmarks import cuda_plot, cuda_results, goals
 from fastfusion.benchmarks.common.timing import Spread
-from fastfusion.benchmarks.cuda_results import Cell
+from fastfusion.benchmarks.gpu import goals
+from fastfusion.benchmarks.gpu import plots as cuda_plot
+from fastfusion.benchmarks.gpu import results as cuda_results
+from fastfusion.benchmarks.gpu.results import Cell
 
 # ---- tables, files, plots
 
@@ -83,7 +85,7 @@ def test_plots_without_matplotlib_say_so(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cuda_plot.main(["folder"]) == 2
-    assert capsys.readouterr().err == "cuda_plot: matplotlib is not installed\n"
+    assert capsys.readouterr().err == "plots: matplotlib is not installed\n"
 
 
 # ---- goals

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastfusion.benchmarks import cuda_cells, gpu_checks, sanitize
-from fastfusion.benchmarks.gpu_checks import Finished
+from fastfusion.benchmarks.gpu import cells as cuda_cells
+from fastfusion.benchmarks.gpu import checks as gpu_checks
+from fastfusion.benchmarks.gpu import sanitize
+from fastfusion.benchmarks.gpu.checks import Finished
 
 LOG = """
 [gw1] [  1%] PASSED tests/a.py::test_one[x]

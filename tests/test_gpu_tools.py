@@ -20,20 +20,18 @@ from checkout import need
 from gpu_cells import PEAKS, cell
 
 import fastfusion as ff
-from fastfusion.benchmarks import (
-    cuda_cells,
-    cuda_device,
-    cuda_peers,
-    cuda_results,
-    cuda_timing,
-    gpu_checks,
-    sanitize,
-)
 from fastfusion.benchmarks.common import ops
-from fastfusion.benchmarks.cuda_cells import Budget, Job, Settings
-from fastfusion.benchmarks.cuda_results import Cell
-from fastfusion.benchmarks.cuda_timing import Timed
-from fastfusion.benchmarks.gpu_checks import Finished
+from fastfusion.benchmarks.gpu import cells as cuda_cells
+from fastfusion.benchmarks.gpu import checks as gpu_checks
+from fastfusion.benchmarks.gpu import device as cuda_device
+from fastfusion.benchmarks.gpu import peers as cuda_peers
+from fastfusion.benchmarks.gpu import results as cuda_results
+from fastfusion.benchmarks.gpu import sanitize
+from fastfusion.benchmarks.gpu import timing as cuda_timing
+from fastfusion.benchmarks.gpu.cells import Budget, Job, Settings
+from fastfusion.benchmarks.gpu.checks import Finished
+from fastfusion.benchmarks.gpu.results import Cell
+from fastfusion.benchmarks.gpu.timing import Timed
 
 BASE = {"name": "small", "batch": 2, "heads": 4, "q_len": 5, "kv_len": 8, "head_dim": 4}
 
@@ -216,13 +214,13 @@ def test_refusals_of_adapters_are_data() -> None:
         BASE | {"mask": "key_padding"}, torch.float32, "cpu", 0
     )
     for adapter in (cuda_peers.flash_attn, cuda_peers.xformers):
-        with pytest.raises(cuda_peers.Refusal, match="takes no mask in this form"):
+        with pytest.raises(cuda_peers.Skipped, match="takes no mask in this form"):
             adapter(masked)
     causal = {**masked, "key_padding_mask": None, "is_causal": True}
-    with pytest.raises(cuda_peers.Refusal, match="bottom right"):
+    with pytest.raises(cuda_peers.Skipped, match="bottom right"):
         cuda_peers.flash_attn(causal)
     biased = {**causal, "attn_mask": torch.zeros(5, 8, requires_grad=True)}
-    with pytest.raises(cuda_peers.Refusal, match="gradient of a bias"):
+    with pytest.raises(cuda_peers.Skipped, match="gradient of a bias"):
         cuda_peers.flex(biased)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from checkout import ROOT, need
 
-from fastfusion.benchmarks import prebuilt
-from fastfusion.benchmarks.prebuilt import Facts
+from fastfusion.benchmarks.gpu import prebuilt
+from fastfusion.benchmarks.gpu.prebuilt import Facts
 
 MADE = Facts(90, "13.0", "2.13.0+cpu", "3.6.0", "3.12", "cuda hash", "triton hash")
 HERE = replace(MADE, torch="2.11.0+cu130")
@@ -96,7 +96,7 @@ def test_a_folder_with_something_else_is_said(folder: Path) -> None:
 def test_a_shell_can_evaluate_what_is_printed(folder: Path) -> None:
     """By the file alone, before the package is installed; here is no GPU, so nothing is taken."""
     need("benchmarks")
-    command = [sys.executable, "-P", "-S", "benchmarks/prebuilt.py", "use", str(folder)]
+    command = [sys.executable, "-P", "-S", "benchmarks/gpu/prebuilt.py", "use", str(folder)]
     environment = {**os.environ, "PATH": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
@@ -148,7 +148,7 @@ def test_a_folder_is_made_from_what_was_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     need("setup.py", "benchmarks")
-    triton = pytest.importorskip("fastfusion.benchmarks.prebuilt_triton")
+    triton = pytest.importorskip("fastfusion.benchmarks.gpu.prebuilt_triton")
     package, folder = tmp_path / "package", tmp_path / "made"
     package.mkdir()
     for name in NAMES:
@@ -167,7 +167,8 @@ def test_a_folder_is_made_from_what_was_built(
 FILL = """
 import sys
 from pathlib import Path
-from fastfusion.benchmarks import cuda_cells, prebuilt_triton
+from fastfusion.benchmarks.gpu import cells as cuda_cells
+from fastfusion.benchmarks.gpu import prebuilt_triton
 if __name__ == "__main__":
     (job,) = cuda_cells.plan(["attention"], ["bfloat16"], [False], "vit_b16")
     print(prebuilt_triton.fill(Path(sys.argv[1]), 90, 1, [job]))

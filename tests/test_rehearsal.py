@@ -18,7 +18,8 @@ from checkout import ROOT, need
 from suite import DEVICE
 
 import fastfusion as ff
-from fastfusion.benchmarks import cuda_results, gpu_checks
+from fastfusion.benchmarks.gpu import checks as gpu_checks
+from fastfusion.benchmarks.gpu import results as cuda_results
 
 need("benchmarks", "tests/rehearsal")
 pytest.importorskip("triton")

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastfusion.benchmarks import cuda_timing, tune
-from fastfusion.benchmarks.cuda_cells import Budget
+from fastfusion.benchmarks.gpu import timing as cuda_timing
+from fastfusion.benchmarks.gpu import tune
+from fastfusion.benchmarks.gpu.cells import Budget
 
 SHAPE = {"name": "small", "batch": 2, "heads": 4, "q_len": 5, "kv_len": 8, "head_dim": 4}
 
@@ -195,8 +196,9 @@ def test_keys_are_found_without_running_a_kernel() -> None:
     pytest.importorskip("triton")
     code = """
 import torch
-from fastfusion.benchmarks import kernels_build, tune
-from fastfusion.benchmarks.cuda_cells import Budget
+from fastfusion.benchmarks import kernels_build
+from fastfusion.benchmarks.gpu import tune
+from fastfusion.benchmarks.gpu.cells import Budget
 from fastfusion.kernels.attention.forward import attention_forward
 
 def make_call(task, device):

@@ -124,20 +124,20 @@ def few_shapes(shapes: ModuleType) -> None:
     shapes.load = lambda: small
 
 
-def few_checks(gpu_checks: ModuleType) -> None:
+def few_checks(checks: ModuleType) -> None:
     """A short list of tests, on two workers; compute-sanitizer where the rehearsal has put one."""
-    gpu_checks.QUICK_TESTS = ("tests/rehearsal/few_tests.py",)
-    gpu_checks.test_workers = lambda: 2
+    checks.QUICK_TESTS = ("tests/rehearsal/few_tests.py",)
+    checks.test_workers = lambda: 2
     tools = os.environ["REHEARSAL_TOOLS"]
-    gpu_checks.find_sanitizer = lambda: shutil.which("compute-sanitizer", path=tools)
+    checks.find_sanitizer = lambda: shutil.which("compute-sanitizer", path=tools)
 
 
 AFTER = {
     "torch": fake_device,
     "fastfusion": emulate,
     "fastfusion._cuda_graph": record,
-    "fastfusion.benchmarks.shapes": few_shapes,
-    "fastfusion.benchmarks.gpu_checks": few_checks,
+    "fastfusion.benchmarks.common.shapes": few_shapes,
+    "fastfusion.benchmarks.gpu.checks": few_checks,
 }
 
 

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .common.results import OURS, REFERENCE, in_words, slower
-from .common.timing import Spread, geometric_mean
-from .cuda_timing import Times
+from ..common.results import OURS, REFERENCE, in_words, slower
+from ..common.timing import Spread, geometric_mean
+from .timing import Times
 
 # Timed beside us, but nobody's alternative: our own definition and our other backends.
 OWN = (OURS, REFERENCE)

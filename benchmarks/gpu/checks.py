@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("pytest", "hypothesis")
 # What runs kernels on a device, in the order in which it finds faults.
 QUICK_TESTS = (
@@ -229,7 +229,7 @@ def _last_line(text: str) -> str:
 
 def run_smoke(folder: Path) -> Outcome:
     """A few calls on each backend, forward and backward, and one CUDA graph: is this worth more?"""
-    command = [sys.executable, "-m", "fastfusion.benchmarks.sanitize", "--smoke"]
+    command = [sys.executable, "-m", "fastfusion.benchmarks.gpu.sanitize", "--smoke"]
     finished = run(command, folder / LOG, SMOKE_SECONDS, {"OMP_NUM_THREADS": "1"})
     print(finished.tail, end="")
     summary = "out of time" if finished.code is None else _last_line(finished.tail)
@@ -277,7 +277,7 @@ def run_sanitizer(folder: Path, seconds: float) -> list[Outcome]:
     for name, backend in runs:
         command = [
             *(tool, "--tool", name, "--error-exitcode", str(FOUND), "--print-limit", "20"),
-            *(sys.executable, "-m", "fastfusion.benchmarks.sanitize", "--backend", backend),
+            *(sys.executable, "-m", "fastfusion.benchmarks.gpu.sanitize", "--backend", backend),
         ]
         # Without torch's cache every tensor is an allocation of its own, so that an access past
         # the end of one is seen.

@@ -20,7 +20,7 @@ import torch
 
 from fastfusion import _cuda_graph
 
-from .common.timing import Call, Measurement, in_turns, loops_for
+from ..common.timing import Call, Measurement, in_turns, loops_for
 
 MODES = ("graph", "eager", "cold")
 # One launch of a graph costs a few microseconds; a graph of this length hides them.

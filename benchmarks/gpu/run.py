@@ -3,7 +3,7 @@
     smoke       a few calls on each backend, and a CUDA graph
     tests       the test suite with --device cuda
     sanitizer   compute-sanitizer on each op, where it is installed
-    tune        `python -m fastfusion.benchmarks.tune` (only if asked for)
+    tune        `python -m fastfusion.benchmarks.gpu.tune` (only if asked for)
     bench       every op beside its peers, forward and with a backward
 
 A step that fails is reported, and the next one goes on. Results are one folder of at most 8 files,
@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 
-from . import cuda_cells, cuda_device, cuda_peers, cuda_plot, cuda_results, goals, gpu_checks
-from .common import shapes as all_shapes
-from .common.command import Parser, UsageError
-from .common.results import OURS
-from .cuda_cells import Budget, Job, Settings
-from .cuda_results import Cell
-from .gpu_checks import Outcome
+from ..common import shapes as all_shapes
+from ..common.command import Parser, UsageError
+from ..common.results import OURS
+from . import checks, device, goals, peers, plots, results
+from .cells import Budget, Job, Settings, plan, run_cell, run_jobs, warm
+from .checks import Outcome
+from .results import Cell
 
 STEPS = ("smoke", "tests", "bench", "sanitizer", "tune")
 USUAL = ("smoke", "tests", "bench", "sanitizer")
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="bfloat16, few rounds, a few tests: 10 minutes")
     add("--full", action="store_true", help="compile peers for every shape, not only for some")
     add("--minutes", type=float, help="start no new shape after so many minutes of bench")
-    add("--suite", choices=tuple(cuda_peers.PEERS), help="time this suite only")
+    add("--suite", choices=tuple(peers.PEERS), help="time this suite only")
     add("--shape", help="time this shape only (names: benchmarks/shapes.json)")
     add("--dtypes", help=f"of {', '.join(DTYPES)}; default all")
     add("--direction", choices=("forward", "backward"), help="default both")
@@ -89,14 +89,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UsageError(f"--minutes must not be negative, got {options.minutes}")
     if options.rounds is not None and options.rounds < 1:
         raise UsageError(f"--rounds must be at least 1, got {options.rounds}")
-    options.suites = [options.suite] if options.suite else list(cuda_peers.PEERS)
+    options.suites = [options.suite] if options.suite else list(peers.PEERS)
     options.directions = {None: [False, True], "forward": [False], "backward": [True]}[
         options.direction
     ]
     try:
-        options.jobs = cuda_cells.plan(
-            options.suites, options.dtypes, options.directions, options.shape
-        )
+        options.jobs = plan(options.suites, options.dtypes, options.directions, options.shape)
     except all_shapes.UnknownShapeError as error:
         raise UsageError(str(error)) from None
     if not options.jobs:
@@ -116,12 +114,10 @@ def dry_run(options: argparse.Namespace) -> str:
     settings = settings_of(options)
     lines = [f"steps: {', '.join(options.steps)}"]
     if "tests" in options.steps:
-        command = gpu_checks.test_command(
-            options.quick, Path("tests.xml"), gpu_checks.test_workers()
-        )
+        command = checks.test_command(options.quick, Path("tests.xml"), checks.test_workers())
         lines.append(f"tests: python {' '.join(command[1:])}")
     if "sanitizer" in options.steps:
-        found = gpu_checks.find_sanitizer() or "not installed, so left out"
+        found = checks.find_sanitizer() or "not installed, so left out"
         lines.append(f"sanitizer: {found}")
     if "bench" in options.steps:
         lines.append(
@@ -133,8 +129,8 @@ def dry_run(options: argparse.Namespace) -> str:
             direction = "forward+backward" if backward else "forward"
             lines.append(f"  {suite} {dtype} {direction}: {names}")
         for suite in options.suites:
-            for name, peer in cuda_peers.PEERS[suite].items():
-                reason = cuda_peers.left_out(peer, "", settings.compiled)
+            for name, peer in peers.PEERS[suite].items():
+                reason = peers.left_out(peer, "", settings.compiled)
                 lines.append(f"  peer of {suite}: {name}{f' ({reason})' if reason else ''}")
     return "\n".join(lines)
 
@@ -143,7 +139,7 @@ def bench(
     options: argparse.Namespace,
     folder: Path,
     about: dict[str, Any],
-    run: Callable[[Job, Settings], Cell] = cuda_cells.run_cell,
+    run: Callable[[Job, Settings], Cell] = run_cell,
 ) -> Outcome:
     """Times the cells: after each one its suite's file, after each group its table."""
     settings = settings_of(options)
@@ -158,7 +154,7 @@ def bench(
         "compiled peers": settings.compiled,
         "timing": "hot: the same inputs, in the L2 cache where they fit",
     }
-    measured = cuda_cells.run_jobs(options.jobs, settings, budget, run)
+    measured = run_jobs(options.jobs, settings, budget, run)
     for group, pairs in groupby(measured, key=lambda pair: pair[0].group):
         suite, dtype, backward = group
         found: list[Cell] = []
@@ -166,10 +162,10 @@ def bench(
             found.append(cell)
             cells.append(cell)
             of_suite = [cell for cell in cells if cell.suite == suite]
-            cuda_results.write(folder / f"{suite}.json", about, known, of_suite)
+            results.write(folder / f"{suite}.json", about, known, of_suite)
         direction = "forward and backward" if backward else "forward"
         print(f"\n{suite}, {dtype}, {direction}; times in us, graph/eager; lost cells first")
-        print(cuda_results.table(found, peaks), flush=True)
+        print(results.table(found, peaks), flush=True)
     if cells:
         print(goals.report(cells))
     for name in budget.left_out:
@@ -192,21 +188,21 @@ def bench(
 
 def run_bench(options: argparse.Namespace, folder: Path) -> list[Outcome]:
     """Peaks, cells, tables, files, plots."""
-    about = cuda_device.describe()
-    about["peaks"] = cuda_device.peaks(options.dtypes)
+    about = device.describe()
+    about["peaks"] = device.peaks(options.dtypes)
     for name, rate in about["peaks"].items():
         unit = "TB/s" if name == "copy" else "TFLOP/s"
         print(f"peak, {name}: {rate / 1e12:.1f} {unit}", flush=True)
     start = time.monotonic()
-    cuda_cells.warm(options.jobs)
+    warm(options.jobs)
     print(f"compiled what {len(options.jobs)} cells launch: {time.monotonic() - start:.0f} s")
     outcome = bench(options, folder, about)
-    why = cuda_plot.missing()
+    why = plots.missing()
     if why is not None:
         return [outcome, Outcome("plots", "left out", why)]
     try:
         files = [folder / f"{suite}.json" for suite in options.suites]
-        picture = cuda_plot.draw([file for file in files if file.exists()], folder / "times.png")
+        picture = plots.draw([file for file in files if file.exists()], folder / "times.png")
     except Exception as error:
         return [outcome, Outcome("plots", "failed", f"{type(error).__name__}: {error}")]
     drawn = "nothing to draw" if picture is None else f"all times in {picture}"
@@ -215,12 +211,13 @@ def run_bench(options: argparse.Namespace, folder: Path) -> list[Outcome]:
 
 def run_tune(options: argparse.Namespace, folder: Path, seconds: float) -> Outcome:
     """`make tune` in a process of its own: the tiles are read when the kernels are imported."""
-    command = [sys.executable, "-m", "fastfusion.benchmarks.tune", *(["--quick"] * options.quick)]
+    command = [sys.executable, "-m", "fastfusion.benchmarks.gpu.tune"]
+    command += ["--quick"] * options.quick
     # It starts nothing in the last tenth of its time, which the key in hand may take.
     command += ["--minutes", f"{0.9 * seconds / 60:.2f}"]
     if options.output is not None:  # otherwise where the launcher looks for it
         command += ["--output", str(folder / "tuned.json")]
-    finished = gpu_checks.run(command, folder / gpu_checks.LOG, seconds, {"OMP_NUM_THREADS": "1"})
+    finished = checks.run(command, folder / checks.LOG, seconds, {"OMP_NUM_THREADS": "1"})
     print(finished.tail, end="")
     summary = "out of time" if finished.code is None else f"exit code {finished.code}"
     status = "passed" if finished.code == 0 else "failed"
@@ -234,11 +231,11 @@ def run_step(step: str, options: argparse.Namespace, folder: Path) -> list[Outco
     start = time.monotonic()
     try:
         if step == "smoke":
-            return [gpu_checks.run_smoke(folder)]
+            return [checks.run_smoke(folder)]
         if step == "tests":
-            return [gpu_checks.run_tests(folder, options.quick, seconds)]
+            return [checks.run_tests(folder, options.quick, seconds)]
         if step == "sanitizer":
-            return gpu_checks.run_sanitizer(folder, seconds)
+            return checks.run_sanitizer(folder, seconds)
         if step == "tune":
             return [run_tune(options, folder, seconds)]
         return run_bench(options, folder)
@@ -250,17 +247,17 @@ def run_step(step: str, options: argparse.Namespace, folder: Path) -> list[Outco
 def run(options: argparse.Namespace) -> int:
     """Runs the steps; 1 where one failed."""
     name = torch.cuda.get_device_name()
-    folder = (options.output or cuda_device.results_folder(name)).resolve()
+    folder = (options.output or device.results_folder(name)).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if set(options.steps) - {"bench"}:
-        (folder / gpu_checks.LOG).unlink(missing_ok=True)
+        (folder / checks.LOG).unlink(missing_ok=True)
     print(f"{name}, torch {torch.__version__}; results: {folder}", flush=True)
-    machine = cuda_device.describe()
+    machine = device.describe()
     outcomes: list[Outcome] = []
 
     def keep() -> None:
         steps = [outcome.as_json() for outcome in outcomes]
-        cuda_results.replace_text(
+        results.replace_text(
             folder / "summary.json", json.dumps({"machine": machine, "steps": steps}, indent=1)
         )
 
@@ -291,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
         print(dry_run(options))
         return 0
     if not torch.cuda.is_available():
-        print(f"make gpu {cuda_device.NO_GPU}", file=sys.stderr)
+        print(f"make gpu {device.NO_GPU}", file=sys.stderr)
         return 2
     # So that what a step started goes with it, where a time limit ends `make`.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -299,7 +296,3 @@ def main(argv: list[str] | None = None) -> int:
         return run(options)
     except KeyboardInterrupt:
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

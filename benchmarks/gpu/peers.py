@@ -1,8 +1,8 @@
 """What a user would call on a CUDA device instead of an op of ours.
 
-As in `peers.py` an adapter takes the keyword arguments of our public op and returns a call without
-arguments. A peer that does not take a call says why: it raises `Skipped` in its adapter, or torch
-says it in warnings when the call first runs (`sdpa_refusal`).
+As in `common/peers.py` an adapter takes the keyword arguments of our public op and returns a call
+without arguments. A peer that does not take a call says why: it raises `Skipped` in its adapter, or
+torch says it in warnings when the call first runs (`sdpa_refusal`).
 """
 
 import importlib
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import cuda_block
-from .common import peers
-from .common.peers import Adapter, Arguments, Skipped
+from ..common import peers
+from ..common.peers import Adapter, Arguments, Skipped
+from . import block
 
 # torch.compile and FlexAttention compile for seconds per shape; --full measures them everywhere,
 # and --quick only where a goal is about them.
@@ -218,9 +218,9 @@ PEERS: dict[str, dict[str, Peer]] = {
         "grounding dino": Peer(grounding_dino),
         "compile": Peer(compiled_pair, compiled=True),
     },
-    cuda_block.SUITE: {
-        **{name: Peer(adapter) for name, adapter in cuda_block.ADAPTERS.items()},
-        **{name: Peer(adapter, compiled=True) for name, adapter in cuda_block.COMPILED.items()},
+    block.SUITE: {
+        **{name: Peer(adapter) for name, adapter in block.ADAPTERS.items()},
+        **{name: Peer(adapter, compiled=True) for name, adapter in block.COMPILED.items()},
     },
 }
 

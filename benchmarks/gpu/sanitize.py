@@ -1,6 +1,6 @@
 """What compute-sanitizer watches: each op on all kernels of the device, at sizes no tile divides.
 
-    compute-sanitizer --tool memcheck python -m fastfusion.benchmarks.sanitize
+    compute-sanitizer --tool memcheck python -m fastfusion.benchmarks.gpu.sanitize
 
 Results are held to the same rule as those that are timed (`gate.py`).
 """
@@ -17,8 +17,8 @@ import fastfusion as ff
 from fastfusion import _cuda_graph
 from fastfusion.core.op import Op
 
-from .common import gate, ops
-from .common.results import REFERENCE
+from ..common import gate, ops
+from ..common.results import REFERENCE
 
 # Lengths of one tile and less, of several with a rest, and long enough to be split.
 SHAPES: dict[str, list[dict[str, Any]]] = {

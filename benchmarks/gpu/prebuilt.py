@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("libfastfusion_cuda.so", "_torch_cuda_ops.so")
 # What decides about the libraries, and what about the kernels in Triton's cache.
 CUDA_SOURCES = ("setup.py", "csrc/*.h", "csrc/torch_cuda*.cpp", "csrc/cuda/*")

@@ -1,4 +1,4 @@
-"""Plots of a device's results, from their JSON only: ``python -m fastfusion.benchmarks.cuda_plot``.
+"""Plots of a device's results, from their JSON only: ``python -m fastfusion.benchmarks.gpu.plots``.
 
 A panel for each suite, dtype and direction: for every shape a bar, how many times as long the
 fastest peer takes, under a graph and eagerly; below the line at 1 we lose.
@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cuda_results
-from .common.plots import pyplot
-from .cuda_results import Cell
+from ..common.plots import pyplot
+from . import results
+from .results import Cell
 
 COLORS = {"graph": "#2a6f97", "eager": "#a9d6e5"}
 
@@ -49,7 +49,7 @@ def draw(sources: Sequence[Path], target: Path) -> Path | None:
     machine: dict[str, Any] = {}
     cells: list[Cell] = []
     for source in sources:
-        machine, found = cuda_results.read(source)
+        machine, found = results.read(source)
         cells += found
     rows = panels(cells)
     if not rows:
@@ -68,7 +68,7 @@ def draw(sources: Sequence[Path], target: Path) -> Path | None:
     for row, places in zip(rows.values(), grid, strict=True):
         for backward, axes in zip(directions, places, strict=True):
             if backward in row:
-                _panel(axes, cuda_results.order(row[backward]))
+                _panel(axes, results.order(row[backward]))
             else:
                 axes.set_axis_off()
     figure.suptitle(title(machine), size=9)
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     names = sys.argv[1:] if argv is None else argv
     why = missing()
     if why is not None or not names:
-        print(f"cuda_plot: {why or 'name files or folders'}", file=sys.stderr)
+        print(f"plots: {why or 'name files or folders'}", file=sys.stderr)
         return 2
     for path in map(Path, names):
         picture = draw_folder(path) if path.is_dir() else draw([path], path.with_suffix(".png"))

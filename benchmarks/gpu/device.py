@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .common import machine
-from .cuda_timing import Clock
+from ..common import machine
+from .timing import Clock
 
 NO_GPU = "needs an NVIDIA GPU; torch sees none"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -97,4 +97,4 @@ def _best(clock: Clock, run: Any) -> float:
 
 def results_folder(device_name: str) -> Path:
     """Where the results of a device are kept."""
-    return Path(__file__).parent / "results" / file_name(device_name)
+    return Path(__file__).parents[1] / "results" / file_name(device_name)

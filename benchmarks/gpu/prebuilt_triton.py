@@ -18,9 +18,9 @@ import triton
 
 from fastfusion.backends import triton as triton_backend
 
-from . import cuda_cells, cuda_peers, sanitize
-from .cuda_cells import Job
-from .kernels_build import Build, record, target, unique
+from ..kernels_build import Build, record, target, unique
+from . import peers, sanitize
+from .cells import Job, call_once, plan
 from .prebuilt import settle
 
 # What Triton loads of a kernel; what it wrote on the way is nine tenths of 65 MB.
@@ -51,7 +51,7 @@ def takes_cpu_tensors() -> Iterator[None]:
 
 def jobs_of_a_quick_run() -> list[Job]:
     """The cells of `make gpu ARGS=--quick`, and the smoke test."""
-    cells = cuda_cells.plan(list(cuda_peers.PEERS), QUICK_DTYPES, (False, True), None)
+    cells = plan(list(peers.PEERS), QUICK_DTYPES, (False, True), None)
     smoke = [
         Job(suite, {**shape, "name": "smoke test"}, str(dtype).removeprefix("torch."), backward)
         for suite, shape, dtype, backward in sanitize.cases()
@@ -65,7 +65,7 @@ def builds_of(jobs: list[Job], arch: int) -> list[Build]:
     builds: list[Build] = []
     with takes_cpu_tensors():
         for job in jobs:
-            call = partial(cuda_cells.call_once, job, "cpu")
+            call = partial(call_once, job, "cpu")
             builds += record(call, arch, str(job), job.dtype, 0)
     return unique(builds)
 

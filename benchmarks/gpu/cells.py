@@ -19,14 +19,14 @@ from torch import Tensor
 
 import fastfusion as ff
 
-from . import cuda_block, cuda_peers
-from .common import gate, ops, shapes
-from .common.peers import Skipped
-from .common.results import OURS, REFERENCE
-from .cuda_device import DTYPES
-from .cuda_peers import PEERS
-from .cuda_results import OWN_PREFIX, Cell
-from .cuda_timing import MODES, Clock, Timed, measure
+from ..common import gate, ops, shapes
+from ..common.peers import Skipped
+from ..common.results import OURS, REFERENCE
+from . import block, peers
+from .device import DTYPES
+from .peers import PEERS
+from .results import OWN_PREFIX, Cell
+from .timing import MODES, Clock, Timed, measure
 
 WARM_SECONDS = 120.0
 # How torch begins to say that the one backend it may use does not take the call.
@@ -102,7 +102,7 @@ def plan(
         for dtype in dtypes
         for backward in directions
         for suite in suites
-        if suite != cuda_block.SUITE or not backward
+        if suite != block.SUITE or not backward
         for entry in shapes.select(suite, shape)
     ]
 
@@ -123,7 +123,7 @@ def others(call: dict[str, Any], cell: Cell, compiled: str) -> dict[str, Timed]:
     """The peers that take this call; why others do not is noted in the cell."""
     found = {}
     for name, peer in PEERS[cell.suite].items():
-        reason = cuda_peers.left_out(peer, cell.name, compiled)
+        reason = peers.left_out(peer, cell.name, compiled)
         if reason is None:
             try:
                 found[name] = Timed(peer.adapt(call), peer.context)
@@ -139,10 +139,10 @@ def others(call: dict[str, Any], cell: Cell, compiled: str) -> dict[str, Timed]:
 def call_once(job: Job, device: str) -> None:
     """A cell's call on Triton, with its backward."""
     with torch.set_grad_enabled(job.backward):
-        if job.suite == cuda_block.SUITE:
-            block = cuda_block.inputs(job.shape, DTYPES[job.dtype], device, 0)
+        if job.suite == block.SUITE:
+            given = block.inputs(job.shape, DTYPES[job.dtype], device, 0)
             with ff.use_backend("triton"):
-                cuda_block.run(block)
+                block.run(given)
             return
         about = ops.SUITES[job.suite]
         call = ops.spec(about.op).inputs(job.shape, DTYPES[job.dtype], device, 0)
@@ -183,7 +183,7 @@ def run_cell(
 ) -> Cell:
     """Checks one shape and times it."""
     cell = Cell(job.suite, job.shape, job.dtype, job.backward)
-    prepare = _prepare_block if job.suite == cuda_block.SUITE else _prepare_op
+    prepare = _prepare_block if job.suite == block.SUITE else _prepare_op
     calls, expected, plain = prepare(cell, settings, device)
     with torch.inference_mode(not job.backward):
         right = judge(calls, expected, ops.as_tuple(calls[plain].call()), cell)
@@ -221,10 +221,10 @@ def _prepare_op(cell: Cell, settings: Settings, device: str) -> Prepared:
 def _prepare_block(cell: Cell, settings: Settings, device: str) -> Prepared:
     """A block of modules, forward."""
     dtype = DTYPES[cell.dtype]
-    call = cuda_block.inputs(cell.shape, dtype, device, 0)
-    cell.flops, cell.moved = cuda_block.cost(cell.shape, dtype)
-    calls = cuda_block.ours(call, cell) | others(call, cell, settings.compiled)
-    return calls, cuda_block.expected(call), cuda_block.PLAIN
+    call = block.inputs(cell.shape, dtype, device, 0)
+    cell.flops, cell.moved = block.cost(cell.shape, dtype)
+    calls = block.ours(call, cell) | others(call, cell, settings.compiled)
+    return calls, block.expected(call), block.PLAIN
 
 
 def judge(
@@ -254,7 +254,7 @@ def _note(cell: Cell, name: str, error: Exception, warned: list[str]) -> None:
     """Sorts a failure: a peer's refusal, or a problem."""
     peer = PEERS[cell.suite].get(name)
     if peer is not None and peer.sdpa is not None and str(error).startswith(NO_KERNEL):
-        cell.refused[name] = cuda_peers.sdpa_refusal(warned, peer.sdpa)
+        cell.refused[name] = peers.sdpa_refusal(warned, peer.sdpa)
     elif isinstance(error, Skipped | NotImplementedError):
         cell.refused[name] = _first_line(error)
     else:

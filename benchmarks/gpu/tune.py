@@ -29,12 +29,14 @@ from torch import Tensor
 
 import fastfusion as ff
 
-from . import cuda_device, cuda_results
-from .common import machine, ops, shapes
-from .common.command import Parser, UsageError
-from .common.timing import geometric_mean
-from .cuda_cells import Budget
-from .cuda_timing import Clock, Timed, measure
+from ..common import machine, ops, shapes
+from ..common.command import Parser, UsageError
+from ..common.timing import geometric_mean
+from .cells import Budget
+from .device import DTYPES as BY_NAME
+from .device import NO_GPU, describe, file_name
+from .results import replace_text
+from .timing import Clock, Timed, measure
 
 OWN = (16, 32, 64, 128)
 WARPS = (4, 8)
@@ -121,7 +123,7 @@ def may_look_up(task: Task, text: str) -> bool:
         "backward" in name and not task.backward
     ):
         return False
-    bits = 8 * cuda_device.DTYPES[task.dtype].itemsize
+    bits = 8 * BY_NAME[task.dtype].itemsize
     dims = (task.shape["head_dim"], task.shape.get("value_dim", task.shape["head_dim"]))
     ends = [f"/{bits}/{launch().width(dim)}" for dim in dims]
     return any(end.startswith(numbers) if name else numbers in end for end in ends)
@@ -134,7 +136,7 @@ def make_call(task: Task, device: str) -> Call:
     """
     about = ops.SUITES[task.suite]
     op, public = ops.spec(about.op), getattr(ff, about.op)
-    call = op.inputs(task.shape, cuda_device.DTYPES[task.dtype], device, 0)
+    call = op.inputs(task.shape, BY_NAME[task.dtype], device, 0)
     run = partial(public, **call, backend="triton")
     if not task.backward:
 
@@ -186,7 +188,7 @@ def representative(some: Sequence[Task]) -> list[Task]:
     """At most 3 of them: the smallest, one in the middle and the largest."""
 
     def size(task: Task) -> int:
-        return ops.flops(task.suite, task.shape, cuda_device.DTYPES[task.dtype])
+        return ops.flops(task.suite, task.shape, BY_NAME[task.dtype])
 
     ordered = sorted(some, key=size)
     if len(ordered) <= MOST_SHAPES:
@@ -342,12 +344,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def configs_file(device_name: str) -> Path:
     """Where the launcher looks for the tiles of a device."""
     folder = Path(launch().__file__).with_name("configs")
-    return folder / f"{cuda_device.file_name(device_name)}.json"
+    return folder / f"{file_name(device_name)}.json"
 
 
 def compile_beforehand(argv: list[str], jobs: int, seconds: float | None) -> None:
     """Runs this command as several processes that only compile; they end with this one."""
-    command = [sys.executable, "-m", "fastfusion.benchmarks.tune", *argv, "--part"]
+    command = [sys.executable, "-m", "fastfusion.benchmarks.gpu.tune", *argv, "--part"]
     processes: list[subprocess.Popen[bytes]] = []
     end = None if seconds is None else time.monotonic() + seconds
     try:
@@ -381,14 +383,14 @@ def run(options: argparse.Namespace, argv: list[str], device: str = "cuda") -> i
         print(f"{len(keys)} keys; compiling candidates in {options.jobs} processes", flush=True)
         left = budget.left()
         compile_beforehand(argv, options.jobs, None if left is None else left / 2)
-    known = {**machine.describe(), **cuda_device.describe()} if device == "cuda" else {}
+    known = {**machine.describe(), **describe()} if device == "cuda" else {}
     output = options.output or configs_file(torch.cuda.get_device_name())
     old = json.loads(output.read_text()) if output.exists() else {}
     output.parent.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     for result in tune_all(keys, options, budget, device):
         results.append(result)
-        cuda_results.replace_text(output, json.dumps(document(results, known, old), indent=1))
+        replace_text(output, json.dumps(document(results, known, old), indent=1))
     print(table(results))
     for name in budget.left_out:
         print(f"left out, no time: {name}")
@@ -434,7 +436,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"make tune: {error}", file=sys.stderr)
         return 2
     if not torch.cuda.is_available():
-        print(f"make tune {cuda_device.NO_GPU}", file=sys.stderr)
+        print(f"make tune {NO_GPU}", file=sys.stderr)
         return 2
     # So that the processes that compile end with this one, where a time limit ends `make`.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

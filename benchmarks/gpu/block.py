@@ -18,11 +18,11 @@ from torch import Tensor, nn
 import fastfusion as ff
 from fastfusion import _cuda_block
 
-from .common import ops
-from .common.peers import Arguments, additive, unfused_formula
-from .common.results import OURS
-from .cuda_results import OWN_PREFIX, Cell
-from .cuda_timing import Timed
+from ..common import ops
+from ..common.peers import Arguments, additive, unfused_formula
+from ..common.results import OURS
+from .results import OWN_PREFIX, Cell
+from .timing import Timed
 
 SUITE = "block"
 PLAIN = "formula"  # the peer whose error sets what is allowed

@@ -7,10 +7,10 @@ eager. Each goal is judged per dtype, since float32 has other peers than the 16-
 import math
 from collections.abc import Callable, Iterable
 
-from . import cuda_block
-from .common.results import OURS, Goal
-from .common.timing import geometric_mean
-from .cuda_results import Cell
+from ..common.results import OURS, Goal
+from ..common.timing import geometric_mean
+from . import block
+from .results import Cell
 
 SHORT = 1024
 
@@ -90,7 +90,7 @@ def _block(cells: Iterable[Cell], limit: float) -> Goal:
     return Goal(name, None, limit)
 
 
-BLOCK_COMPILED = tuple(cuda_block.COMPILED)
+BLOCK_COMPILED = tuple(block.COMPILED)
 TWO_SDPA = ("two sdpa", "two flash", "two efficient", "two cudnn")
 
 
@@ -118,7 +118,7 @@ def judge(cells: list[Cell]) -> list[Goal]:
         _worst("bidirectional beside two SDPA, S shared", _ratios(shared, TWO_SDPA), 1.25),
         _worst("bidirectional beside two SDPA, S twice", _ratios(unshared, TWO_SDPA), 1.0),
         _worst("bidirectional beside Grounding DINO", _ratios(full, ("grounding dino",)), 3.0),
-        _block((c for c in cells if c.suite == cuda_block.SUITE), 3.0),
+        _block((c for c in cells if c.suite == block.SUITE), 3.0),
         _most("our eager call beside SDPA's, lengths up to 512", _cost(short, "eager"), 2.5),
         _most("the same under a graph", _cost(short, "graph"), 1.1),
     ]
