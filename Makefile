@@ -138,9 +138,9 @@ bench-check: build
 # The committed tables are those of all builds. Options for a part of Triton's table leave the other one out.
 kernels: build
 	@status=0; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m fastfusion.benchmarks.kernels --jobs $(JOBS) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m fastfusion.benchmarks.compile_gates.triton --jobs $(JOBS) \
 		$(if $(ARGS),$(ARGS),--json benchmarks/results/kernels-triton.json) || status=$$?; \
-	$(if $(filter-out --quick,$(ARGS)),:,$(BIN)/python -m fastfusion.benchmarks.kernels_cuda --jobs $(JOBS) \
+	$(if $(filter-out --quick,$(ARGS)),:,$(BIN)/python -m fastfusion.benchmarks.compile_gates.cuda --jobs $(JOBS) \
 		$(if $(ARGS),$(ARGS),--json benchmarks/results/kernels-cuda.json)) || status=$$?; \
 	exit $$status
 

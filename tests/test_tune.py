@@ -196,7 +196,7 @@ def test_keys_are_found_without_running_a_kernel() -> None:
     pytest.importorskip("triton")
     code = """
 import torch
-from fastfusion.benchmarks import kernels_build
+from fastfusion.benchmarks.compile_gates import triton_builds as kernels_build
 from fastfusion.benchmarks.gpu import tune
 from fastfusion.benchmarks.gpu.cells import Budget
 from fastfusion.kernels.attention.forward import attention_forward

@@ -28,7 +28,7 @@ from . import (
     report,
     results,
     roofline,
-)  # fmt: skip
+)
 from .command import choose, only_suite
 from .results import Row, table
 

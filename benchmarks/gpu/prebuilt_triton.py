@@ -1,6 +1,6 @@
 """Triton's cache for a GPU that is not there: the kernels that `make gpu` launches.
 
-The calls run on CPU tensors with launches recorded (`kernels_build.py`), and what they would launch
+The calls run on CPU tensors with launches recorded (`triton_builds.py`), and what they would launch
 is compiled into the cache, under the keys that Triton computes on the device too. The launchers in
 C that Triton before 3.8 compiles for each signature need a driver, and are not among them.
 """
@@ -18,7 +18,7 @@ import triton
 
 from fastfusion.backends import triton as triton_backend
 
-from ..kernels_build import Build, record, target, unique
+from ..compile_gates.triton_builds import Build, record, target, unique
 from . import peers, sanitize
 from .cells import Job, call_once, plan
 from .prebuilt import settle

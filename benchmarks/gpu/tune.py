@@ -154,7 +154,7 @@ def make_call(task: Task, device: str) -> Call:
 
 def declined() -> AbstractContextManager[None]:
     """In it launchers choose their tiles, and nothing is compiled or run."""
-    build = importlib.import_module("fastfusion.benchmarks.kernels_build")
+    build = importlib.import_module("fastfusion.benchmarks.compile_gates.triton_builds")
     return cast(AbstractContextManager[None], build.declined())
 
 

@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fastfusion.benchmarks import kernels_build  # noqa: E402
-from fastfusion.benchmarks.kernels_build import SHARED_LIMITS, Kind, Row, problems  # noqa: E402
+from fastfusion.benchmarks.compile_gates import triton_builds as kernels_build  # noqa: E402
+from fastfusion.benchmarks.compile_gates.triton_builds import SHARED_LIMITS, Kind, Row, problems  # noqa: E402
 
 KIND = Kind("attention.attention", "plain", "bfloat16", 64, 86, "64x64 4w 2s", False, True)
 GOOD = Row(KIND, registers=255, spilled=0, shared_kb=99.0, tensor_core=64)
@@ -96,7 +96,7 @@ def test_a_build_is_compiled_once() -> None:
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, in which Triton compiles and does not interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastfusion.benchmarks.kernels", *options]
+    command = [sys.executable, "-m", "fastfusion.benchmarks.compile_gates.triton", *options]
     return subprocess.run(
         command, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"}
     )

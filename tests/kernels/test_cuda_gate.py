@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from checkout import ROOT, build_script, need
 
-from fastfusion.benchmarks import kernels_cuda
-from fastfusion.benchmarks.kernels_cuda import Row, problems
+from fastfusion.benchmarks.compile_gates import cuda as kernels_cuda
+from fastfusion.benchmarks.compile_gates.cuda import Row, problems
 
 GOOD = Row("attention_tile<Half, 64>", 80, 200, 0, tensor_core=64, copies=7, local_loads=0)
 EMPTY = Row("attention_tile<BFloat16, 64>", 75, 4, 0, tensor_core=0, copies=0, local_loads=0)

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUICK_ARCHS = (75, 80, 90)
 # Kernels of these names add partial results up: they multiply nothing and load nothing twice.
 WITHOUT_PRODUCTS = ("combine",)
@@ -197,7 +197,7 @@ def write_json(path: Path, rows: list[Row], nvcc: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Compiles, prints, and returns 1 where a kernel must not be shipped."""
-    parser = argparse.ArgumentParser(prog="python -m fastfusion.benchmarks.kernels_cuda")
+    parser = argparse.ArgumentParser(prog="python -m fastfusion.benchmarks.compile_gates.cuda")
     parser.add_argument("--quick", action="store_true", help="three architectures of eleven")
     parser.add_argument("--kernel", default="", metavar="TEXT", help="only files with TEXT in them")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time, default 2")

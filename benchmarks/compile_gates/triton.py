@@ -1,6 +1,6 @@
 """``make kernels``: do the Triton kernels compile well for every architecture? Needs no GPU.
 
-Compiles what the launchers launch (`kernels_cases.py`) to machine code, and fails on what can be
+Compiles what the launchers launch (`triton_cases.py`) to machine code, and fails on what can be
 told from it: in 16-bit kernels a spilled register or a missing tensor-core instruction (Hopper's
 own, wgmma, from 64 rows on), in all of them more shared memory than a block may have, and layouts
 that Triton gets wrong. float32 kernels may spill, and are listed.
@@ -27,9 +27,9 @@ warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 
 import triton  # noqa: E402
 
-from .common.command import Parser, UsageError  # noqa: E402
-from .kernels_build import HALF, SHARED_LIMITS, Build, Row, compile_build, problems, record, unique  # noqa: E402
-from .kernels_cases import DTYPES, cases  # noqa: E402
+from ..common.command import Parser, UsageError  # noqa: E402
+from .triton_builds import HALF, SHARED_LIMITS, Build, Row, compile_build, problems, record, unique  # noqa: E402
+from .triton_cases import DTYPES, cases  # noqa: E402
 
 ARCHS = tuple(SHARED_LIMITS)
 QUICK_ARCHS = (80, 90, 100)
@@ -56,7 +56,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         UsageError: an option or a value that does not exist.
     """
-    parser = Parser(prog="python -m fastfusion.benchmarks.kernels", description=__doc__)
+    prog = "python -m fastfusion.benchmarks.compile_gates.triton"
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("--quick", action="store_true", help="about 200 builds of some 3,000")
     parser.add_argument("--arch", metavar="LIST", help="such as 80,90; default all, or 3 if quick")
     parser.add_argument("--dtype", metavar="LIST", help=f"of {','.join(DTYPES)}; default all")
