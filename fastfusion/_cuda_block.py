@@ -33,7 +33,7 @@ def runs_on(module: Any, query: Tensor, context: Tensor) -> bool:
         and max(query.shape[1], context.shape[1]) <= MAX_LENGTH
         and max(query.shape[2], context.shape[2], module.num_heads * module.head_dim) <= MAX_WIDTH
         and module.head_dim <= cuda.MAX_DIM
-        and not cuda.refuses(0.0, None, query[..., :1])  # it reads last dimensions as head dims
+        and not cuda.refuses_tensor(query)
     )
 
 

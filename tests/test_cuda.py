@@ -388,7 +388,8 @@ class TestRefusals:
 
         def waits(q_len: int, kv_len: int, dim: int = 64, dtype: Any = torch.bfloat16) -> bool:
             query, key = (torch.empty(1, 2, n, dim, dtype=dtype) for n in (q_len, kv_len))
-            return scaled_dot_product_attention._cuda_waits(query, key, key, None)
+            call = scaled_dot_product_attention.OP.call(query, key, key)
+            return scaled_dot_product_attention._cuda_waits(call)
 
         assert not waits(20, 36) and not waits(32, 257) and not waits(1, 1500)
         assert not waits(197, 197) and not waits(900, 256) and not waits(4096, 77)

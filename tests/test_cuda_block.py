@@ -37,7 +37,7 @@ def capability() -> int:
 
 
 def need(dtype: torch.dtype) -> None:
-    reasons = cuda.refuses(0.0, None, torch.empty(1, 1, device=DEVICE, dtype=dtype))
+    reasons = cuda.refuses_tensor(torch.empty(1, 1, device=DEVICE, dtype=dtype))
     if reasons:
         pytest.skip(reasons[0])
 

@@ -200,11 +200,12 @@ from fastfusion.benchmarks.compile_gates import triton_builds as kernels_build
 from fastfusion.benchmarks.gpu import tune
 from fastfusion.benchmarks.gpu.cells import Budget
 from fastfusion.kernels.attention.forward import attention_forward
+from fastfusion.ops.scaled_dot_product_attention import Call
 
 def make_call(task, device):
     query = torch.full((1, 12, task.shape["q_len"], 64), float("nan"), dtype=torch.bfloat16)
-    options = (None, None, None, 0.0, False, False, None, False)
-    return lambda: attention_forward(query, query, query, *options)
+    call = Call(query, query, query, None, None, None, 0.0, False, False, None, False)
+    return lambda: attention_forward(call, False)
 
 tune.make_call = make_call
 some = [task for task in tune.tasks() if task.shape["name"] == "vit_b16"][:1]

@@ -21,6 +21,9 @@ from fastfusion.kernels.host.tiles import width
 from fastfusion.kernels.layer import linear, norm
 from fastfusion.kernels.varlen.backward import varlen_backward
 from fastfusion.kernels.varlen.forward import varlen_forward
+from fastfusion.ops.bidirectional_attention import Call as BidirectionalCall
+from fastfusion.ops.scaled_dot_product_attention import Call as AttentionCall
+from fastfusion.ops.varlen_attention import Call as VarlenCall
 
 DTYPES = ("bfloat16", "float16", "float32")
 # The padded widths.
@@ -110,13 +113,13 @@ def _attention(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dtype)
     query, key = _heads(q_len, dim, dtype), _heads(kv_len, dim, dtype)
     mask, scale = _mask(q_len, kv_len, kind, dtype), 1e30 if kind == "large scale" else None
     options = (*_dropout(kind), kind == "causal", False, scale)
-    given = (query, key, key, mask, _padding(kv_len, kind), *options)
-    out, lse = attention_forward(*given, kind != "plain")
-    attention_backward(out, lse, *given, mask is not None and kind != "bool")
+    call = AttentionCall(query, key, key, mask, _padding(kv_len, kind), *options, False)
+    grads = attention_forward(call, kind != "plain")
+    attention_backward(grads, call, mask is not None and kind != "bool")
 
 
 def _bidirectional(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dtype) -> None:
-    def given(part: Any) -> tuple[Any, ...]:
+    def call(part: Any) -> BidirectionalCall:
         keys = kv_len
         if kv_len == MOST:
             lengths = (256, 128, 64, 32, 16)
@@ -127,33 +130,28 @@ def _bidirectional(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dt
         query, key = _heads(q_len, dim, dtype), _heads(keys, dim, dtype)
         mask = _mask(q_len, keys, kind, dtype)
         paddings = (_padding(q_len, kind), _padding(keys, kind))
-        options = (*_dropout(kind), kind == "causal", False, None)
-        return (query, key, key, query, mask, *paddings, *options)
+        seed, dropout_p = _dropout(kind)
+        return BidirectionalCall(
+            query, key, key, query, mask, *paddings, seed, dropout_p, kind == "causal", False, None
+        )
 
-    forward.bidirectional_forward(*given(forward), kind != "plain")
-    query, key, _, _, mask, *options = given(backward_on_chip)
+    forward.bidirectional_forward(call(forward), kind != "plain")
+    given = call(backward_on_chip)
+    query, wanted = given.query, given.attn_mask is not None and kind != "bool"
     lse = (None, None) if kind == "plain" else (query.new_empty(query.shape[:3]).float(), None)
-    bidirectional_backward(
-        query,
-        key,
-        *lse,
-        query,
-        key,
-        key,
-        query,
-        mask,
-        *options,
-        mask is not None and kind != "bool",
-    )
+    bidirectional_backward((query, given.key, *lse), given, wanted)
 
 
 def _varlen(kind: str, dim: int, dtype: torch.dtype) -> None:
     tokens, offsets = torch.empty(300, HEADS, dim, dtype=dtype), torch.zeros(4, dtype=torch.int32)
     mask = None if kind in BARE else torch.empty(3, HEADS, 300, 300, dtype=dtype)
-    options = (*_dropout(kind), kind == "causal", False, None)
-    given = (tokens, tokens, tokens, mask, offsets, offsets, 300, 300, *options)
-    out, lse = varlen_forward(*given, kind != "plain")
-    varlen_backward(out, lse, *given, mask is not None)
+    seed, dropout_p = _dropout(kind)
+    call = VarlenCall(
+        tokens, tokens, tokens, mask, offsets, offsets, seed, 300, 300, dropout_p,
+        kind == "causal", False, None,
+    )  # fmt: skip
+    grads = varlen_forward(call, kind != "plain")
+    varlen_backward(grads, call, mask is not None)
 
 
 def _linear(rows: int, inner: int, features: int, heaviest: bool, dtype: torch.dtype) -> None:

@@ -50,13 +50,13 @@ def cases() -> Iterator[tuple[str, dict[str, Any], torch.dtype, bool]]:
 
 def kernels(op: Op, call: dict[str, Any]) -> list[str]:
     """The backends that have kernels for a call on its device."""
-    given = op.normalize(**call)
+    given = op.call(**call)
     return [
         i.backend
         for i in op.implementations
         if i.backend != REFERENCE
-        and not i.refuses(*given)
-        and not (i.on_request and i.on_request(*given))
+        and not i.refuses(given)
+        and not (i.on_request and i.on_request(given))
     ]
 
 

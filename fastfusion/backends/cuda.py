@@ -5,7 +5,7 @@ call. `emulate` loads the same kernels compiled for the host, for tests.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastfusion.backends import library
+from fastfusion.core import torch_op
 from fastfusion.core.arguments import is_exporting
+from fastfusion.core.torch_op import Definition, needs_gradient
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 MAX_DIM = 256
@@ -90,10 +92,26 @@ def _device_refuses(index: int, dtype: torch.dtype) -> str | None:
 _device_refuses._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def refuses(dropout_p: float, mask: Tensor | None, query: Tensor, *others: Tensor) -> Sequence[str]:
-    """Why the kernels cannot run a call on these tensors, one sentence per reason."""
+def refuses(call: Any, definition: Definition) -> Sequence[str]:
+    """Why the kernels cannot run a call, one sentence per reason."""
+    query: Tensor = call[0]
+    reasons = refuses_tensor(query, call.head_dims())
     if query.is_cpu and emulated is None:
-        return ("the inputs are on the CPU",)
+        return reasons
+    if call.dropout_p > 0.0:
+        reasons.append("dropout is left to Triton and the reference")
+    if _is_grad_enabled():
+        if needs_gradient(definition, call):
+            reasons.append("gradients are left to Triton and the reference")
+        elif is_exporting():
+            reasons.append("an exported program may need gradients (export it in torch.no_grad)")
+    return reasons
+
+
+def refuses_tensor(query: Tensor, head_dims: Iterable[int] = ()) -> list[str]:
+    """The same of what decides first: where the query is, its dtype, and all head dims."""
+    if query.is_cpu and emulated is None:
+        return ["the inputs are on the CPU"]
     reasons = []
     if _missing is not None:
         reasons.append(_missing)
@@ -105,69 +123,58 @@ def refuses(dropout_p: float, mask: Tensor | None, query: Tensor, *others: Tenso
         reasons.append(f"the inputs are on {query.device}")
     if query.dtype not in DTYPES:
         reasons.append(f"{str(query.dtype).removeprefix('torch.')} is left to the reference")
-    if any(t.shape[-1] > MAX_DIM for t in (query, *others)):
+    if any(dim > MAX_DIM for dim in head_dims):
         reasons.append(f"head dims above {MAX_DIM} are left to the reference")
-    if dropout_p > 0.0:
-        reasons.append("dropout is left to Triton and the reference")
-    if _is_grad_enabled():
-        if any(t is not None and t.requires_grad for t in (query, mask, *others)):
-            reasons.append("gradients are left to Triton and the reference")
-        elif is_exporting():
-            reasons.append("an exported program may need gradients (export it in torch.no_grad)")
     return reasons
 
 
-def emulates(query: Tensor, *others: Any) -> bool:
+def emulates(call: Any) -> bool:
     """Whether the kernels would run on the host: for who asks for them by name."""
-    return not query.is_cuda
+    return not call[0].is_cuda
 
 
 class ForwardOp:
-    """A kernel without a gradient, as the ops `cuda_<name>_forward`, and `_out` without lse.
-
-    Args:
-        name: of the ops.
-        fake: their arguments to all outputs, as shapes for tracing.
-        reference: the same in plain torch, for the transforms of torch.func.
-        outputs: how many there are without log-sum-exps.
-    """
+    """A kernel without a gradient, as the ops `cuda_<name>_forward`, and `_out` without lse."""
 
     forward: Any
     out: Any
-    path: Any
+    described: Any
 
-    def __init__(
-        self,
-        name: str,
-        fake: Callable[..., Any],
-        reference: Callable[..., tuple[Tensor, ...]],
-        outputs: int,
-    ) -> None:
-        self.name, self.fake, self.reference, self.outputs = name, fake, reference, outputs
+    def __init__(self, definition: Definition) -> None:
+        self.definition = definition
         _made.append(self)
         if _missing is None:
             self.register()
 
     def register(self) -> None:
         """Once the library is loaded."""
-        self.forward, self.out, self.path = (
-            getattr(torch.ops.fastfusion, f"cuda_{self.name}_{kind}").default
+        definition, name = self.definition, f"cuda_{self.definition.name}"
+        self.forward, self.out, self.described = (
+            getattr(torch.ops.fastfusion, f"{name}_{kind}").default
             for kind in ("forward", "out", "path")
         )
-        torch.library.register_fake(f"fastfusion::cuda_{self.name}_forward", self.fake)
+        fake = definition.checked_fake
+        torch.library.register_fake(f"fastfusion::{name}_forward", fake)
         torch.library.register_fake(
-            f"fastfusion::cuda_{self.name}_out", lambda *given: self._without_lse(self.fake(*given))
+            f"fastfusion::{name}_out", lambda *given: definition.without_lse(fake(*given))
         )
+        torch_op.ALL.append(self)
 
-    def _without_lse(self, results: tuple[Tensor, ...]) -> Any:
-        return results[0] if self.outputs == 1 else results[: self.outputs]
-
-    def __call__(self, lse: bool, *given: Any) -> Any:
-        """All outputs, or without `lse` those before the log-sum-exps; one alone is no tuple."""
+    def __call__(self, call: Any, lse: bool) -> Any:
+        """The results of a call, and with `lse` the log-sum-exps behind them."""
         if _transforms_active() or (not _is_compiling() and forward_ad._current_level >= 0):
-            results = self.reference(*given)
-            return results if lse else self._without_lse(results)
-        return (self.forward if lse else self.out)(*given)
+            outputs = self.definition.reference(call)
+            return outputs if lse else self.definition.without_lse(outputs)
+        return (self.forward if lse else self.out)(*call)
+
+    def path(self, call: Any) -> str:
+        """In what way the kernels would run a call."""
+        described: str = self.described(*call)
+        return described
+
+    def flops(self, counter: Any) -> None:
+        """Say to torch.utils.flop_counter what the ops cost."""
+        torch_op.count_forward(counter, self.definition, self.forward, self.out)
 
 
 _made: list[ForwardOp] = []

@@ -6,7 +6,7 @@ policy, fake tensors) wants to see an op.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfusion.core.torch_op import LIBRARY, Interface, KernelOp
+from fastfusion.core.torch_op import Definition, LaunchedOp
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 MAX_DIM = 256
@@ -49,8 +49,13 @@ def _device_refuses(index: int) -> str | None:
 _device_refuses._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def refuses(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Sequence[str]:
+def refuses(call: Any) -> Sequence[str]:
     """Why the kernels cannot run a call, one sentence per reason."""
+    return refuses_tensor(call[0], call.head_dims())
+
+
+def refuses_tensor(query: Tensor, head_dims: Iterable[int] = ()) -> Sequence[str]:
+    """The same of what decides about it: where the query is, its dtype, and all head dims."""
     if query.is_cpu and not INTERPRETED:
         return (_ON_CPU,)
     reasons = []
@@ -64,7 +69,7 @@ def refuses(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Sequence
         reasons.append(f"the inputs are on {query.device}")
     if query.dtype not in DTYPES:
         reasons.append(f"{str(query.dtype).removeprefix('torch.')} is left to the reference")
-    if query.shape[-1] > MAX_DIM or value.shape[-1] > MAX_DIM:
+    if any(dim > MAX_DIM for dim in head_dims):
         reasons.append(f"head dims above {MAX_DIM} are left to the reference")
     return reasons
 
@@ -82,22 +87,18 @@ def _launcher(path: str) -> Callable[..., Any]:
     return launch
 
 
-def interprets(query: Tensor, *others: Any) -> bool:
+def interprets(call: Any) -> bool:
     """Whether the kernels would run in Triton's interpreter: for who asks for them by name."""
-    return not query.is_cuda
+    return not call[0].is_cuda
 
 
-def kernel_op(name: str, interface: Interface, forward: str, backward: str) -> KernelOp:
+def torch_op(definition: Definition, forward: str, backward: str) -> LaunchedOp:
     """The ops `triton_<name>...` over launchers.
 
     Args:
-        forward, backward: the launchers, as `module:function` of fastfusion.kernels. The forward
-            one takes one argument more, whether the log-sum-exps are wanted.
+        definition: of the op.
+        forward, backward: the launchers, as `module:function` of fastfusion.kernels: they take what
+            `LaunchedOp` says.
     """
-    name, launch, launch_backward = f"triton_{name}", _launcher(forward), _launcher(backward)
-    interface.define(name)
-    for key in ("CPU", "CUDA"):
-        for suffix in ("", "_forward"):
-            LIBRARY.impl(name + suffix, lambda *given: launch(*given, True), key)
-        LIBRARY.impl(f"{name}_backward", launch_backward, key)
-    return KernelOp(name, interface, launch, False, launch_backward)
+    name = f"triton_{definition.name}"
+    return LaunchedOp(definition, name, _launcher(forward), _launcher(backward))

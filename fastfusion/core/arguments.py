@@ -2,12 +2,14 @@
 
 import numbers
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 # Of a scale; what is finite in float64 alone goes the long road.
 MAX_SCALE = torch.finfo(torch.float32).max
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -54,10 +56,71 @@ def check_device(name: str, tensor: Tensor, first_name: str, first: Tensor) -> N
         )
 
 
-def check_one_device(first: Tensor, *others: Tensor | None) -> None:
-    """For fakes: a meta tensor among real ones brings a call to them and would have no result."""
-    for tensor in others:
-        torch._check(tensor is None or tensor.device == first.device)
+def are_plain(mask: Any, dropout_p: Any, scale: Any, causal_alignment: Any) -> bool:
+    """Whether an eager call may be tried with these arguments as they came: of the types that ops
+    take, which would take 1 for True and a tensor for a number, and without dropout."""
+    return (
+        type(mask) in PLAIN
+        and type(dropout_p) is float
+        and dropout_p == 0.0
+        and (scale is None or type(scale) is float)
+        and causal_alignment in ALIGNMENTS
+    )
+
+
+def are_alike(first: Tensor, *others: Tensor) -> bool:
+    """Whether these are dense tensors of one floating dtype, on one device."""
+    dtype, device = first.dtype, first.device
+    return (
+        dtype in FLOATING
+        and all([t.dtype is dtype and t.device == device for t in others])
+        and all([t.layout is torch.strided for t in (first, *others)])
+    )
+
+
+def mask_fits(mask: Tensor | None, query: Tensor, *sizes: Any) -> bool:
+    """Whether kernels can read `mask`.
+
+    Raises:
+        RuntimeError: it does not broadcast to `sizes`.
+    """
+    if mask is None:
+        return True
+    mask.expand(*sizes)
+    return mask.device == query.device and mask.dtype in (torch.bool, torch.float32, query.dtype)
+
+
+def padding_fits(mask: Tensor | None, query: Tensor, batch: Any, length: Any) -> Iterator[Any]:
+    """What holds for a padding mask of a normal call."""
+    if mask is not None:
+        yield mask.dtype == torch.bool and mask.device == query.device and mask.dim() == 2
+        yield mask.shape[0] == batch
+        yield mask.shape[1] == length
+
+
+def numbers_fit(seed: Tensor | None, query: Tensor, scale: float | None) -> bool:
+    return (seed is None or seed.device == query.device) and (
+        scale is None or abs(scale) <= MAX_SCALE
+    )
+
+
+def ask_torch_function(
+    function: Callable[..., Any], given: Any, positional: int, tensors: tuple[Any, ...]
+) -> Any:
+    """What a tensor subclass or a mode makes of a call, as with torch's functions, or
+    NotImplemented where nobody has to be asked. torch's causal masks are ours.
+
+    Args:
+        function: a public function of an op.
+        given: its arguments, as a NamedTuple.
+        positional: how many of them may be given without a name.
+        tensors: those that may be tensors.
+    """
+    asked = tuple(t for t in tensors if causal_bias(t) is None)
+    if not has_torch_function_variadic(*asked):
+        return NotImplemented
+    named = dict(zip(given._fields[positional:], given[positional:], strict=True))
+    return handle_torch_function(function, asked, *given[:positional], **named)
 
 
 def check_attn_mask(mask: Any, query: Tensor, target: tuple[int, ...], given: str) -> None:
@@ -160,7 +223,7 @@ def check_alignment(causal_alignment: Any) -> None:
 def causal_bias(mask: Any) -> Any:
     """`mask` if it is one of torch's objects for a causal mask (`torch.nn.attention.bias`), whose
     own memory is empty; otherwise None."""
-    if type(mask) in _PLAIN:
+    if type(mask) in PLAIN:
         return None
     module = sys.modules.get("torch.nn.attention.bias")  # whoever has made one has imported it
     return mask if module is not None and isinstance(mask, module.CausalBias) else None

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from fastfusion.core.arguments import autocast_dtype
+from fastfusion.core.torch_op import Definition
 
+_any_autocast = torch._C._is_any_autocast_enabled
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 # A module global and not a ContextVar: torch.compile guards on it, so a compiled function
@@ -66,26 +68,26 @@ class Implementation:
 
     Attributes:
         backend: the name by which `backend=` and `use_backend` ask for it.
-        run: called with the op's normalised arguments.
-        refuses: called with the same arguments; returns one sentence per reason, or nothing.
+        run: called with a call of the op, and whether its log-sum-exps are wanted.
+        refuses: called with a call; returns one sentence per reason, or nothing.
         differentiable: False where it refuses inputs that require a gradient.
-        checks: False where `run` relies on arguments as `normalize` makes them; the others raise
-            for what they cannot take, so that an eager call may try them first.
-        on_request: called with the same arguments; True where it could run the call but is not
-            to be chosen for it, as an interpreter.
-        path: called with the same arguments if the call would run here; says in what way.
+        checks: whether `run` raises for what is not as `normalize` makes it, so that an eager call
+            may try it first.
+        on_request: called with a call; True where it could run it but is not to be chosen for it,
+            as an interpreter.
+        path: called with a call if it would run here; says in what way.
     """
 
     backend: str
-    run: Callable[..., Any]
-    refuses: Callable[..., Sequence[str]]
+    run: Callable[[Any, bool], Any]
+    refuses: Callable[[Any], Sequence[str]]
     differentiable: bool = True
-    checks: bool = True
-    on_request: Callable[..., bool] | None = None
-    path: Callable[..., str] | None = None
+    checks: bool = False
+    on_request: Callable[[Any], bool] | None = None
+    path: Callable[[Any], str] | None = None
 
 
-def never_refuses(*arguments: Any) -> Sequence[str]:
+def never_refuses(call: Any) -> Sequence[str]:
     """What a reference says to any legal call."""
     return ()
 
@@ -96,35 +98,44 @@ class Op:
 
     Attributes:
         name: the public name.
+        arguments: the NamedTuple of the public function's arguments, in its order.
         check: raises ValueError or TypeError for arguments that are not legal.
-        normalize: public arguments (positional and keyword), cast as autocast asks and checked, to
-            those of `Implementation.run`.
-        reference: the definition, in plain differentiable torch.
+        normalize: arguments to the call, cast as autocast asks and checked.
+        definition: the call, and what it is to torch.
         inputs: (shape, dtype, device, seed) to keyword arguments of the public function.
         cost: (shape, dtype) to (floating-point operations, bytes that must move).
         implementations: fastest first, the reference last.
     """
 
     name: str
-    check: Callable[..., None]
-    normalize: Callable[..., tuple[Any, ...]]
-    reference: Callable[..., Any]
+    arguments: Callable[..., Any]
+    check: Callable[[Any], None]
+    normalize: Callable[[Any], Any]
+    definition: Definition
     inputs: Callable[[Mapping[str, Any], torch.dtype, Any, int], dict[str, Any]]
     cost: Callable[[Mapping[str, Any], torch.dtype], tuple[int, int]]
     implementations: tuple[Implementation, ...]
 
-    def select(self, backend: str | None, arguments: tuple[Any, ...]) -> Implementation:
-        """The first implementation that accepts `arguments`, or the one that was asked for."""
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The call that the public function would make of its arguments."""
+        return self.normalize(self.arguments(*args, **kwargs))
+
+    def reference(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The results of a call with public arguments and its log-sum-exps, in plain torch."""
+        return self.definition.reference(self.call(*args, **kwargs))
+
+    def select(self, backend: str | None, call: Any) -> Implementation:
+        """The first implementation that accepts a call, or the one that was asked for."""
         wanted = _forced if backend is None else _validated(backend)
         if wanted is None:
             for implementation in self.implementations:
-                if not implementation.refuses(*arguments) and not (
-                    implementation.on_request and implementation.on_request(*arguments)
+                if not implementation.refuses(call) and not (
+                    implementation.on_request and implementation.on_request(call)
                 ):
                     return implementation
         for implementation in self.implementations:
             if implementation.backend == wanted:
-                reasons = implementation.refuses(*arguments)
+                reasons = implementation.refuses(call)
                 if not reasons:
                     return implementation
                 raise BackendUnavailableError(
@@ -136,15 +147,32 @@ class Op:
             f"\n  - it has no implementation there; implementations: {available}"
         )
 
-    def run(self, backend: str | None, arguments: tuple[Any, ...]) -> Any:
+    def attempt(self, backend: str | None, call: Any, lse: bool) -> Any:
+        """The results of an eager call with arguments as they came, 10 us sooner than through
+        `check` and `normalize`, or None where it has to take that road.
+
+        That is: where anything is wrong, for whose words see `check`; where normalisation would
+        change a tensor; and under autocast.
+        """
+        if _any_autocast():
+            return None
+        try:
+            chosen = self.select(backend, call)
+            if chosen.checks or all(call.conditions()):
+                return chosen.run(call, lse)
+        except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
+            pass  # what is not about arguments will be raised again
+        return None
+
+    def run(self, backend: str | None, call: Any, lse: bool) -> Any:
         """Select and run, without autocast: it would round the float32 products of the
         reference."""
-        implementation = self.select(backend, arguments)
-        device_type = arguments[0].device.type
+        implementation = self.select(backend, call)
+        device_type = call[0].device.type
         if autocast_dtype(device_type) is None:
-            return implementation.run(*arguments)
+            return implementation.run(call, lse)
         with torch.autocast(device_type, enabled=False):
-            return implementation.run(*arguments)
+            return implementation.run(call, lse)
 
 
 @dataclass(frozen=True)
@@ -189,16 +217,16 @@ def explain_op(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explana
     devices = {t.device for t in tensors if t.device.type == "cuda"}
     # A question must not move the generators that a dropout seed is drawn from.
     with torch.random.fork_rng(devices):
-        arguments = op.normalize(*args, **kwargs)
+        call = op.call(*args, **kwargs)
     chosen = path = None
     try:
-        implementation = op.select(backend, arguments)
+        implementation = op.select(backend, call)
     except BackendUnavailableError:
         pass
     else:
         chosen = implementation.backend
-        path = implementation.path and implementation.path(*arguments)
-    rows = [(i.backend, tuple(i.refuses(*arguments))) for i in op.implementations]
+        path = implementation.path and implementation.path(call)
+    rows = [(i.backend, tuple(i.refuses(call))) for i in op.implementations]
     given = [i.backend for i in op.implementations]
     wanted = backend or _forced
     if wanted is not None and wanted not in given:

@@ -96,36 +96,12 @@ def _grouped(tensor: Tensor, heads: int) -> Tensor:
     return tensor if kv_heads == heads else tensor.repeat_interleave(heads // kv_heads, dim=1)
 
 
-def _ungrouped(gradient: Tensor, kv_heads: int) -> Tensor:
-    heads = gradient.shape[1]
-    return gradient if kv_heads == heads else gradient.unflatten(1, (kv_heads, -1)).sum(2)
-
-
 def rows_outside(tensor: Tensor) -> Tensor:
     """The same values in memory (batch, length, heads, dim)."""
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    bottom_right: bool,
-    scale: float | None,
-) -> tuple[Tensor, Callable[[], Tensor]]:
-    """out, and lse on demand, of normalised arguments; see `scaled_dot_product_attention`."""
-    diagonal = diagonal_of(is_causal, bottom_right, query.shape[2], key.shape[2])
-    return attention_below(
-        diagonal, query, key, value, attn_mask, key_padding_mask, seed, dropout_p, scale
-    )
-
-
-def attention_below(
+def attention(
     diagonal: int | Tensor | None,
     query: Tensor,
     key: Tensor,
@@ -136,7 +112,7 @@ def attention_below(
     dropout_p: float,
     scale: float | None,
 ) -> tuple[Tensor, Callable[[], Tensor]]:
-    """The same with the diagonal of `masked_scores`."""
+    """out, and lse on demand, with the diagonal of `masked_scores`."""
     heads, acc = query.shape[1], accumulation_dtype(query.dtype)
     scale = softmax_scale(scale, query.shape[-1])
     key = _grouped(hide(key, key_padding_mask), heads)
@@ -148,53 +124,3 @@ def attention_below(
         probabilities = probabilities * factor
     out = rows_outside((probabilities @ value.to(acc)).to(query.dtype))
     return out, lambda: log_sum_exp(scores, -1)
-
-
-def attention_backward_reference(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    bottom_right: bool,
-    scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq, dk, dv, d attn_mask) by the formulas that the kernels compute.
-
-    Differentiable in every tensor, with the softmax recomputed from the scores: the derivative
-    of this function is the second derivative of attention.
-    """
-    heads, kv_heads, acc = query.shape[1], key.shape[1], accumulation_dtype(query.dtype)
-    scale = softmax_scale(scale, query.shape[-1])
-    key = _grouped(hide(key, key_padding_mask), heads)
-    value = _grouped(hide(value, key_padding_mask), heads)
-    diagonal = diagonal_of(is_causal, bottom_right, query.shape[2], key.shape[2])
-    scores = masked_scores(query, key, attn_mask, key_padding_mask, diagonal, scale)
-    probabilities = safe_softmax(scores, -1)
-    factor = dropout_factor(probabilities, seed, dropout_p, philox.ROW_STREAM)
-    gradient = grad_out.to(acc)
-    grad_p = gradient @ value.to(acc).transpose(-1, -2)
-    dropped = probabilities
-    if factor is not None:
-        grad_p, dropped = grad_p * factor, probabilities * factor
-    delta = (probabilities * grad_p).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        delta = delta - grad_lse.to(acc).unsqueeze(-1)
-    grad_scores = probabilities * (grad_p - delta)
-    grad_query = (grad_scores @ key.to(acc)) * scale
-    grad_key = (grad_scores.transpose(-1, -2) @ query.to(acc)) * scale
-    grad_value = dropped.transpose(-1, -2) @ gradient
-    grad_mask = None
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        grad_mask = grad_scores.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
-    return (
-        grad_query.to(query.dtype),
-        _ungrouped(hide(grad_key, key_padding_mask), kv_heads).to(key.dtype),
-        _ungrouped(hide(grad_value, key_padding_mask), kv_heads).to(value.dtype),
-        grad_mask,
-    )

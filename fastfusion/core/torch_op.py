@@ -1,22 +1,38 @@
-"""Kernels as torch ops: shapes for tracing, gradients, and the schema that fits the moment.
+"""Kernels as torch ops: schema, shapes for tracing, gradients, transforms and FLOPs of a call.
 
-Each kernel has three ops: `<name>`, differentiable, for compiled code with gradients and for
-export; `<name>_forward`, raw, for gradient-free compiled code; `<name>_backward`. Transforms of
-torch.func, forward-mode and second derivatives are the reference's.
+A backend's kernel is three ops, or four: `<name>`, differentiable, for compiled code with gradients
+and for export; `<name>_forward`, raw, for gradient-free compiled code; `<name>_backward`; and where
+leaving the log-sum-exps out saves work `<name>_out`. A Python autograd kernel costs 5 us a call
+even without gradients, hence the raw ops; an autograd.Function with setup_context costs 22 us more
+than one of the old style, hence `Eager` beside the one that torch.func and graphs need.
+
+Forward-mode derivatives are the reference's, and so are second derivatives.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
 
-from fastfusion.core.arguments import is_exporting
+from fastfusion.core import vmap
+from fastfusion.core.arguments import PLAIN, is_exporting
 
 LIBRARY = torch.library.Library("fastfusion", "FRAGMENT")
+# Every op that torch knows, for those who count what ops cost.
+ALL: list[Any] = []
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    float | None: "float?",
+    bool: "bool",
+    int: "SymInt",
+}
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -24,159 +40,275 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state  # of torch.jit.trace, in which sizes are tensors
 # Of is_grads_batched, which no other question shows.
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
-PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 @dataclass(frozen=True)
-class Interface:
-    """What the ops of every backend share.
+class Definition:
+    """What an op is to torch, the same for the kernels of every backend.
 
     Attributes:
-        tensors: schemas of the leading tensor arguments; those of `gradients` come first.
-        options: schemas of the arguments behind them.
-        outputs: how many tensors the forward op returns.
-        gradients: how many of the leading arguments have a gradient.
-        masked: whether the last of them is a mask, which may be None, bool or without a gradient.
-        fake, fake_backward: the outputs' shapes.
-        reference: the forward's arguments to all outputs, in differentiable torch.
+        name: of the torch ops, without a backend's prefix.
+        call: the NamedTuple of its arguments, in the order of the schema: first those tensors that
+            may have a gradient, of which the last is a mask (None, bool, or without a gradient as
+            well), then the other tensors, then numbers. `conditions()` gives what holds for the
+            sizes, dtypes and devices of a legal one.
+        gradients: how many arguments may have a gradient.
+        results: how many outputs there are without log-sum-exps; with them twice as many.
+        fake: a call to empty outputs, log-sum-exps included.
+        reference: a call to all outputs, in differentiable torch.
+        flops: a call, and whether it is for the backward, to floating-point operations.
+        folds: whether the tensors have a batch dimension, into which another one can be folded.
     """
 
-    tensors: Sequence[str]
-    options: Sequence[str]
-    outputs: int
+    name: str
+    call: Any
     gradients: int
-    masked: bool
-    fake: Callable[..., Any]
-    fake_backward: Callable[..., Any]
-    reference: Callable[..., tuple[Tensor, ...]]
+    results: int
+    fake: Callable[[Any], tuple[Tensor, ...]]
+    reference: Callable[[Any], tuple[Tensor, ...]]
+    flops: Callable[[Any, bool], int]
+    folds: bool = True
+
+    @property
+    def outputs(self) -> int:
+        return 2 * self.results
+
+    @property
+    def tensors(self) -> int:
+        """How many arguments are tensors; they come first."""
+        hints = get_type_hints(self.call).values()
+        return sum(hint in (Tensor, Tensor | None) for hint in hints)
+
+    def schema(self) -> str:
+        hints = get_type_hints(self.call).items()
+        return ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in hints)
 
     def define(self, name: str) -> None:
-        """Give the three ops their schemas."""
-        given = ", ".join((*self.tensors, *self.options))
+        """Give the ops of a backend their schemas."""
         grads = ", ".join(f"Tensor? grad_{i}" for i in range(self.outputs))
-
-        def results(count: int) -> str:
-            return "(" + ", ".join(["Tensor"] * count) + ")"
-
-        LIBRARY.define(f"{name}({given}) -> {results(self.outputs)}")
-        LIBRARY.define(f"{name}_forward({given}) -> {results(self.outputs)}")
+        results, gradients = (
+            "(" + ", ".join(["Tensor"] * n) + ")" for n in (self.outputs, self.gradients)
+        )
+        LIBRARY.define(f"{name}({self.schema()}) -> {results}")
+        LIBRARY.define(f"{name}_forward({self.schema()}) -> {results}")
         LIBRARY.define(
-            f"{name}_backward({grads}, {given}, bool mask_gradient) -> {results(self.gradients)}"
+            f"{name}_backward({grads}, {self.schema()}, bool mask_gradient) -> {gradients}"
         )
 
+    def without_lse(self, outputs: tuple[Tensor, ...]) -> Any:
+        """The results as a caller gets them who asks for no log-sum-exps: one alone is no tuple."""
+        return outputs[0] if self.results == 1 else outputs[: self.results]
 
-class KernelOp:
-    """A kernel with its gradient, as torch ops.
+    def checked_fake(self, *given: Any) -> tuple[Tensor, ...]:
+        call = self.call(*given)
+        for condition in call.conditions():
+            torch._check(condition)
+        return self.fake(call)
+
+    def fake_backward(self, *given: Any) -> tuple[Tensor, ...]:
+        """Gradients in memory as the outputs have it: (batch, length, heads, dim), or packed."""
+        tensors = given[self.outputs :][: self.gradients]
+        *others, mask = tensors
+
+        def like(t: Tensor) -> Tensor:
+            if t.dim() == 3:
+                return t.new_empty(t.shape)
+            return t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2)
+
+        wanted = given[-1] and mask is not None and mask.is_floating_point()
+        gradient = mask.new_empty(mask.shape) if wanted else others[0].new_empty(0)
+        return *map(like, others), gradient
+
+
+def needs_gradient(definition: Definition, call: Any) -> bool:
+    return _is_grad_enabled() and any(
+        [t is not None and t.requires_grad for t in call[: definition.gradients]]
+    )
+
+
+class TorchOp:
+    """A backend's kernel with its gradient, as torch ops.
 
     Args:
-        name: of the ops, without the prefix.
-        interface: their arguments, outputs and definition.
-        launch: called instead of the raw op where nobody watches ops, with the op's arguments and
-            whether the log-sum-exps are wanted.
-        traceable: whether `launch` takes the tensors of torch.jit.trace, whose sizes are tensors.
-        launch_backward: called likewise instead of the backward op, with its arguments; None where
-            the op itself is not slower.
+        definition: of the op.
+        name: of the torch ops, with the backend's prefix.
+        traceable: whether `run` takes the tensors of torch.jit.trace, whose sizes are tensors.
+    """
+
+    def __init__(self, definition: Definition, name: str, traceable: bool) -> None:
+        self.definition, self.name, self.traceable = definition, name, traceable
+        self.leading = definition.tensors
+        ops = torch.ops.fastfusion
+        fakes: dict[str, Callable[..., Any]] = {
+            "": definition.checked_fake,
+            "_forward": definition.checked_fake,
+            "_backward": definition.fake_backward,
+        }
+        if hasattr(ops, f"{name}_out"):
+            fakes["_out"] = lambda *given: definition.without_lse(definition.checked_fake(*given))
+        for suffix, function in fakes.items():
+            torch.library.register_fake(f"fastfusion::{name}{suffix}", function)
+        found = {suffix: getattr(ops, name + suffix).default for suffix in fakes}
+        self.graph, self.raw, self.backward = (found[s] for s in ("", "_forward", "_backward"))
+        self.out = found.get("_out")
+        self.transformed, self.eager, self.eager_with_lse = _functions(self)
+        LIBRARY.impl(name, self._autograd_kernel, "Autograd")
+        torch.library.register_vmap(f"fastfusion::{name}", self.transformed.vmap)
+        ALL.append(self)
+
+    def __call__(self, call: Any, lse: bool) -> Any:
+        """The results of a call, and with `lse` the log-sum-exps behind them."""
+        definition = self.definition
+        wants_gradient = needs_gradient(definition, call)
+        if _is_compiling():
+            if _transforms_active():
+                outputs = definition.reference(call)
+            elif wants_gradient or is_exporting():
+                outputs = self.graph(*call)
+            elif lse or self.out is None:
+                outputs = self.raw(*call)
+            else:
+                return self.out(*call)
+        elif self.left_to_reference():
+            outputs = definition.reference(call)
+        elif _transforms_active():
+            outputs = self.transformed.apply(*call)
+        elif wants_gradient:
+            return (self.eager_with_lse if lse else self.eager).apply(*call)
+        else:
+            return self.run(call, lse)
+        return outputs if lse else definition.without_lse(outputs)
+
+    def left_to_reference(self) -> bool:
+        """Whether an eager call is the reference's."""
+        return forward_ad._current_level >= 0 or (not self.traceable and _tracing() is not None)
+
+    def run(self, call: Any, lse: bool) -> Any:
+        """An eager call without a gradient: by the ops, or without them where nobody watches."""
+        return self.raw(*call) if lse or self.out is None else self.out(*call)
+
+    def run_backward(self, *given: Any) -> tuple[Tensor, ...]:
+        """The gradients, of the arguments of the backward op: likewise."""
+        return self.backward(*given)
+
+    def _autograd_kernel(self, *given: Any) -> tuple[Tensor, ...]:
+        if needs_gradient(self.definition, given):
+            return self.transformed.apply(*given)
+        return self.raw(*given)
+
+    def flops(self, counter: Any) -> None:
+        """Say to torch.utils.flop_counter what the ops cost."""
+        definition, outputs = self.definition, self.definition.outputs
+
+        def backward(*given: Any, out_val: Any = None) -> int:
+            return definition.flops(definition.call(*given[outputs:-1]), True)
+
+        count_forward(counter, definition, self.graph, self.raw, self.out)
+        counter.register_flop_formula(self.backward.overloadpacket, get_raw=True)(backward)
+
+
+def count_forward(counter: Any, definition: Definition, *ops: Any) -> None:
+    def forward(*given: Any, out_val: Any = None) -> int:
+        return definition.flops(definition.call(*given), False)
+
+    for op in ops:
+        if op is not None:
+            counter.register_flop_formula(op.overloadpacket, get_raw=True)(forward)
+
+
+class LaunchedOp(TorchOp):
+    """A kernel whose launcher is Python: eager calls reach it without the dispatcher, unless a
+    dispatch mode (a profiler of operators, a checkpoint policy, fake tensors) wants to see an op.
+
+    Args:
+        definition, name: as of `TorchOp`.
+        launch: called with a call, and whether the log-sum-exps are wanted; gives all outputs.
+        launch_backward: called with the gradients of all outputs (each may be None), the call, and
+            whether the gradient of the mask is wanted; gives all gradients.
     """
 
     def __init__(
         self,
+        definition: Definition,
         name: str,
-        interface: Interface,
         launch: Callable[..., Any],
-        traceable: bool,
-        launch_backward: Callable[..., Any] | None = None,
+        launch_backward: Callable[..., Any],
     ) -> None:
-        self.tensors, self.outputs = len(interface.tensors), interface.outputs
-        self.gradients, self.masked = interface.gradients, interface.masked
-        self.reference, self.launch, self.traceable = interface.reference, launch, traceable
-        self.launch_backward = launch_backward
-        fake, fake_backward = interface.fake, interface.fake_backward
-        for suffix, function in (("", fake), ("_forward", fake), ("_backward", fake_backward)):
-            torch.library.register_fake(f"fastfusion::{name}{suffix}", function)
-        self.graph, self.raw, self.backward = (
-            getattr(torch.ops.fastfusion, name + suffix).default
-            for suffix in ("", "_forward", "_backward")
-        )
-        self.function = _functions(self)
-        LIBRARY.impl(name, self._autograd_kernel, "Autograd")
+        self.launch, self.launch_backward = launch, launch_backward
+        definition.define(name)
+        for key in ("CPU", "CUDA"):
+            for suffix in ("", "_forward"):
+                LIBRARY.impl(name + suffix, lambda *g: launch(definition.call(*g), True), key)
+            LIBRARY.impl(f"{name}_backward", self._launch_backward, key)
+        super().__init__(definition, name, traceable=False)
 
-    def __call__(self, lse: bool, *given: Any) -> tuple[Any, ...]:
-        """All outputs; without `lse`, the log-sum-exps of an eager call may be None."""
-        needs_gradient = _is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in given[: self.gradients]
-        )
-        if _is_compiling():
-            if _transforms_active():
-                return self.reference(*given)
-            return (self.graph if needs_gradient or is_exporting() else self.raw)(*given)
-        if self.by_reference():
-            return self.reference(*given)
-        if needs_gradient:
-            return self.function.apply(*given)
-        return self.run(lse, *given)
+    def run(self, call: Any, lse: bool) -> Any:
+        if _dispatch_modes() or not PLAIN.issuperset(map(type, call[: self.leading])):
+            outputs = self.raw(*call)
+        else:
+            outputs = self.launch(call, lse)
+        return outputs if lse else self.definition.without_lse(outputs)
 
-    def by_reference(self) -> bool:
-        """Whether an eager call would be the reference's."""
-        traced = not self.traceable and _tracing() is not None
-        return traced or _transforms_active() or forward_ad._current_level >= 0
-
-    def run(self, lse: bool, *given: Any) -> tuple[Any, ...]:
-        """Without a gradient: by the launcher, or by the op where somebody watches ops."""
-        if _dispatch_modes() or not PLAIN.issuperset(map(type, given[: self.tensors])):
-            return self.raw(*given)
-        return self.launch(*given, lse)
-
-    def run_backward(self, *given: Any) -> tuple[Any, ...]:
-        """The gradients, by the launcher, or by the op where somebody watches ops or gradients are
-        batched (is_grads_batched), which have no memory to launch on."""
-        tensors = given[: self.outputs + self.tensors]
+    def run_backward(self, *given: Any) -> tuple[Tensor, ...]:
+        outputs = self.definition.outputs
         if (
-            self.launch_backward is None
-            or _is_compiling()
+            _is_compiling()
             or _dispatch_modes()
             or _transforms_active()
-            or not PLAIN.issuperset(map(type, tensors))
+            or not PLAIN.issuperset(map(type, given[: outputs + self.leading]))
+            # Gradients of is_grads_batched have no memory to launch on.
             or any(
-                g is not None and torch._C._dispatch_keys(g).has(_BATCHED)
-                for g in tensors[: self.outputs]
+                g is not None and torch._C._dispatch_keys(g).has(_BATCHED) for g in given[:outputs]
             )
         ):
             return self.backward(*given)
-        return self.launch_backward(*given)
+        return self._launch_backward(*given)
 
-    def _autograd_kernel(self, *given: Any) -> tuple[Tensor, ...]:
-        leading = given[: self.gradients]
-        if _is_grad_enabled() and any(t is not None and t.requires_grad for t in leading):
-            return self.function.apply(*given)
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.raw(*given)
+    def _launch_backward(self, *given: Any) -> tuple[Tensor, ...]:
+        outputs = self.definition.outputs
+        call = self.definition.call(*given[outputs:-1])
+        gradients: tuple[Tensor, ...] = self.launch_backward(given[:outputs], call, given[-1])
+        return gradients
 
 
-def _functions(op: KernelOp) -> type[Function]:
-    """The autograd function of an op; its backward is a function too, for second derivatives."""
+def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
+    """The autograd functions of an op: for torch.func and graphs, for eager calls, and for eager
+    calls with log-sum-exps."""
+    definition, leading = op.definition, op.leading
+    outputs, gradients = definition.outputs, definition.gradients
 
     class Backward(Function):
+        """The backward op, itself differentiable: its derivative is that of the reference's own
+        gradient.
+
+        torch.func always asks for a graph, so a gradient through the reference that is chosen by
+        is_grad_enabled() alone would make every torch.func.grad quadratic in memory.
+        """
+
         @staticmethod
-        def forward(ctx: Any, *given: Any) -> Any:
-            ctx.save_for_backward(*given[: op.outputs + op.tensors])
-            ctx.options = given[op.outputs + op.tensors :]
+        def forward(*given: Any) -> Any:
+            return op.run_backward(*given)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(*inputs[: outputs + leading])
+            ctx.options = inputs[outputs + leading :]
             ctx.set_materialize_grads(False)
-            return op.backward(*given)
 
         @staticmethod
         def backward(ctx: Any, *second: Tensor | None) -> Any:
-            """The derivative of the reference's own gradient, itself differentiable."""
             *options, mask_gradient = ctx.options
-            grads, tensors = ctx.saved_tensors[: op.outputs], ctx.saved_tensors[op.outputs :]
-            last = op.gradients - (op.masked and not mask_gradient)
+            grads, tensors = ctx.saved_tensors[:outputs], ctx.saved_tensors[outputs:]
+            last = gradients if mask_gradient else gradients - 1
             given = [i for i, g in enumerate(grads) if g is not None]
 
             def gradient(*primals: Tensor) -> tuple[Tensor, ...]:
-                def outputs(*leading: Tensor) -> tuple[Tensor, ...]:
-                    results = op.reference(*leading, *tensors[last:], *options)
-                    return tuple(results[i] for i in given)
+                def reference(*first: Tensor) -> tuple[Tensor, ...]:
+                    call = definition.call(*first, *tensors[last:], *options)
+                    found = definition.reference(call)
+                    return tuple(found[i] for i in given)
 
-                linearized: Any = torch.func.vjp(outputs, *primals[len(given) :])
+                linearized: Any = torch.func.vjp(reference, *primals[len(given) :])
                 results, pullback = linearized
                 pairs = zip(primals, results, strict=False)
                 return pullback(tuple(g.to(r.dtype) for g, r in pairs))
@@ -189,32 +321,59 @@ def _functions(op: KernelOp) -> type[Function]:
                     for f, s in zip(first, second, strict=False)
                 )
             )
-            found: list[Any] = [None] * (op.outputs + op.tensors + len(ctx.options))
-            for i, value in zip(
-                (*given, *range(op.outputs, op.outputs + last)), pulled, strict=True
-            ):
+            found: list[Any] = [None] * (outputs + leading + len(ctx.options))
+            for i, value in zip((*given, *range(outputs, outputs + last)), pulled, strict=True):
                 found[i] = value
             return tuple(found)
 
-    class Forward(Function):
         @staticmethod
-        def forward(ctx: Any, *given: Any) -> Any:
-            ctx.save_for_backward(*given[: op.tensors])
-            ctx.options = given[op.tensors :]
-            ctx.set_materialize_grads(False)
-            return op.run(True, *given)
+        def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
+            return vmap.backward(definition, Backward.apply, info.batch_size, in_dims, given)
+
+    def save(ctx: Any, inputs: Any) -> None:
+        ctx.save_for_backward(*inputs[:leading])
+        ctx.options = inputs[leading:]
+        ctx.set_materialize_grads(False)
+
+    class Transformed(Function):
+        @staticmethod
+        def forward(*given: Any) -> Any:
+            return op.raw(*given)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            save(ctx, inputs)
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            tensors = ctx.saved_tensors
-            count, nothing = op.gradients, [None] * (op.tensors + len(ctx.options) - op.gradients)
+            nothing = [None] * (leading + len(ctx.options) - gradients)
             if all(g is None for g in grads):
-                return (*[None] * count, *nothing)
-            mask_gradient = op.masked and ctx.needs_input_grad[count - 1]
-            run = Backward.apply if _is_grad_enabled() else op.run_backward
-            found = run(*grads, *tensors, *ctx.options, mask_gradient)
-            if op.masked and not mask_gradient:
-                found = (*found[:-1], None)
-            return (*found, *nothing)
+                return (*[None] * gradients, *nothing)
+            mask_gradient = ctx.needs_input_grad[gradients - 1]
+            differentiable = _is_grad_enabled() or _transforms_active()
+            run = Backward.apply if differentiable else op.run_backward
+            absent = [None] * (outputs - len(grads))
+            found = run(*grads, *absent, *ctx.saved_tensors, *ctx.options, mask_gradient)
+            return (*found[:-1], found[-1] if mask_gradient else None, *nothing)
 
-    return Forward
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
+            return vmap.forward(definition, Transformed.apply, info.batch_size, in_dims, given)
+
+    class Eager(Function):
+        @staticmethod
+        def forward(ctx: Any, *given: Any) -> Any:
+            save(ctx, given)
+            return op.run(definition.call(*given), False)
+
+        backward = Transformed.backward
+
+    class EagerWithLse(Function):
+        @staticmethod
+        def forward(ctx: Any, *given: Any) -> Any:
+            save(ctx, given)
+            return op.run(definition.call(*given), True)
+
+        backward = Transformed.backward
+
+    return Transformed, Eager, EagerWithLse

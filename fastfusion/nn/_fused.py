@@ -89,13 +89,13 @@ def cross_modal(
     """`CrossModalAttention.forward` where `cross_modal_fits`; a bool `attn_mask` is True where two
     tokens attend to each other."""
     streams = (module.visual, module.text)
-    both: Sequence[Tensor] = (visual, text)
+    both: Any = (visual, text)
     first, second = [s.norm1 for s in streams], [s.norm2 for s in streams]
     scored = _norms(first, both) if module.norm_first else both
     (query, visual_value), (key, text_value) = _heads(
         [s.in_proj for s in streams], scored, (2, 2), module.num_heads
     )
-    attended = bidirectional_attention(
+    attended: Sequence[Tensor] = bidirectional_attention(
         query, key, text_value, visual_value, attn_mask=attn_mask,
         query_padding_mask=visual_padding_mask, key_padding_mask=text_padding_mask,
     )  # fmt: skip
@@ -139,9 +139,7 @@ def kernels_run_on(tensor: Tensor) -> bool:
     forced = forced_backend()
     if forced != "triton" and (forced is not None or triton.INTERPRETED or not tensor.is_cuda):
         return False
-    # `refuses` reads devices, dtypes and the last dimensions, which here are those of heads.
-    one_wide = tensor[..., :1]
-    return not triton.refuses(one_wide, one_wide, one_wide)
+    return not triton.refuses_tensor(tensor)
 
 
 def _wants_gradient(mask: Tensor | None) -> bool:

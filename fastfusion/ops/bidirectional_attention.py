@@ -18,29 +18,117 @@ side only through it. With P and R the two softmaxes (dropout factors c and d):
     d query = scale * dS key   d key = scale * dS^T query
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from fastfusion.backends import cpu, cuda, triton
 from fastfusion.core import arguments, philox
+from fastfusion.core import reference as formulas
 from fastfusion.core.op import Implementation, Op, never_refuses
-from fastfusion.core.reference import (
-    accumulation_dtype,
-    diagonal_of,
-    dropout_factor,
-    hide,
-    log_sum_exp,
-    masked_scores,
-    rows_outside,
-    safe_softmax,
-)
-from fastfusion.core.torch_op import Interface
+from fastfusion.core.torch_op import Definition
+
+_Pair = tuple[Tensor, Tensor]
 
 
+class Arguments(NamedTuple):
+    """Those of the public function, in its order."""
+
+    query: Any
+    key: Any
+    value: Any
+    query_value: Any
+    # By name only:
+    attn_mask: Any = None
+    query_padding_mask: Any = None
+    key_padding_mask: Any = None
+    is_causal: Any = False
+    causal_alignment: Any = "top_left"
+    scale: Any = None
+    dropout_p: Any = 0.0
+    return_lse: Any = False
+    backend: Any = None
+
+
+_POSITIONAL = 4
+
+
+class Call(NamedTuple):
+    """What an implementation takes; csrc/torch has its twin."""
+
+    query: Tensor  # (B, H, Lq, D)
+    key: Tensor  # (B, H, Lk, D)
+    value: Tensor  # (B, H, Lk, Dv)
+    query_value: Tensor  # (B, H, Lq, Dw)
+    attn_mask: Tensor | None  # broadcasts to (B, H, Lq, Lk)
+    query_padding_mask: Tensor | None  # (B, Lq)
+    key_padding_mask: Tensor | None  # (B, Lk)
+    seed: Tensor | None
+    dropout_p: float
+    is_causal: bool
+    bottom_right: bool
+    scale: float | None
+
+    def head_dims(self) -> tuple[int, ...]:
+        return self.query.shape[-1], self.value.shape[-1], self.query_value.shape[-1]
+
+    def conditions(self) -> Iterator[Any]:
+        """What holds for every call; a mask that does not broadcast raises."""
+        query, key, value, query_value = self[:4]
+        batch, heads, q_len, dim = query.shape
+        kv_len, value_dim, other_dim = key.shape[2], value.shape[3], query_value.shape[3]
+        yield arguments.are_alike(query, key, value, query_value)
+        yield dim > 0
+        for tensor, length, width in (
+            (key, kv_len, dim),
+            (value, kv_len, value_dim),
+            (query_value, q_len, other_dim),
+        ):
+            for size, expected in zip(tensor.shape, (batch, heads, length, width), strict=True):
+                yield size == expected
+        yield arguments.mask_fits(self.attn_mask, query, batch, heads, q_len, kv_len)
+        yield from arguments.padding_fits(self.query_padding_mask, query, batch, q_len)
+        yield from arguments.padding_fits(self.key_padding_mask, query, batch, kv_len)
+        yield arguments.numbers_fit(self.seed, query, self.scale)
+
+
+@overload
+def bidirectional_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> _Pair: ...
+@overload
+def bidirectional_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def bidirectional_attention(
     query: Tensor,
     key: Tensor,
@@ -56,7 +144,7 @@ def bidirectional_attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
-) -> Any:
+) -> _Pair | tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention from queries to keys and from keys to queries, sharing their scores.
 
     Args:
@@ -86,314 +174,173 @@ def bidirectional_attention(
         ValueError: shapes, devices or numbers that do not fit; the message prints them.
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
-    tensors = (query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask)
-    if not torch.compiler.is_compiling() and has_torch_function_variadic(*tensors):
-        asked = tuple(t for t in tensors if arguments.causal_bias(t) is None)
-        if has_torch_function_variadic(*asked):
-            return handle_torch_function(
-                bidirectional_attention, asked,
-                query, key, value, query_value, attn_mask=attn_mask,
-                query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
-                is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
-                dropout_p=dropout_p, return_lse=return_lse, backend=backend,
-            )  # fmt: skip
-    result = cpu.run_checked(
-        _CPU, OP, backend, attn_mask, scale, dropout_p, causal_alignment, (is_causal, return_lse),
-        (
-            query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask, None,
-            0.0, is_causal, causal_alignment == "bottom_right", scale, return_lse,
-        ),
-        _fits,
+    if not torch.compiler.is_compiling():
+        tensors = (query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask)
+        if has_torch_function_variadic(*tensors):
+            answer = arguments.ask_torch_function(
+                bidirectional_attention,
+                Arguments(
+                    *tensors, is_causal, causal_alignment, scale, dropout_p, return_lse, backend
+                ),
+                _POSITIONAL,
+                tensors,
+            )
+            if answer is not NotImplemented:
+                return answer
+        if (
+            type(is_causal) is type(return_lse) is bool
+            and arguments.are_plain(attn_mask, dropout_p, scale, causal_alignment)
+            and type(query) in arguments.PLAIN
+        ):
+            call = Call(*tensors, None, 0.0, is_causal, causal_alignment == "bottom_right", scale)
+            results = OP.attempt(backend, call, return_lse)
+            if results is not None:
+                return results
+    call = normalize(
+        Arguments(
+            query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask,
+            is_causal, causal_alignment, scale, dropout_p, return_lse,
+        )
     )  # fmt: skip
-    if result is not None:
-        return result
-    given = normalize(
-        query, key, value, query_value, attn_mask=attn_mask,
-        query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
-        is_causal=is_causal, causal_alignment=causal_alignment, scale=scale, dropout_p=dropout_p,
-        return_lse=return_lse,
-    )  # fmt: skip
-    results = OP.run(backend, given)
+    results = OP.run(backend, call, return_lse)
     return tuple(r.squeeze(0) for r in results) if query.dim() == 3 else results
 
 
-def check(
-    query: Any,
-    key: Any,
-    value: Any,
-    query_value: Any,
-    *,
-    attn_mask: Any = None,
-    query_padding_mask: Any = None,
-    key_padding_mask: Any = None,
-    is_causal: Any = False,
-    causal_alignment: Any = "top_left",
-    scale: Any = None,
-    dropout_p: Any = 0.0,
-    return_lse: Any = False,
-    backend: Any = None,
-) -> None:
+def check(given: Arguments) -> None:
     """Raise TypeError or ValueError for arguments that are not legal."""
+    query, key, value, query_value = given[:4]
     tensors = {"query": query, "key": key, "value": value, "query_value": query_value}
     arguments.check_tensors(**tensors)
-    given = arguments.shapes(**tensors)
+    sizes = arguments.shapes(**tensors)
     ranks = {t.dim() for t in tensors.values()}
     if ranks not in ({3}, {4}):
-        raise ValueError(f"query, key, value and query_value must be 4-D or 3-D, got {given}")
+        raise ValueError(f"query, key, value and query_value must be 4-D or 3-D, got {sizes}")
     leading = tuple(query.shape[:-2])
     for name, tensor in tensors.items():
         if tuple(tensor.shape[:-2]) != leading:
-            raise ValueError(f"{name} must have the batch and heads of query, got {given}")
+            raise ValueError(f"{name} must have the batch and heads of query, got {sizes}")
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"key must have the head_dim of query, got {given}")
+        raise ValueError(f"key must have the head_dim of query, got {sizes}")
     if value.shape[-2] != key.shape[-2]:
-        raise ValueError(f"value must have the kv_len of key, got {given}")
+        raise ValueError(f"value must have the kv_len of key, got {sizes}")
     if query_value.shape[-2] != query.shape[-2]:
-        raise ValueError(f"query_value must have the q_len of query, got {given}")
+        raise ValueError(f"query_value must have the q_len of query, got {sizes}")
     q_len, kv_len, batch = query.shape[-2], key.shape[-2], leading[:-1]
-    arguments.check_flag("is_causal", is_causal)
-    arguments.check_alignment(causal_alignment)
-    attn_mask, *_ = arguments.resolve_causal(attn_mask, is_causal, causal_alignment, q_len, kv_len)
-    arguments.check_attn_mask(attn_mask, query, (*leading, q_len, kv_len), given)
+    arguments.check_flag("is_causal", given.is_causal)
+    arguments.check_alignment(given.causal_alignment)
+    attn_mask, *_ = arguments.resolve_causal(
+        given.attn_mask, given.is_causal, given.causal_alignment, q_len, kv_len
+    )
+    arguments.check_attn_mask(attn_mask, query, (*leading, q_len, kv_len), sizes)
     arguments.check_padding_mask(
-        "query_padding_mask", query_padding_mask, query, (*batch, q_len), given
+        "query_padding_mask", given.query_padding_mask, query, (*batch, q_len), sizes
     )
     arguments.check_padding_mask(
-        "key_padding_mask", key_padding_mask, query, (*batch, kv_len), given
+        "key_padding_mask", given.key_padding_mask, query, (*batch, kv_len), sizes
     )
-    arguments.check_scale(scale, query)
-    arguments.check_dropout(dropout_p)
-    arguments.check_flag("return_lse", return_lse)
+    arguments.check_scale(given.scale, query)
+    arguments.check_dropout(given.dropout_p)
+    arguments.check_flag("return_lse", given.return_lse)
 
 
-def _fits(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_value: Tensor,
-    attn_mask: Tensor | None,
-    query_padding_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    *others: Any,
-) -> bool:
-    """Whether plain arguments are as `normalize` would make them, sooner than `check` says so."""
-    batch, heads, q_len, dim = query.shape
-    kv_len = key.shape[2]
-    tensors = (key, value, query_value)
-    masks = ((query_padding_mask, q_len), (key_padding_mask, kv_len))
-    scale = others[4]
-    return (
-        dim > 0
-        and key.shape == (batch, heads, kv_len, dim)
-        and value.shape[:3] == (batch, heads, kv_len)
-        and query_value.shape[:3] == (batch, heads, q_len)
-        and value.dim() == query_value.dim() == 4
-        and all(t.dtype == query.dtype and t.device == query.device for t in tensors)
-        and (scale is None or abs(scale) <= arguments.MAX_SCALE)
-        and (
-            attn_mask is None
-            or attn_mask.dtype in (torch.bool, torch.float32, query.dtype)
-            and attn_mask.device == query.device
-            and arguments.broadcasts(attn_mask, (batch, heads, q_len, kv_len))
-        )
-        and all(
-            mask is None
-            or mask.dtype == torch.bool
-            and mask.device == query.device
-            and mask.shape == (batch, length)
-            for mask, length in masks
-        )
-    )
-
-
-def normalize(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_value: Tensor,
-    *,
-    attn_mask: Tensor | None = None,
-    query_padding_mask: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    is_causal: bool = False,
-    causal_alignment: str = "top_left",
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> tuple[Any, ...]:
-    """Public arguments, cast as autocast asks and checked, as every implementation takes them:
-    4-D, with a seed."""
+def normalize(given: Arguments) -> Call:
+    """Public arguments, cast as autocast asks and checked, as every implementation takes them."""
+    query, key, value, query_value, attn_mask = given[:5]
     dtype = arguments.autocast_dtype(arguments.device_type_of(query))
     query, key, value, query_value = arguments.autocast_cast(dtype, query, key, value, query_value)
     attn_mask = arguments.autocast_mask(dtype, attn_mask)
     if not torch.compiler.is_compiling():
         check(
-            query, key, value, query_value, attn_mask=attn_mask,
-            query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
-            is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
-            dropout_p=dropout_p, return_lse=return_lse,
-        )  # fmt: skip
+            given._replace(
+                query=query, key=key, value=value, query_value=query_value, attn_mask=attn_mask
+            )
+        )
     attn_mask, is_causal, causal_alignment = arguments.resolve_causal(
-        attn_mask, is_causal, causal_alignment, query.shape[-2], key.shape[-2]
+        attn_mask, given.is_causal, given.causal_alignment, query.shape[-2], key.shape[-2]
     )
-    scale = arguments.number("scale", scale)
+    scale = arguments.number("scale", given.scale)
     query, key = arguments.with_a_head_dim(query, key)
     if query.dim() == 3:
         query, key, value, query_value = (t[None] for t in (query, key, value, query_value))
-    batch = query.shape[0]
-    query_padding_mask, key_padding_mask = (
-        None if mask is None else mask.expand(batch, length)
-        for mask, length in ((query_padding_mask, query.shape[2]), (key_padding_mask, key.shape[2]))
+    query_padding, key_padding = (
+        None if mask is None else mask.expand(query.shape[0], length)
+        for mask, length in (
+            (given.query_padding_mask, query.shape[2]),
+            (given.key_padding_mask, key.shape[2]),
+        )
     )
-    seed = philox.draw_seed(query.device) if dropout_p > 0.0 else None
-    return (
-        query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask, seed,
-        dropout_p, is_causal, causal_alignment == "bottom_right", scale, return_lse,
+    seed = philox.draw_seed(query.device) if given.dropout_p > 0.0 else None
+    return Call(
+        query, key, value, query_value, attn_mask, query_padding, key_padding, seed,
+        given.dropout_p, is_causal, causal_alignment == "bottom_right", scale,
     )  # fmt: skip
 
 
-def _run_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_value: Tensor,
-    attn_mask: Tensor | None,
-    query_padding_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    bottom_right: bool,
-    scale: float | None,
-    return_lse: bool,
-) -> tuple[Tensor, ...]:
-    acc = accumulation_dtype(query.dtype)
-    scale = arguments.softmax_scale(scale, query.shape[-1])
-    diagonal = diagonal_of(is_causal, bottom_right, query.shape[2], key.shape[2])
-    scores = masked_scores(query, key, attn_mask, None, diagonal, scale)
+def run_reference(call: Call, lse: bool) -> tuple[Tensor, ...]:
+    """The definition."""
+    query, key = call.query, call.key
+    acc = formulas.accumulation_dtype(query.dtype)
+    scale = arguments.softmax_scale(call.scale, query.shape[-1])
+    diagonal = formulas.diagonal_of(call.is_causal, call.bottom_right, query.shape[2], key.shape[2])
+    scores = formulas.masked_scores(query, key, call.attn_mask, None, diagonal, scale)
     rows = columns = scores
-    if key_padding_mask is not None:
-        rows = scores.masked_fill(key_padding_mask[:, None, None, :], -torch.inf)
-    if query_padding_mask is not None:
-        columns = scores.masked_fill(query_padding_mask[:, None, :, None], -torch.inf)
-    to_keys, to_queries = safe_softmax(rows, -1), safe_softmax(columns, -2)
-    row_factor = dropout_factor(to_keys, seed, dropout_p, philox.ROW_STREAM)
-    column_factor = dropout_factor(to_queries, seed, dropout_p, philox.COLUMN_STREAM)
+    if call.key_padding_mask is not None:
+        rows = scores.masked_fill(call.key_padding_mask[:, None, None, :], -torch.inf)
+    if call.query_padding_mask is not None:
+        columns = scores.masked_fill(call.query_padding_mask[:, None, :, None], -torch.inf)
+    to_keys, to_queries = formulas.safe_softmax(rows, -1), formulas.safe_softmax(columns, -2)
+    row_factor = formulas.dropout_factor(to_keys, call.seed, call.dropout_p, philox.ROW_STREAM)
+    column_factor = formulas.dropout_factor(
+        to_queries, call.seed, call.dropout_p, philox.COLUMN_STREAM
+    )
     if row_factor is not None and column_factor is not None:
         to_keys, to_queries = to_keys * row_factor, to_queries * column_factor
-    value = hide(value, key_padding_mask).to(acc)
-    query_value = hide(query_value, query_padding_mask).to(acc)
-    out_q = rows_outside((to_keys @ value).to(query.dtype))
-    out_k = rows_outside((to_queries.transpose(-1, -2) @ query_value).to(query.dtype))
-    if return_lse:
-        return out_q, out_k, log_sum_exp(rows, -1), log_sum_exp(columns, -2)
+    value = formulas.hide(call.value, call.key_padding_mask).to(acc)
+    query_value = formulas.hide(call.query_value, call.query_padding_mask).to(acc)
+    out_q = formulas.rows_outside((to_keys @ value).to(query.dtype))
+    out_k = formulas.rows_outside((to_queries.transpose(-1, -2) @ query_value).to(query.dtype))
+    if lse:
+        return out_q, out_k, formulas.log_sum_exp(rows, -1), formulas.log_sum_exp(columns, -2)
     return out_q, out_k
 
 
-def _fake(
-    query: Tensor, key: Tensor, value: Tensor, query_value: Tensor, *others: Any
-) -> tuple[Tensor, ...]:
-    arguments.check_one_device(query, key, value, query_value, *others[:4])
+def _fake(call: Call) -> tuple[Tensor, ...]:
+    query, key = call.query, call.key
     batch, heads, q_len, _ = query.shape
     kv_len = key.shape[2]
-    out_q = query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
-    out_k = query.new_empty(batch, kv_len, heads, query_value.shape[3]).transpose(1, 2)
+    out_q = query.new_empty(batch, q_len, heads, call.value.shape[3]).transpose(1, 2)
+    out_k = query.new_empty(batch, kv_len, heads, call.query_value.shape[3]).transpose(1, 2)
     lse = (query.new_empty(batch, heads, n, dtype=torch.float32) for n in (q_len, kv_len))
     return out_q, out_k, *lse
 
 
-def _fake_backward(*given: Any) -> tuple[Tensor, ...]:
-    query, attn_mask = given[4], given[8]
-    gradients = [
-        t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2)
-        for t in given[4:8]
-    ]
-    wanted = given[-1] and attn_mask is not None and attn_mask.is_floating_point()
-    return *gradients, attn_mask.new_empty(attn_mask.shape) if wanted else query.new_empty(0)
+def _flops(call: Call, backward: bool) -> int:
+    # In the backward scores again, dP and the gradient of the values for each direction, dQ and
+    # dK: seven products against the forward's three.
+    (batch, heads, q_len, dim), kv_len = call.query.shape, call.key.shape[2]
+    values = call.value.shape[3] + call.query_value.shape[3]
+    return 2 * batch * heads * q_len * kv_len * (3 * dim + 2 * values if backward else dim + values)
 
 
-def _full_reference(*given: Any) -> tuple[Tensor, ...]:
-    run: Any = _run_reference
-    return run(*given, True)  # return_lse
-
-
-_INTERFACE = Interface(
-    tensors=(
-        "Tensor query", "Tensor key", "Tensor value", "Tensor query_value", "Tensor? attn_mask",
-        "Tensor? query_padding_mask", "Tensor? key_padding_mask", "Tensor? seed",
-    ),
-    options=("float dropout_p", "bool is_causal", "bool bottom_right", "float? scale"),
-    outputs=4,
-    gradients=5,
-    masked=True,
-    fake=_fake,
-    fake_backward=_fake_backward,
-    reference=_full_reference,
+DEFINITION = Definition(
+    "bidirectional", Call, gradients=5, results=2, fake=_fake,
+    reference=lambda call: run_reference(call, True), flops=_flops,
 )  # fmt: skip
-_TRITON = triton.kernel_op(
-    "bidirectional", _INTERFACE,
+_CPU = cpu.torch_op(DEFINITION)
+_TRITON = triton.torch_op(
+    DEFINITION,
     forward="bidirectional.forward:bidirectional_forward",
     backward="bidirectional.backward:bidirectional_backward",
-)  # fmt: skip
+)
+_CUDA = cuda.ForwardOp(DEFINITION)
 
 
-_CPU: Any = cpu.kernel_op("bidirectional", _INTERFACE)
+def _cpu_path(call: Call) -> str:
+    return f"scores once for both directions, {cpu.path(call.query, 48)}"
 
 
-def _run_cpu(*given: Any) -> tuple[Tensor, ...]:
-    results = _CPU(given[-1], *given[:-1])
-    return results if given[-1] else results[:2]
-
-
-def _cpu_path(query: Tensor, *others: Any) -> str:
-    return f"scores once for both directions, {cpu.path(query, 48)}"
-
-
-def _run_triton(*given: Any) -> tuple[Tensor, ...]:
-    results = _TRITON(given[-1], *given[:-1])
-    return results if given[-1] else results[:2]
-
-
-def _triton_refuses(
-    query: Tensor, key: Tensor, value: Tensor, query_value: Tensor, *others: Any
-) -> Sequence[str]:
-    reasons = triton.refuses(query, key, value)
-    return reasons or triton.refuses(query, key, query_value)
-
-
-def _cuda_given(*given: Any) -> tuple[Any, ...]:
-    """Normalised arguments without seed, dropout, and whether there are to be lse."""
-    return *given[:7], *given[9:12]
-
-
-def _cuda_fake(*given: Any) -> tuple[Tensor, ...]:
-    return _fake(*given[:7], None)
-
-
-def _cuda_reference(*given: Any) -> tuple[Tensor, ...]:
-    return _full_reference(*given[:7], None, 0.0, *given[7:])
-
-
-_CUDA = cuda.ForwardOp("bidirectional", _cuda_fake, _cuda_reference, outputs=2)
-
-
-def _run_cuda(*given: Any) -> tuple[Tensor, ...]:
-    return _CUDA(given[-1], *_cuda_given(*given))
-
-
-def _cuda_refuses(*given: Any) -> Sequence[str]:
-    return cuda.refuses(given[8], given[4], *given[:4])
-
-
-def _cuda_path(*given: Any) -> str:
-    return _CUDA.path(*_cuda_given(*given))
-
-
-def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    """(out_q, out_k, lse_q, lse_k) of a call with public arguments, in plain torch."""
-    given = normalize(*args, **{**kwargs, "return_lse": True})
-    return _run_reference(*given)
+def _cuda_refuses(call: Call) -> Sequence[str]:
+    return cuda.refuses(call, DEFINITION)
 
 
 def inputs(
@@ -455,18 +402,20 @@ def cost(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
 
 OP = Op(
     name="bidirectional_attention",
+    arguments=Arguments,
     check=check,
     normalize=normalize,
-    reference=reference,
+    definition=DEFINITION,
     inputs=inputs,
     cost=cost,
     implementations=(
-        Implementation("cpu", _run_cpu, cpu.refuses, path=_cpu_path),
-        Implementation("triton", _run_triton, _triton_refuses, on_request=triton.interprets),
+        Implementation("cpu", _CPU, cpu.refuses, checks=True, path=_cpu_path),
+        Implementation("triton", _TRITON, triton.refuses, on_request=triton.interprets),
         # Behind Triton until both have been timed on hardware: for where Triton cannot go.
         Implementation(
-            "cuda", _run_cuda, _cuda_refuses, False, on_request=cuda.emulates, path=_cuda_path
+            "cuda", _CUDA, _cuda_refuses, differentiable=False, checks=True,
+            on_request=cuda.emulates, path=_CUDA.path,
         ),
-        Implementation("reference", _run_reference, never_refuses, checks=False),
+        Implementation("reference", run_reference, never_refuses),
     ),
-)
+)  # fmt: skip

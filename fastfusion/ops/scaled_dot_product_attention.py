@@ -13,23 +13,109 @@ A row with no key left gives out = 0, lse = -inf and no gradient. A causal mask 
 query i where j > i + diagonal; the diagonal is 0, or kv_len - q_len if it ends bottom right.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import has_torch_function_variadic
 
 from fastfusion.backends import cpu, cuda, triton
 from fastfusion.core import arguments, philox
+from fastfusion.core import reference as formulas
 from fastfusion.core.op import Implementation, Op, never_refuses
-from fastfusion.core.reference import attention_reference
-from fastfusion.core.torch_op import PLAIN, Interface
+from fastfusion.core.torch_op import Definition
 
 _is_compiling = torch.compiler.is_compiling
-_any_autocast = torch._C._is_any_autocast_enabled
 
 
+class Arguments(NamedTuple):
+    """Those of the public function, in its order."""
+
+    query: Any
+    key: Any
+    value: Any
+    attn_mask: Any = None
+    dropout_p: Any = 0.0
+    is_causal: Any = False
+    scale: Any = None
+    enable_gqa: Any = False
+    # By name only:
+    key_padding_mask: Any = None
+    causal_alignment: Any = "top_left"
+    return_lse: Any = False
+    backend: Any = None
+
+
+_POSITIONAL = 8
+
+
+class Call(NamedTuple):
+    """What an implementation takes; csrc/torch has its twin."""
+
+    query: Tensor  # (B, H, Lq, D)
+    key: Tensor  # (B, Hkv, Lk, D), Hkv divides H
+    value: Tensor  # (B, Hkv, Lk, Dv)
+    attn_mask: Tensor | None  # broadcasts to (B, H, Lq, Lk)
+    key_padding_mask: Tensor | None  # (B, Lk)
+    seed: Tensor | None
+    dropout_p: float
+    is_causal: bool
+    bottom_right: bool
+    scale: float | None
+    enable_gqa: bool  # where H is not Hkv
+
+    def head_dims(self) -> tuple[int, ...]:
+        return self.query.shape[-1], self.value.shape[-1]
+
+    def conditions(self) -> Iterator[Any]:
+        """What holds for every call; a mask that does not broadcast raises."""
+        query, key, value = self.query, self.key, self.value
+        batch, heads, q_len, dim = query.shape
+        kv_batch, kv_heads, kv_len, _ = value.shape
+        yield arguments.are_alike(query, key, value)
+        yield dim > 0
+        yield kv_batch == batch
+        for size, expected in zip(key.shape, (batch, kv_heads, kv_len, dim), strict=True):
+            yield size == expected
+        yield heads == kv_heads or (self.enable_gqa and kv_heads > 0 and heads % kv_heads == 0)
+        yield arguments.mask_fits(self.attn_mask, query, batch, heads, q_len, kv_len)
+        yield from arguments.padding_fits(self.key_padding_mask, query, batch, kv_len)
+        yield arguments.numbers_fit(self.seed, query, self.scale)
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    causal_alignment: str = "top_left",
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    key_padding_mask: Tensor | None = None,
+    causal_alignment: str = "top_left",
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -44,7 +130,7 @@ def scaled_dot_product_attention(
     causal_alignment: str = "top_left",
     return_lse: bool = False,
     backend: str | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * query @ key^T + bias) @ value, fused: the scores are never stored.
 
     A drop-in replacement of `torch.nn.functional.scaled_dot_product_attention`. Rows with no key
@@ -81,190 +167,109 @@ def scaled_dot_product_attention(
         ValueError: shapes, devices or numbers that do not fit; the message prints them.
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
-    if _is_compiling():
-        return _call(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            key_padding_mask, causal_alignment, return_lse, backend,
-        )  # fmt: skip
-    if has_torch_function_variadic(query, key, value, attn_mask, key_padding_mask):
-        # A subclass or a mode decides, as with torch's function; torch's causal masks are ours.
-        tensors = (query, key, value, attn_mask, key_padding_mask)
-        asked = tuple(t for t in tensors if arguments.causal_bias(t) is None)
-        if has_torch_function_variadic(*asked):
-            return handle_torch_function(
-                scaled_dot_product_attention, asked,
-                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                key_padding_mask=key_padding_mask, causal_alignment=causal_alignment,
-                return_lse=return_lse, backend=backend,
+    if not _is_compiling():
+        if has_torch_function_variadic(query, key, value, attn_mask, key_padding_mask):
+            answer = arguments.ask_torch_function(
+                scaled_dot_product_attention,
+                Arguments(
+                    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                    key_padding_mask, causal_alignment, return_lse, backend,
+                ),
+                _POSITIONAL,
+                (query, key, value, attn_mask, key_padding_mask),
             )  # fmt: skip
-    try:
-        bottom_right = arguments.BOTTOM_RIGHT.get(causal_alignment)
-        # By type, since the dispatcher would take 1 for True and a tensor for a number.
-        typed = (
-            (is_causal is False or is_causal is True)
-            and (enable_gqa is False or enable_gqa is True)
-            and (return_lse is False or return_lse is True)
-            and (scale is None or type(scale) is float)
-            and type(dropout_p) is float
-            and type(attn_mask) in PLAIN
-            and bottom_right is not None
+            if answer is not NotImplemented:
+                return answer
+        if (
+            type(is_causal) is type(enable_gqa) is type(return_lse) is bool
+            and arguments.are_plain(attn_mask, dropout_p, scale, causal_alignment)
+            and type(query) in arguments.PLAIN
+            and query.dim() == 4
+        ):
+            call = Call(
+                query, key, value, attn_mask, key_padding_mask, None, 0.0, is_causal,
+                causal_alignment == "bottom_right", scale, enable_gqa,
+            )  # fmt: skip
+            result = OP.attempt(backend, call, return_lse)
+            if result is not None:
+                return result
+    call = normalize(
+        Arguments(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+            key_padding_mask, causal_alignment, return_lse,
         )
-        if typed and dropout_p == 0.0 and not _any_autocast() and query.dim() == 4:
-            given = (
-                query, key, value, attn_mask, key_padding_mask, None, 0.0, is_causal, bottom_right,
-                scale, enable_gqa, return_lse,
-            )  # fmt: skip
-            chosen = OP.select(backend, given)
-            if chosen.checks:
-                return chosen.run(*given)
-    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
-        # Kernels check everything and say little; check() has the words. What it accepts was
-        # refused for what normalisation changes, or the error is not about arguments.
-        check(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            key_padding_mask=key_padding_mask, causal_alignment=causal_alignment,
-            return_lse=return_lse,
-        )  # fmt: skip
-        if _is_normal(query, key, value, key_padding_mask):
-            raise
-    return _call(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        key_padding_mask, causal_alignment, return_lse, backend,
     )  # fmt: skip
-
-
-def _is_normal(query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None) -> bool:
-    """Whether `normalize` would leave legal 4-D tensors as they are."""
-    return (
-        query.shape[:2] == key.shape[:2] == value.shape[:2]
-        and query.shape[3] > 0
-        and (padding is None or padding.shape == (key.shape[0], key.shape[2]))
-    )
-
-
-def _call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    key_padding_mask: Tensor | None,
-    causal_alignment: str,
-    return_lse: bool,
-    backend: str | None,
-) -> Any:
-    """The general road: any rank, broadcast dimensions, autocast, dropout, tracing."""
-    given = normalize(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-        key_padding_mask=key_padding_mask, causal_alignment=causal_alignment,
-        return_lse=return_lse,
-    )  # fmt: skip
-    result = OP.run(backend, given)
+    result = OP.run(backend, call, return_lse)
     if query.dim() == 4:
         return result
     leading = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value)))
-    heads = given[0].shape[1:2] if query.dim() > 2 else ()
+    heads = call.query.shape[1:2] if query.dim() > 2 else ()
     if return_lse:
         return tuple(t.reshape(leading + heads + t.shape[2:]) for t in result)
     return result.reshape(leading + heads + result.shape[2:])
 
 
-def check(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: Any = 0.0,
-    is_causal: Any = False,
-    scale: Any = None,
-    enable_gqa: Any = False,
-    *,
-    key_padding_mask: Any = None,
-    causal_alignment: Any = "top_left",
-    return_lse: Any = False,
-    backend: Any = None,
-) -> None:
+def check(given: Arguments) -> None:
     """Raise TypeError or ValueError for arguments that are not legal."""
+    query, key, value = given.query, given.key, given.value
     arguments.check_tensors(query=query, key=key, value=value)
-    given = arguments.shapes(query=query, key=key, value=value)
+    sizes = arguments.shapes(query=query, key=key, value=value)
     if not query.dim() == key.dim() == value.dim() or query.dim() < 2:
-        raise ValueError(f"query, key and value must have the same rank, at least 2, got {given}")
+        raise ValueError(f"query, key and value must have the same rank, at least 2, got {sizes}")
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"key must have the head_dim of query, got {given}")
+        raise ValueError(f"key must have the head_dim of query, got {sizes}")
     if key.shape[-2] != value.shape[-2]:
-        raise ValueError(f"value must have the kv_len of key, got {given}")
+        raise ValueError(f"value must have the kv_len of key, got {sizes}")
     try:
         leading = tuple(torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value))))
     except RuntimeError:
-        raise ValueError(f"query, key and value must have one batch size, got {given}") from None
-    arguments.check_flag("enable_gqa", enable_gqa)
+        raise ValueError(f"query, key and value must have one batch size, got {sizes}") from None
+    arguments.check_flag("enable_gqa", given.enable_gqa)
     heads: tuple[int, ...] = ()
     if query.dim() > 2:
         q_heads, k_heads, v_heads = (t.shape[-3] for t in (query, key, value))
         kv_heads = v_heads if k_heads == 1 else k_heads
         if v_heads not in (1, kv_heads):
-            raise ValueError(f"value must have the heads of key, got {given}")
-        if not enable_gqa and 1 not in (q_heads, kv_heads) and q_heads != kv_heads:
+            raise ValueError(f"value must have the heads of key, got {sizes}")
+        if not given.enable_gqa and 1 not in (q_heads, kv_heads) and q_heads != kv_heads:
             raise ValueError(
                 "key must have the heads of query (enable_gqa=True lets several query heads "
-                f"share one key head), got {given}"
+                f"share one key head), got {sizes}"
             )
-        if enable_gqa and (q_heads % kv_heads if kv_heads else q_heads):
+        if given.enable_gqa and (q_heads % kv_heads if kv_heads else q_heads):
             raise ValueError(
-                f"the heads of query must be a multiple of the heads of key, got {given}"
+                f"the heads of query must be a multiple of the heads of key, got {sizes}"
             )
-        heads = (q_heads if enable_gqa or kv_heads == 1 else kv_heads,)
+        heads = (q_heads if given.enable_gqa or kv_heads == 1 else kv_heads,)
     q_len, kv_len = query.shape[-2], key.shape[-2]
     target = (*leading, *heads, q_len, kv_len)
-    arguments.check_flag("is_causal", is_causal)
-    arguments.check_alignment(causal_alignment)
-    attn_mask, *_ = arguments.resolve_causal(attn_mask, is_causal, causal_alignment, q_len, kv_len)
-    arguments.check_attn_mask(attn_mask, query, target, given)
-    arguments.check_padding_mask(
-        "key_padding_mask", key_padding_mask, query, (*leading, kv_len), given
+    arguments.check_flag("is_causal", given.is_causal)
+    arguments.check_alignment(given.causal_alignment)
+    attn_mask, *_ = arguments.resolve_causal(
+        given.attn_mask, given.is_causal, given.causal_alignment, q_len, kv_len
     )
-    arguments.check_dropout(dropout_p)
-    arguments.check_scale(scale, query)
-    arguments.check_flag("return_lse", return_lse)
+    arguments.check_attn_mask(attn_mask, query, target, sizes)
+    arguments.check_padding_mask(
+        "key_padding_mask", given.key_padding_mask, query, (*leading, kv_len), sizes
+    )
+    arguments.check_dropout(given.dropout_p)
+    arguments.check_scale(given.scale, query)
+    arguments.check_flag("return_lse", given.return_lse)
 
 
-def normalize(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    *,
-    key_padding_mask: Tensor | None = None,
-    causal_alignment: str = "top_left",
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> tuple[Any, ...]:
-    """Public arguments, cast as autocast asks and checked, as every implementation takes them.
-
-    query (B, H, Lq, D), key (B, Hkv, Lk, D) and value (B, Hkv, Lk, Dv) with Hkv dividing H,
-    attn_mask of rank 4 or less, key_padding_mask (B, Lk), seed, dropout_p, is_causal, bottom_right,
-    scale, enable_gqa, return_lse.
-    """
+def normalize(given: Arguments) -> Call:
+    """Public arguments, cast as autocast asks and checked, as every implementation takes them."""
+    query, key, value, attn_mask = given[:4]
+    key_padding_mask, enable_gqa = given.key_padding_mask, given.enable_gqa
     dtype = arguments.autocast_dtype(arguments.device_type_of(query))
     query, key, value = arguments.autocast_cast(dtype, query, key, value)
     attn_mask = arguments.autocast_mask(dtype, attn_mask)
     if not _is_compiling():
-        check(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            key_padding_mask=key_padding_mask, causal_alignment=causal_alignment,
-            return_lse=return_lse,
-        )  # fmt: skip
+        check(given._replace(query=query, key=key, value=value, attn_mask=attn_mask))
     attn_mask, is_causal, causal_alignment = arguments.resolve_causal(
-        attn_mask, is_causal, causal_alignment, query.shape[-2], key.shape[-2]
+        attn_mask, given.is_causal, given.causal_alignment, query.shape[-2], key.shape[-2]
     )
-    scale = arguments.number("scale", scale)
+    scale = arguments.number("scale", given.scale)
     rank = query.dim()
     query, key = arguments.with_a_head_dim(query, key)
     leading = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value)))
@@ -284,10 +289,10 @@ def normalize(
             attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, rank - 4)
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.flatten(0, rank - 4)
-    seed = philox.draw_seed(query.device) if dropout_p > 0.0 else None
-    return (
-        query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal,
-        causal_alignment == "bottom_right", scale, enable_gqa or kv_heads != heads, return_lse,
+    seed = philox.draw_seed(query.device) if given.dropout_p > 0.0 else None
+    return Call(
+        query, key, value, attn_mask, key_padding_mask, seed, given.dropout_p, is_causal,
+        causal_alignment == "bottom_right", scale, enable_gqa or kv_heads != heads,
     )  # fmt: skip
 
 
@@ -297,82 +302,56 @@ def _widened(tensor: Tensor, leading: tuple[int, ...]) -> Tensor:
     return tensor if tensor.shape[:-2] == leading else tensor.expand(*leading, -1, -1)
 
 
-def _run_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    bottom_right: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    return_lse: bool,
-) -> Any:
-    out, lse = attention_reference(
-        query, key, value, attn_mask, key_padding_mask, seed, dropout_p, is_causal, bottom_right,
-        scale,
+def run_reference(call: Call, lse: bool) -> Any:
+    """The definition."""
+    diagonal = formulas.diagonal_of(
+        call.is_causal, call.bottom_right, call.query.shape[2], call.key.shape[2]
+    )
+    out, log_sum_exp = formulas.attention(
+        diagonal, call.query, call.key, call.value, call.attn_mask, call.key_padding_mask,
+        call.seed, call.dropout_p, call.scale,
     )  # fmt: skip
-    return (out, lse()) if return_lse else out
+    return (out, log_sum_exp()) if lse else out
 
 
-def _full_reference(*given: Any) -> tuple[Tensor, Tensor]:
-    out, lse = attention_reference(*given)
-    return out, lse()
+def _fake(call: Call) -> tuple[Tensor, Tensor]:
+    query = call.query
+    batch, heads, q_len, _ = query.shape
+    out = query.new_empty(batch, q_len, heads, call.value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, q_len, dtype=torch.float32)
 
 
-_INTERFACE = Interface(
-    tensors=(
-        "Tensor query", "Tensor key", "Tensor value", "Tensor? attn_mask",
-        "Tensor? key_padding_mask", "Tensor? seed",
-    ),
-    options=("float dropout_p", "bool is_causal", "bool bottom_right", "float? scale"),
-    outputs=2,
-    gradients=4,
-    masked=True,
-    fake=cpu.fake_attention,
-    fake_backward=cpu.fake_attention_backward,
-    reference=_full_reference,
+def _flops(call: Call, backward: bool) -> int:
+    # In the backward scores again, dP, dV, dQ and dK: five products against the forward's two.
+    (batch, heads, q_len, dim), kv_len = call.query.shape, call.key.shape[2]
+    value_dim = call.value.shape[3]
+    width = 3 * dim + 2 * value_dim if backward else dim + value_dim
+    return 2 * batch * heads * q_len * kv_len * width
+
+
+DEFINITION = Definition(
+    "attention", Call, gradients=4, results=1, fake=_fake,
+    reference=lambda call: run_reference(call, True), flops=_flops,
 )  # fmt: skip
-_TRITON = triton.kernel_op(
-    "attention", _INTERFACE,
+_CPU = cpu.torch_op(DEFINITION)
+_CUDA = cuda.ForwardOp(DEFINITION)
+_TRITON = triton.torch_op(
+    DEFINITION,
     forward="attention.forward:attention_forward",
     backward="attention.backward:attention_backward",
-)  # fmt: skip
+)
 
 
-def _cuda_given(*given: Any) -> tuple[Any, ...]:
-    """Normalised arguments without seed and dropout, and whether there is to be an lse."""
-    query, key, value, attn_mask, padding, _, _, is_causal, bottom_right, scale, gqa, _ = given
-    return query, key, value, attn_mask, padding, is_causal, bottom_right, scale, gqa
+def _cpu_path(call: Call) -> str:
+    lengths = call.query.shape[2], call.key.shape[2]
+    return cpu.path(call.query, *lengths, call.is_causal, call.dropout_p > 0.0)
 
 
-def _cuda_fake(*given: Any) -> tuple[Tensor, Tensor]:
-    return cpu.fake_attention(*given[:5], None)
+def _cuda_refuses(call: Call) -> Sequence[str]:
+    return cuda.refuses(call, DEFINITION)
 
 
-def _cuda_reference(*given: Any) -> tuple[Tensor, Tensor]:
-    return _full_reference(*given[:5], None, 0.0, *given[5:8])
-
-
-_CUDA = cuda.ForwardOp("attention", _cuda_fake, _cuda_reference, outputs=1)
-
-
-def _run_cuda(*given: Any) -> Any:
-    return _CUDA(given[-1], *_cuda_given(*given))
-
-
-def _cuda_refuses(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *others: Any
-) -> Sequence[str]:
-    return cuda.refuses(others[2], attn_mask, query, key, value)
-
-
-def _cuda_waits(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *others: Any
-) -> bool:
+def _cuda_waits(call: Call) -> bool:
     """Whether the CUDA kernels leave a call that they could run to Triton's.
 
     An eager call takes 33 to 99 us with Triton's kernels and 14 to 32 with these, most of it in
@@ -380,89 +359,14 @@ def _cuda_waits(
     take 5.2 and 6.6 us for 197 tokens, 15.5 and 16.2 for 4,096 over 77, but 36 and 77 for 2,048
     over 2,048 (benchmarks/results/nvidia-h200/attention.json). Compiled code ignores lengths.
     """
-    if cuda.emulates(query):
+    if cuda.emulates(call):
         return True
-    if not _is_compiling() and query.itemsize == 2:
-        q_len, kv_len = query.shape[2], key.shape[2]
+    if not _is_compiling() and call.query.itemsize == 2:
+        q_len, kv_len = call.query.shape[2], call.key.shape[2]
         longest = 128 if q_len > 1024 else 256 if q_len > 64 else 512 if q_len > 16 else 2048
-        if kv_len <= longest and (query.shape[3] | value.shape[3]) % 8 == 0:
+        if kv_len <= longest and all(dim % 8 == 0 for dim in call.head_dims()):
             return False
-    return not triton.refuses(query, key, value)
-
-
-def _cuda_path(*given: Any) -> str:
-    return _CUDA.path(*_cuda_given(*given))
-
-
-def _cpu_path(query: Tensor, key: Tensor, *others: Any) -> str:
-    dropout_p, is_causal = others[4:6]
-    return cpu.path(query, query.shape[2], key.shape[2], is_causal, dropout_p > 0.0)
-
-
-def _run_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    bottom_right: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    return_lse: bool,
-) -> Any:
-    if not _is_compiling():
-        _require_fit(query, key, value, attn_mask, key_padding_mask, scale, enable_gqa)
-    out, lse = _TRITON(
-        return_lse, query, key, value, attn_mask, key_padding_mask, seed, dropout_p,
-        is_causal, bottom_right, scale,
-    )  # fmt: skip
-    return (out, lse) if return_lse else out
-
-
-def _require_fit(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    scale: float | None,
-    enable_gqa: bool,
-) -> None:
-    """What keeps the kernels inside their tensors, asked before every call; `check` finds the
-    words."""
-    batch, heads, q_len, dim = query.shape
-    kv_batch, kv_heads, kv_len, value_dim = value.shape
-    fits = (
-        dim > 0
-        and kv_batch == batch
-        and key.shape == (batch, kv_heads, kv_len, dim)
-        and (heads == kv_heads or (enable_gqa and kv_heads > 0 and heads % kv_heads == 0))
-        and key.dtype == value.dtype == query.dtype
-        and key.device == value.device == query.device
-        and (scale is None or abs(scale) <= arguments.MAX_SCALE)
-    )
-    if attn_mask is not None:
-        whole = (batch, heads, q_len, kv_len)
-        sizes = attn_mask.shape
-        fits = (
-            fits
-            and attn_mask.dtype in (torch.bool, torch.float32, query.dtype)
-            and attn_mask.device == query.device
-            and len(sizes) <= 4
-            and all(m in (1, n) for m, n in zip(sizes[::-1], whole[::-1], strict=False))
-        )
-    if key_padding_mask is not None:
-        fits = (
-            fits
-            and key_padding_mask.dtype == torch.bool
-            and key_padding_mask.device == query.device
-            and key_padding_mask.shape == (batch, kv_len)
-        )
-    if not fits:
-        raise ValueError("the arguments do not fit each other")
+    return not triton.refuses(call)
 
 
 def inputs(
@@ -530,25 +434,21 @@ def cost(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
     return flops, batch * elements * dtype.itemsize
 
 
-def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a call with public arguments, by the definition in plain torch."""
-    given = normalize(*args, **{**kwargs, "return_lse": True})
-    return _run_reference(*given)
-
-
 OP = Op(
     name="scaled_dot_product_attention",
+    arguments=Arguments,
     check=check,
     normalize=normalize,
-    reference=reference,
+    definition=DEFINITION,
     inputs=inputs,
     cost=cost,
     implementations=(
-        Implementation("cpu", cpu.attention, cpu.refuses, path=_cpu_path),
+        Implementation("cpu", _CPU, cpu.refuses, checks=True, path=_cpu_path),
         Implementation(
-            "cuda", _run_cuda, _cuda_refuses, False, on_request=_cuda_waits, path=_cuda_path
+            "cuda", _CUDA, _cuda_refuses, differentiable=False, checks=True,
+            on_request=_cuda_waits, path=_CUDA.path,
         ),
-        Implementation("triton", _run_triton, triton.refuses, on_request=triton.interprets),
-        Implementation("reference", _run_reference, never_refuses, checks=False),
+        Implementation("triton", _TRITON, triton.refuses, on_request=triton.interprets),
+        Implementation("reference", run_reference, never_refuses),
     ),
-)
+)  # fmt: skip

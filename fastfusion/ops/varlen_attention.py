@@ -9,20 +9,123 @@ calls).
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import has_torch_function_variadic
 
 from fastfusion.backends import cpu, triton
 from fastfusion.core import arguments, philox
+from fastfusion.core import reference as formulas
 from fastfusion.core.op import Implementation, Op, never_refuses
-from fastfusion.core.reference import attention_below
-from fastfusion.core.torch_op import PLAIN, Interface
+from fastfusion.core.torch_op import Definition
 
 
+class Arguments(NamedTuple):
+    """Those of the public function, in its order."""
+
+    query: Any
+    key: Any
+    value: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    max_seqlen_q: Any = None
+    max_seqlen_k: Any = None
+    # By name only:
+    attn_mask: Any = None
+    is_causal: Any = False
+    causal_alignment: Any = "top_left"
+    scale: Any = None
+    dropout_p: Any = 0.0
+    return_lse: Any = False
+    backend: Any = None
+
+
+_POSITIONAL = 7
+
+
+class Call(NamedTuple):
+    """What an implementation takes; csrc/torch has its twin."""
+
+    query: Tensor  # (total_q, H, D)
+    key: Tensor  # (total_k, Hkv, D), Hkv divides H
+    value: Tensor  # (total_k, Hkv, Dv)
+    attn_mask: Tensor | None  # broadcasts to (sequences, H, max_seqlen_q, max_seqlen_k)
+    cu_seqlens_q: Tensor  # (sequences + 1,)
+    cu_seqlens_k: Tensor
+    seed: Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+    dropout_p: float
+    is_causal: bool
+    bottom_right: bool
+    scale: float | None
+
+    def head_dims(self) -> tuple[int, ...]:
+        return self.query.shape[-1], self.value.shape[-1]
+
+    def conditions(self) -> Iterator[Any]:
+        """What holds for every call; a mask that does not broadcast raises, and so do offsets."""
+        query, key, value = self.query, self.key, self.value
+        _, heads, dim = query.shape
+        total, kv_heads, _ = value.shape
+        yield arguments.are_alike(query, key, value)
+        yield dim > 0
+        for size, expected in zip(key.shape, (total, kv_heads, dim), strict=True):
+            yield size == expected
+        yield heads == kv_heads or (kv_heads > 0 and heads % kv_heads == 0)
+        for offsets in (self.cu_seqlens_q, self.cu_seqlens_k):
+            yield offsets.dim() == 1 and offsets.dtype in (torch.int32, torch.int64)
+            yield offsets.device == query.device
+        yield self.cu_seqlens_q.shape[0] == self.cu_seqlens_k.shape[0]
+        if _readable(self.cu_seqlens_q):
+            _check_offsets("q", self.cu_seqlens_q, self.max_seqlen_q, query, query)
+            _check_offsets("k", self.cu_seqlens_k, self.max_seqlen_k, key, query)
+        lengths = self.max_seqlen_q, self.max_seqlen_k
+        sequences = self.cu_seqlens_q.shape[0] - 1
+        yield arguments.mask_fits(self.attn_mask, query, sequences, heads, *lengths)
+        yield arguments.numbers_fit(self.seed, query, self.scale)
+
+
+@overload
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: str = "top_left",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -39,7 +142,7 @@ def varlen_attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of each packed sequence to its own keys.
 
     Args:
@@ -74,61 +177,55 @@ def varlen_attention(
             the device.
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
-    tensors = (query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k)
-    if not torch.compiler.is_compiling() and has_torch_function_variadic(*tensors):
-        return handle_torch_function(
-            varlen_attention, tensors,
-            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            attn_mask=attn_mask, is_causal=is_causal, causal_alignment=causal_alignment,
-            scale=scale, dropout_p=dropout_p, return_lse=return_lse, backend=backend,
-        )  # fmt: skip
-    plain = type(max_seqlen_q) is int and type(max_seqlen_k) is int  # a tensor would pass for one
-    result = cpu.run_checked(
-        _CPU if plain else None, OP, backend, attn_mask, scale, dropout_p, causal_alignment,
-        (is_causal, return_lse),
-        (
-            query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            None, 0.0, is_causal, causal_alignment == "bottom_right", scale, return_lse,
-        ),
+    if not torch.compiler.is_compiling():
+        tensors = (query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k)
+        if has_torch_function_variadic(*tensors):
+            answer = arguments.ask_torch_function(
+                varlen_attention,
+                Arguments(
+                    query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                    attn_mask, is_causal, causal_alignment, scale, dropout_p, return_lse, backend,
+                ),
+                _POSITIONAL,
+                tensors,
+            )  # fmt: skip
+            if answer is not NotImplemented:
+                return answer
+        if (
+            type(is_causal) is type(return_lse) is bool
+            and type(max_seqlen_q) is type(max_seqlen_k) is int
+            and arguments.are_plain(attn_mask, dropout_p, scale, causal_alignment)
+            and type(query) in arguments.PLAIN
+        ):
+            call = Call(
+                *tensors, None, max_seqlen_q, max_seqlen_k, 0.0, is_causal,
+                causal_alignment == "bottom_right", scale,
+            )  # fmt: skip
+            result = OP.attempt(backend, call, return_lse)
+            if result is not None:
+                return result
+    call = normalize(
+        Arguments(
+            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_mask,
+            is_causal, causal_alignment, scale, dropout_p, return_lse,
+        )
     )  # fmt: skip
-    if result is not None:
-        return result
-    given = normalize(
-        query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        attn_mask=attn_mask, is_causal=is_causal, causal_alignment=causal_alignment, scale=scale,
-        dropout_p=dropout_p, return_lse=return_lse,
-    )  # fmt: skip
-    return OP.run(backend, given)
+    return OP.run(backend, call, return_lse)
 
 
-def check(
-    query: Any,
-    key: Any,
-    value: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
-    max_seqlen_q: Any = None,
-    max_seqlen_k: Any = None,
-    *,
-    attn_mask: Any = None,
-    is_causal: Any = False,
-    causal_alignment: Any = "top_left",
-    scale: Any = None,
-    dropout_p: Any = 0.0,
-    return_lse: Any = False,
-    backend: Any = None,
-) -> None:
+def check(given: Arguments) -> None:
     """Raise TypeError or ValueError for arguments that are not legal."""
+    query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_mask = given[:8]
     arguments.check_tensors(query=query, key=key, value=value)
-    given = arguments.shapes(query=query, key=key, value=value)
+    sizes = arguments.shapes(query=query, key=key, value=value)
     if not query.dim() == key.dim() == value.dim() == 3:
-        raise ValueError(f"query, key and value must be (total, heads, dim), got {given}")
+        raise ValueError(f"query, key and value must be (total, heads, dim), got {sizes}")
     if query.shape[2] != key.shape[2]:
-        raise ValueError(f"key must have the head_dim of query, got {given}")
+        raise ValueError(f"key must have the head_dim of query, got {sizes}")
     if key.shape[:2] != value.shape[:2]:
-        raise ValueError(f"value must have the total and the heads of key, got {given}")
+        raise ValueError(f"value must have the total and the heads of key, got {sizes}")
     if query.shape[1] % key.shape[1] if key.shape[1] else query.shape[1]:
-        raise ValueError(f"the heads of query must be a multiple of the heads of key, got {given}")
+        raise ValueError(f"the heads of query must be a multiple of the heads of key, got {sizes}")
     for side, offsets, longest, tensor in (
         ("q", cu_seqlens_q, max_seqlen_q, query),
         ("k", cu_seqlens_k, max_seqlen_k, key),
@@ -139,8 +236,8 @@ def check(
             "cu_seqlens_k must have the length of cu_seqlens_q, got "
             + arguments.shapes(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         )
-    arguments.check_flag("is_causal", is_causal)
-    arguments.check_alignment(causal_alignment)
+    arguments.check_flag("is_causal", given.is_causal)
+    arguments.check_alignment(given.causal_alignment)
     if arguments.causal_bias(attn_mask) is not None:
         raise TypeError(
             "attn_mask must be a plain tensor: is_causal and causal_alignment stand for a "
@@ -152,10 +249,10 @@ def check(
             _longest(cu_seqlens_k, max_seqlen_k, key, attn_mask, -1),
         )
         target = (cu_seqlens_q.shape[0] - 1, query.shape[1], *longest)
-        arguments.check_attn_mask(attn_mask, query, target, given)
-    arguments.check_scale(scale, query)
-    arguments.check_dropout(dropout_p)
-    arguments.check_flag("return_lse", return_lse)
+        arguments.check_attn_mask(attn_mask, query, target, sizes)
+    arguments.check_scale(given.scale, query)
+    arguments.check_dropout(given.dropout_p)
+    arguments.check_flag("return_lse", given.return_lse)
 
 
 def _check_offsets(side: str, offsets: Any, longest: Any, tensor: Tensor, query: Tensor) -> None:
@@ -197,7 +294,7 @@ def _readable(offsets: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and offsets.is_cpu
-        and type(offsets) in PLAIN
+        and type(offsets) in arguments.PLAIN
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
     )
@@ -216,42 +313,22 @@ def _longest(offsets: Tensor, longest: Any, rows: Tensor, mask: Any, dim: int) -
     return mask.shape[dim] if named else rows.shape[0]
 
 
-def normalize(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    *,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    causal_alignment: str = "top_left",
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> tuple[Any, ...]:
-    """Public arguments, cast as autocast asks and checked, as every implementation takes them:
-    with lengths and a seed."""
+def normalize(given: Arguments) -> Call:
+    """Public arguments, cast as autocast asks and checked, as every implementation takes them."""
+    query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_mask = given[:8]
     dtype = arguments.autocast_dtype(arguments.device_type_of(query))
     query, key, value = arguments.autocast_cast(dtype, query, key, value)
     attn_mask = arguments.autocast_mask(dtype, attn_mask)
     if not torch.compiler.is_compiling():
-        check(
-            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            attn_mask=attn_mask, is_causal=is_causal, causal_alignment=causal_alignment,
-            scale=scale, dropout_p=dropout_p, return_lse=return_lse,
-        )  # fmt: skip
+        check(given._replace(query=query, key=key, value=value, attn_mask=attn_mask))
     max_seqlen_q = _longest(cu_seqlens_q, max_seqlen_q, query, attn_mask, -2)
     max_seqlen_k = _longest(cu_seqlens_k, max_seqlen_k, key, attn_mask, -1)
-    scale = arguments.number("scale", scale)
+    scale = arguments.number("scale", given.scale)
     query, key = arguments.with_a_head_dim(query, key)
-    seed = philox.draw_seed(query.device) if dropout_p > 0.0 else None
-    return (
-        query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seed,
-        dropout_p, is_causal, causal_alignment == "bottom_right", scale, return_lse,
+    seed = philox.draw_seed(query.device) if given.dropout_p > 0.0 else None
+    return Call(
+        query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k,
+        given.dropout_p, given.is_causal, given.causal_alignment == "bottom_right", scale,
     )  # fmt: skip
 
 
@@ -282,104 +359,56 @@ def _packed(padded: Tensor, rows: Tensor, fill: float) -> Tensor:
     return torch.cat((flat, behind)).index_select(0, rows)
 
 
-def _run_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    bottom_right: bool,
-    scale: float | None,
-    return_lse: bool,
-) -> Any:
-    sequences = cu_seqlens_q.shape[0] - 1
-    rows, q_lengths, _ = _places(cu_seqlens_q, query.shape[0], max_seqlen_q)
-    columns, kv_lengths, hidden = _places(cu_seqlens_k, key.shape[0], max_seqlen_k)
+def run_reference(call: Call, lse: bool) -> Any:
+    """The definition."""
+    query, key, value = call.query, call.key, call.value
+    longest_q, longest_k = call.max_seqlen_q, call.max_seqlen_k
+    sequences = call.cu_seqlens_q.shape[0] - 1
+    rows, q_lengths, _ = _places(call.cu_seqlens_q, query.shape[0], longest_q)
+    columns, kv_lengths, hidden = _places(call.cu_seqlens_k, key.shape[0], longest_k)
     diagonal = None
-    if is_causal:
-        diagonal = kv_lengths - q_lengths if bottom_right else 0
-    out, lse = attention_below(
-        diagonal, _pad(query, rows, sequences, max_seqlen_q),
-        _pad(key, columns, sequences, max_seqlen_k), _pad(value, columns, sequences, max_seqlen_k),
-        attn_mask, hidden, seed, dropout_p, scale,
+    if call.is_causal:
+        diagonal = kv_lengths - q_lengths if call.bottom_right else 0
+    out, log_sum_exp = formulas.attention(
+        diagonal, _pad(query, rows, sequences, longest_q), _pad(key, columns, sequences, longest_k),
+        _pad(value, columns, sequences, longest_k), call.attn_mask, hidden, call.seed,
+        call.dropout_p, call.scale,
     )  # fmt: skip
     out = _packed(out, rows, 0.0)
-    return (out, _packed(lse(), rows, -math.inf)) if return_lse else out
+    return (out, _packed(log_sum_exp(), rows, -math.inf)) if lse else out
 
 
-def _full_reference(*given: Any) -> tuple[Tensor, ...]:
-    run: Any = _run_reference
-    results: tuple[Tensor, ...] = run(*given, True)  # return_lse
-    return results
+def _fake(call: Call) -> tuple[Tensor, Tensor]:
+    total, heads, _ = call.query.shape
+    out = call.query.new_empty(total, heads, call.value.shape[2])
+    return out, call.query.new_empty(total, heads, dtype=torch.float32)
 
 
-def _fake(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    arguments.check_one_device(query, key, value, *others[:3], others[5])
-    total, heads = query.shape[:2]
-    out = query.new_empty(total, heads, value.shape[2])
-    return out, query.new_empty(total, heads, dtype=torch.float32)
+def _flops(call: Call, backward: bool) -> int:
+    """What the values of the offsets say; of fake tensors, which have none, as if all sequences
+    were longest."""
+    q, k = call.cu_seqlens_q, call.cu_seqlens_k
+    if isinstance(q, FakeTensor) or q.is_meta:
+        scores = (q.shape[0] - 1) * call.max_seqlen_q * call.max_seqlen_k
+    else:
+        scores = int((q.diff().long() * k.diff().long()).sum())
+    _, heads, dim = call.query.shape
+    value_dim = call.value.shape[2]
+    return 2 * heads * scores * (3 * dim + 2 * value_dim if backward else dim + value_dim)
 
 
-def _fake_backward(
-    grad_out: Any, grad_lse: Any, query: Tensor, key: Tensor, value: Tensor,
-    attn_mask: Tensor | None, *others: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    gradients = [t.new_empty(t.shape) for t in (query, key, value)]
-    if attn_mask is not None and attn_mask.is_floating_point() and others[-1]:
-        return *gradients, attn_mask.new_empty(attn_mask.shape)
-    return *gradients, query.new_empty(0)
-
-
-_INTERFACE = Interface(
-    tensors=(
-        "Tensor query", "Tensor key", "Tensor value", "Tensor? attn_mask", "Tensor cu_seqlens_q",
-        "Tensor cu_seqlens_k",
-    ),
-    options=(
-        "SymInt max_seqlen_q", "SymInt max_seqlen_k", "Tensor? seed", "float dropout_p",
-        "bool is_causal", "bool bottom_right", "float? scale",
-    ),
-    outputs=2,
-    gradients=4,
-    masked=True,
-    fake=_fake,
-    fake_backward=_fake_backward,
-    reference=_full_reference,
+DEFINITION = Definition(
+    "varlen", Call, gradients=4, results=1, fake=_fake,
+    reference=lambda call: run_reference(call, True), flops=_flops, folds=False,
 )  # fmt: skip
-_TRITON = triton.kernel_op(
-    "varlen", _INTERFACE,
-    forward="varlen.forward:varlen_forward",
-    backward="varlen.backward:varlen_backward",
-)  # fmt: skip
+_CPU = cpu.torch_op(DEFINITION)
+_TRITON = triton.torch_op(
+    DEFINITION, forward="varlen:varlen_forward", backward="varlen:varlen_backward"
+)
 
 
-_CPU: Any = cpu.kernel_op("varlen", _INTERFACE)
-
-
-def _run_cpu(*given: Any) -> Any:
-    result = _CPU(given[-1], *given[:-1])
-    return result if given[-1] or isinstance(result, Tensor) else result[0]
-
-
-def _cpu_path(*given: Any) -> str:
-    return cpu.path(given[0], given[6])
-
-
-def _run_triton(*given: Any) -> Any:
-    out, lse = _TRITON(given[-1], *given[:-1])
-    return (out, lse) if given[-1] else out
-
-
-def reference(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a call with public arguments, by the definition in plain torch."""
-    given = normalize(*args, **{**kwargs, "return_lse": True})
-    return _run_reference(*given)
+def _cpu_path(call: Call) -> str:
+    return cpu.path(call.query, call.max_seqlen_q)
 
 
 def _lengths(shape: Mapping[str, Any], side: str) -> list[int]:
@@ -440,14 +469,15 @@ def cost(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
 
 OP = Op(
     name="varlen_attention",
+    arguments=Arguments,
     check=check,
     normalize=normalize,
-    reference=reference,
+    definition=DEFINITION,
     inputs=inputs,
     cost=cost,
     implementations=(
-        Implementation("cpu", _run_cpu, cpu.refuses, path=_cpu_path),
-        Implementation("triton", _run_triton, triton.refuses, on_request=triton.interprets),
-        Implementation("reference", _run_reference, never_refuses, checks=False),
+        Implementation("cpu", _CPU, cpu.refuses, checks=True, path=_cpu_path),
+        Implementation("triton", _TRITON, triton.refuses, on_request=triton.interprets),
+        Implementation("reference", run_reference, never_refuses),
     ),
 )

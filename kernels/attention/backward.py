@@ -10,6 +10,8 @@ Sums over queries are cut into ranges that depend on the shape alone and merged 
 float32 chain over 8 heads of 4,096 queries errs by five times the plain formula.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -275,25 +277,14 @@ def merge_splits(partial: Tensor, of_side: Tensor, of_value: Tensor, splits: int
 
 @planned
 def attention_backward(
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    bottom_right: bool,
-    scale: float | None,
-    mask_gradient: bool,
+    grads: tuple[Tensor | None, Tensor | None], call: Any, mask_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, d attn_mask) of normalised arguments; the last is empty if not wanted."""
+    """(dq, dk, dv, d attn_mask); the last is empty if not wanted."""
+    (grad_out, grad_lse), attn_mask, is_causal = grads, call.attn_mask, call.is_causal
+    query, key, value = call.query, call.key, call.value
     if grad_out is None:
         grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
     grad_out, query, key, value = map(rows_readable, (grad_out, query, key, value))
-    key_padding_mask = readable(key_padding_mask)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     batch, heads, q_len, dim = query.shape
     kv_heads, kv_len, value_dim = value.shape[1:]
@@ -306,11 +297,10 @@ def attention_backward(
     if batch * heads * q_len == 0 or batch * kv_heads * kv_len == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_()
     run_time, compile_time = score_options(
-        query, (batch, heads, q_len, kv_len), attn_mask, key_padding_mask, seed, dropout_p,
-        is_causal, bottom_right, scale,
-    )  # fmt: skip
+        call, (batch, heads, q_len, kv_len), readable(call.key_padding_mask)
+    )
     after = gradient_scale({**run_time, **compile_time})
-    masked = attn_mask is not None or seed is not None
+    masked = attn_mask is not None or call.seed is not None
     group, widest = heads // kv_heads, max(width(dim), width(value_dim))
     common = {
         "grad_lse_ptr": query if grad_lse is None else grad_lse,

@@ -5,6 +5,8 @@ and Gimelshein, 2018; Dao et al., FlashAttention, 2022). Few queries over many k
 ranges of a fixed number of keys, merged sixteen at a time by a second kernel.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -160,22 +162,9 @@ def split_length(q_len: int, kv_len: int, is_causal: bool) -> int:
 
 
 @planned
-def attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    bottom_right: bool,
-    scale: float | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """out (B, H, Lq, Dv) and lse (B, H, Lq), float32, or None, of normalised arguments."""
-    query, key, value = map(rows_readable, (query, key, value))
-    key_padding_mask = readable(key_padding_mask)
+def attention_forward(call: Any, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """out (B, H, Lq, Dv) and lse (B, H, Lq), float32, or None."""
+    query, key, value = map(rows_readable, (call.query, call.key, call.value))
     batch, heads, q_len, dim = query.shape
     kv_len, value_dim = value.shape[2:]
     out = rows_outside(query, batch, heads, q_len, value_dim)
@@ -183,9 +172,8 @@ def attention_forward(
     if batch * heads * q_len == 0:
         return out, lse
     run_time, compile_time = score_options(
-        query, (batch, heads, q_len, kv_len), attn_mask, key_padding_mask, seed, dropout_p,
-        is_causal, bottom_right, scale,
-    )  # fmt: skip
+        call, (batch, heads, q_len, kv_len), readable(call.key_padding_mask)
+    )
     widest = max(width(dim), width(value_dim))
     sizes = {
         "heads": heads, "group": heads // key.shape[1], "q_len": q_len, "kv_len": kv_len,
@@ -197,10 +185,10 @@ def attention_forward(
         options = {**sizes, **run_time, **compile_time}
         tma.forward(query, key, value, outs, widest, options)
         return out, lse
-    masked = attn_mask is not None or seed is not None
+    masked = call.attn_mask is not None or call.seed is not None
     even = aligned(dim, value_dim)
     chosen = tile("attention", query.dtype, widest, query.device, even, masked)
-    split = split_length(q_len, kv_len, is_causal)
+    split = split_length(q_len, kv_len, call.is_causal)
     splits = cdiv(kv_len, split) if split else 1
     own = owned(chosen, q_len, query.dtype)
     partial = (

@@ -11,39 +11,22 @@ from fastfusion.kernels.host.tiles import cdiv, width
 NAMES = ("q", "k", "v", "qv")
 
 
-def paddings(
-    query_padding_mask: Tensor | None, key_padding_mask: Tensor | None, dummy: Tensor
-) -> dict[str, Any]:
+def paddings(call: Any) -> dict[str, Any]:
     """Both padding masks as the kernels take them."""
     options: dict[str, Any] = {}
-    for side, mask in (("q", query_padding_mask), ("k", key_padding_mask)):
-        options[f"{side}_padding_ptr"] = dummy if mask is None else mask
+    for side, mask in (("q", call.query_padding_mask), ("k", call.key_padding_mask)):
+        options[f"{side}_padding_ptr"] = call.query if mask is None else mask
         options[f"{side}_padding_batch"] = 0 if mask is None else mask.stride(0)
         options[f"{side.upper()}_PADDING"] = mask is not None
     return options
 
 
-def common_options(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_value: Tensor,
-    attn_mask: Tensor | None,
-    query_padding_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    bottom_right: bool,
-    scale: float | None,
-    turned: bool = False,
-) -> dict[str, Any]:
+def common_options(call: Any, turned: bool = False) -> dict[str, Any]:
     """Arguments of every bidirectional kernel, forward and backward; `turned`: of an `exchanged`
     call."""
+    query, key, value, query_value = call[:4]
     sizes = (*query.shape[:3], key.shape[2])
-    run_time, compile_time = score_options(
-        query, sizes, attn_mask, None, seed, dropout_p, is_causal, bottom_right, scale
-    )
+    run_time, compile_time = score_options(call, sizes)
     if turned:  # the diagonal counts from queries to keys
         run_time["diagonal"] *= -1
         compile_time["CAUSAL"] *= -1
@@ -54,7 +37,7 @@ def common_options(
     return {
         **{f"{n}_ptr": t for n, t in zip(NAMES, (query, key, value, query_value), strict=True)},
         **strides(q=query, k=key, v=value, qv=query_value), **run_time, **compile_time,
-        **paddings(query_padding_mask, key_padding_mask, query),
+        **paddings(call),
         **{f"{n}DIM": t.shape[3] for n, t in dims.items()},
         **{f"{n}WIDTH": width(t.shape[3]) for n, t in dims.items()},
         "heads": query.shape[1], "q_len": sizes[2], "kv_len": sizes[3],
@@ -81,13 +64,27 @@ def row_ranges(q_len: int, rows: int) -> tuple[int, int]:
     return cdiv(q_len, per_split), per_split
 
 
-def exchanged(given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same call with queries and keys exchanged; `given` are the arguments of forward."""
-    query, key, value, query_value, mask, query_padding, key_padding, *options = given
-    turned = None if mask is None else torch.atleast_2d(mask).transpose(-1, -2)
-    return key, query, query_value, value, turned, key_padding, query_padding, *options
+def exchanged(call: Any) -> Any:
+    """The same call with queries and keys exchanged."""
+    mask = call.attn_mask
+    return call._replace(
+        query=call.key,
+        key=call.query,
+        value=call.query_value,
+        query_value=call.value,
+        attn_mask=None if mask is None else torch.atleast_2d(mask).transpose(-1, -2),
+        query_padding_mask=call.key_padding_mask,
+        key_padding_mask=call.query_padding_mask,
+    )
 
 
-def prepared(given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with rows and padding masks that the kernels can read in place."""
-    return (*map(rows_readable, given[:4]), given[4], *map(readable, given[5:7]), *given[7:])
+def prepared(call: Any) -> Any:
+    """The call with rows and padding masks that the kernels can read in place."""
+    return call._replace(
+        query=rows_readable(call.query),
+        key=rows_readable(call.key),
+        value=rows_readable(call.value),
+        query_value=rows_readable(call.query_value),
+        query_padding_mask=readable(call.query_padding_mask),
+        key_padding_mask=readable(call.key_padding_mask),
+    )

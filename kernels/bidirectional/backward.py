@@ -197,15 +197,15 @@ def _split(own_len: int, other_len: int) -> tuple[int, int]:
 
 
 def _common(
-    given: tuple[Any, ...],
+    call: Any,
     grads: list[Tensor],
     lse_grads: list[Tensor] | None,
     turned: bool = False,
 ) -> dict[str, Any]:
     """Arguments of every gradient kernel, from those of the forward and the gradients."""
-    q_lse, k_lse = (given[0], given[0]) if lse_grads is None else lse_grads
+    q_lse, k_lse = (call.query, call.query) if lse_grads is None else lse_grads
     return {
-        **common_options(*given, turned), "grad_q_ptr": grads[0], "grad_k_ptr": grads[1],
+        **common_options(call, turned), "grad_q_ptr": grads[0], "grad_k_ptr": grads[1],
         **strides(grad_q=grads[0], grad_k=grads[1]), "LSE": lse_grads is not None,
         "q_grad_lse_ptr": q_lse, "k_grad_lse_ptr": k_lse,
     }  # fmt: skip
@@ -273,50 +273,52 @@ def _mask_gradient(common: dict[str, Any], dmask: Tensor, widest: int) -> None:
 
 
 @planned
-def bidirectional_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """(dq, dk, d value, d query_value, d attn_mask) of normalised arguments.
+def bidirectional_backward(
+    output_grads: tuple[Tensor | None, ...], call: Any, mask_gradient: bool
+) -> tuple[Tensor, ...]:
+    """(dq, dk, d value, d query_value, d attn_mask), the last empty if not wanted.
 
     Args:
-        arguments: the gradients of out_q, out_k, lse_q and lse_k (each may be None), the arguments
-            of the forward without return_lse, and whether the gradient of the mask is wanted (it
-            is empty if not).
+        output_grads: of out_q, out_k, lse_q and lse_k.
+        call: as the forward takes it.
+        mask_gradient: whether that of the mask is wanted.
     """
-    given, wanted = prepared(arguments[4:-1]), arguments[-1]
-    query, key, value, query_value, attn_mask, *_ = given
+    call = prepared(call)
+    query, key, value, query_value, attn_mask = call[:5]
     (batch, heads, q_len, dim), kv_len = query.shape, key.shape[2]
     found = {
         name: rows_outside(query, *t.shape)
         for name, t in (("dq", query), ("dk", key), ("dv", value), ("dqv", query_value))
     }
-    wanted = wanted and attn_mask is not None and attn_mask.is_floating_point()
+    wanted = mask_gradient and attn_mask is not None and attn_mask.is_floating_point()
     dmask = empty(attn_mask, attn_mask.shape) if wanted else empty(query, (0,))
     if batch * heads * (q_len + kv_len) == 0:
         return (*(g.zero_() for g in found.values()), dmask.zero_())
     values = (value.shape[3], query_value.shape[3])
     grads = [
         query.new_zeros(batch, heads, n, d) if g is None else rows_readable(g)
-        for g, n, d in zip(arguments[:2], (q_len, kv_len), values, strict=True)
+        for g, n, d in zip(output_grads[:2], (q_len, kv_len), values, strict=True)
     ]
     lse_grads = None
-    if arguments[2] is not None or arguments[3] is not None:
+    if output_grads[2] is not None or output_grads[3] is not None:
         lse_grads = [
             query.new_zeros(batch, heads, n, dtype=torch.float32) if g is None else g.contiguous()
-            for g, n in zip(arguments[2:4], (q_len, kv_len), strict=True)
+            for g, n in zip(output_grads[2:4], (q_len, kv_len), strict=True)
         ]
     widest = max(width(d) for d in (dim, *values))
     shared = keys_on_chip(min(q_len, kv_len), widest, query.element_size())
     if shared and q_len >= kv_len:
-        shared_backward(_common(given, grads, lse_grads), found, widest, False)
+        shared_backward(_common(call, grads, lse_grads), found, widest, False)
     elif shared:
         turned = {"dq": "dk", "dk": "dq", "dv": "dqv", "dqv": "dv"}
         shared_backward(
             _common(
-                exchanged(given), grads[::-1], lse_grads and lse_grads[::-1], True
+                exchanged(call), grads[::-1], lse_grads and lse_grads[::-1], True
             ),
             {name: found[other] for name, other in turned.items()}, widest, True,
         )  # fmt: skip
     if not shared or dmask.numel():
-        common = _common(given, grads, lse_grads)
+        common = _common(call, grads, lse_grads)
         common |= _take_statistics(common, widest)
         if not shared:
             _sides(common, found, widest)

@@ -210,18 +210,17 @@ def keys_on_chip(kv_len: int, widest: int, itemsize: int, extras: int) -> bool:
     return kv_len <= 256 and width(kv_len) * widest * itemsize <= ON_CHIP >> extras
 
 
-def extras(given: tuple[Any, ...]) -> int:
+def extras(call: Any) -> int:
     """A mask, random bits, and rows that are read one element at a time."""
-    query, _, value, query_value, mask, _, _, seed, *_ = given
-    unaligned = any(t.shape[3] % 8 for t in (query, value, query_value))
-    return (mask is not None) + (seed is not None) + unaligned
+    unaligned = any(t.shape[3] % 8 for t in (call.query, call.value, call.query_value))
+    return (call.attn_mask is not None) + (call.seed is not None) + unaligned
 
 
 class Results:
     """out_q, out_k and their log-sum-exps, with what the kernels need to write and merge them."""
 
-    def __init__(self, given: tuple[Any, ...], return_lse: bool) -> None:
-        query, key, value, query_value = given[:4]
+    def __init__(self, call: Any, return_lse: bool) -> None:
+        query, key, value, query_value = call[:4]
         self.query = query
         self.outs, self.statistics = [], []
         for rows, values in ((query, value), (key, query_value)):
@@ -257,18 +256,17 @@ class Results:
         return (*self.outs, *self.statistics)
 
 
-def _shared(given: tuple[Any, ...], return_lse: bool, widest: int, turned: bool) -> tuple[Any, ...]:
+def _shared(call: Any, return_lse: bool, widest: int, turned: bool) -> tuple[Any, ...]:
     """One score matrix, with keys no longer than queries."""
-    query, kv_len = given[0], given[1].shape[2]
-    results = Results(given, return_lse)
-    few = kv_len <= FEW_KEYS and not given[9]  # a diagonal takes registers of its own
+    query, kv_len = call.query, call.key.shape[2]
+    results = Results(call, return_lse)
+    few = kv_len <= FEW_KEYS and not call.is_causal  # a diagonal takes registers of its own
     name = "bidirectional_few" if few else "bidirectional"
     chosen = tile(name, query.dtype, widest, query.device)
-    rows, keys = shared_sizes(given[4], given[7], kv_len, chosen.loop)
+    rows, keys = shared_sizes(call.attn_mask, call.seed, kv_len, chosen.loop)
     splits, per_split = row_ranges(query.shape[2], rows)
     partial = results.partial(1, splits)
-    options: Any = common_options  # of `given` mypy knows no length
-    common = options(*given, turned=turned)
+    common = common_options(call, turned)
     launch(
         shared_kernel, query.shape[0] * query.shape[1] * splits,
         **common, **results.options, partial_ptr=partial, splits=splits, per_split=per_split,
@@ -280,20 +278,20 @@ def _shared(given: tuple[Any, ...], return_lse: bool, widest: int, turned: bool)
     return results.all()
 
 
-def _both(given: tuple[Any, ...], return_lse: bool, widest: int) -> tuple[Any, ...]:
+def _both(call: Any, return_lse: bool, widest: int) -> tuple[Any, ...]:
     """Each direction as attention, in one launch."""
-    query, key = given[:2]
-    results = Results(given, return_lse)
+    query, key = call.query, call.key
+    results = Results(call, return_lse)
     (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
     chosen = tile("bidirectional_both", query.dtype, widest, query.device)
     own = owned(chosen, max(q_len, kv_len), query.dtype)
-    is_causal = given[9]
+    is_causal = call.is_causal
     lengths = split_length(q_len, kv_len, is_causal), split_length(kv_len, q_len, is_causal)
     q_splits = cdiv(kv_len, lengths[0]) if lengths[0] else 1
     k_splits = cdiv(q_len, lengths[1]) if lengths[1] else 1
     partials = results.partial(0, q_splits), results.partial(1, k_splits)
     programs = q_splits * cdiv(q_len, own), k_splits * cdiv(kv_len, own)
-    common = common_options(*given)
+    common = common_options(call)
     launch(
         both_kernel, batch * heads * sum(programs),
         **common, **results.options, partial_q_ptr=partials[0], partial_k_ptr=partials[1],
@@ -306,29 +304,20 @@ def _both(given: tuple[Any, ...], return_lse: bool, widest: int) -> tuple[Any, .
 
 
 @planned
-def bidirectional_forward(*arguments: Any) -> tuple[Any, ...]:
-    """Both directions of normalised arguments.
-
-    Args:
-        arguments: query (B, H, Lq, D), key (B, H, Lk, D), value (B, H, Lk, Dv), query_value
-            (B, H, Lq, Dw), attn_mask, query_padding_mask, key_padding_mask, seed, dropout_p,
-            is_causal, bottom_right, scale, return_lse.
-
-    Returns:
-        out_q (B, H, Lq, Dv), out_k (B, H, Lk, Dw), lse_q (B, H, Lq) and lse_k (B, H, Lk) in
-        float32, or None.
-    """
-    given, return_lse = prepared(arguments[:-1]), arguments[-1]
-    query, key = given[:2]
+def bidirectional_forward(call: Any, return_lse: bool) -> tuple[Any, ...]:
+    """out_q (B, H, Lq, Dv), out_k (B, H, Lk, Dw), lse_q (B, H, Lq) and lse_k (B, H, Lk) in float32,
+    or None."""
+    call = prepared(call)
+    query, key = call.query, call.key
     q_len, kv_len = query.shape[2], key.shape[2]
     if query.shape[0] * query.shape[1] * (q_len + kv_len) == 0:
-        return Results(given, return_lse).all()
-    widest = max(width(t.shape[3]) for t in (query, *given[2:4]))
+        return Results(call, return_lse).all()
+    widest = max(width(t.shape[3]) for t in (query, call.value, call.query_value))
     sides = min(q_len, kv_len), max(q_len, kv_len)
-    on_chip = keys_on_chip(sides[0], widest, query.element_size(), extras(given))
+    on_chip = keys_on_chip(sides[0], widest, query.element_size(), extras(call))
     if sides[1] < LONG or not on_chip:
-        return _both(given, return_lse, widest)
+        return _both(call, return_lse, widest)
     if q_len >= kv_len:
-        return _shared(given, return_lse, widest, False)
-    out_k, out_q, lse_k, lse_q = _shared(exchanged(given), return_lse, widest, True)
+        return _shared(call, return_lse, widest, False)
+    out_k, out_q, lse_k, lse_q = _shared(exchanged(call), return_lse, widest, True)
     return out_q, out_k, lse_q, lse_k

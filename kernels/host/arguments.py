@@ -49,21 +49,15 @@ def readable(mask: Tensor | None) -> Tensor | None:
 
 
 def score_options(
-    query: Tensor,
-    sizes: tuple[int, int, int, int],
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    bottom_right: bool,
-    scale: float | None,
+    call: Any, sizes: tuple[int, int, int, int], key_padding_mask: Tensor | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run-time and compile-time arguments that say how scores are made; the same in all kernels.
+    """Run-time and compile-time arguments that say how the scores of a call are made; the same in
+    all kernels.
 
     `sizes` are those that the mask broadcasts to: batch, heads, queries, keys.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    query, attn_mask, seed, dropout_p = call.query, call.attn_mask, call.seed, call.dropout_p
+    scale = query.shape[-1] ** -0.5 if call.scale is None else float(call.scale)
     masked = attn_mask is not None
     bools = attn_mask is not None and attn_mask.dtype == torch.bool
     mask_strides = attn_mask.expand(sizes).stride() if attn_mask is not None else (0, 0, 0, 0)
@@ -79,7 +73,7 @@ def score_options(
         "padding_ptr": query if key_padding_mask is None else key_padding_mask,
         "padding_batch": 0 if key_padding_mask is None else key_padding_mask.stride(0),
         "seed_ptr": query if seed is None else seed,
-        "diagonal": sizes[3] - sizes[2] if is_causal and bottom_right else 0,
+        "diagonal": sizes[3] - sizes[2] if call.is_causal and call.bottom_right else 0,
         "threshold": min(round(dropout_p * 2**32), 2**32 - 1),
         "keep_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
         "scale": abs(scale),
@@ -87,7 +81,7 @@ def score_options(
     }
     compile_time = {
         "SIGN": -1 if scale < 0 else 1,
-        "CAUSAL": int(is_causal),
+        "CAUSAL": int(call.is_causal),
         "MASK": _MASKS[masked, bools][extreme],
         "PADDING": key_padding_mask is not None,
         "DROPOUT": seed is not None,

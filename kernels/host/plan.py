@@ -154,15 +154,25 @@ def on(tensor: Tensor) -> Any:
     return _NOTHING
 
 
+def _flat(given: Sequence[Any]) -> list[Any]:
+    values: list[Any] = []
+    for value in given:
+        if isinstance(value, tuple):
+            values += value
+        else:
+            values.append(value)
+    return values
+
+
 def planned(launcher: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """The launcher, with plans. Its arguments are tensors, numbers and None, its results tensors
-    that it allocated and None."""
+    """The launcher, with plans. Its arguments are tensors, numbers, None, and calls of those; its
+    results tensors that it allocated and None."""
 
     def run(*given: Any) -> tuple[Any, ...]:
         tensors: list[Tensor] = []
         addresses: list[int] = []
         kind: list[Any] = [launcher]
-        for value in given:
+        for value in _flat(given):
             if isinstance(value, Tensor):
                 address = value.data_ptr()
                 tensors.append(value)
@@ -183,7 +193,7 @@ def planned(launcher: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any
     def record(key: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
         if key in _plans or getattr(_local, "plan", None) is not None:
             return launcher(*given)
-        plan = _local.plan = _Plan(given)
+        plan = _local.plan = _Plan(_flat(given))
         try:
             results = launcher(*given)
         finally:

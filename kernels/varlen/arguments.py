@@ -19,33 +19,24 @@ def token_strides(**tensors: Tensor) -> dict[str, int]:
     return {f"{n}_{p}": t.stride(i) for n, t in tensors.items() for i, p in enumerate(parts)}
 
 
-def common_options(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *options: Any,
-) -> dict[str, Any]:
-    """Arguments of all kernels; `options` are those from the seed to the scale."""
+def common_options(call: Any, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Any]:
+    """Arguments of all kernels; the tensors are those of the call that kernels can read."""
+    q_offsets, k_offsets = call.cu_seqlens_q, call.cu_seqlens_k
     heads, dim = query.shape[1:]
     value_dim, sequences = value.shape[2], q_offsets.shape[0] - 1
-    sizes = (sequences, heads, max_seqlen_q, max_seqlen_k)
-    run_time, compile_time = score_options(query, sizes, attn_mask, None, *options)
+    sizes = (sequences, heads, call.max_seqlen_q, call.max_seqlen_k)
+    run_time, compile_time = score_options(call, sizes)
     for name in ("padding_ptr", "padding_batch", "diagonal"):  # the diagonal is a sequence's own
         del run_time[name]
     del compile_time["PADDING"]
-    masked = attn_mask is not None
+    masked = call.attn_mask is not None
     return {
         "q_ptr": query, "k_ptr": key, "v_ptr": value, "q_offsets_ptr": q_offsets,
         "k_offsets_ptr": k_offsets, "q_offsets_step": q_offsets.stride(0),
         "k_offsets_step": k_offsets.stride(0), **run_time, **compile_time,
-        "mask_rows": max_seqlen_q if masked else 0, "mask_columns": max_seqlen_k if masked else 0,
-        "bottom_right": int(options[3]), **token_strides(q=query, k=key, v=value), "heads": heads,
-        "group": heads // key.shape[1], "sequences": sequences, "q_total": query.shape[0],
+        "mask_rows": sizes[2] if masked else 0, "mask_columns": sizes[3] if masked else 0,
+        "bottom_right": int(call.bottom_right), **token_strides(q=query, k=key, v=value),
+        "heads": heads, "group": heads // key.shape[1], "sequences": sequences, "q_total": query.shape[0],
         "k_total": key.shape[0], "DIM": dim, "WIDTH": width(dim), "VALUE_DIM": value_dim,
         "VALUE_WIDTH": width(value_dim),
     }  # fmt: skip

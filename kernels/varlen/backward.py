@@ -1,5 +1,7 @@
 """Attention over packed sequences, backward; the grids are those of the forward."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -158,30 +160,17 @@ def mask_kernel(
 
 @planned
 def varlen_backward(
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    bottom_right: bool,
-    scale: float | None,
-    mask_gradient: bool,
+    grads: tuple[Tensor | None, Tensor | None], call: Any, mask_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, d attn_mask); the last is empty if not wanted."""
+    (grad_out, grad_lse), attn_mask = grads, call.attn_mask
+    query, key, value = call.query, call.key, call.value
     if grad_out is None:
         grad_out = query.new_zeros(*query.shape[:2], value.shape[2])
     grad_out, query, key, value = map(rows_readable, (grad_out, query, key, value))
     dq, dk, dv = (empty(t, t.shape) for t in (query, key, value))
     total, heads, dim = query.shape
-    sequences = q_offsets.shape[0] - 1
+    sequences = call.cu_seqlens_q.shape[0] - 1
     dmask = empty(query, (0,))
     if mask_gradient and attn_mask is not None and attn_mask.is_floating_point():
         dmask = empty(attn_mask, attn_mask.shape)
@@ -191,10 +180,7 @@ def varlen_backward(
     # (heads, tokens), as the statistics lie: the rows of a head side by side.
     grad_lse = None if grad_lse is None else grad_lse.t().contiguous()
     common = {
-        **common_options(
-            query, key, value, attn_mask, q_offsets, k_offsets, max_seqlen_q, max_seqlen_k, seed,
-            dropout_p, is_causal, bottom_right, scale,
-        ),
+        **common_options(call, query, key, value),
         "grad_ptr": grad_out, "grad_lse_ptr": query if grad_lse is None else grad_lse,
         "LSE": grad_lse is not None, **token_strides(grad=grad_out),
         "statistics_ptr": empty(query, (heads * total * 3,), torch.float32),
@@ -219,7 +205,7 @@ def varlen_backward(
             mask_kernel,
             shared[0] * shared[1] * cdiv(shared[2], own) * cdiv(shared[3], sizes["LOOP"]),
             **common, **sizes, dmask_ptr=dmask, mask_batches=shared[0], mask_heads=shared[1],
-            SHARED_ROWS=shared[2] == 1 and max_seqlen_q > 1,
-            SHARED_COLUMNS=shared[3] == 1 and max_seqlen_k > 1,
+            SHARED_ROWS=shared[2] == 1 and call.max_seqlen_q > 1,
+            SHARED_COLUMNS=shared[3] == 1 and call.max_seqlen_k > 1,
         )  # fmt: skip
     return dq, dk, dv, dmask

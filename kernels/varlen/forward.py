@@ -5,6 +5,8 @@ OWN + sequences of them, and each finds its sequence in the offsets by itself: n
 device to tell the host how long the sequences are. The programs that find none end at once.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -59,42 +61,24 @@ def forward_kernel(
 
 
 @planned
-def varlen_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    seed: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    bottom_right: bool,
-    scale: float | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+def varlen_forward(call: Any, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """out (total_q, H, Dv) and lse (total_q, H), float32, or None.
 
     The longest lengths only say which shape the mask broadcasts to: (sequences, H, max_seqlen_q,
     max_seqlen_k). Rows behind the last offset give 0 and -inf.
     """
-    query, key, value = map(rows_readable, (query, key, value))
+    query, key, value = map(rows_readable, (call.query, call.key, call.value))
     total, heads, dim = query.shape
     out = empty(query, (total, heads, value.shape[2]))
     lse = empty(query, (total, heads), torch.float32) if return_lse else None
-    sequences = q_offsets.shape[0] - 1
+    sequences = call.cu_seqlens_q.shape[0] - 1
     if total * heads == 0:
         return out, lse
     widest = max(width(dim), width(value.shape[2]))
     chosen = tile("varlen", query.dtype, widest, query.device, aligned(dim, value.shape[2]))
     launch(
         forward_kernel, (cdiv(total, chosen.own) + sequences) * heads,
-        **common_options(
-            query, key, value, attn_mask, q_offsets, k_offsets, max_seqlen_q, max_seqlen_k, seed,
-            dropout_p, is_causal, bottom_right, scale,
-        ),
+        **common_options(call, query, key, value),
         out_ptr=out, lse_ptr=query if lse is None else lse, LSE=return_lse,
         **token_strides(out=out), **sizes_of(chosen),
     )  # fmt: skip

@@ -218,7 +218,7 @@ def test_a_mask_is_not_read_behind_the_longest_lengths() -> None:
     """On a GPU nobody checks that no sequence is longer."""
     call = packed()
     names = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k")
-    tensors, options = [call[n] for n in names], (4, 3, None, 0.0, True, True, None)
+    tensors, options = [call[n] for n in names], (None, 4, 3, 0.0, True, True, None)
     around = torch.full((3, 4, 9, 11), torch.nan, device=DEVICE)
     around[:, :, :4, :3] = torch.randn(3, 4, 4, 3, device=DEVICE)
     given = (*tensors[:3], around[:, :, :4, :3], *tensors[3:], *options)
@@ -264,6 +264,6 @@ def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         is_cpu=False, is_cuda=True, get_device=lambda: 0, dtype=torch.float16, shape=(1, 1, 4, 8)
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert "older than Ampere" in " ".join(triton.refuses(turing, turing, turing))
+    assert "older than Ampere" in " ".join(triton.refuses_tensor(turing))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 7))
-    assert not triton.refuses(turing, turing, turing)
+    assert not triton.refuses_tensor(turing)

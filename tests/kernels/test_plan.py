@@ -15,6 +15,9 @@ from fastfusion.kernels.bidirectional.forward import bidirectional_forward
 from fastfusion.kernels.host import plan as _plan
 from fastfusion.kernels.host import tiles as _launch
 from fastfusion.kernels.varlen.forward import varlen_forward
+from fastfusion.ops.bidirectional_attention import Call as BidirectionalCall
+from fastfusion.ops.scaled_dot_product_attention import Call as AttentionCall
+from fastfusion.ops.varlen_attention import Call as VarlenCall
 
 OPTIONS = (0.0, False, False, None)
 
@@ -47,7 +50,7 @@ def agree(results: tuple[Any, ...], expected: tuple[Any, ...]) -> bool:
 
 
 def forward(*given: Any) -> tuple[Any, ...]:
-    return attention_forward(*given, *OPTIONS, True)
+    return attention_forward(AttentionCall(*given, *OPTIONS, False), True)
 
 
 def repeatable() -> list[bool]:
@@ -91,7 +94,7 @@ def test_masks_and_options_are_part_of_the_kind() -> None:
     padding[0, 5:] = True
     masks = [(None, None), (bias, None), (flags, None), (bias[:1], None), (None, padding)]
     calls = [
-        (q, k, v, *mask, None, 0.0, causal, last, scale, lse)
+        (AttentionCall(q, k, v, *mask, None, 0.0, causal, last, scale, False), lse)
         for mask in masks
         for causal, last, scale, lse in (
             (False, False, None, True),
@@ -121,7 +124,8 @@ def test_an_empty_call_has_no_plan() -> None:
     q, k = tensors(1, 1, 2, 0, 16)[0], tensors(1, 1, 2, 5, 16)[0]
     out = tensors(1, 1, 2, 0, 16)[0]
     for _ in range(2):
-        gradients = attention_backward(out, None, q, k, k, None, None, None, *OPTIONS, False)
+        call = AttentionCall(q, k, k, None, None, None, *OPTIONS, False)
+        gradients = attention_backward((out, None), call, False)
         assert all((g == 0).all() for g in gradients)
     assert repeatable() == [False]
 
@@ -129,12 +133,11 @@ def test_an_empty_call_has_no_plan() -> None:
 def test_scalars_of_a_seed_are_read_when_the_kernel_runs() -> None:
     q, k, v = tensors(3, 1, 2, 20, 16)
     seeds = [torch.tensor([n], device=DEVICE) for n in (3, 2**40 + 1)]
-    expected = [
-        fresh(attention_forward, q, k, v, None, None, s, 0.5, *OPTIONS[1:], True) for s in seeds
-    ]
+    calls = [AttentionCall(q, k, v, None, None, s, 0.5, *OPTIONS[1:], False) for s in seeds]
+    expected = [fresh(attention_forward, call, True) for call in calls]
     assert not torch.equal(expected[0][0], expected[1][0])
-    for seed, results in zip(seeds, expected, strict=True):
-        assert agree(attention_forward(q, k, v, None, None, seed, 0.5, *OPTIONS[1:], True), results)
+    for call, results in zip(calls, expected, strict=True):
+        assert agree(attention_forward(call, True), results)
 
 
 @pytest.mark.parametrize("lengths", [(20, 36), (36, 20), (1, 300)], ids=str)
@@ -144,7 +147,7 @@ def test_both_directions(lengths: tuple[int, int]) -> None:
         q, w = tensors(2, 1, 2, lengths[0], 16, seed=seed)
         k, v = tensors(2, 1, 2, lengths[1], 16, seed=seed + 5)
         bias = tensors(1, *lengths, seed=seed + 9)[0]
-        call = (q, k, v, w, bias, None, None, None, *OPTIONS, True)
+        call = (BidirectionalCall(q, k, v, w, bias, None, None, None, *OPTIONS), True)
         expected = fresh(bidirectional_forward, *call)
         for _ in range(2):
             assert agree(bidirectional_forward(*call), expected)
@@ -154,7 +157,7 @@ def test_both_directions(lengths: tuple[int, int]) -> None:
 def test_offsets_are_read_when_the_kernel_runs() -> None:
     q, k, v = tensors(3, 20, 2, 16)
     splits = [torch.tensor([0, n, 20], device=DEVICE) for n in (3, 12)]
-    calls = [(q, k, v, None, s, s, 20, 20, None, *OPTIONS, True) for s in splits]
+    calls = [(VarlenCall(q, k, v, None, s, s, None, 20, 20, *OPTIONS), True) for s in splits]
     expected = [fresh(varlen_forward, *call) for call in calls]
     assert not torch.equal(expected[0][0], expected[1][0])
     for call, results in zip(calls, expected, strict=True):

@@ -1,0 +1,108 @@
+"""Batching rules: a vmapped call is one call of a larger batch, or one call after the other."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Dims = tuple[int | None, ...]
+
+
+def forward(
+    definition: Any, apply: Callable[..., Any], size: int, dims: Dims, given: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """All outputs of the forward op `apply`, vmapped along their first dimension."""
+    leading = definition.tensors
+    out_dims = (0,) * definition.outputs
+    if size == 0:
+        fake = definition.fake(definition.call(*_without(given, dims), *given[leading:]))
+        return tuple(t.new_empty(0, *t.shape) for t in fake), out_dims
+    if not definition.folds or given[leading - 1] is not None:  # the seed
+        return _one_by_one(apply, size, dims, given, leading), out_dims
+    batch = _batch(given[0], dims[0])
+    tensors = _folded(given[:leading], dims, size, batch, definition.gradients - 1)
+    outputs = apply(*tensors, *given[leading:])
+    return tuple(_unfold(t, size, batch) for t in outputs), out_dims
+
+
+def backward(
+    definition: Any, apply: Callable[..., Any], size: int, dims: Dims, given: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """All gradients of the backward op `apply`; an empty one of the mask is not vmapped."""
+    first, mask_gradient = definition.outputs, given[-1]
+    leading = first + definition.tensors
+    if size == 0:
+        fake = definition.fake_backward(*_without(given[:leading], dims), *given[leading:])
+        return tuple(t.new_empty(0, *t.shape) for t in fake), (0,) * definition.gradients
+    if not definition.folds or given[leading - 1] is not None or mask_gradient:
+        # A dropout mask is a function of the batch index, and a mask's gradient is a sum over the
+        # batch: neither survives folding.
+        results = _one_by_one(apply, size, dims, given, leading)
+        return results, (0,) * definition.gradients
+    batch = _batch(given[first], dims[first])
+    mask_at = first + definition.gradients - 1
+    tensors = _folded(given[:leading], dims, size, batch, mask_at)
+    *gradients, empty = apply(*tensors, *given[leading:])
+    dims = (*(0,) * len(gradients), None)
+    return (*(_unfold(t, size, batch) for t in gradients), empty), dims
+
+
+def _batch(query: Tensor, dim: int | None) -> int:
+    return query.shape[0 if dim is None or dim > 0 else 1]
+
+
+def _without(tensors: tuple[Any, ...], dims: Dims) -> list[Any]:
+    """Tensors of the same kind as one entry of a vmapped dimension, which may have none."""
+    return [
+        t if t is None or d is None else t.new_empty(t.shape[:d] + t.shape[d + 1 :])
+        for t, d in zip(tensors, dims, strict=False)
+    ]
+
+
+def _one_by_one(
+    apply: Callable[..., Any], size: int, dims: Dims, given: tuple[Any, ...], leading: int
+) -> tuple[Tensor, ...]:
+    results = [
+        apply(
+            *(
+                t if t is None or d is None else t.select(d, index)
+                for t, d in zip(given[:leading], dims, strict=False)
+            ),
+            *given[leading:],
+        )
+        for index in range(size)
+    ]
+    return tuple(torch.stack(column) for column in zip(*results, strict=True))
+
+
+def _folded(tensors: tuple[Any, ...], dims: Dims, size: int, batch: int, mask_at: int) -> list[Any]:
+    """All tensors with the vmapped dimension in the batch, contiguous."""
+
+    def fold(tensor: Tensor, dim: int | None) -> Tensor:
+        tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        return tensor.flatten(0, 1).contiguous()
+
+    return [
+        None
+        if tensor is None
+        else _folded_mask(tensor, dim, size, batch)
+        if index == mask_at
+        else fold(tensor, dim)
+        for index, (tensor, dim) in enumerate(zip(tensors, dims, strict=False))
+    ]
+
+
+def _folded_mask(mask: Tensor, dim: int | None, size: int, batch: int) -> Tensor:
+    """The mask of a folded call; one that is not vmapped and has no batch stays as it is."""
+    if dim is None:
+        has_batch = mask.dim() == 4 and mask.shape[0] != 1
+        return mask.repeat(size, 1, 1, 1) if has_batch else mask
+    mask = mask.movedim(dim, 0)
+    while mask.dim() < 5:
+        mask = mask.unsqueeze(1)
+    return mask.expand(-1, batch, -1, -1, -1).flatten(0, 1)
+
+
+def _unfold(tensor: Tensor, size: int, batch: int) -> Tensor:
+    return tensor.reshape(size, batch, *tensor.shape[1:])
