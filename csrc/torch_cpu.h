@@ -14,20 +14,24 @@ inline void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, const voi
                               [=](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
-// For the gradient of an output that nothing depends on.
 inline Tensor fill_zeros(const Tensor& t) {
   std::memset(t.mutable_data_ptr(), 0, size_t(t.numel() * t.element_size()));
   return t;
 }
 
-// The gradient of an output, which has a size to keep.
-inline ff::View gradient_view(const Tensor& grad, const int64_t (&sizes)[4], ScalarType type) {
-  STD_TORCH_CHECK(grad.dim() == 4 && grad.is_cpu() && grad.scalar_type() == type,
-                  "fastfusion: a gradient must be like its output");
-  for (int i = 0; i < 4; ++i)
-    STD_TORCH_CHECK(grad.size(i) == sizes[i], "fastfusion: a gradient does not fit");
-  return view(grad);
-}
+// The gradient of an output: the one that is given, or zeros where nothing depends on the output.
+struct OutputGradient {
+  Tensor tensor;
+
+  OutputGradient(const MaybeTensor& given, const int64_t (&sizes)[4], const Tensor& query)
+      : tensor(given ? *given : fill_zeros(empty_contiguous(4, sizes, kind_of(query)))) {
+    STD_TORCH_CHECK(
+        tensor.dim() == 4 && tensor.is_cpu() && tensor.scalar_type() == query.scalar_type(),
+        "fastfusion: a gradient must be like its output");
+    for (int i = 0; i < 4; ++i)
+      STD_TORCH_CHECK(tensor.size(i) == sizes[i], "fastfusion: a gradient does not fit");
+  }
+};
 
 inline ff::LseGradient lse_gradient(const MaybeTensor& grad, int64_t batch, int64_t heads,
                                     int64_t length) {

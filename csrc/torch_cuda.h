@@ -2,7 +2,10 @@
 // host, and the same ops take CPU tensors.
 #pragma once
 
-#ifndef FF_CUDA_EMULATED
+#ifdef FF_CUDA_EMULATED
+#define FF_DEVICE_KEY CPU  // of torch's dispatcher
+#else
+#define FF_DEVICE_KEY CUDA
 #define FF_TORCH_CUDA
 #define USE_CUDA  // declares aoti_torch_get_current_cuda_stream
 #endif

@@ -96,7 +96,8 @@ Tensor cross_attention_block(
                                  p.context_dim, "the norm of context");
   if (residual) p.residual = operands.sequence(*residual, p.q_len, p.out_dim, "residual");
   describe_masks(p, query, mask, padding);
-  describe_numbers(p, std::nullopt, 0.0, false, false, scale);
+  describe_scale(p, scale);
+  p.causal = false;
   const int capability = check_kernels(p);
 
   const int64_t sizes[] = {p.batch, p.q_len, p.out_dim};
@@ -117,11 +118,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) {
       "bool rms_norm) -> Tensor");
 }
 
-#ifdef FF_TORCH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(fastfusion, CUDA, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(fastfusion, CPU, m) {
-#endif
+STABLE_TORCH_LIBRARY_IMPL(fastfusion, FF_DEVICE_KEY, m) {
   m.impl("cuda_cross_attention_block", TORCH_BOX(&cross_attention_block));
 }
 

@@ -5,23 +5,18 @@
 // FF_TORCH_CUDA: the kernels take tensors on a GPU; without it on the CPU.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
-#include <optional>
-#include <tuple>
 #include <vector>
 
 #include "calls.h"
+#include "torch_inputs.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 constexpr double kTwo32 = 4294967296.0;
 
@@ -134,35 +129,41 @@ inline const ff::Bool* padding_data(const Tensor& padding, int64_t batch, int64_
   return static_cast<const ff::Bool*>(padding.const_data_ptr());
 }
 
-inline void describe_numbers(ff::Attention& p, const MaybeTensor& seed, double dropout_p,
-                             bool is_causal, bool bottom_right, std::optional<double> scale) {
+inline void describe_scale(ff::Attention& p, std::optional<double> scale) {
   p.scale = float(scale ? *scale : 1.0 / std::sqrt(double(p.head_dim)));
   STD_TORCH_CHECK(std::isfinite(p.scale), "fastfusion: scale must be finite");
-  p.causal = is_causal;
-  p.diagonal = bottom_right ? p.kv_len - p.q_len : 0;
-  STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p <= 1.0 && (dropout_p == 0.0 || seed),
+}
+
+// What follows the tensors in the inputs of every op, once sizes are known.
+template <class Inputs>
+inline void describe_options(ff::Attention& p, const Inputs& in) {
+  describe_scale(p, in.scale);
+  p.causal = in.is_causal;
+  p.diagonal = in.bottom_right ? p.kv_len - p.q_len : 0;
+  STD_TORCH_CHECK(in.dropout_p >= 0.0 && in.dropout_p <= 1.0 && (in.dropout_p == 0.0 || in.seed),
                   "fastfusion: dropout_p must be between 0 and 1 and come with a seed");
-  if (dropout_p > 0.0) {
-    STD_TORCH_CHECK(seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long,
+  if (in.dropout_p > 0.0) {
+    const Tensor& seed = *in.seed;
+    STD_TORCH_CHECK(seed.is_cpu() && seed.numel() == 1 && seed.scalar_type() == ScalarType::Long,
                     "fastfusion: seed must be one int64");
     p.dropout = true;
-    p.seed = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
-    p.threshold = uint64_t(std::nearbyint(dropout_p * kTwo32));
-    p.keep_scale = dropout_p < 1.0 ? float(1.0 / (1.0 - dropout_p)) : 0.0f;
+    p.seed = uint64_t(*static_cast<const int64_t*>(seed.const_data_ptr()));
+    p.threshold = uint64_t(std::nearbyint(in.dropout_p * kTwo32));
+    p.keep_scale = in.dropout_p < 1.0 ? float(1.0 / (1.0 - in.dropout_p)) : 0.0f;
   }
 }
 
 // Dtype and device, once sizes are known to agree.
-inline void describe_kind(ff::Attention& p, const Tensor& query, const Tensor& key,
-                          const Tensor& value) {
+template <class Inputs>
+inline void describe_kind(ff::Attention& p, const Inputs& in) {
   const bool grouped = p.kv_heads > 0 ? p.heads % p.kv_heads == 0 : p.heads == 0;
   STD_TORCH_CHECK(p.head_dim > 0 && grouped,
                   "fastfusion: the shapes of query, key and value do not fit");
   STD_TORCH_CHECK(p.kv_len <= INT32_MAX && p.q_len <= INT32_MAX, "fastfusion: too long");
-  const ScalarType type = query.scalar_type();
-  STD_TORCH_CHECK(key.scalar_type() == type && value.scalar_type() == type &&
-                      is_here(query, query) && is_here(key, query) && is_here(value, query) &&
-                      type != ScalarType::Bool,
+  const ScalarType type = in.query.scalar_type();
+  STD_TORCH_CHECK(in.key.scalar_type() == type && in.value.scalar_type() == type &&
+                      is_here(in.query, in.query) && is_here(in.key, in.query) &&
+                      is_here(in.value, in.query) && type != ScalarType::Bool,
                   "fastfusion: dtypes or devices differ");
   p.type = kernel_type(type);
 }
@@ -192,54 +193,66 @@ inline void describe_masks(ff::Attention& p, const Tensor& query, const MaybeTen
   }
 }
 
-inline void describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Tensor& value,
-                     const MaybeTensor& mask, const MaybeTensor& padding, const MaybeTensor& seed,
-                     double dropout_p, bool is_causal, bool bottom_right,
-                     std::optional<double> scale) {
-  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+// Of (batch, heads, length, dim) tensors.
+template <class Inputs>
+inline void describe_batched(ff::Attention& p, const Inputs& in) {
+  STD_TORCH_CHECK(in.query.dim() == 4 && in.key.dim() == 4 && in.value.dim() == 4,
                   "fastfusion: query, key and value must be 4-D");
-  const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
+  const auto q = in.query.sizes(), k = in.key.sizes(), v = in.value.sizes();
   p.batch = q[0], p.heads = q[1], p.q_len = q[2], p.head_dim = q[3];
   p.kv_heads = k[1], p.kv_len = k[2], p.value_dim = v[3];
   STD_TORCH_CHECK(k[0] == q[0] && v[0] == q[0] && v[1] == k[1] && v[2] == k[2] && k[3] == q[3],
                   "fastfusion: the shapes of query, key and value do not fit");
-  describe_kind(p, query, key, value);
-  p.query = view(query), p.key = view(key), p.value = view(value);
+  describe_kind(p, in);
+  p.query = view(in.query), p.key = view(in.key), p.value = view(in.value);
 
-  describe_masks(p, query, mask, padding);
-  describe_numbers(p, seed, dropout_p, is_causal, bottom_right, scale);
+  describe_masks(p, in.query, in.attn_mask, in.key_padding_mask);
+  describe_options(p, in);
 }
 
-inline void describe(ff::Bidirectional& p, const Tensor& query, const Tensor& key,
-                     const Tensor& value, const Tensor& query_value, const MaybeTensor& mask,
-                     const MaybeTensor& query_padding, const MaybeTensor& key_padding,
-                     const MaybeTensor& seed, double dropout_p, bool is_causal, bool bottom_right,
-                     std::optional<double> scale) {
-  describe(p, query, key, value, mask, key_padding, seed, dropout_p, is_causal, bottom_right,
-           scale);
+inline void describe(ff::Attention& p, const AttentionInputs& in) {
+  describe_batched(p, in);
+  STD_TORCH_CHECK(in.enable_gqa || p.heads == p.kv_heads || p.kv_heads == 1,
+                  "fastfusion: more query heads than key heads need enable_gqa");
+}
+
+inline void describe(ff::Bidirectional& p, const BidirectionalInputs& in) {
+  describe_batched(p, in);
   STD_TORCH_CHECK(p.heads == p.kv_heads, "fastfusion: key must have the heads of query");
+  const Tensor& query_value = in.query_value;
   STD_TORCH_CHECK(query_value.dim() == 4 && query_value.size(0) == p.batch &&
                       query_value.size(1) == p.heads && query_value.size(2) == p.q_len &&
-                      is_here(query_value, query) &&
-                      query_value.scalar_type() == query.scalar_type(),
+                      is_here(query_value, in.query) &&
+                      query_value.scalar_type() == in.query.scalar_type(),
                   "fastfusion: query_value does not fit");
   p.query_value_dim = query_value.size(3);
   p.query_value = view(query_value);
-  if (query_padding) {
-    p.query_padding = padding_data(*query_padding, p.batch, p.q_len, query);
-    p.query_padding_batch = query_padding->stride(0);
-    p.query_padding_column = query_padding->stride(1);
+  if (in.query_padding_mask) {
+    p.query_padding = padding_data(*in.query_padding_mask, p.batch, p.q_len, in.query);
+    p.query_padding_batch = in.query_padding_mask->stride(0);
+    p.query_padding_column = in.query_padding_mask->stride(1);
   }
 }
 
-struct Results {
+// The outputs of a call that is described; `lse` where it is wanted.
+inline Tensor make_out(ff::AttentionForward& p, const Tensor& query, Tensor* lse) {
+  Tensor out = empty_rows_outside(p.batch, p.heads, p.q_len, p.value_dim, kind_of(query));
+  p.out = mutable_view(out);
+  if (lse) {
+    const int64_t sizes[] = {p.batch, p.heads, p.q_len};
+    *lse = empty_contiguous(3, sizes, float32_beside(query));
+    p.lse = mutable_lse(*lse);
+  }
+  return out;
+}
+
+struct Outputs {
   Tensor out_q, out_k, lse_q, lse_k;
 };
 
-// The outputs of a call that is described.
-inline Results make_results(ff::BidirectionalForward& p, const Tensor& query, bool lse) {
+inline Outputs make_outputs(ff::BidirectionalForward& p, const Tensor& query, bool lse) {
   const Kind kind = kind_of(query);
-  Results r;
+  Outputs r;
   r.out_q = empty_rows_outside(p.batch, p.heads, p.q_len, p.value_dim, kind);
   r.out_k = empty_rows_outside(p.batch, p.heads, p.kv_len, p.query_value_dim, kind);
   p.out_q = mutable_view(r.out_q), p.out_k = mutable_view(r.out_k);

@@ -51,10 +51,8 @@ struct Packing {
   Scores scores(int64_t heads) const { return {{count(), heads, max_q, max_k}}; }
 };
 
-Packing describe(ff::Attention& p, const Tensor& query, const Tensor& key, const Tensor& value,
-                 const MaybeTensor& mask, const Tensor& q_offsets, const Tensor& kv_offsets,
-                 int64_t max_q, int64_t max_k, const MaybeTensor& seed, double dropout_p,
-                 bool is_causal, bool bottom_right, std::optional<double> scale) {
+Packing describe(ff::Attention& p, const VarlenInputs& in) {
+  const Tensor &query = in.query, &key = in.key, &value = in.value;
   STD_TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3,
                   "fastfusion: query, key and value must be 3-D");
   p.batch = 1, p.heads = query.size(1), p.kv_heads = key.size(1);
@@ -63,14 +61,15 @@ Packing describe(ff::Attention& p, const Tensor& query, const Tensor& key, const
   STD_TORCH_CHECK(
       value.size(0) == p.kv_len && value.size(1) == p.kv_heads && key.size(2) == p.head_dim,
       "fastfusion: the shapes of query, key and value do not fit");
-  describe_kind(p, query, key, value);
+  describe_kind(p, in);
   p.query = packed_view(query), p.key = packed_view(key), p.value = packed_view(value);
-  describe_numbers(p, seed, dropout_p, is_causal, bottom_right, scale);
-  Packing packing{offsets_of(q_offsets, p.q_len, max_q), offsets_of(kv_offsets, p.kv_len, max_k),
-                  max_q, max_k, bottom_right};
+  describe_options(p, in);
+  Packing packing{offsets_of(in.cu_seqlens_q, p.q_len, in.max_seqlen_q),
+                  offsets_of(in.cu_seqlens_k, p.kv_len, in.max_seqlen_k), in.max_seqlen_q,
+                  in.max_seqlen_k, in.bottom_right};
   STD_TORCH_CHECK(packing.q.size() == packing.kv.size(),
                   "fastfusion: cu_seqlens_q and cu_seqlens_k differ in length");
-  describe_mask(p, query, mask, packing.scores(p.heads).sizes);
+  describe_mask(p, query, in.attn_mask, packing.scores(p.heads).sizes);
   return packing;
 }
 
@@ -85,18 +84,14 @@ Tensor like(const Tensor& rows, int64_t dim, const std::vector<int64_t>& offsets
   return made;
 }
 
-Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
-               const Tensor& q_offsets, const Tensor& kv_offsets, int64_t max_q, int64_t max_k,
-               const MaybeTensor& seed, double dropout_p, bool is_causal, bool bottom_right,
-               std::optional<double> scale, Tensor* lse) {
+Tensor forward(const VarlenInputs& in, Tensor* lse) {
   ff::AttentionForward p;
-  const Packing packing = describe(p, query, key, value, mask, q_offsets, kv_offsets, max_q, max_k,
-                                   seed, dropout_p, is_causal, bottom_right, scale);
-  Tensor out = like(query, p.value_dim, packing.q);
+  const Packing packing = describe(p, in);
+  Tensor out = like(in.query, p.value_dim, packing.q);
   p.out = packed_output(out);
   if (lse) {
     const int64_t sizes[] = {p.q_len, p.heads};
-    *lse = empty_contiguous(2, sizes, float32_beside(query));
+    *lse = empty_contiguous(2, sizes, float32_beside(in.query));
     auto* data = static_cast<float*>(lse->mutable_data_ptr());
     p.lse = {data, 0, lse->stride(1), lse->stride(0)};
     std::fill(data + packing.q.back() * p.heads, data + p.q_len * p.heads, -INFINITY);
@@ -105,39 +100,25 @@ Tensor forward(const Tensor& query, const Tensor& key, const Tensor& value, cons
   return out;
 }
 
-Tensor varlen_out(const Tensor& query, const Tensor& key, const Tensor& value, MaybeTensor mask,
-                  const Tensor& q_offsets, const Tensor& kv_offsets, int64_t max_q, int64_t max_k,
-                  MaybeTensor seed, double dropout_p, bool is_causal, bool bottom_right,
-                  std::optional<double> scale) {
-  return forward(query, key, value, mask, q_offsets, kv_offsets, max_q, max_k, seed, dropout_p,
-                 is_causal, bottom_right, scale, nullptr);
-}
+Tensor varlen_out(const VarlenInputs& in) { return forward(in, nullptr); }
 
-std::tuple<Tensor, Tensor> varlen_forward(const Tensor& query, const Tensor& key,
-                                          const Tensor& value, MaybeTensor mask,
-                                          const Tensor& q_offsets, const Tensor& kv_offsets,
-                                          int64_t max_q, int64_t max_k, MaybeTensor seed,
-                                          double dropout_p, bool is_causal, bool bottom_right,
-                                          std::optional<double> scale) {
+std::tuple<Tensor, Tensor> varlen_forward(const VarlenInputs& in) {
   Tensor lse;
-  Tensor out = forward(query, key, value, mask, q_offsets, kv_offsets, max_q, max_k, seed,
-                       dropout_p, is_causal, bottom_right, scale, &lse);
+  Tensor out = forward(in, &lse);
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_backward(
-    MaybeTensor grad_out, MaybeTensor grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, MaybeTensor mask, const Tensor& q_offsets, const Tensor& kv_offsets,
-    int64_t max_q, int64_t max_k, MaybeTensor seed, double dropout_p, bool is_causal,
-    bool bottom_right, std::optional<double> scale, bool mask_gradient) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_backward(const Gradients<2>& gradients,
+                                                           const VarlenInputs& in,
+                                                           bool mask_gradient) {
   ff::AttentionBackward p;
-  const Packing packing = describe(p, query, key, value, mask, q_offsets, kv_offsets, max_q, max_k,
-                                   seed, dropout_p, is_causal, bottom_right, scale);
-  Tensor grad = like(query, p.value_dim, packing.q);
+  const Packing packing = describe(p, in);
+  const MaybeTensor &grad_out = gradients[0], &grad_lse = gradients[1];
+  Tensor grad = like(in.query, p.value_dim, packing.q);
   if (grad_out) {
     STD_TORCH_CHECK(grad_out->dim() == 3 && grad_out->is_cpu() && grad_out->size(0) == p.q_len &&
                         grad_out->size(1) == p.heads && grad_out->size(2) == p.value_dim &&
-                        grad_out->scalar_type() == query.scalar_type(),
+                        grad_out->scalar_type() == in.query.scalar_type(),
                     "fastfusion: grad_out does not fit");
     grad = *grad_out;
   } else {
@@ -152,35 +133,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_backward(
     p.grad_lse = {static_cast<const float*>(grad_lse->const_data_ptr()), 0, grad_lse->stride(1),
                   grad_lse->stride(0)};
   }
-  Tensor grad_query = like(query, p.head_dim, packing.q);
-  Tensor grad_key = like(key, p.head_dim, packing.kv);
-  Tensor grad_value = like(value, p.value_dim, packing.kv);
+  Tensor grad_query = like(in.query, p.head_dim, packing.q);
+  Tensor grad_key = like(in.key, p.head_dim, packing.kv);
+  Tensor grad_value = like(in.value, p.value_dim, packing.kv);
   p.grad_query = packed_output(grad_query), p.grad_key = packed_output(grad_key);
   p.grad_value = packed_output(grad_value);
-  MaskGradientTensor grad_mask(p, packing.scores(p.heads).sizes, mask, mask_gradient,
-                               kind_of(query), p.grad_mask);
+  MaskGradientTensor grad_mask(p, packing.scores(p.heads).sizes, in.attn_mask, mask_gradient,
+                               kind_of(in.query), p.grad_mask);
   run(p, [&] { ff::varlen_backward(p, packing.sequences(), parallel_for); });
   return {grad_query, grad_key, grad_value, grad_mask.tensor()};
 }
 
-#define FF_INPUTS                                                                                  \
-  "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor cu_seqlens_q, "               \
-  "Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? seed, float dropout_p, " \
-  "bool is_causal, bool bottom_right, float? scale"
+constexpr Op kOps[] = {
+    op<varlen_forward>("varlen"),
+    op<varlen_forward>("varlen_forward"),
+    op<varlen_out>("varlen_out"),
+    op<varlen_backward>("varlen_backward"),
+};
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) {
-  m.def("varlen(" FF_INPUTS ") -> (Tensor, Tensor)");
-  m.def("varlen_forward(" FF_INPUTS ") -> (Tensor, Tensor)");
-  m.def("varlen_out(" FF_INPUTS ") -> Tensor");
-  m.def("varlen_backward(Tensor? grad_0, Tensor? grad_1, " FF_INPUTS
-        ", bool mask_gradient) -> (Tensor, Tensor, Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) { define(m, kOps); }
 
-STABLE_TORCH_LIBRARY_IMPL(fastfusion, CPU, m) {
-  m.impl("varlen", TORCH_BOX(&varlen_forward));
-  m.impl("varlen_forward", TORCH_BOX(&varlen_forward));
-  m.impl("varlen_out", TORCH_BOX(&varlen_out));
-  m.impl("varlen_backward", TORCH_BOX(&varlen_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastfusion, CPU, m) { implement(m, kOps); }
 
 }  // namespace

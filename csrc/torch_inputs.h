@@ -1,0 +1,57 @@
+// The inputs of the attention ops, in the order of their schemas. This is the only list of them in
+// C++: a new argument is a line here, and the code that reads it.
+#pragma once
+
+#include "torch_op.h"
+
+namespace {
+
+struct AttentionInputs {
+  Arguments& from;
+  Tensor query = from.tensor("query");
+  Tensor key = from.tensor("key");
+  Tensor value = from.tensor("value");
+  MaybeTensor attn_mask = from.maybe_tensor("attn_mask");
+  MaybeTensor key_padding_mask = from.maybe_tensor("key_padding_mask");
+  MaybeTensor seed = from.maybe_tensor("seed");
+  double dropout_p = from.number("dropout_p");
+  bool is_causal = from.flag("is_causal");
+  bool bottom_right = from.flag("bottom_right");
+  std::optional<double> scale = from.maybe_number("scale");
+  bool enable_gqa = from.flag("enable_gqa");
+};
+
+struct BidirectionalInputs {
+  Arguments& from;
+  Tensor query = from.tensor("query");
+  Tensor key = from.tensor("key");
+  Tensor value = from.tensor("value");
+  Tensor query_value = from.tensor("query_value");
+  MaybeTensor attn_mask = from.maybe_tensor("attn_mask");
+  MaybeTensor query_padding_mask = from.maybe_tensor("query_padding_mask");
+  MaybeTensor key_padding_mask = from.maybe_tensor("key_padding_mask");
+  MaybeTensor seed = from.maybe_tensor("seed");
+  double dropout_p = from.number("dropout_p");
+  bool is_causal = from.flag("is_causal");
+  bool bottom_right = from.flag("bottom_right");
+  std::optional<double> scale = from.maybe_number("scale");
+};
+
+struct VarlenInputs {
+  Arguments& from;
+  Tensor query = from.tensor("query");
+  Tensor key = from.tensor("key");
+  Tensor value = from.tensor("value");
+  MaybeTensor attn_mask = from.maybe_tensor("attn_mask");
+  Tensor cu_seqlens_q = from.tensor("cu_seqlens_q");
+  Tensor cu_seqlens_k = from.tensor("cu_seqlens_k");
+  int64_t max_seqlen_q = from.length("max_seqlen_q");
+  int64_t max_seqlen_k = from.length("max_seqlen_k");
+  MaybeTensor seed = from.maybe_tensor("seed");
+  double dropout_p = from.number("dropout_p");
+  bool is_causal = from.flag("is_causal");
+  bool bottom_right = from.flag("bottom_right");
+  std::optional<double> scale = from.maybe_number("scale");
+};
+
+}  // namespace

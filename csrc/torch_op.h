@@ -1,0 +1,163 @@
+// How a function of the inputs of an op becomes an op of torch, over its stable ABI (torch
+// >= 2.11).
+//
+// The inputs are a struct (torch_inputs.h) whose members name themselves as they are read. Reading
+// them from torch's stack makes a call; the same reading, of nothing, writes the schema:
+//
+//     struct Inputs {                                     "(Tensor query, float? scale)"
+//       Arguments& from;
+//       Tensor query = from.tensor("query");
+//       std::optional<double> scale = from.maybe_number("scale");
+//     };
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// The arguments of an op, one after the other: of a call, or of none, as text.
+class Arguments {
+ public:
+  // Takes what a call has put there, which is to be taken once.
+  explicit Arguments(StableIValue* stack) : next_(stack) {}
+  // Appends types and names, and gives values without meaning.
+  explicit Arguments(std::string* schema) : schema_(schema) {}
+
+  Tensor tensor(const char* name) { return take<Tensor>("Tensor", name); }
+  MaybeTensor maybe_tensor(const char* name) { return take<MaybeTensor>("Tensor?", name); }
+  bool flag(const char* name) { return take<bool>("bool", name); }
+  double number(const char* name) { return take<double>("float", name); }
+  std::optional<double> maybe_number(const char* name) {
+    return take<std::optional<double>>("float?", name);
+  }
+  // An integer that a traced program may compute from shapes.
+  int64_t length(const char* name) { return take<int64_t>("SymInt", name); }
+
+  // grad_0, grad_1, ...
+  template <size_t kCount>
+  std::array<MaybeTensor, kCount> gradients() {
+    static_assert(kCount <= 4);
+    constexpr const char* kNames[] = {"grad_0", "grad_1", "grad_2", "grad_3"};
+    std::array<MaybeTensor, kCount> taken;
+    for (size_t i = 0; i < kCount; ++i) taken[i] = maybe_tensor(kNames[i]);
+    return taken;
+  }
+
+ private:
+  template <class T>
+  T take(const char* type, const char* name) {
+    if (next_) return torch::stable::detail::to<T>(*next_++);
+    *schema_ += (schema_->empty() ? "" : ", ") + std::string(type) + " " + name;
+    return T();
+  }
+
+  StableIValue* next_ = nullptr;
+  std::string* schema_ = nullptr;
+};
+
+// Gradients of the outputs of an op; none where nothing depends on an output.
+template <size_t kOutputs>
+struct Gradients {
+  Arguments& from;
+  std::array<MaybeTensor, kOutputs> of = from.gradients<kOutputs>();
+
+  const MaybeTensor& operator[](size_t output) const { return of[output]; }
+};
+
+// What an op returns, as text and onto the stack.
+
+inline std::string text(const Tensor*) { return "Tensor"; }
+inline std::string text(const std::string*) { return "str"; }
+
+template <class... T>
+std::string text(const std::tuple<T...>*) {
+  std::string all;
+  ((all += (all.empty() ? "" : ", ") + text(static_cast<const T*>(nullptr))), ...);
+  return "(" + all + ")";
+}
+
+template <class T>
+void put(StableIValue* stack, const T& result) {
+  *stack = torch::stable::detail::from(result);
+}
+
+template <class... T>
+void put(StableIValue* stack, const std::tuple<T...>& results) {
+  std::apply([&](const T&... each) { (put(stack++, each), ...); }, results);
+}
+
+// A kernel's arguments, read in the order of its parameters.
+template <auto kKernel>
+struct Call;
+
+template <class Result_, class Inputs, Result_ (*kKernel)(const Inputs&)>
+struct Call<kKernel> {
+  using Result = Result_;
+  Arguments& from;
+  Inputs inputs{from};
+
+  Result run() const { return kKernel(inputs); }
+};
+
+template <class Result_, size_t kOutputs, class Inputs,
+          Result_ (*kKernel)(const Gradients<kOutputs>&, const Inputs&, bool)>
+struct Call<kKernel> {
+  using Result = Result_;
+  Arguments& from;
+  Gradients<kOutputs> gradients{from};
+  Inputs inputs{from};
+  bool mask_gradient = from.flag("mask_gradient");
+
+  Result run() const { return kKernel(gradients, inputs, mask_gradient); }
+};
+
+struct Op {
+  const char* name;
+  std::string (*signature)();
+  void (*run)(StableIValue* stack, uint64_t inputs, uint64_t outputs);
+};
+
+template <auto kKernel>
+std::string signature() {
+  std::string inputs;
+  Arguments arguments(&inputs);
+  Call<kKernel>{arguments};
+  return "(" + inputs + ") -> " + text(static_cast<typename Call<kKernel>::Result*>(nullptr));
+}
+
+template <auto kKernel>
+void run_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  put(stack, Call<kKernel>{arguments}.run());
+}
+
+// The op `name` of a kernel: Result f(const Inputs&), or, of a backward,
+// Result f(const Gradients<outputs>&, const Inputs&, bool mask_gradient).
+template <auto kKernel>
+constexpr Op op(const char* name) {
+  return {name, signature<kKernel>, run_boxed<kKernel>};
+}
+
+using Library = torch::stable::detail::StableLibrary;
+
+template <class Ops>
+void define(Library& library, const Ops& ops) {
+  for (const Op& op : ops) library.def((op.name + op.signature()).c_str());
+}
+
+template <class Ops>
+void implement(Library& library, const Ops& ops) {
+  for (const Op& op : ops) library.impl(op.name, op.run);
+}
+
+}  // namespace
