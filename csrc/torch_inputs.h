@@ -45,9 +45,9 @@ struct VarlenInputs {
   MaybeTensor attn_mask = from.maybe_tensor("attn_mask");
   Tensor cu_seqlens_q = from.tensor("cu_seqlens_q");
   Tensor cu_seqlens_k = from.tensor("cu_seqlens_k");
+  MaybeTensor seed = from.maybe_tensor("seed");
   int64_t max_seqlen_q = from.length("max_seqlen_q");
   int64_t max_seqlen_k = from.length("max_seqlen_k");
-  MaybeTensor seed = from.maybe_tensor("seed");
   double dropout_p = from.number("dropout_p");
   bool is_causal = from.flag("is_causal");
   bool bottom_right = from.flag("bottom_right");
