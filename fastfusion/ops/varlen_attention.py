@@ -403,7 +403,7 @@ DEFINITION = Definition(
 )  # fmt: skip
 _CPU = cpu.torch_op(DEFINITION)
 _TRITON = triton.torch_op(
-    DEFINITION, forward="varlen:varlen_forward", backward="varlen:varlen_backward"
+    DEFINITION, forward="varlen.forward:varlen_forward", backward="varlen.backward:varlen_backward"
 )
 
 

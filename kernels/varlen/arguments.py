@@ -36,9 +36,9 @@ def common_options(call: Any, query: Tensor, key: Tensor, value: Tensor) -> dict
         "k_offsets_step": k_offsets.stride(0), **run_time, **compile_time,
         "mask_rows": sizes[2] if masked else 0, "mask_columns": sizes[3] if masked else 0,
         "bottom_right": int(call.bottom_right), **token_strides(q=query, k=key, v=value),
-        "heads": heads, "group": heads // key.shape[1], "sequences": sequences, "q_total": query.shape[0],
-        "k_total": key.shape[0], "DIM": dim, "WIDTH": width(dim), "VALUE_DIM": value_dim,
-        "VALUE_WIDTH": width(value_dim),
+        "heads": heads, "group": heads // key.shape[1], "sequences": sequences,
+        "q_total": query.shape[0], "k_total": key.shape[0], "DIM": dim, "WIDTH": width(dim),
+        "VALUE_DIM": value_dim, "VALUE_WIDTH": width(value_dim),
     }  # fmt: skip
 
 
