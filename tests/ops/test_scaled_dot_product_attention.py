@@ -118,7 +118,7 @@ CASES = [
          {"dropout_p": 0.3}, hide_all_of_one),
     Case("dropout_all", "p = 1 drops everything", shape(5, 9), {"dropout_p": 1.0}),
     Case("one_sign", "long sums of one sign", shape(
-        3, 4500, 8, batch=1, heads=6), edit=one_sign),
+        3, 4500, 8, batch=1, heads=6), edit=one_sign, in_triton={"heads": 2}),
     Case("no_queries", "empty", shape(0, 7)),
     Case("no_keys", "empty: 0 and -inf", shape(7, 0)),
     Case("no_batch", "empty", shape(7, 5, batch=0)),
@@ -203,7 +203,7 @@ class TestScaledDotProductAttention(OpSuite):
         """Terms of one sign from thousands of rows of several heads, added to few gradients: a
         single float32 chain errs by ten times the plain formula."""
         target = differentiable_target
-        batch, heads, length = (1, 4, 2048) if target.interpreted else (2, 8, 4096)
+        batch, heads, length = (1, 2, 1024) if target.interpreted else (2, 8, 4096)
         query, weight = torch.rand(2, batch, heads, length, 8)
         key = torch.rand(batch, 1, 40, 8)
         sizes = {"keys": (40,), "one": (1, 1), "entries": (batch, 1, 1, 40), "heads": (heads, 1, 1)}
