@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu")
     parser.addoption("--emulated", type=Path, metavar="FILE")
     # tests/ops/test_random_calls.py
-    parser.addoption("--random-seconds", type=float, default=5.0, metavar="S")
+    parser.addoption("--random-seconds", type=float, default=3.3, metavar="S")
     parser.addoption("--random-example", metavar="OP:TARGET:INDEX")
 
 
