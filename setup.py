@@ -73,7 +73,7 @@ COMPILE_FLAGS = [
 ]
 LINK_FLAGS = ["-shared", "-Wl,-rpath,$ORIGIN"]
 COMPLETE = "-Wl,--no-undefined"
-CUDA_OPS = "torch_cuda*.cpp"  # the front ends that are not part of _torch_ops.so
+CUDA_OPS = "cuda*.cpp"  # the front ends that are not part of _torch_ops.so
 TORCH_FLAGS = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
 # Binaries are not portable to Tegra (87, 110), nor from one generation to the next, of which 10 and
@@ -186,7 +186,7 @@ def cuda_sources() -> list[str]:
 
 def cuda_ops() -> list[str]:
     """Their front ends."""
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(CUDA_OPS))
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/torch").glob(CUDA_OPS))
 
 
 def isa_flags() -> dict[str, str]:
@@ -359,8 +359,8 @@ def write_ninja(
     )
 
     torch_ops = [
-        ninja.compile(f"csrc/{source.name}", torch_flags(torch))
-        for source in sorted((ROOT / "csrc").glob("torch_*.cpp"))
+        ninja.compile(f"csrc/torch/{source.name}", torch_flags(torch))
+        for source in sorted((ROOT / "csrc/torch").glob("*.cpp"))
         if not source.match(CUDA_OPS)
     ]
     ninja.link(package / "_torch_ops.so", [*torch_ops, cpu], [COMPLETE], torch_libraries(torch))

@@ -204,7 +204,7 @@ def test_second_build_compiles_only_what_changed(source: Path, compiler: Compile
 
     everything = build()
     assert record(source / "fastfusion")["cpu"] is None
-    assert {"csrc/torch_attention.cpp", "csrc/python.cpp", "csrc/cpu/dispatch.cpp"} <= everything
+    assert {"csrc/torch/attention.cpp", "csrc/python.cpp", "csrc/cpu/dispatch.cpp"} <= everything
     assert (source / "fastfusion/_torch_ops.so").exists()
     assert build() == set()
     changed = source / "csrc/python.cpp"
@@ -232,7 +232,7 @@ def test_each_isa_is_compiled_with_its_own_flags(source: Path, compiler: Compile
         assert {"-mavx2", "-mfma"} <= flags["isa_avx2.cpp"]
         assert {"-mavx512f", "-mavx512bw"} <= flags["isa_avx512.cpp"]
         assert "-mavx512f" not in flags["isa_avx2.cpp"]
-    for unit in ("isa_scalar.cpp", "dispatch.cpp", "csrc/torch_attention.cpp", "csrc/python.cpp"):
+    for unit in ("isa_scalar.cpp", "dispatch.cpp", "csrc/torch/attention.cpp", "csrc/python.cpp"):
         assert not [flag for flag in flags[unit] if flag.startswith("-m")]
     assert "isa_of_another_machine.cpp" not in flags
     assert all("-ffp-contract=off" in unit for unit in flags.values())
@@ -278,10 +278,10 @@ def test_cuda_kernels_on_request(
     assert record(source / "fastfusion") == {"cpu": None, "cuda": None}
     assert build_cuda(source, compiler).stdout == ""
     assert compiler.compiled() == set()
-    changed = source / "csrc/torch_cuda.cpp"
+    changed = source / "csrc/torch/cuda.cpp"
     changed.write_text(changed.read_text() + "\n")
     build_cuda(source, compiler)
-    assert compiler.compiled() == {"csrc/torch_cuda.cpp"}
+    assert compiler.compiled() == {"csrc/torch/cuda.cpp"}
 
 
 def generated(unit: str) -> list[str]:

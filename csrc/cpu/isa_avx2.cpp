@@ -1,4 +1,4 @@
-#include "simd/avx2.h"
+#include "cpu/simd/avx2.h"
 
 #include "table.h"
 

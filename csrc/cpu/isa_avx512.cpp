@@ -1,4 +1,4 @@
-#include "simd/avx512.h"
+#include "cpu/simd/avx512.h"
 
 #include "table.h"
 

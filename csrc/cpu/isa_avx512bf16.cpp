@@ -1,4 +1,4 @@
-#include "simd/avx512bf16.h"
+#include "cpu/simd/avx512bf16.h"
 
 #include "operands_bfloat16.h"
 #include "table.h"

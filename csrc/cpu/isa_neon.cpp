@@ -1,4 +1,4 @@
-#include "simd/neon.h"
+#include "cpu/simd/neon.h"
 
 #include "table.h"
 

@@ -1,4 +1,4 @@
-#include "simd/neonbf16.h"
+#include "cpu/simd/neonbf16.h"
 
 #include "operands_bfloat16.h"
 #include "table.h"

@@ -1,4 +1,4 @@
-#include "simd/generic.h"
+#include "cpu/simd/generic.h"
 
 #include "table.h"
 

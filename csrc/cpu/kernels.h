@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../calls.h"
+#include "calls.h"
 
 #define FF_EXPORT __attribute__((visibility("default")))
 

@@ -5,7 +5,7 @@
 // which is at most half of the traffic, so that shared memory does not grow with the head dim.
 #pragma once
 
-#include "../calls.h"
+#include "calls.h"
 #include "device.h"
 #include "diagonal.h"
 

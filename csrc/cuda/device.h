@@ -28,5 +28,5 @@
 #ifdef __CUDACC__
 #include "device_ptx.h"
 #else
-#include "../emulate/device.h"
+#include "emulate/device.h"
 #endif

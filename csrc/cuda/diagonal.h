@@ -1,7 +1,7 @@
 // What a causal call hides from a block of queries.
 #pragma once
 
-#include "../calls.h"
+#include "calls.h"
 #include "device.h"
 
 namespace ff::cuda {

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "../calls.h"
+#include "calls.h"
 
 #ifdef FF_CUDA_EMULATED
 #define FF_CUDA_EXPORT

@@ -6,7 +6,7 @@
 
 #include <cstddef>
 
-#include "../calls.h"
+#include "calls.h"
 #include "device.h"
 #include "diagonal.h"
 

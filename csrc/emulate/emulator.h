@@ -5,7 +5,7 @@
 #include <mutex>
 #include <source_location>
 
-#include "../cuda/launch.h"
+#include "cuda/launch.h"
 #include "options.h"
 
 namespace ff::cuda::emulation {

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "fibers.h"
-#include "../cuda/launch.h"
+#include "cuda/launch.h"
 
 namespace ff::cuda::emulation {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../../calls.h"
+#include "calls.h"
 
 namespace ff {
 namespace {

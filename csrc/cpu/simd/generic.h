@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../../calls.h"
-#include "../bfloat16.h"
+#include "calls.h"
+#include "cpu/bfloat16.h"
 
 namespace ff {
 namespace {

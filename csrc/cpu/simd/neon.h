@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../../calls.h"
+#include "calls.h"
 
 namespace ff {
 namespace {

@@ -1,6 +1,6 @@
 // varlen_attention as torch ops.
 
-#include "torch_cpu.h"
+#include "cpu_calls.h"
 
 namespace {
 

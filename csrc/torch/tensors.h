@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "calls.h"
-#include "torch_inputs.h"
+#include "inputs.h"
 
 namespace {
 

@@ -1,10 +1,10 @@
-// What the torch front ends of the CPU kernels share beside torch_tensors.h.
+// What the torch front ends of the CPU kernels share beside tensors.h.
 #pragma once
 
 #include <cstring>
 
 #include "cpu/kernels.h"
-#include "torch_tensors.h"
+#include "tensors.h"
 
 namespace {
 

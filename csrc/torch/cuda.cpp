@@ -1,6 +1,6 @@
 // The CUDA kernels as torch ops: a library of its own, which needs a CUDA build of torch.
 
-#include "torch_cuda.h"
+#include "cuda_calls.h"
 
 #include <list>
 

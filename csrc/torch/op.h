@@ -1,7 +1,7 @@
 // How a function of the inputs of an op becomes an op of torch, over its stable ABI (torch
 // >= 2.11).
 //
-// The inputs are a struct (torch_inputs.h) whose members name themselves as they are read. Reading
+// The inputs are a struct (inputs.h) whose members name themselves as they are read. Reading
 // them from torch's stack makes a call; the same reading, of nothing, writes the schema:
 //
 //     struct Inputs {                                     "(Tensor query, float? scale)"

@@ -2,7 +2,7 @@
 // C++: a new argument is a line here, and the code that reads it.
 #pragma once
 
-#include "torch_op.h"
+#include "op.h"
 
 namespace {
 

@@ -9,7 +9,7 @@
 #define FF_TORCH_CUDA
 #define USE_CUDA  // declares aoti_torch_get_current_cuda_stream
 #endif
-#include "torch_tensors.h"
+#include "tensors.h"
 
 #include "cuda/launchers.h"
 

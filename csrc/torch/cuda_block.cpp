@@ -1,6 +1,6 @@
-// The fused cross-modal block as a torch op, beside those of torch_cuda.cpp.
+// The fused cross-modal block as a torch op, beside those of cuda.cpp.
 
-#include "torch_cuda.h"
+#include "cuda_calls.h"
 
 #include <list>
 
