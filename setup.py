@@ -48,7 +48,7 @@ QUIET = "-Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option
 
 AVX512 = f"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c {QUIET}"
 
-# csrc/cpu/isa_<name>.cpp is compiled with the flags of its row, slowest ISA first. A row whose file
+# csrc/cpu/isa/<name>.cpp is compiled with the flags of its row, slowest ISA first. A row whose file
 # does not exist is left out.
 ISA_FLAGS = {
     "x86_64": {
@@ -193,8 +193,17 @@ def isa_flags() -> dict[str, str]:
     """The rows of ISA_FLAGS for this machine's architecture whose source exists."""
     rows = ISA_FLAGS.get(platform.machine(), {"scalar": ""})
     return {
-        isa: flags for isa, flags in rows.items() if (ROOT / f"csrc/cpu/isa_{isa}.cpp").exists()
+        isa: flags for isa, flags in rows.items() if (ROOT / f"csrc/cpu/isa/{isa}.cpp").exists()
     }
+
+
+def cpu_sources(isas: dict[str, str]) -> dict[str, list[str]]:
+    """The sources of the CPU kernels, each with its flags beside those that all have."""
+    sources = {f"csrc/cpu/isa/{isa}.cpp": shlex.split(flags) for isa, flags in isas.items()}
+    for path in (ROOT / "csrc/cpu").rglob("*.cpp"):
+        if path.parent.name != "isa":
+            sources[str(path.relative_to(ROOT))] = []
+    return dict(sorted(sources.items()))
 
 
 def quote(arguments: list[str]) -> str:
@@ -346,11 +355,7 @@ def write_ninja(
     torch = torch_folder()
     ninja = NinjaFile(compiler, temp, nvcc)
 
-    flags = {f"isa_{isa}": shlex.split(line) for isa, line in isa_flags().items()}
-    for source in (ROOT / "csrc/cpu").glob("*.cpp"):
-        if not source.stem.startswith("isa_"):
-            flags[source.stem] = []
-    kernels = [ninja.compile(f"csrc/cpu/{stem}.cpp", flags[stem]) for stem in sorted(flags)]
+    kernels = [ninja.compile(*source) for source in cpu_sources(isa_flags()).items()]
     cpu = ninja.link(
         package / "libfastfusion_cpu.so",
         kernels,

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/api.h"
 
 namespace py = pybind11;
 

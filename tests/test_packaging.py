@@ -37,7 +37,7 @@ if "-c" in arguments:
     source = arguments[arguments.index("-c") + 1]
     if "FAIL" in pathlib.Path(source).read_text():
         sys.exit(source + ": error: this is no C++")
-    depfile.write_text(f"{{target}}: {{source}} csrc/cpu/kernels.h\\n")
+    depfile.write_text(f"{{target}}: {{source}} csrc/cpu/api.h\\n")
 """
 
 
@@ -211,14 +211,14 @@ def test_second_build_compiles_only_what_changed(source: Path, compiler: Compile
     changed.write_text(changed.read_text() + "\n")
     assert build() == {"csrc/python.cpp"}
     # The fake compiler names this header in every depfile.
-    (source / "csrc/cpu/kernels.h").touch()
+    (source / "csrc/cpu/api.h").touch()
     assert build() == everything
 
 
 def test_each_isa_is_compiled_with_its_own_flags(source: Path, compiler: Compiler) -> None:
     for name in ("scalar", "avx2", "avx512"):
-        (source / f"csrc/cpu/isa_{name}.cpp").write_text("")
-    (source / "csrc/cpu/isa_of_another_machine.cpp").write_text("")
+        (source / f"csrc/cpu/isa/{name}.cpp").write_text("")
+    (source / "csrc/cpu/isa/of_another_machine.cpp").write_text("")
     result = run(source, "setup.py", "build_ext", "--inplace", cxx=str(compiler.path))
     assert result.returncode == 0, result.stdout + result.stderr
     lines = compiler.commands()
@@ -229,12 +229,12 @@ def test_each_isa_is_compiled_with_its_own_flags(source: Path, compiler: Compile
     }
     machine = os.uname().machine
     if machine == "x86_64":
-        assert {"-mavx2", "-mfma"} <= flags["isa_avx2.cpp"]
-        assert {"-mavx512f", "-mavx512bw"} <= flags["isa_avx512.cpp"]
-        assert "-mavx512f" not in flags["isa_avx2.cpp"]
-    for unit in ("isa_scalar.cpp", "dispatch.cpp", "csrc/torch/attention.cpp", "csrc/python.cpp"):
+        assert {"-mavx2", "-mfma"} <= flags["isa/avx2.cpp"]
+        assert {"-mavx512f", "-mavx512bw"} <= flags["isa/avx512.cpp"]
+        assert "-mavx512f" not in flags["isa/avx2.cpp"]
+    for unit in ("isa/scalar.cpp", "dispatch.cpp", "csrc/torch/attention.cpp", "csrc/python.cpp"):
         assert not [flag for flag in flags[unit] if flag.startswith("-m")]
-    assert "isa_of_another_machine.cpp" not in flags
+    assert "isa/of_another_machine.cpp" not in flags
     assert all("-ffp-contract=off" in unit for unit in flags.values())
     links = [line for line in lines if " -shared " in f" {line} "]
     assert len(links) == 3

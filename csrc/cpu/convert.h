@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "bfloat16.h"
-#include "kernels.h"
+#include "cpu/isa/bfloat16.h"
+#include "api.h"
 
 namespace ff {
 namespace {

@@ -12,7 +12,7 @@
 #include <sys/auxv.h>
 #endif
 
-#include "kernels.h"
+#include "api.h"
 
 namespace ff {
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "kernels.h"
+#include "api.h"
 
 namespace ff {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <initializer_list>
 
-#include "kernels.h"
+#include "api.h"
 
 namespace ff {
 namespace {

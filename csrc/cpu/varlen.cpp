@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels.h"
+#include "api.h"
 
 namespace ff {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "cpu/kernels.h"
+#include "cpu/api.h"
 #include "tensors.h"
 
 namespace {

@@ -8,8 +8,8 @@
 #include <random>
 #include <vector>
 
-#include "cpu/bfloat16.h"
-#include "cpu/kernels.h"
+#include "cpu/isa/bfloat16.h"
+#include "cpu/api.h"
 
 namespace {
 

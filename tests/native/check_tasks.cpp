@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/api.h"
 
 namespace {
 

@@ -35,7 +35,7 @@ def build_check(name: str, compiler: list[str], architecture: str, isa: str, fol
     means the same, and it compiles in a third of the time."""
     header = "generic" if isa == "scalar" else isa
     flags = [*shlex.split(BUILD["ISA_FLAGS"][architecture][isa]), "-O0"]
-    defines = [f'-DFF_SIMD="cpu/simd/{header}.h"', *["-DFF_BFLOAT16"] * isa.endswith("bf16")]
+    defines = [f'-DFF_SIMD="cpu/isa/{header}.h"', *["-DFF_BFLOAT16"] * isa.endswith("bf16")]
     source = str(ROOT / f"tests/native/check_{name}.cpp")
     program = folder / f"check_{name}_{isa}"
     command = [*compiler, *BUILD["COMPILE_FLAGS"], *flags, *defines, source, "-o", str(program)]
@@ -58,16 +58,12 @@ def build(architecture: str, compiler: str) -> Path:
     folder = ROOT / "build/emulated" / architecture
     folder.mkdir(parents=True, exist_ok=True)
     rows = BUILD["ISA_FLAGS"][architecture]
-    sources = {ROOT / f"csrc/cpu/isa_{isa}.cpp": shlex.split(flags) for isa, flags in rows.items()}
-    for path in (ROOT / "csrc/cpu").glob("*.cpp"):
-        if not path.stem.startswith("isa_"):
-            sources[path] = []
-    sources[ROOT / "tests/native/check_kernels.cpp"] = []
+    sources = {**BUILD["cpu_sources"](rows), "tests/native/check_kernels.cpp": []}
 
-    def compile_one(item: tuple[Path, list[str]]) -> Path:
+    def compile_one(item: tuple[str, list[str]]) -> Path:
         source, flags = item
-        target = folder / f"{source.stem}.o"
-        command = [compiler, *BUILD["COMPILE_FLAGS"], *flags, "-c", str(source), "-o", str(target)]
+        target = folder / f"{Path(source).stem}.o"
+        command = [compiler, *BUILD["COMPILE_FLAGS"], *flags, "-c", source, "-o", str(target)]
         subprocess.run(command, cwd=ROOT, check=True)
         return target
 

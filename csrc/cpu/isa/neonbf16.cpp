@@ -1,6 +1,6 @@
-#include "cpu/simd/neonbf16.h"
+#include "neonbf16.h"
 
-#include "operands_bfloat16.h"
+#include "cpu/operands_bfloat16.h"
 #include "table.h"
 
 namespace ff {

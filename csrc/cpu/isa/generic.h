@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "calls.h"
-#include "cpu/bfloat16.h"
+#include "bfloat16.h"
 
 namespace ff {
 namespace {

@@ -1,4 +1,4 @@
-#include "cpu/simd/avx512.h"
+#include "avx512.h"
 
 #include "table.h"
 

@@ -1,4 +1,4 @@
-#include "cpu/simd/avx2.h"
+#include "avx2.h"
 
 #include "table.h"
 

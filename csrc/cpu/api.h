@@ -1,6 +1,6 @@
 // The interface of the CPU kernels.
 //
-// One table of function pointers per instruction set (isa_<name>.cpp); dispatch.cpp picks the
+// One table of function pointers per instruction set (isa/<name>.cpp); dispatch.cpp picks the
 // best one that the machine can run.
 #pragma once
 

@@ -1,4 +1,4 @@
-#include "cpu/simd/generic.h"
+#include "generic.h"
 
 #include "table.h"
 

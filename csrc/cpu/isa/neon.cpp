@@ -1,4 +1,4 @@
-#include "cpu/simd/neon.h"
+#include "neon.h"
 
 #include "table.h"
 

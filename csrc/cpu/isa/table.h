@@ -1,12 +1,12 @@
-// The kernels of an instruction set, for isa_<name>.cpp, which includes a vector type before.
+// The kernels of an instruction set, for <name>.cpp, which includes a vector type before.
 #pragma once
 
-#include "attention.h"
-#include "attention_backward.h"
-#include "bidirectional.h"
-#include "bidirectional_backward.h"
-#include "peak.h"
-#include "pieces.h"
+#include "cpu/attention.h"
+#include "cpu/attention_backward.h"
+#include "cpu/bidirectional.h"
+#include "cpu/bidirectional_backward.h"
+#include "cpu/peak.h"
+#include "cpu/pieces.h"
 
 namespace ff {
 namespace {
