@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "operands.h"
+#include "cpu/gemm/operands.h"
 
 namespace ff {
 namespace {

@@ -6,7 +6,7 @@
 
 #include "checks.h"
 #ifdef FF_BFLOAT16
-#include "cpu/operands_bfloat16.h"
+#include "cpu/gemm/operands_bfloat16.h"
 #endif
 #include "cpu/few.h"
 #include "cpu/outputs.h"

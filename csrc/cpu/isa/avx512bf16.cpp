@@ -1,6 +1,6 @@
 #include "avx512bf16.h"
 
-#include "cpu/operands_bfloat16.h"
+#include "cpu/gemm/operands_bfloat16.h"
 #include "table.h"
 
 namespace ff {

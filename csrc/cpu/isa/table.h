@@ -5,7 +5,7 @@
 #include "cpu/attention_backward.h"
 #include "cpu/bidirectional.h"
 #include "cpu/bidirectional_backward.h"
-#include "cpu/peak.h"
+#include "cpu/gemm/peak.h"
 #include "cpu/pieces.h"
 
 namespace ff {

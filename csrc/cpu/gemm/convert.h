@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "cpu/isa/bfloat16.h"
-#include "api.h"
+#include "cpu/api.h"
 
 namespace ff {
 namespace {

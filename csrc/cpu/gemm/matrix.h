@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "api.h"
+#include "cpu/api.h"
 
 namespace ff {
 namespace {

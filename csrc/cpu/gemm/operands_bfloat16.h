@@ -1,8 +1,8 @@
 // Operands of bfloat16 products: pairs along the summed dimension.
 #pragma once
 
-#include "attention_backward.h"
-#include "softmax.h"
+#include "cpu/attention_backward.h"
+#include "cpu/softmax.h"
 
 namespace ff {
 namespace {

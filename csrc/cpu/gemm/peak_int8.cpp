@@ -1,6 +1,6 @@
 // The most that products of 8-bit integers can do (VPDPBUSD): see peak.h for the other types.
 
-#include "api.h"
+#include "cpu/api.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
