@@ -9,9 +9,9 @@
 //     m' = max(m, max_j S)   O = O * exp(m - m') + exp(S - m') V   l = l * exp(m - m') + sum_j ...
 #pragma once
 
-#include "dropout.h"
+#include "cpu/softmax/dropout.h"
 #include "few.h"
-#include "outputs.h"
+#include "cpu/softmax/outputs.h"
 #include "panels.h"
 #include "rest.h"
 #include "task.h"

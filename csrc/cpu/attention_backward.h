@@ -19,10 +19,10 @@
 // those are one task.
 #pragma once
 
-#include "dropout.h"
+#include "cpu/softmax/dropout.h"
 #include "few_backward.h"
 #include "panels.h"
-#include "outputs.h"
+#include "cpu/softmax/outputs.h"
 #include "task.h"
 
 namespace ff {

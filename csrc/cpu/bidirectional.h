@@ -16,9 +16,9 @@
 
 #include <utility>
 
-#include "dropout.h"
+#include "cpu/softmax/dropout.h"
 #include "few.h"
-#include "outputs.h"
+#include "cpu/softmax/outputs.h"
 #include "panels.h"
 #include "task.h"
 

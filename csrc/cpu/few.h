@@ -2,8 +2,8 @@
 // scores and along the value dim for the sum, so that K and V are streamed once, in place.
 #pragma once
 
-#include "dropout.h"
-#include "outputs.h"
+#include "cpu/softmax/dropout.h"
+#include "cpu/softmax/outputs.h"
 #include "task.h"
 
 namespace ff {

@@ -1,7 +1,7 @@
 // Panels: the queries that are served side by side, one to a lane.
 #pragma once
 
-#include "softmax.h"
+#include "cpu/softmax/softmax.h"
 
 namespace ff {
 namespace {

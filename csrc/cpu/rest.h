@@ -3,7 +3,7 @@
 // row of K, so that 16 sums make one register of R queries by 16 / R keys.
 #pragma once
 
-#include "softmax.h"
+#include "cpu/softmax/softmax.h"
 
 namespace ff {
 namespace {

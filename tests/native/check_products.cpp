@@ -9,7 +9,7 @@
 #include "cpu/gemm/operands_bfloat16.h"
 #endif
 #include "cpu/few.h"
-#include "cpu/outputs.h"
+#include "cpu/softmax/outputs.h"
 #include "cpu/rest.h"
 
 // The scratch memory of tasks, of which none runs here.

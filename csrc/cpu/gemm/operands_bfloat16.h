@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/attention_backward.h"
-#include "cpu/softmax.h"
+#include "cpu/softmax/softmax.h"
 
 namespace ff {
 namespace {
