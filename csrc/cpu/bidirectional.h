@@ -17,9 +17,9 @@
 #include <utility>
 
 #include "cpu/softmax/dropout.h"
-#include "few.h"
+#include "cpu/attention/few.h"
 #include "cpu/softmax/outputs.h"
-#include "panels.h"
+#include "cpu/attention/panels.h"
 #include "task.h"
 
 namespace ff {

@@ -15,7 +15,7 @@
 // in between; those of a long one are computed again.
 #pragma once
 
-#include "attention_backward.h"
+#include "cpu/attention/backward.h"
 #include "bidirectional_statistics.h"
 
 namespace ff {

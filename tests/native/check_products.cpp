@@ -8,9 +8,9 @@
 #ifdef FF_BFLOAT16
 #include "cpu/gemm/operands_bfloat16.h"
 #endif
-#include "cpu/few.h"
+#include "cpu/attention/few.h"
 #include "cpu/softmax/outputs.h"
-#include "cpu/rest.h"
+#include "cpu/attention/rest.h"
 
 // The scratch memory of tasks, of which none runs here.
 namespace ff {

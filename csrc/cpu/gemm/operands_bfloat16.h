@@ -1,7 +1,7 @@
 // Operands of bfloat16 products: pairs along the summed dimension.
 #pragma once
 
-#include "cpu/attention_backward.h"
+#include "cpu/attention/backward.h"
 #include "cpu/softmax/softmax.h"
 
 namespace ff {

@@ -1,12 +1,12 @@
 // The kernels of an instruction set, for <name>.cpp, which includes a vector type before.
 #pragma once
 
-#include "cpu/attention.h"
-#include "cpu/attention_backward.h"
+#include "cpu/attention/attention.h"
+#include "cpu/attention/backward.h"
 #include "cpu/bidirectional.h"
 #include "cpu/bidirectional_backward.h"
 #include "cpu/gemm/peak.h"
-#include "cpu/pieces.h"
+#include "cpu/attention/pieces.h"
 
 namespace ff {
 namespace {

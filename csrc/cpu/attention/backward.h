@@ -23,7 +23,7 @@
 #include "few_backward.h"
 #include "panels.h"
 #include "cpu/softmax/outputs.h"
-#include "task.h"
+#include "cpu/task.h"
 
 namespace ff {
 namespace {

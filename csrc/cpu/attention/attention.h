@@ -14,7 +14,7 @@
 #include "cpu/softmax/outputs.h"
 #include "panels.h"
 #include "rest.h"
-#include "task.h"
+#include "cpu/task.h"
 
 namespace ff {
 namespace {

@@ -4,7 +4,7 @@
 
 #include "cpu/softmax/dropout.h"
 #include "cpu/softmax/outputs.h"
-#include "task.h"
+#include "cpu/task.h"
 
 namespace ff {
 namespace {

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "api.h"
+#include "cpu/api.h"
 
 namespace ff {
 namespace {
