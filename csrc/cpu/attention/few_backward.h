@@ -1,5 +1,5 @@
 // Attention backward for few queries: a row of scores per query, all its keys at once, so that K is
-// read twice, V once, and the gradients of both are written once. attention_backward.h has the
+// read twice, V once, and the gradients of both are written once. backward.h has the
 // formulas.
 #pragma once
 

@@ -3,8 +3,8 @@
 
 #include "cpu/attention/attention.h"
 #include "cpu/attention/backward.h"
-#include "cpu/bidirectional.h"
-#include "cpu/bidirectional_backward.h"
+#include "cpu/bidirectional/forward.h"
+#include "cpu/bidirectional/backward.h"
 #include "cpu/gemm/peak.h"
 #include "cpu/attention/pieces.h"
 

@@ -1,6 +1,6 @@
 // Attention from queries to keys and from keys to queries with the scores computed once.
 //
-// As in attention.h, panels of queries walk blocks of keys, and the queries' side is that of
+// As in attention/attention.h, panels of queries walk blocks of keys, and the queries' side is that of
 // attention. For the keys' side the same tile of scores goes, before, through a softmax along its
 // rows: it has a running maximum and sum per key and an accumulator for all keys of the head,
 //     n' = max(n, max_i S)   O_k = O_k * exp(n - n') + exp(S - n')^T W   and so on.
@@ -20,7 +20,7 @@
 #include "cpu/attention/few.h"
 #include "cpu/softmax/outputs.h"
 #include "cpu/attention/panels.h"
-#include "task.h"
+#include "cpu/task.h"
 
 namespace ff {
 namespace {

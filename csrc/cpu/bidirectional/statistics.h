@@ -1,8 +1,8 @@
-// What bidirectional_backward.h takes from the tiles before it makes gradients: statistics of the
+// What backward.h takes from the tiles before it makes gradients: statistics of the
 // softmax over the rows of the scores and of that over their columns.
 #pragma once
 
-#include "bidirectional.h"
+#include "forward.h"
 
 namespace ff {
 namespace {

@@ -16,7 +16,7 @@
 #pragma once
 
 #include "cpu/attention/backward.h"
-#include "bidirectional_statistics.h"
+#include "statistics.h"
 
 namespace ff {
 namespace {
