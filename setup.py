@@ -181,7 +181,7 @@ def nvcc_version(nvcc: list[str]) -> int:
 
 def cuda_sources() -> list[str]:
     """The launchers, each with its kernels."""
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").rglob("*.cu"))
 
 
 def cuda_ops() -> list[str]:

@@ -59,7 +59,8 @@ def block() -> Any:
     """The op, once its library is loaded.
 
     residual + out_proj(attention(q_proj(norm(query)), kv_proj(norm(context)))), where residual and
-    norms are left out if they are not given; csrc/torch/cuda_block.cpp has its arguments.
+    norms are left out if they are not given. The
+    arguments are those of csrc/torch/cuda_cross_attention_layer.cpp.
     """
     torch.library.register_fake("fastfusion::cuda_cross_attention_block", _fake)
     return torch.ops.fastfusion.cuda_cross_attention_block.default

@@ -22,7 +22,7 @@ def build(capability: int, folder: Path) -> Path:
     if compiler is None:
         pytest.skip("no C++ compiler")
     sources = [CHECK, *sorted((ROOT / "csrc/emulate").glob("*.cpp"))]
-    kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    kernels = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
     flags = [*BUILD["COMPILE_FLAGS"], *BUILD["EMULATED_FLAGS"]]
     program = folder / "check_cuda_attention"
     command = [*compiler, *flags, f"-DFF_ARCH={capability}", *sources]
@@ -40,7 +40,8 @@ def test_every_barrier_is_needed_and_enough(capability: int, tmp_path: Path) -> 
     unexpected = [line for line in lines if "orders agree" not in line]
     for line in lines:
         for file, number in re.findall(r"missed \w+ at ([\w.]+):(\d+)", line):
-            text = (ROOT / "csrc/cuda" / file).read_text().splitlines()[int(number) - 1]
+            (path,) = (ROOT / "csrc/cuda").rglob(file)
+            text = path.read_text().splitlines()[int(number) - 1]
             if not any(known in text for known in UNNOTICED[capability]):
                 unexpected.append(f"{line}: {text.strip()}")
     assert not unexpected

@@ -264,7 +264,7 @@ def test_cuda_kernels_on_request(
     assert result.returncode == 0, result.stdout + result.stderr
     lines = compiler.commands()
     units = [line for line in lines if "-gencode" in line]
-    sources = [str(p.relative_to(source)) for p in sorted((source / "csrc/cuda").glob("*.cu"))]
+    sources = [str(p.relative_to(source)) for p in sorted((source / "csrc/cuda").rglob("*.cu"))]
     assert sources and sorted(u.split()[u.split().index("-c") + 1] for u in units) == sources
     codes = [*(f"sm_{arch}" for arch in (75, 80, 86, 87, 89, 90, 100, 120)), "compute_90"]
     for unit in units:
@@ -390,7 +390,7 @@ def test_emulated_kernels_stay_out_of_the_package(source: Path, compiler: Compil
     result = run(source, *command, cxx=str(compiler.path))
     assert result.returncode == 0, result.stdout + result.stderr
     lines = compiler.commands()
-    kernels = [line for line in lines if "csrc/cuda/attention.cu " in line]
+    kernels = [line for line in lines if "csrc/cuda/attention/attention.cu " in line]
     assert ["-DFF_ARCH=75" in k for k in kernels].count(True) == 1
     assert ["-DFF_ARCH=80" in k for k in kernels].count(True) == 1
     assert all("-DFF_CUDA_EMULATED" in line for line in lines if " -c " in line)

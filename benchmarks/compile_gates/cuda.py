@@ -1,6 +1,6 @@
 """The nvcc part of ``make kernels``: do the CUDA kernels compile well for every architecture?
 
-Compiles each csrc/cuda/*.cu to machine code with setup.py's flags, and fails on what can be told
+Compiles each csrc/cuda/*/*.cu to machine code with setup.py's flags, and fails on what can be told
 from it: a spilled register or a load from local memory in any kernel; in 16-bit ones no tensor-core
 instruction, or from Ampere on no asynchronous copy of 16 bytes. Shared memory is the launcher's to
 choose; the emulator of the tests holds each launch to the limit of its architecture.

@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = ("libfastfusion_cuda.so", "_torch_cuda_ops.so")
 # What decides about the libraries, and what about the kernels in Triton's cache.
-CUDA_SOURCES = ("setup.py", "csrc/*.h", "csrc/torch/*.h", "csrc/torch/cuda*.cpp", "csrc/cuda/*")
+CUDA_SOURCES = ("setup.py", "csrc/*.h", "csrc/torch/*.h", "csrc/torch/cuda*.cpp", "csrc/cuda/**/*")
 TRITON_SOURCES = ("kernels/**/*.py",)
 FACTS = "prebuilt.json"
 SECONDS = 20.0  # that the driver's own tool may take

@@ -13,7 +13,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "cuda/launchers.h"
+#include "cuda/api.h"
 
 namespace {
 

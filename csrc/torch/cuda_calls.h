@@ -11,7 +11,7 @@
 #endif
 #include "tensors.h"
 
-#include "cuda/launchers.h"
+#include "cuda/api.h"
 
 namespace {
 

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/launchers.h"
+#include "cuda/api.h"
 #include "emulate/options.h"
 
 namespace {

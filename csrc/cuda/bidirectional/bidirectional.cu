@@ -2,8 +2,8 @@
 // it is two calls of attention, the second with both sides exchanged: sums over the first side
 // would have to leave the chip once per tile of it, which costs more than scores twice.
 
-#include "attention_types.h"
-#include "bidirectional_short.cuh"
+#include "cuda/by_type.h"
+#include "short_pair.cuh"
 
 namespace ff::cuda {
 namespace {

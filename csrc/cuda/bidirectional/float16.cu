@@ -1,5 +1,5 @@
-#include "attention_types.h"
-#include "bidirectional_short.cuh"
+#include "cuda/by_type.h"
+#include "short_pair.cuh"
 
 namespace ff::cuda {
 

@@ -1,5 +1,5 @@
 // The fused cross-modal block: its launches.
-#include "block.cuh"
+#include "projections.cuh"
 
 namespace ff::cuda {
 namespace {

@@ -1,5 +1,5 @@
-#include "attention_half.cuh"
-#include "attention_types.h"
+#include "half.cuh"
+#include "cuda/by_type.h"
 
 namespace ff::cuda {
 

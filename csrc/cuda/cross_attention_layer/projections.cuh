@@ -15,7 +15,7 @@
 
 #include <cstring>
 
-#include "block_input.cuh"
+#include "rows.cuh"
 
 namespace ff::cuda {
 namespace {

@@ -1,9 +1,9 @@
 // Attention forward on the current device: by type, and what is common to all.
 
-#include "attention_float.cuh"
-#include "attention_short.cuh"
-#include "attention_tile.cuh"
-#include "attention_types.h"
+#include "float32.cuh"
+#include "short.cuh"
+#include "tiles.cuh"
+#include "cuda/by_type.h"
 
 namespace ff::cuda {
 

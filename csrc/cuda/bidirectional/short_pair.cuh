@@ -3,7 +3,7 @@
 // weights of either product from the scores in place.
 #pragma once
 
-#include "exponents.cuh"
+#include "cuda/exponents.cuh"
 
 namespace ff::cuda {
 namespace {

@@ -7,7 +7,7 @@
 //
 // Sums over keys are made of chains of 8 or 16 keys, these of up to 256, and these of all: in one
 // chain of 4,096 keys of one sign the roundings would add up to more than those of a plain product.
-#include "attention_float.cuh"
+#include "float32.cuh"
 
 #include <cmath>
 

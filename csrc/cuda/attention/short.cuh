@@ -6,7 +6,7 @@
 
 #include <optional>
 
-#include "exponents.cuh"
+#include "cuda/exponents.cuh"
 
 namespace ff::cuda {
 namespace {

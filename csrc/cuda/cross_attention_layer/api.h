@@ -1,4 +1,4 @@
-// The interface of the fused cross-modal block, beside launchers.h, whose rules it shares:
+// The interface of the fused cross-modal block, beside ../api.h, whose rules it shares:
 //
 //   y = residual + out_proj(attention(q_proj(norm_q(x)), k_proj(norm_c(c)), v_proj(norm_c(c))))
 //
@@ -6,7 +6,7 @@
 // norms with projections of both inputs, attention, output projection.
 #pragma once
 
-#include "launchers.h"
+#include "cuda/api.h"
 
 namespace ff::cuda {
 

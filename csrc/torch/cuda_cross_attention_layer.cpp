@@ -4,7 +4,7 @@
 
 #include <list>
 
-#include "cuda/block.h"
+#include "cuda/cross_attention_layer/api.h"
 
 namespace {
 

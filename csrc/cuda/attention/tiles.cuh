@@ -3,7 +3,7 @@
 // while this one is computed, where shared memory holds two.
 #pragma once
 
-#include "exponents.cuh"
+#include "cuda/exponents.cuh"
 
 namespace ff::cuda {
 namespace {

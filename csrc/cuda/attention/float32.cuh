@@ -6,8 +6,8 @@
 #pragma once
 
 #include "calls.h"
-#include "device.h"
-#include "diagonal.h"
+#include "cuda/device.h"
+#include "cuda/diagonal.h"
 
 namespace ff::cuda {
 

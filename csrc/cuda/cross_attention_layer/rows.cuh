@@ -2,8 +2,8 @@
 // shared memory.
 #pragma once
 
-#include "block.h"
-#include "tile.cuh"
+#include "api.h"
+#include "cuda/tile.cuh"
 
 namespace ff::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // Attention forward by type, a translation unit each, so that they compile side by side.
 #pragma once
 
-#include "launchers.h"
+#include "api.h"
 
 namespace ff::cuda {
 

@@ -1,8 +1,8 @@
 // Attention forward of a 16-bit type: which kernels run.
 #pragma once
 
-#include "attention_short.cuh"
-#include "attention_tile.cuh"
+#include "short.cuh"
+#include "tiles.cuh"
 
 namespace ff::cuda {
 namespace {
