@@ -62,6 +62,27 @@ struct Attention {
   bool* out_of_memory;  // set where a thread finds no scratch memory: the results are then void
 };
 
+enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+
+// out = activation(x W^T + bias) + residual; columns of all matrices are adjacent.
+struct Linear {
+  int64_t rows, length;  // rows of x, in sequences of `length`, 1 at least
+  int64_t width, features;
+  Type type;  // of everything
+  const void* x;
+  int64_t x_row;
+  const void* weight;  // (features, width)
+  int64_t weight_row;
+  const void* bias = nullptr;  // (features)
+  Activation activation = Activation::kNone;
+  const void* residual = nullptr;  // (rows, features)
+  int64_t residual_row = 0;
+  void* out;  // (rows, features)
+  int64_t out_row;
+
+  bool* out_of_memory;
+};
+
 // Gradients of log-sum-exps: (B, H, L) by strides, or none.
 struct LseGradient {
   const float* data = nullptr;

@@ -23,12 +23,12 @@ struct Part {
 };
 
 // Divides the thread's scratch memory into 64-byte aligned parts.
-inline bool carve(const Attention& p, std::initializer_list<Part> parts) {
+inline bool carve(bool* out_of_memory, std::initializer_list<Part> parts) {
   size_t total = 0;
   for (const Part& part : parts) total += part.bytes;
   auto* next = reinterpret_cast<char*>(scratch(total / sizeof(float)));
   if (!next) {
-    __atomic_store_n(p.out_of_memory, true, __ATOMIC_RELAXED);
+    __atomic_store_n(out_of_memory, true, __ATOMIC_RELAXED);
     return false;
   }
   for (const Part& part : parts) {
@@ -36,6 +36,10 @@ inline bool carve(const Attention& p, std::initializer_list<Part> parts) {
     next += part.bytes;
   }
   return true;
+}
+
+inline bool carve(const Attention& p, std::initializer_list<Part> parts) {
+  return carve(p.out_of_memory, parts);
 }
 
 // A call as tasks of some batch entries and key heads each: one, or all.

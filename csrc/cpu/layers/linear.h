@@ -1,0 +1,290 @@
+// y = activation(x W^T + bias) + residual, with W where its owner keeps it: (features, width), read
+// in place and never packed, so that no copy of it can be stale.
+//
+// A row of x is computed in one of two ways:
+//
+//   in lanes:  x, turned      W, in place         sums
+//              [width][rows]  [features][width]   [features][rows]
+//              A number of W is broadcast over a register of rows, as K's are in attention: 90 to
+//              99 % of the peak where the registers are full.
+//   across:    x, in place    W, in place         sums
+//              [rows][width]  [features][width]   [rows][features]
+//              Lanes run along the width of both and are added up at the end; none is idle at any
+//              number of rows: 70 to 79 % of the peak in float32, 87 to 96 % in bfloat16.
+//
+// Which of them is a function of a row's place in its own sequence, of the sequence's length and of
+// the arithmetic, never of batch mates or threads, on which a row's bits must not depend.
+#pragma once
+
+#include "../gemm/operands.h"
+#include "../task.h"
+#include "activations.h"
+
+namespace ff {
+namespace {
+
+constexpr int64_t kLinearPanel = 4 * Vec::kLanes;  // rows of x that are turned side by side
+constexpr int64_t kLinearRound = 4 * kLinearPanel;
+constexpr int64_t kLinearFeatures = 48;  // features that a task computes
+constexpr int64_t kLinearChain = 128;    // steps of one chain of sums: longer ones lose accuracy
+
+// How many rows of a sequence of this length are lanes: the first ones.
+template <class Math>
+int64_t rows_in_lanes(int64_t length) {
+  constexpr int64_t kLanes = Vec::kLanes;
+  // Sums across cost a quarter more in float32, and next to nothing in bfloat16.
+  if (Math::kDepth > 1 && length < 3 * kLanes) return 0;
+  const int64_t rest = length % kLanes;
+  return 4 * rest >= 3 * kLanes ? length : length - rest;
+}
+
+// From the sums of a row to the output.
+template <class T>
+struct LinearEpilogue {
+  const Linear& p;
+
+  void operator()(int64_t row, int64_t feature, int64_t count, Vec sum) const {
+    using Element = typename T::Element;
+    if (p.bias) sum = sum + T::load(static_cast<const Element*>(p.bias) + feature, count);
+    sum = activate(p.activation, sum);
+    if (p.residual) {
+      const auto* from = static_cast<const Element*>(p.residual) + row * p.residual_row + feature;
+      sum = sum + T::load(from, count);
+    }
+    T::store(static_cast<Element*>(p.out) + row * p.out_row + feature, sum, count);
+  }
+};
+
+// sums[feature][row] of the rows of a block, to the output.
+template <class Epilogue>
+void store_turned(const Epilogue& epilogue, const Block& block, int64_t first, int64_t features,
+                  const float* sums) {
+  constexpr int64_t kLanes = Vec::kLanes;
+  const int64_t columns = padded(block.count);
+  for (int64_t f = 0; f < features; f += kLanes) {
+    const int64_t some = features - f < kLanes ? features - f : kLanes;
+    for (int64_t i = 0; i < block.count; i += kLanes) {
+      Vec tile[kLanes];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kLanes; ++r)
+        tile[r] = r < some ? Vec::load(sums + (f + r) * columns + i) : Vec::zero();
+      Vec::transpose(tile);
+      const int64_t rows = block.count - i < kLanes ? block.count - i : kLanes;
+      for (int64_t r = 0; r < rows; ++r) epilogue(block[i + r], first + f, some, tile[r]);
+    }
+  }
+}
+
+// Rows and features of a tile of sums across.
+constexpr int kAcrossRows = Vec::kRegisters == 32 ? 3 : 2;
+constexpr int kAcrossFeatures = Vec::kLanes / 2;
+
+// The sums across of kRows rows of x with kAcrossFeatures rows of W: to[r * kAcrossFeatures + f], in
+// whole registers.
+template <class Math, int kRows>
+__attribute__((noinline)) void sum_across(const typename Math::Element* const* x,
+                                          const typename Math::Element* const* weight,
+                                          int64_t width, float* to) {
+  constexpr int kFeatures = kAcrossFeatures;
+  constexpr int64_t kStep = Vec::kLanes * Math::kDepth;
+  Vec sum[(kRows + 1) / 2 * Vec::kLanes];
+#pragma GCC unroll 32
+  for (Vec& s : sum) s = Vec::zero();
+  const auto add = [&](const auto& load) __attribute__((always_inline)) {
+    typename Math::Operand lanes[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) lanes[r] = load(x[r]);
+#pragma GCC unroll 8
+    for (int f = 0; f < kFeatures; ++f) {
+      const typename Math::Operand w = load(weight[f]);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r)
+        sum[r * kFeatures + f] = Math::add_product(lanes[r], w, sum[r * kFeatures + f]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + kStep <= width; k += kStep)
+    add([&](const auto* row) __attribute__((always_inline)) { return Math::load(row + k); });
+  if (k < width) {
+    const int64_t some = (width - k + Math::kDepth - 1) / Math::kDepth;
+    add([&](const auto* row) __attribute__((always_inline)) { return Math::load(row + k, some); });
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < (kRows + 1) / 2; ++i)
+    Vec::totals(sum + i * Vec::kLanes).store(to + i * Vec::kLanes);
+}
+
+// Some rows of a call, and x as their ways want it.
+template <class Math>
+struct LinearRows {
+  using Element = typename Math::Element;
+
+  Positions lanes, across;  // of all rows of the call
+  int64_t lane, lane_end;   // those of this round
+  float* turned;            // panels of kLinearPanel rows
+  LeftRows<Math> x_across;  // of all rows of `across`
+
+  static int64_t panel_size(const Linear& p) { return kLinearPanel * (p.width + 1); }
+
+  Block panel(int64_t index) const {
+    return {lanes, lane + index * kLinearPanel,
+            lane_end - lane - index * kLinearPanel < kLinearPanel
+                ? lane_end - lane - index * kLinearPanel
+                : kLinearPanel};
+  }
+  int64_t panels() const { return (lane_end - lane + kLinearPanel - 1) / kLinearPanel; }
+};
+
+// A matrix of rows, as operands take it.
+inline Slice matrix(const void* data, Type type, int64_t row) {
+  return Slice({data, 0, 0, row, 1}, type, 0, 0);
+}
+
+// kLinearFeatures features of some rows.
+template <class Math>
+struct LinearTask {
+  const Linear& p;
+  const LinearRows<Math>& rows;
+  bool with_across;  // the rows across too
+  float *sums, *copy;
+
+  bool allocate() {
+    const bool in_place = Math::kDepth > 1 ? p.width % 2 == 0 : p.type == Type::kFloat32;
+    return carve(p.out_of_memory, {{&sums, kLinearFeatures * kLinearPanel},
+                                   {&copy, in_place ? 0 : kLinearFeatures * (p.width + 1)}});
+  }
+
+  void run(int64_t index) {
+    const int64_t first = index * kLinearFeatures, left = p.features - first;
+    const int64_t features = left < kLinearFeatures ? left : kLinearFeatures;
+    const Block block{{p.features, nullptr}, first, features};
+    const auto weight =
+        Operands<Math>::rows(matrix(p.weight, p.type, p.weight_row), block, p.width, copy);
+    with_type(p.type, [&](auto kind) {
+      const LinearEpilogue<decltype(kind)> epilogue{p};
+      for (int64_t i = 0; i < rows.panels(); ++i) panel(epilogue, weight, first, features, i);
+      for (int64_t i = 0; with_across && i < rows.across.count; i += kLinearPanel)
+        across(epilogue, weight, first, features, block_at(rows.across, i, kLinearPanel));
+    });
+  }
+
+ private:
+  template <class Epilogue>
+  void panel(const Epilogue& epilogue, const LeftRows<Math>& weight, int64_t first,
+             int64_t features, int64_t index) {
+    const Block block = rows.panel(index);
+    const int64_t columns = padded(block.count);
+    const auto* x = reinterpret_cast<const typename Math::Element*>(
+        rows.turned + index * LinearRows<Math>::panel_size(p));
+    multiply_in_parts(weight, Right<Math>{x, columns * Math::kDepth}, features, columns,
+                      Operands<Math>::steps(p.width), sums, kLinearChain);
+    store_turned(epilogue, block, first, features, sums);
+  }
+
+  template <class Epilogue>
+  void across(const Epilogue& epilogue, const LeftRows<Math>& weight, int64_t first,
+              int64_t features, const Block& block) {
+    using Element = typename Math::Element;
+    for (int64_t f = 0; f < features; f += kAcrossFeatures) {
+      const Element* w[kAcrossFeatures];  // the last one again behind the end
+      for (int i = 0; i < kAcrossFeatures; ++i)
+        w[i] = weight.data + (f + i < features ? f + i : features - 1) * weight.row;
+      for (int64_t i = 0; i < block.count; i += kAcrossRows) {
+        const int64_t some = block.count - i < kAcrossRows ? block.count - i : kAcrossRows;
+        const Element* x[kAcrossRows];
+        for (int64_t r = 0; r < some; ++r)
+          x[r] = rows.x_across.data + (block.first + i + r) * rows.x_across.row;
+        float tile[2 * Vec::kLanes];
+        if (some == 1) sum_across<Math, 1>(x, w, p.width, tile);
+        if (some == 2) sum_across<Math, 2>(x, w, p.width, tile);
+        if constexpr (kAcrossRows == 3) {
+          if (some == 3) sum_across<Math, 3>(x, w, p.width, tile);
+        }
+        for (int64_t r = 0; r < some; ++r)
+          __builtin_memcpy(sums + (i + r) * kLinearFeatures + f, tile + r * kAcrossFeatures,
+                           kAcrossFeatures * sizeof(float));
+      }
+    }
+    for (int64_t i = 0; i < block.count; ++i)
+      for (int64_t f = 0; f < features; f += Vec::kLanes) {
+        const int64_t some = features - f < Vec::kLanes ? features - f : Vec::kLanes;
+        epilogue(block[i], first + f, some, Vec::load(sums + i * kLinearFeatures + f));
+      }
+  }
+};
+
+template <class Math>
+void linear_rows(const Linear& p, ParallelFor parallel) {
+  if (p.rows == 0 || p.features == 0) return;
+  const int64_t first = rows_in_lanes<Math>(p.length), sequences = p.rows / p.length;
+  LinearRows<Math> rows{{sequences * first, nullptr}, {p.rows - sequences * first, nullptr},
+                        0, 0, nullptr, {}};
+  const bool mixed = first > 0 && first < p.length;
+  const int64_t most = rows.lanes.count < kLinearRound ? rows.lanes.count : kLinearRound;
+  const int64_t panels = (most + kLinearPanel - 1) / kLinearPanel;
+  const int64_t turned = panels * LinearRows<Math>::panel_size(p);
+  const int64_t copied = rows.across.count * (p.width + 1);
+  float* memory = shared_scratch(size_t(turned + copied + (mixed ? p.rows : 0)));
+  if (!memory) {
+    *p.out_of_memory = true;
+    return;
+  }
+  rows.turned = memory;
+  if (mixed) {
+    auto* list = reinterpret_cast<int32_t*>(memory + turned + copied);
+    int32_t *in_lanes = list, *across = list + rows.lanes.count;
+    for (int64_t i = 0; i < p.rows; ++i)
+      *(i % p.length < first ? in_lanes : across)++ = int32_t(i);
+    rows.lanes.list = list, rows.across.list = list + rows.lanes.count;
+  }
+  const Slice x = matrix(p.x, p.type, p.x_row);
+  if (rows.across.count > 0) {
+    rows.x_across = Operands<Math>::rows(x, {rows.across, 0, rows.across.count}, p.width,
+                                         memory + turned);
+  }
+  bool with_across = rows.across.count > 0;
+  do {
+    rows.lane_end =
+        rows.lanes.count - rows.lane < kLinearRound ? rows.lanes.count : rows.lane + kLinearRound;
+    const double numbers = double(rows.lane_end - rows.lane) * double(p.width);
+    struct Turn {
+      const Linear& p;
+      const LinearRows<Math>& rows;
+      const Slice& x;
+    } turn{p, rows, x};
+    run(parallel, rows.panels(), 16.0 * numbers, [](int64_t begin, int64_t end, const void* context) {
+      const auto& [p, rows, x] = *static_cast<const Turn*>(context);
+      for (int64_t i = begin; i < end; ++i)
+        Operands<Math>::lanes(x, rows.panel(i), p.width, 1.0f,
+                              rows.turned + i * LinearRows<Math>::panel_size(p));
+    }, turn);
+    struct Product {
+      const Linear& p;
+      const LinearRows<Math>& rows;
+      bool with_across;
+    } product{p, rows, with_across};
+    const int64_t tasks = (p.features + kLinearFeatures - 1) / kLinearFeatures;
+    const double across = with_across ? double(rows.across.count) * double(p.width) : 0.0;
+    run(parallel, tasks, 2.0 * (numbers + across) * double(p.features),
+        [](int64_t begin, int64_t end, const void* context) {
+          const auto& product = *static_cast<const Product*>(context);
+          LinearTask<Math> task{product.p, product.rows, product.with_across, nullptr, nullptr};
+          if (!task.allocate()) return;
+          for (int64_t i = begin; i < end; ++i) task.run(i);
+        }, product);
+    rows.lane = rows.lane_end;
+    with_across = false;
+  } while (rows.lane < rows.lanes.count);
+}
+
+template <class HalfMath>
+void linear(const Linear& p, ParallelFor parallel) {
+  if (HalfMath::kDepth > 1 && p.type == Type::kBFloat16) {
+    linear_rows<HalfMath>(p, parallel);
+  } else {
+    linear_rows<Float32Math>(p, parallel);
+  }
+}
+
+}  // namespace
+}  // namespace ff
