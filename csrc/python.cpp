@@ -53,8 +53,8 @@ std::string attention_path(const std::string& dtype, int64_t q_len, int64_t kv_l
   p.type = type_of(dtype), p.q_len = q_len, p.kv_len = kv_len;
   p.causal = causal, p.dropout = dropout, p.scale = 1.0f;
   const std::string path = ff::kernels().attention_path(p);
-  const int64_t pieces = ff::kernels().attention_pieces(p);
-  return pieces == 1 ? path : path + ", keys in " + std::to_string(pieces) + " pieces";
+  const int64_t splits = ff::kernels().attention_splits(p);
+  return splits == 1 ? path : path + ", keys in " + std::to_string(splits) + " pieces";
 }
 
 double peak_operations(const std::string& dtype, int64_t rounds) {

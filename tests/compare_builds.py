@@ -29,8 +29,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 MASKS = ("none", "padding", "bool", "bias", "row_bias")
 CAUSAL = ("full", "top_left", "bottom_right")
 DROPOUT = (0.0, 0.3)
-# Lengths of queries and keys: a few, one query at a time, whole registers and a few queries more,
-# several blocks and panels, keys cut into pieces, and none.
+# Lengths of queries and keys: a few, the decode path, whole registers and tail queries, several
+# query tiles and blocks of keys, split-KV, and none.
 LENGTHS = (
     (1, 1), (5, 7), (1, 700), (3, 130), (16, 48), (49, 65), (113, 300), (200, 530), (2, 2600),
     (33, 2100), (0, 5), (4, 0),

@@ -21,9 +21,9 @@ struct KernelTable {
   const char* isa;
   int lanes;  // float32 values in a register
   void (*attention_forward)(const AttentionForward&, ParallelFor);
-  // How a forward call runs, for people, and into how many pieces its keys are cut.
+  // How a forward call runs, for people, and into how many splits its keys are cut.
   const char* (*attention_path)(const AttentionForward&);
-  int64_t (*attention_pieces)(const AttentionForward&);
+  int64_t (*attention_splits)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&, ParallelFor);
   // A call as parts that need not know of each other: how many, and some of them. A backward call
   // has as many as key heads.

@@ -1,4 +1,4 @@
-// The fused cross-modal block as a torch op, beside those of cuda.cpp.
+// The fused cross-attention layer as a torch op, beside those of cuda.cpp.
 
 #include "cuda_calls.h"
 
@@ -62,7 +62,7 @@ class Operands {
   std::list<Tensor> copies_;
 };
 
-Tensor cross_attention_block(
+Tensor cross_attention_layer(
     const Tensor& query, const Tensor& context, const Tensor& q_weight, const MaybeTensor& q_bias,
     const Tensor& kv_weight, const MaybeTensor& kv_bias, const Tensor& out_weight,
     const MaybeTensor& out_bias, const MaybeTensor& mask, const MaybeTensor& padding,
@@ -76,7 +76,7 @@ Tensor cross_attention_block(
   check(q_weight.dim() == 2 && out_weight.dim() == 2 && heads > 0 && q_weight.size(0) > 0 &&
             q_weight.size(0) % heads == 0,
         "q_weight");
-  cuda::CrossAttentionBlock p;
+  cuda::CrossAttentionLayer p;
   p.batch = query.size(0), p.q_len = query.size(1), p.kv_len = context.size(1);
   p.heads = p.kv_heads = heads, p.head_dim = p.value_dim = q_weight.size(0) / heads;
   p.query_dim = query.size(2), p.context_dim = context.size(2), p.out_dim = out_weight.size(0);
@@ -103,8 +103,8 @@ Tensor cross_attention_block(
   const int64_t sizes[] = {p.batch, p.q_len, p.out_dim};
   Tensor out = empty_contiguous(3, sizes, kind_of(query));
   p.out = out.mutable_data_ptr();
-  const Workspace workspace(cuda::cross_attention_block_workspace(p, capability), query);
-  check_launch(cuda::cross_attention_block(p, workspace.data, device.stream()));
+  const Workspace workspace(cuda::cross_attention_layer_workspace(p, capability), query);
+  check_launch(cuda::cross_attention_layer(p, workspace.data, device.stream()));
   return out;
 }
 
@@ -119,7 +119,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastfusion, FF_DEVICE_KEY, m) {
-  m.impl("cuda_cross_attention_block", TORCH_BOX(&cross_attention_block));
+  m.impl("cuda_cross_attention_block", TORCH_BOX(&cross_attention_layer));
 }
 
 }  // namespace

@@ -6,11 +6,12 @@
 
 #include "checks.h"
 #ifdef FF_BFLOAT16
-#include "cpu/gemm/operands_bfloat16.h"
+#include "cpu/gemm/packing_bfloat16.h"
+#include "cpu/softmax/packed_weights_bfloat16.h"
 #endif
-#include "cpu/attention/few.h"
-#include "cpu/softmax/outputs.h"
-#include "cpu/attention/rest.h"
+#include "cpu/attention/decode.h"
+#include "cpu/softmax/epilogue.h"
+#include "cpu/attention/tail_queries.h"
 
 // The scratch memory of tasks, of which none runs here.
 namespace ff {
@@ -78,10 +79,10 @@ const char* name_of(Type type) {
   return type == Type::kFloat32 ? "float32" : type == Type::kBFloat16 ? "bfloat16" : "float16";
 }
 
-// Everything that Operands<Math> makes of a matrix, element by element.
+// Everything that Packing<Math> makes of a matrix, element by element.
 template <class Math>
-void check_operands(Type type) {
-  using Operands = ff::Operands<Math>;
+void check_packing(Type type) {
+  using Packing = ff::Packing<Math>;
   using Element = typename Math::Element;
   constexpr int64_t kDepth = Math::kDepth;
   for (const int64_t count : {int64_t{1}, int64_t{5}, kLanes, 2 * kLanes + 3})
@@ -90,7 +91,7 @@ void check_operands(Type type) {
         const Rows rows(count, variant & 1);
         const ff::Block& block = rows.block;
         const Matrix from(type, 2 * count + 1, dim, variant & 2 ? 2 : 1);
-        const int64_t steps = Operands::steps(dim), lanes = ff::padded(count);
+        const int64_t steps = Packing::steps(dim), lanes = ff::padded(count);
         const int64_t width = ff::padded(dim);
         Floats memory(size_t((lanes + 2) * (width + 2 * kLanes)), kNan);
         char about[80];
@@ -100,14 +101,14 @@ void check_operands(Type type) {
           return i < count && d < dim ? float(from(block[i], d)) : 0.0f;
         };
 
-        const auto left = Operands::rows(from.slice(), block, dim, memory.data());
+        const auto left = Packing::rows(from.slice(), block, dim, memory.data());
         for (int64_t i = 0; i < count; ++i)
           for (int64_t d = 0; d < steps * kDepth; ++d)
             expect(number(left.data[i * left.row + d]) == at(i, d), "rows of %s", about);
 
         memory.assign(memory.size(), kNan);
-        const auto right = Operands::columns(from.slice(), block, dim, memory.data());
-        for (int64_t s = 0; s < Operands::steps(count); ++s)
+        const auto right = Packing::columns(from.slice(), block, dim, memory.data());
+        for (int64_t s = 0; s < Packing::steps(count); ++s)
           for (int64_t e = 0; e < width * kDepth; ++e) {
             const Element x = right.data[s * right.step + e];
             expect(number(x) == at(s * kDepth + e % kDepth, e / kDepth), "columns of %s", about);
@@ -117,14 +118,14 @@ void check_operands(Type type) {
           // bfloat16 takes the sign alone.
           const float taken = kDepth > 1 ? std::copysign(1.0f, factor) : factor;
           memory.assign(memory.size(), kNan);
-          const auto turned = Operands::lanes(from.slice(), block, dim, factor, memory.data());
+          const auto turned = Packing::lanes(from.slice(), block, dim, factor, memory.data());
           for (int64_t s = 0; s < steps; ++s)
             for (int64_t e = 0; e < lanes * kDepth; ++e) {
               const float x = number(turned.data[s * turned.step + e]);
               expect(x == taken * at(e / kDepth, s * kDepth + e % kDepth), "lanes of %s", about);
             }
           auto* row = reinterpret_cast<Element*>(memory.data());
-          Operands::row(from.slice(), block[count - 1], dim, width * kDepth, factor, row);
+          Packing::row(from.slice(), block[count - 1], dim, width * kDepth, factor, row);
           for (int64_t d = 0; d < width * kDepth; ++d)
             expect(number(row[d]) == taken * at(count - 1, d), "row of %s", about);
         }
@@ -137,13 +138,13 @@ template <class Left, class Number>
 void check_product(const char* name, const Left& a, int64_t rows, int64_t depth,
                    const Number& left) {
   using Math = typename Left::Math;
-  using Operands = ff::Operands<Math>;
+  using Packing = ff::Packing<Math>;
   const Type type = Math::kDepth > 1 ? Type::kBFloat16 : Type::kFloat32;
   constexpr int64_t kMost = 5 * kLanes;
   const Matrix b(type, depth, kMost);
   Floats memory(size_t((depth + 1) * kMost)), to(size_t(rows * kMost)), one(size_t(rows * kLanes));
-  const auto right = Operands::columns(b.slice(), Rows(depth, false).block, kMost, memory.data());
-  const int64_t steps = Operands::steps(depth);
+  const auto right = Packing::columns(b.slice(), Rows(depth, false).block, kMost, memory.data());
+  const int64_t steps = Packing::steps(depth);
   for (int64_t columns = kLanes; columns <= kMost; columns += kLanes)
     for (int64_t some = 1; some <= rows; some += columns == kMost ? 1 : rows - 1) {
       to.assign(to.size(), kNan);
@@ -169,16 +170,16 @@ void check_product(const char* name, const Left& a, int64_t rows, int64_t depth,
 
 template <class Math>
 void check_products() {
-  using Operands = ff::Operands<Math>;
+  using Packing = ff::Packing<Math>;
   const Type type = Math::kDepth > 1 ? Type::kBFloat16 : Type::kFloat32;
   constexpr int64_t kRows = 27;
   for (const int64_t depth : {1, 15, 64}) {
     const Matrix rows(type, kRows, depth), columns(type, depth, kRows);
     Floats memory(size_t(kRows * (depth + 1))), turned(size_t((depth + 1) * (kRows + 2 * kLanes)));
-    const auto left = Operands::rows(rows.slice(), Rows(kRows, false).block, depth, memory.data());
+    const auto left = Packing::rows(rows.slice(), Rows(kRows, false).block, depth, memory.data());
     check_product("rows", left, kRows, depth, rows);
     const auto right =
-        Operands::columns(columns.slice(), Rows(depth, false).block, kRows, turned.data());
+        Packing::columns(columns.slice(), Rows(depth, false).block, kRows, turned.data());
     check_product("columns", ff::LeftColumns<Math>{right.data, right.step}, kRows, depth,
                   [&](int64_t r, int64_t s) { return columns(s, r); });
   }
@@ -199,8 +200,8 @@ void check_product_in_parts() {
     }
 }
 
-// What becomes of a tile of 3 rows by 2 registers that begins at row 2, column kLanes.
-void check_finishes() {
+// What becomes of a register tile of 3 rows by 2 registers that begins at row 2, column kLanes.
+void check_epilogues() {
   constexpr int64_t kFirst = 2, kStride = 4 * kLanes + 1, kWidth = 4 * kLanes;
   Vec sum[3][2];
   float x[3][2 * kLanes];
@@ -222,8 +223,8 @@ void check_finishes() {
 
   // `right(x, old, row, column)` says whether x may stand where `old` stood.
   Floats to, largest;
-  const auto run = [&](const char* name, const auto& finish, int64_t stride, const auto& right) {
-    finish(kFirst, kLanes, sum);
+  const auto run = [&](const char* name, const auto& epilogue, int64_t stride, const auto& right) {
+    epilogue(kFirst, kLanes, sum);
     for (int64_t at = 0; at < 6 * stride; ++at) {
       const int64_t row = at / stride - kFirst, column = at % stride - kLanes;
       const bool inside = row >= 0 && row < 3 && column >= 0 && column < 2 * kLanes;
@@ -383,15 +384,16 @@ void check_masks() {
   call.padding = padding.data(), call.padding_column = 2;
   int32_t list[40], both[40];
   const ff::Positions visible = ff::visible_keys(call, 0, 37, list);
-  const ff::Split split = ff::split(padding.data(), 0, 2, 40, both);
+  const ff::VisibleAndHidden both_kinds = ff::by_visibility(padding.data(), 0, 2, 40, both);
   int64_t found = 0, seen = 0, hidden = 0;
   for (int64_t j = 0; j < 40; ++j) {
     const bool is_hidden = padding[size_t(2 * j)].byte != 0;
     if (j < 37 && !is_hidden) expect(visible[found++] == j, "visible_keys");
-    expect(is_hidden ? split.hidden[hidden++] == j : split.visible[seen++] == j, "split");
+    expect(is_hidden ? both_kinds.hidden[hidden++] == j : both_kinds.visible[seen++] == j,
+           "by_visibility");
   }
   expect(visible.count == found, "visible_keys: %d, not %d", int(visible.count), int(found));
-  expect(split.visible.count == seen && split.hidden.count == hidden, "split");
+  expect(both_kinds.visible.count == seen && both_kinds.hidden.count == hidden, "by_visibility");
 }
 
 // Weighted values over two blocks of scores, against double. `attend` makes weights and statistics
@@ -399,7 +401,7 @@ void check_masks() {
 template <class Math, class Attend>
 void check_softmax(const std::string& name, int64_t queries, int64_t columns, double most,
                    const Attend& attend) {
-  using Operands = ff::Operands<Math>;
+  using Packing = ff::Packing<Math>;
   constexpr int64_t kBlocks[] = {37, 21}, kKeys = 58, kDim = 40;
   const Type type = Math::kDepth > 1 ? Type::kBFloat16 : Type::kFloat32;
   const Matrix query(type, queries, kDim), key(type, kKeys, kDim), value(type, kKeys, kLanes);
@@ -417,12 +419,12 @@ void check_softmax(const std::string& name, int64_t queries, int64_t columns, do
   int64_t done = 0;
   for (const int64_t count : kBlocks) {
     const ff::Block block{{kKeys, nullptr}, done, count};
-    const auto rows = Operands::rows(key.slice(), block, kDim, memory.data());
-    attend(rows, lanes, block, Operands::steps(kDim), scaling.unit, maximum.data(), scores.data(),
+    const auto rows = Packing::rows(key.slice(), block, kDim, memory.data());
+    attend(rows, lanes, block, Packing::steps(kDim), scaling.unit, maximum.data(), scores.data(),
            s);
-    const auto values = Operands::columns(value.slice(), block, kLanes, value_memory.data());
-    ff::multiply(ff::Weights<Math>::by_query(scores.data(), columns), values, queries, kLanes,
-                 Operands::steps(count), ff::Rescale{outs.data(), kLanes, s.rescale, done == 0});
+    const auto values = Packing::columns(value.slice(), block, kLanes, value_memory.data());
+    ff::multiply(ff::PackedWeights<Math>::by_query(scores.data(), columns), values, queries, kLanes,
+                 Packing::steps(count), ff::Rescale{outs.data(), kLanes, s.rescale, done == 0});
     done += count;
   }
   for (int64_t i = 0; i < queries; ++i) {
@@ -449,11 +451,11 @@ void check_softmax(const std::string& name, int64_t queries, int64_t columns, do
 
 // With lanes of queries.
 template <class Math>
-struct Panel {
+struct ByQueryTile {
   int64_t count, columns;
 
   ff::Right<Math> queries(const ff::Slice& from, int64_t dim, float factor, float* to) const {
-    return ff::Operands<Math>::lanes(from, Rows(count, false).block, dim, factor, to);
+    return ff::Packing<Math>::lanes(from, Rows(count, false).block, dim, factor, to);
   }
 
   void operator()(const ff::LeftRows<Math>& keys, const ff::Right<Math>& lanes,
@@ -468,17 +470,17 @@ struct Panel {
 
 // With lanes along the head dim, for the queries beyond whole registers.
 template <class Math>
-struct Rest {
+struct ByTail {
   int64_t count, columns;
 
   ff::Right<Math> queries(const ff::Slice& from, int64_t dim, float factor, float* to) const {
-    return ff::rest_rows<Math>(from, Rows(count, false).block, dim, factor, to);
+    return ff::tail_rows<Math>(from, Rows(count, false).block, dim, factor, to);
   }
 
   void operator()(const ff::LeftRows<Math>& keys, const ff::Right<Math>& rows,
                   const ff::Block& block, int64_t steps, float unit, float* maximum, float* scores,
                   const ff::Statistics& s) const {
-    ff::attend_rest<Math>(keys, rows, block.count, steps, columns, ff::Base::kTwo, unit, maximum,
+    ff::attend_tail<Math>(keys, rows, block.count, steps, columns, ff::Base::kTwo, unit, maximum,
                           scores, s);
   }
 };
@@ -489,17 +491,18 @@ void check_softmaxes() {
   const double most = Math::kDepth > 1 ? 1e-2 : 3e-6;
   for (const int64_t queries : {int64_t{1}, kLanes + 3, 3 * kLanes}) {
     const int64_t columns = ff::padded(queries);
-    check_softmax<Math>(kind + "softmax", queries, columns, most, Panel<Math>{queries, columns});
+    check_softmax<Math>(kind + "softmax", queries, columns, most,
+                        ByQueryTile<Math>{queries, columns});
   }
-  for (int64_t queries = 1; queries <= ff::kMostRest<Math>; ++queries) {
-    const int64_t columns = ff::rest_columns(queries);
-    check_softmax<Math>(kind + "rest", queries, columns, most, Rest<Math>{queries, columns});
+  for (int64_t queries = 1; queries <= ff::kMostTail<Math>; ++queries) {
+    const int64_t columns = ff::tail_columns(queries);
+    check_softmax<Math>(kind + "tail", queries, columns, most, ByTail<Math>{queries, columns});
   }
 }
 
-// Dot products and sums over rows with lanes along the dim, for few queries.
+// Dot products and sums over rows with lanes along the dim, of the decode path.
 template <class T>
-void check_few(Type type) {
+void check_decode(Type type) {
   for (const int64_t dim : {1, 7, 16, 77, 160}) {
     constexpr int64_t kCount = 21;
     const Matrix m(type, kCount, dim);
@@ -538,20 +541,20 @@ void check_few(Type type) {
 
 int main() {
   for (const Type type : {Type::kFloat32, Type::kBFloat16, Type::kFloat16})
-    check_operands<Float32Math>(type);
+    check_packing<Float32Math>(type);
   check_products<Float32Math>();
   check_softmaxes<Float32Math>();
 #ifdef FF_BFLOAT16
-  check_operands<ff::BFloat16Math>(Type::kBFloat16);
+  check_packing<ff::BFloat16Math>(Type::kBFloat16);
   check_products<ff::BFloat16Math>();
   check_softmaxes<ff::BFloat16Math>();
 #endif
   check_product_in_parts();
-  check_finishes();
+  check_epilogues();
   check_conversions();
   check_masks();
-  check_few<ff::Float32>(Type::kFloat32);
-  check_few<ff::BFloat16>(Type::kBFloat16);
-  check_few<ff::Half>(Type::kFloat16);
+  check_decode<ff::Float32>(Type::kFloat32);
+  check_decode<ff::BFloat16>(Type::kBFloat16);
+  check_decode<ff::Half>(Type::kFloat16);
   return finish("products");
 }

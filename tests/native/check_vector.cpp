@@ -3,7 +3,7 @@
 // asked.
 
 #include "checks.h"
-#include "cpu/softmax/softmax.h"
+#include "cpu/softmax/online_softmax.h"
 
 namespace {
 

@@ -33,9 +33,8 @@ CHECKS = ("vector", "products")
 def build_check(name: str, compiler: list[str], architecture: str, isa: str, folder: Path) -> Path:
     """A check of what the kernels of an instruction set are made of. Not optimised: an instruction
     means the same, and it compiles in a third of the time."""
-    header = "generic" if isa == "scalar" else isa
     flags = [*shlex.split(BUILD["ISA_FLAGS"][architecture][isa]), "-O0"]
-    defines = [f'-DFF_SIMD="cpu/isa/{header}.h"', *["-DFF_BFLOAT16"] * isa.endswith("bf16")]
+    defines = [f'-DFF_SIMD="cpu/isa/{isa}.h"', *["-DFF_BFLOAT16"] * isa.endswith("bf16")]
     source = str(ROOT / f"tests/native/check_{name}.cpp")
     program = folder / f"check_{name}_{isa}"
     command = [*compiler, *BUILD["COMPILE_FLAGS"], *flags, *defines, source, "-o", str(program)]

@@ -1,250 +1,66 @@
-// Attention forward with transposed scores: lanes are queries and the rows of K are broadcast, so
-// that K needs no packing, softmax is vertical and a NaN in a query stays in its own lane. Up to
-// three queries leave most lanes empty: few.h serves them.
+// Attention on the CPU: the entry points, and which way a call goes.
 //
-// A panel is up to 48 queries of one head. Some panels that share keys and values are served
-// together: they walk the keys in blocks of 256 (512 in bfloat16, which rounds the weights anyway),
-// prepare each block once for all, and take it through the online softmax: m the running maximum, l
-// the sum, O the accumulator,
-//     m' = max(m, max_j S)   O = O * exp(m - m') + exp(S - m') V   l = l * exp(m - m') + sum_j ...
+//     forward.h          query tiles walk blocks of keys: the inner loop, and its parts
+//     tail_queries.h     the queries that are left over by whole registers of them
+//     decode.h           up to three queries, one at a time
+//     split_kv.h         few queries over many keys, which are cut into splits
+//     backward.h, decode_backward.h
+//     varlen.cpp         packed sequences
 #pragma once
 
-#include "cpu/softmax/dropout.h"
-#include "few.h"
-#include "cpu/softmax/outputs.h"
-#include "panels.h"
-#include "rest.h"
-#include "cpu/task.h"
+#include "backward.h"
+#include "decode_backward.h"
+#include "split_kv.h"
 
 namespace ff {
 namespace {
 
-template <class Math>
-Panels panels_of(const Attention& p) {
-  return Panels({p.q_len, nullptr}, Panels::kMost, rest_queries<Math>(p));
-}
-
-template <class Math>
-class ForwardTask {
- public:
-  explicit ForwardTask(const AttentionForward& p)
-      : p_(p),
-        value_columns_(padded(p.value_dim)),
-        base_(base_of(p)),
-        scaling_(scaling_of<Math>(p.scale, base_)),
-        turned_(2 * p.value_dim <= Vec::kLanes) {
-    constexpr int64_t kFloats = 98304;  // 384 KB of the second cache
-    const int64_t fitting = kFloats / (query_floats() + Panels::kMost * value_columns_);
-    most_ = fitting < 1 ? 1 : fitting < kMostPanels ? fitting : kMostPanels;
-  }
-
-  bool allocate() {
-    constexpr int64_t kMost = Panels::kMost;
-    return carve(p_, {{&queries_, most_ * query_floats()},
-                      {&outs_, most_ * kMost * value_columns_},
-                      {&statistics_, most_ * 3 * kMost},
-                      {&maximum_, kMost},
-                      {&scores_, kKeys * kMost},
-                      {&factor_, p_.dropout ? kKeys * kMost : 0},
-                      {&key_, kKeys * padded(p_.head_dim)},
-                      {&value_, kKeys * value_columns_},
-                      {&shown_, p_.mask.data ? kKeys * kMost / Vec::kLanes : 0},
-                      {&list_, p_.padding ? p_.kv_len : 0}});
-  }
-
-  // How many panels `run` takes at most.
-  int64_t most() const { return most_; }
-
-  // Panels first .. end of the query heads that share key head `group`.
-  void run(int64_t b, int64_t group, int64_t first, int64_t end) {
-    const int64_t members = p_.heads / p_.kv_heads;
-    const Panels panels = panels_of<Math>(p_);
-    int64_t limit = 0;
-    count_ = end - first;
-    for (int64_t i = 0; i < count_; ++i) {
-      const int64_t panel = first + i;
-      const int64_t place = panel % panels.count;
-      start(b, group * members + panel / panels.count, panels[place], panels.rest_at(place), i);
-      limit = limit > limit_of(panel_[i]) ? limit : limit_of(panel_[i]);
-    }
-    const Slice key(p_.key, p_.type, b, group), value(p_.value, p_.type, b, group);
-    const Positions keys = visible_keys(p_, b, limit, list_);
-    for (int64_t i = 0; i < count_; ++i) panel_[i].visible = keys.before(limit_of(panel_[i]));
-    for (int64_t done = 0; done < keys.count; done += kKeys) {
-      const Block block = block_at(keys, done, kKeys);
-      const auto key_rows = Operands<Math>::rows(key, block, p_.head_dim, key_);
-      const auto value_columns = Operands<Math>::columns(value, block, p_.value_dim, value_);
-      for (int64_t i = 0; i < count_; ++i) {
-        const Block some = seen(panel_[i], block);
-        if (some.count > 0) attend(b, i, some, key_rows, value_columns);
-      }
-    }
-    for (int64_t i = 0; i < count_; ++i) finish(b, i);
-  }
-
- private:
-  int64_t query_floats() const { return padded(p_.head_dim) * Panels::kMost; }
-
-  // The keys that the diagonal leaves to a panel.
-  int64_t limit_of(const Panel& panel) const {
-    return p_.keys_seen_by(panel.queries.first + panel.queries.count - 1);
-  }
-
-  void start(int64_t b, int64_t h, const Block& queries, bool rest, int64_t i) {
-    constexpr int64_t kMost = Panels::kMost;
-    float* statistics = statistics_ + i * 3 * kMost;
-    Panel& panel = panel_[i];
-    panel = {h, queries, rest ? rest_columns(queries.count) : padded(queries.count),
-             0, rest,    {statistics, statistics + kMost, statistics + 2 * kMost}};
-    const auto operand = rest ? rest_rows<Math> : Operands<Math>::lanes;
-    query_[i] = operand(Slice(p_.query, p_.type, b, h), queries, p_.head_dim, scaling_.factor,
-                        queries_ + i * query_floats());
-    panel.statistics.clear(padded(panel.columns));
-  }
-
-  float* out_of(int64_t i) const { return outs_ + i * Panels::kMost * value_columns_; }
-
-  void attend(int64_t b, int64_t i, const Block& block, const LeftRows<Math>& key,
-              const Right<Math>& value) {
-    const Panel& panel = panel_[i];
-    const int64_t columns = panel.columns;
-    const bool first = block.first == 0;
-    if (panel.rest) {
-      attend_rest(key, query_[i], block.count, Operands<Math>::steps(p_.head_dim), columns, base_,
-                  scaling_.unit, maximum_, scores_, panel.statistics);
-    } else {
-      weigh(b, i, block, key);
-    }
-    const auto weights = Weights<Math>::by_query(scores_, columns);
-    if (turned_) {
-      multiply(LeftColumns<Math>{value.data, value.step}, {weights.data, weights.step},
-               p_.value_dim, columns, Operands<Math>::steps(block.count),
-               RescaleColumns{out_of(i), columns, panel.statistics.rescale, first});
-      return;
-    }
-    const auto product = [&](const auto& finish) {
-      multiply(weights, value, panel.queries.count, value_columns_,
-               Operands<Math>::steps(block.count), finish);
-    };
-    if (!direct(panel) || block.first + block.count < panel.visible) {
-      product(Rescale{out_of(i), value_columns_, panel.statistics.rescale, first});
-      return;
-    }
-    store_product<Math>(p_.out, p_.out_type(), b, panel.h, panel.queries, p_.value_dim,
-                        panel.statistics, first ? nullptr : out_of(i), maximum_, product);
-  }
-
-  // The weights of a block, in the place of the scores; the statistics move on.
-  void weigh(int64_t b, int64_t i, const Block& block, const LeftRows<Math>& key) {
-    const Panel& panel = panel_[i];
-    const int64_t columns = panel.columns;
-    const Scores scores{p_, b, panel.h, panel.queries, columns, scores_};
-    for (int64_t e = 0; e < columns; ++e) maximum_[e] = -kInfinity;
-    const auto score = [&](const auto& finish) {
-      multiply_dims(key, query_[i], block.count, columns, Operands<Math>::steps(p_.head_dim),
-                    scores_, finish);
-    };
-    float unit = scaling_.unit;
-    if (maskable_product(scores, block)) {
-      shown_lanes(scores, block, shown_);
-      score(StoreShown{scores_, columns, maximum_, shown_});
-    } else {
-      score(StoreMaximum{scores_, columns, maximum_});
-      if (p_.mask.data || crosses_diagonal(scores, block)) {
-        mask_scores(scores, block, unit, maximum_);
-        unit = 1.0f;
-      }
-    }
-    if (p_.dropout) dropout_factors(scores, block, kRowStream, factor_);
-    online_softmax<Math>(base_, block, columns, unit, maximum_, p_.dropout ? factor_ : nullptr,
-                         scores_, panel.statistics);
-  }
-
-  // Whether the last product of a panel goes straight to the output.
-  bool direct(const Panel& panel) const {
-    return panel.visible > 0 && !turned_ && takes_registers(p_.out, panel.queries, p_.value_dim);
-  }
-
-  // What is left to do after the last block.
-  void finish(int64_t b, int64_t i) {
-    const Panel& panel = panel_[i];
-    if (panel.visible == 0) {
-      for (int64_t e = 0; e < panel.queries.count * value_columns_; ++e) out_of(i)[e] = 0.0f;
-    }
-    if (!direct(panel)) {
-      float* outs = out_of(i);
-      if (turned_ && panel.visible > 0) outs = turned_back(outs, panel.columns);
-      store_means(p_.out, p_.out_type(), b, panel.h, panel.queries, p_.value_dim,
-                  panel.statistics.sum, outs);
-    }
-    store_lse(p_.lse, p_.sums, b, panel.h, panel.queries, panel.statistics, base_);
-  }
-
-  // Sums that had lanes of queries as rows of them, in the place of the scores.
-  float* turned_back(const float* outs, int64_t columns) const {
-    turn_rows(
-        {{p_.value_dim, nullptr}, 0, p_.value_dim}, columns, scores_,
-        [&](int64_t d, int64_t lane, int64_t) { return Vec::load(outs + d * columns + lane); });
-    return scores_;
-  }
-
-  static constexpr int64_t kMostPanels = 16;
-  static constexpr int64_t kKeys = kBlock * Math::kDepth;  // at most kLargestBlock
-
-  const AttentionForward& p_;
-  int64_t value_columns_, most_, count_ = 0;
-  Base base_;
-  Scaling scaling_;
-  bool turned_;  // few columns of values: the lanes of the second product are queries, too
-  float *queries_, *outs_, *statistics_, *maximum_, *scores_, *factor_, *key_, *value_;
-  uint16_t* shown_;
-  int32_t* list_;
-  Panel panel_[kMostPanels];
-  Right<Math> query_[kMostPanels];
-};
-
-// The panels of a key head, each a part of the call.
-template <class Math>
-int64_t panels_of_group(const Attention& p) {
-  return p.heads / p.kv_heads * panels_of<Math>(p).count;
-}
-
-// Panels begin .. end, evenly divided into runs within a key head.
-template <class Math>
-void forward_tasks(int64_t begin, int64_t end, const void* context) {
-  const auto& p = *static_cast<const AttentionForward*>(context);
-  ForwardTask<Math> task(p);
-  if (!task.allocate()) return;
-  const int64_t panels = panels_of_group<Math>(p);
-  while (begin < end) {
-    const int64_t slice = begin / panels, first = begin % panels;
-    const int64_t left = panels - first < end - begin ? panels - first : end - begin;
-    const int64_t runs = (left + task.most() - 1) / task.most();
-    const int64_t count = (left + runs - 1) / runs;
-    task.run(slice / p.kv_heads, slice % p.kv_heads, first, first + count);
-    begin += count;
-  }
-}
-
 template <class HalfMath>
 const char* attention_path(const AttentionForward& p) {
-  if (p.q_len <= kFew) return "one query at a time";
+  if (p.q_len <= kDecodeLength) return "one query at a time";
   if (p.type == Type::kFloat32) return "panels of 48 queries";
   const bool half = narrow_products(p) && HalfMath::kDepth > 1;
   return half ? "panels of 48 queries, bfloat16 products" : "panels of 48 queries, as float32";
 }
 
+inline int64_t attention_splits(const AttentionForward& p) { return KvSplits(p).count; }
+
 template <class HalfMath>
-int64_t attention_parts(const AttentionForward& p) {
-  if (p.batch * p.heads * p.q_len == 0) return 0;
-  auto* panels = narrow_products(p) ? panels_of_group<HalfMath> : panels_of_group<Float32Math>;
-  return p.batch * p.kv_heads * (p.q_len <= kFew ? 1 : panels(p));
+void attention_forward(const AttentionForward& p, ParallelFor parallel) {
+  const KvSplits splits(p);
+  if (attention_parts<HalfMath>(p) > 0 && splits.count > 1) {
+    SplitKvTasks<HalfMath>(p, splits).run(parallel);
+    return;
+  }
+  const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
+                       double(p.head_dim + p.value_dim);
+  const auto body = [](int64_t begin, int64_t end, const void* context) {
+    attention_part<HalfMath>(*static_cast<const AttentionForward*>(context), begin, end);
+  };
+  ff::run(parallel, attention_parts<HalfMath>(p), flops, body, p);
 }
 
 template <class HalfMath>
-void attention_part(const AttentionForward& p, int64_t begin, int64_t end) {
-  auto* body = narrow_products(p) ? forward_tasks<HalfMath> : forward_tasks<Float32Math>;
-  (p.q_len <= kFew ? few_tasks : body)(begin, end, &p);
+void attention_backward_part(const AttentionBackward& p, int64_t begin, int64_t end) {
+  auto* body = narrow_products(p) ? head_tasks<BackwardTask<HalfMath>>
+                                  : head_tasks<BackwardTask<Float32Math>>;
+  if (takes_decode_path(p)) {
+    body = with_type(p.type,
+                     [](auto kind) { return &head_tasks<DecodeBackwardTask<decltype(kind)>>; });
+  }
+  const auto tasks = gradient_tasks(p);
+  body(begin, end, &tasks);
+}
+
+template <class HalfMath>
+void attention_backward(const AttentionBackward& p, ParallelFor parallel) {
+  if (p.batch * p.kv_heads == 0) return;
+  const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
+                       double(3 * p.head_dim + 2 * p.value_dim);
+  const auto body = [](int64_t begin, int64_t end, const void* context) {
+    attention_backward_part<HalfMath>(*static_cast<const AttentionBackward*>(context), begin, end);
+  };
+  ff::run(parallel, gradient_tasks(p).count(), flops, body, p);
 }
 
 }  // namespace

@@ -1,35 +1,35 @@
 // Attention from queries to keys and from keys to queries with the scores computed once.
 //
-// As in attention/attention.h, panels of queries walk blocks of keys, and the queries' side is that of
-// attention. For the keys' side the same tile of scores goes, before, through a softmax along its
+// As in attention/forward.h, query tiles walk blocks of keys, and the queries' side is that of
+// attention. For the keys' side the same score tile goes, before, through a softmax along its
 // rows: it has a running maximum and sum per key and an accumulator for all keys of the head,
 //     n' = max(n, max_i S)   O_k = O_k * exp(n - n') + exp(S - n')^T W   and so on.
 //
-// A padded position takes no part in the other side's sums but gets an output of its own. Panels
-// and blocks are made of visible positions or of hidden ones, never of both: a tile then serves
-// either side as a whole, both or none, and nothing is computed to be thrown away.
+// A padded position takes no part in the other side's sums but gets an output of its own. Query
+// tiles and blocks are made of visible positions or of hidden ones, never of both: a score tile
+// then serves either side as a whole, both or none, and nothing is computed to be thrown away.
 //
-// Lanes are the longer side: `exchanged` turns a call round. Every panel adds to all sums of the
-// keys and every block to all of a panel, so tiles are about as wide as long; and those of few keys
-// are wider, since each step of an online softmax adds an error of 1e-7 to all of its weights.
+// Lanes are the longer side: `exchanged` turns a call round. Every query tile adds to all sums of
+// the keys and every block to all of a query tile, so score tiles are about as wide as long; and
+// those of few keys are wider, since each step of an online softmax adds an error of 1e-7 to all of
+// its weights.
 #pragma once
 
 #include <utility>
 
+#include "cpu/attention/query_tiles.h"
 #include "cpu/softmax/dropout.h"
-#include "cpu/attention/few.h"
-#include "cpu/softmax/outputs.h"
-#include "cpu/attention/panels.h"
+#include "cpu/softmax/epilogue.h"
 #include "cpu/task.h"
 
 namespace ff {
 namespace {
 
-// Sizes of a tile, by the number of keys.
-struct TileSize {
+// Sizes of a score tile, by the number of keys.
+struct ScoreTileSize {
   int64_t keys, queries;
 
-  explicit TileSize(int64_t kv_len) {
+  explicit ScoreTileSize(int64_t kv_len) {
     constexpr int64_t kFloats = 24576;  // 96 KB: the second cache feeds products fast enough
     keys = kv_len < 1 ? 1 : kv_len < 128 ? kv_len : 128;
     const int64_t lanes = kFloats / keys / Vec::kLanes * Vec::kLanes;
@@ -39,7 +39,7 @@ struct TileSize {
   int64_t floats() const { return keys * queries; }
 };
 
-// What the keys' side needs of a tile: all bits set in the lanes of its queries.
+// What the keys' side needs of a score tile: all bits set in the lanes of its queries.
 inline Vec lanes_in_use(const Block& queries, int64_t lane) {
   Bool used[Vec::kLanes];
   for (int64_t i = 0; i < Vec::kLanes; ++i) used[i] = {lane + i < queries.count};
@@ -56,7 +56,7 @@ inline void for_lanes(const Scores& s, Vec last, const Body& body) {
   body(lane, [last](Vec a, Vec b) { return Vec::select(last, a, b); });
 }
 
-// The largest scores of `count` keys, at most kLanes, from the `first` of a tile on.
+// The largest scores of `count` keys, at most kLanes, from the `first` of a score tile on.
 inline Vec key_maxima(const Scores& s, int64_t first, int64_t count, Vec last) {
   Vec largest[Vec::kLanes];
   for (int64_t r = 0; r < Vec::kLanes; ++r) {
@@ -70,8 +70,8 @@ inline Vec key_maxima(const Scores& s, int64_t first, int64_t count, Vec last) {
   return Vec::maxima(largest);
 }
 
-// The softmax of a tile along its rows. The block's weights go to `weights`, as the left operand
-// of the product with the queries' values, times the factors of dropout if there are any.
+// The softmax of a score tile along its rows. The block's weights go to `weights`, as the left
+// operand of the product with the queries' values, times the factors of dropout if there are any.
 template <class Math, Base kBase>
 inline void key_softmax(const Scores& s, const Block& block, float unit, const float* dropout,
                         float* weights, const Statistics& keys) {
@@ -94,11 +94,11 @@ inline void key_softmax(const Scores& s, const Block& block, float unit, const f
         const Vec offset = Vec::set(offsets[r]);
         for_lanes(s, last, [&](int64_t lane, const auto& select) {
           const Vec score = Vec::load(s.data + at + lane);
-          Vec weight = exponential<Weights<Math>::kPrecision, kBase>(score, unit, offset);
+          Vec weight = exponential<PackedWeights<Math>::kPrecision, kBase>(score, unit, offset);
           weight = select(weight, Vec::zero());
           sum = sum + weight;
           if (dropout) weight = weight * Vec::load(dropout + at + lane);
-          Weights<Math>::store_row(weights + at, lane, weight);
+          PackedWeights<Math>::store_row(weights + at, lane, weight);
         });
       }
       sums[r] = sum;
@@ -109,9 +109,11 @@ inline void key_softmax(const Scores& s, const Block& block, float unit, const f
 }
 
 // Whether a side is so short that errors of single scores are all there is to see.
-inline bool has_few(const Bidirectional& p) { return p.q_len <= kFew || p.kv_len <= kFew; }
+inline bool has_few(const Bidirectional& p) {
+  return p.q_len <= kDecodeLength || p.kv_len <= kDecodeLength;
+}
 
-constexpr int64_t kPanels = 2;  // that share what is made of a block of keys
+constexpr int64_t kTilesAtOnce = 2;  // of queries, that share what is made of a block of keys
 
 template <class Math>
 class BidirectionalTask {
@@ -128,10 +130,10 @@ class BidirectionalTask {
 
   bool allocate() {
     const int64_t most = size_.queries;
-    return carve(p_, {{&queries_, kPanels * query_floats()},
-                      {&query_values_, kPanels * most * query_value_columns_},
-                      {&outs_, kPanels * most * value_columns_},
-                      {&statistics_, kPanels * 3 * most},
+    return carve(p_, {{&queries_, kTilesAtOnce * query_floats()},
+                      {&query_values_, kTilesAtOnce * most * query_value_columns_},
+                      {&outs_, kTilesAtOnce * most * value_columns_},
+                      {&statistics_, kTilesAtOnce * 3 * most},
                       {&maximum_, most},
                       {&inverse_, most > size_.keys ? most : size_.keys},
                       {&scores_, size_.floats()},
@@ -148,22 +150,22 @@ class BidirectionalTask {
   }
 
   void run(int64_t b, int64_t h) {
-    const Split queries = split(p_.query_padding, b * p_.query_padding_batch,
-                                p_.query_padding_column, p_.q_len, query_list_);
-    const Split keys =
-        split(p_.padding, b * p_.padding_batch, p_.padding_column, p_.kv_len, key_list_);
+    const VisibleAndHidden queries = by_visibility(p_.query_padding, b * p_.query_padding_batch,
+                                                   p_.query_padding_column, p_.q_len, query_list_);
+    const VisibleAndHidden keys =
+        by_visibility(p_.padding, b * p_.padding_batch, p_.padding_column, p_.kv_len, key_list_);
     keys_.clear(p_.kv_len);
     visible_queries_ = queries.visible.count;
     keys_direct_ = takes_registers(p_.out_k, all(keys.visible), p_.query_value_dim) &&
                    takes_registers(p_.out_k, all(keys.hidden), p_.query_value_dim);
     for (const bool visible : {true, false}) {
-      const Panels panels(visible ? queries.visible : queries.hidden, size_.queries);
-      for (int64_t first = 0; first < panels.count; first += count_) {
-        count_ = panels.count - first < kPanels ? panels.count - first : kPanels;
-        for (int64_t i = 0; i < count_; ++i) start(b, h, panels[first + i], visible, i);
+      const QueryTiles tiles(visible ? queries.visible : queries.hidden, size_.queries);
+      for (int64_t first = 0; first < tiles.count; first += count_) {
+        count_ = tiles.count - first < kTilesAtOnce ? tiles.count - first : kTilesAtOnce;
+        for (int64_t i = 0; i < count_; ++i) start(b, h, tiles[first + i], visible, i);
         walk(b, h, keys.visible, 0, visible, true);
         if (visible) walk(b, h, keys.hidden, keys.visible.count, true, false);
-        for (int64_t i = 0; i < count_; ++i) finish(b, h, panel_[i].queries, keys.visible.count, i);
+        for (int64_t i = 0; i < count_; ++i) finish(b, h, tile_[i].queries, keys.visible.count, i);
       }
     }
     finish_keys(b, h, keys.visible, 0);
@@ -178,32 +180,32 @@ class BidirectionalTask {
   void start(int64_t b, int64_t h, const Block& queries, bool visible, int64_t i) {
     const int64_t most = size_.queries;
     float* statistics = statistics_ + i * 3 * most;
-    panel_[i] = {queries, {statistics, statistics + most, statistics + 2 * most}};
-    panel_[i].statistics.clear(padded(queries.count));
-    query_[i] = Operands<Math>::lanes(Slice(p_.query, p_.type, b, h), queries, p_.head_dim,
-                                      scaling_.factor, queries_ + i * query_floats());
+    tile_[i] = {queries, {statistics, statistics + most, statistics + 2 * most}};
+    tile_[i].statistics.clear(padded(queries.count));
+    query_[i] = Packing<Math>::lanes(Slice(p_.query, p_.type, b, h), queries, p_.head_dim,
+                                     scaling_.factor, queries_ + i * query_floats());
     if (visible) {
       query_value_[i] =
-          Operands<Math>::columns(Slice(p_.query_value, p_.type, b, h), queries, p_.query_value_dim,
-                                  query_values_ + i * most * query_value_columns_);
+          Packing<Math>::columns(Slice(p_.query_value, p_.type, b, h), queries, p_.query_value_dim,
+                                 query_values_ + i * most * query_value_columns_);
     }
   }
 
-  // The panels at hand against keys whose place in the statistics begins at `place`: for the
-  // panels, if these see the keys, and for the keys, if these see the queries.
+  // The query tiles at hand against keys whose place in the statistics begins at `place`: for the
+  // tiles, if these see the keys, and for the keys, if these see the queries.
   void walk(int64_t b, int64_t h, const Positions& keys, int64_t place, bool for_keys,
             bool for_queries) {
     const Slice key(p_.key, p_.type, b, h), value(p_.value, p_.type, b, h);
     for (int64_t done = 0; done < keys.count; done += size_.keys) {
       const Block block = block_at(keys, done, size_.keys);
-      const auto key_rows = Operands<Math>::rows(key, block, p_.head_dim, key_);
+      const auto key_rows = Packing<Math>::rows(key, block, p_.head_dim, key_);
       Right<Math> value_columns{};
       if (for_queries) {
-        value_columns = Operands<Math>::columns(value, block, p_.value_dim, value_);
+        value_columns = Packing<Math>::columns(value, block, p_.value_dim, value_);
       }
       for (int64_t i = 0; i < count_; ++i) {
-        const BidirectionalPanel& panel = panel_[i];
-        const Scores scores{p_, b, h, panel.queries, padded(panel.queries.count), scores_};
+        const BidirectionalTile& tile = tile_[i];
+        const Scores scores{p_, b, h, tile.queries, padded(tile.queries.count), scores_};
         const float unit = score(scores, block, key_rows, i);
         if (for_keys) attend_queries(scores, block, place + done, unit, i);
         if (for_queries) attend_keys(scores, block, value_columns, unit, i);
@@ -214,7 +216,7 @@ class BidirectionalTask {
   // Fills the scores and `maximum_`; returns their unit.
   float score(const Scores& scores, const Block& block, const LeftRows<Math>& key, int64_t i) {
     for (int64_t e = 0; e < scores.columns; ++e) maximum_[e] = -kInfinity;
-    const int64_t steps = Operands<Math>::steps(p_.head_dim);
+    const int64_t steps = Packing<Math>::steps(p_.head_dim);
     if (has_few(p_)) {
       multiply_in_parts(key, query_[i], block.count, scores.columns, steps, scores_);
     } else {
@@ -233,9 +235,9 @@ class BidirectionalTask {
     const auto softmax =
         base_ == Base::kTwo ? key_softmax<Math, Base::kTwo> : key_softmax<Math, Base::kE>;
     softmax(scores, block, unit, p_.dropout ? factor_ : nullptr, weights_, keys);
-    const auto product = [&](const auto& finish) {
-      multiply(Weights<Math>::by_key(weights_, scores.columns), query_value_[i], block.count,
-               query_value_columns_, Operands<Math>::steps(scores.queries.count), finish);
+    const auto product = [&](const auto& epilogue) {
+      multiply(PackedWeights<Math>::by_key(weights_, scores.columns), query_value_[i], block.count,
+               query_value_columns_, Packing<Math>::steps(scores.queries.count), epilogue);
     };
     float* outs = key_outs_ + place * query_value_columns_;
     const bool first = scores.queries.first == 0;
@@ -249,13 +251,13 @@ class BidirectionalTask {
 
   void attend_keys(const Scores& scores, const Block& block, const Right<Math>& value, float unit,
                    int64_t i) {
-    const Statistics& statistics = panel_[i].statistics;
+    const Statistics& statistics = tile_[i].statistics;
     if (p_.dropout) dropout_factors(scores, block, kRowStream, factor_);
     online_softmax<Math>(base_, block, scores.columns, unit, maximum_,
                          p_.dropout ? factor_ : nullptr, scores_, statistics);
-    const auto product = [&](const auto& finish) {
-      multiply(Weights<Math>::by_query(scores_, scores.columns), value, scores.queries.count,
-               value_columns_, Operands<Math>::steps(block.count), finish);
+    const auto product = [&](const auto& epilogue) {
+      multiply(PackedWeights<Math>::by_query(scores_, scores.columns), value, scores.queries.count,
+               value_columns_, Packing<Math>::steps(block.count), epilogue);
     };
     const bool first = block.first == 0, last = block.first + block.count == block.positions.count;
     if (last && takes_registers(p_.out_q, scores.queries, p_.value_dim)) {
@@ -269,7 +271,7 @@ class BidirectionalTask {
   static Block all(const Positions& positions) { return {positions, 0, positions.count}; }
 
   void finish(int64_t b, int64_t h, const Block& queries, int64_t visible_keys, int64_t i) {
-    const Statistics& statistics = panel_[i].statistics;
+    const Statistics& statistics = tile_[i].statistics;
     for (int64_t e = 0; e < queries.count * value_columns_ && visible_keys == 0; ++e)
       out_of(i)[e] = 0.0f;
     if (visible_keys == 0 || !takes_registers(p_.out_q, queries, p_.value_dim)) {
@@ -289,7 +291,7 @@ class BidirectionalTask {
     store_lse(p_.lse_k, nullptr, b, h, all(keys), statistics, base_);
   }
 
-  struct BidirectionalPanel {
+  struct BidirectionalTile {
     Block queries;
     Statistics statistics;
   };
@@ -298,14 +300,14 @@ class BidirectionalTask {
   int64_t value_columns_, query_value_columns_, visible_queries_ = 0, count_ = 0;
   Base base_;
   Scaling scaling_;
-  TileSize size_;
+  ScoreTileSize size_;
   float *queries_, *query_values_, *outs_, *statistics_, *maximum_, *scores_, *weights_, *factor_;
   float *key_, *value_, *key_outs_, *inverse_;
   Statistics keys_;   // visible keys first, then the hidden ones
   bool keys_direct_;  // their last product goes straight to the output
   int32_t *query_list_, *key_list_;
-  BidirectionalPanel panel_[kPanels];
-  Right<Math> query_[kPanels], query_value_[kPanels];
+  BidirectionalTile tile_[kTilesAtOnce];
+  Right<Math> query_[kTilesAtOnce], query_value_[kTilesAtOnce];
 };
 
 // The same call from the other side; dropout and the diagonal know rows from columns.

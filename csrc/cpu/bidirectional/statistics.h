@@ -1,4 +1,4 @@
-// What backward.h takes from the tiles before it makes gradients: statistics of the
+// What backward.h takes from the score tiles before it makes gradients: statistics of the
 // softmax over the rows of the scores and of that over their columns.
 #pragma once
 
@@ -29,7 +29,7 @@ struct SideStatistics {
   }
 };
 
-// Takes a tile into the maxima of its rows and columns; `maximum` holds those of the tile's
+// Takes a score tile into the maxima of its rows and columns; `maximum` holds those of its
 // queries, in units.
 inline void add_maxima(const Scores& s, const Block& block, float unit, const float* maximum,
                        const SideStatistics* queries, const SideStatistics* keys) {
@@ -46,7 +46,7 @@ inline void add_maxima(const Scores& s, const Block& block, float unit, const fl
   }
 }
 
-// Takes a tile into the sums of its queries.
+// Takes a score tile into the sums of its queries.
 inline void add_row_sums(const Scores& s, const Block& block, float unit, const float* grads,
                          const SideStatistics& queries) {
   for (int64_t lane = 0; lane < s.columns; lane += Vec::kLanes) {
@@ -63,7 +63,7 @@ inline void add_row_sums(const Scores& s, const Block& block, float unit, const 
   }
 }
 
-// Takes a tile into the sums of its keys.
+// Takes a score tile into the sums of its keys.
 inline void add_column_sums(const Scores& s, const Block& block, float unit, const float* grads,
                             const SideStatistics& keys) {
   constexpr int64_t kLanes = Vec::kLanes;

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/isa/bfloat16.h"
 #include "cpu/api.h"
+#include "cpu/isa/bfloat16.h"
 
 namespace ff {
 namespace {

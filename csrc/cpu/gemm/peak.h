@@ -1,7 +1,7 @@
 // The most that products can do: what shares of the peak in benchmarks are taken of.
 #pragma once
 
-#include "matrix.h"
+#include "gemm.h"
 
 namespace ff {
 namespace {

@@ -1,6 +1,7 @@
 #include "neonbf16.h"
 
-#include "cpu/gemm/operands_bfloat16.h"
+#include "cpu/gemm/packing_bfloat16.h"
+#include "cpu/softmax/packed_weights_bfloat16.h"
 #include "table.h"
 
 namespace ff {

@@ -1,4 +1,4 @@
-#include "generic.h"
+#include "scalar.h"
 
 #include "table.h"
 

@@ -2,11 +2,9 @@
 #pragma once
 
 #include "cpu/attention/attention.h"
-#include "cpu/attention/backward.h"
-#include "cpu/bidirectional/forward.h"
 #include "cpu/bidirectional/backward.h"
+#include "cpu/bidirectional/forward.h"
 #include "cpu/gemm/peak.h"
-#include "cpu/attention/pieces.h"
 
 namespace ff {
 namespace {
@@ -18,7 +16,7 @@ constexpr KernelTable table(const char* isa) {
           Vec::kLanes,
           attention_forward<HalfMath>,
           attention_path<HalfMath>,
-          attention_pieces,
+          attention_splits,
           attention_backward<HalfMath>,
           attention_parts<HalfMath>,
           attention_part<HalfMath>,

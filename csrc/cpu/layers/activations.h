@@ -1,7 +1,7 @@
 // Activation functions of a register, in float32.
 #pragma once
 
-#include "../softmax/softmax.h"
+#include "../softmax/exponential.h"
 
 namespace ff {
 namespace {

@@ -16,7 +16,7 @@
 // the arithmetic, never of batch mates or threads, on which a row's bits must not depend.
 #pragma once
 
-#include "../gemm/operands.h"
+#include "../gemm/packing.h"
 #include "../task.h"
 #include "activations.h"
 
@@ -159,7 +159,7 @@ struct LinearTask {
     const int64_t features = left < kLinearFeatures ? left : kLinearFeatures;
     const Block block{{p.features, nullptr}, first, features};
     const auto weight =
-        Operands<Math>::rows(matrix(p.weight, p.type, p.weight_row), block, p.width, copy);
+        Packing<Math>::rows(matrix(p.weight, p.type, p.weight_row), block, p.width, copy);
     with_type(p.type, [&](auto kind) {
       const LinearEpilogue<decltype(kind)> epilogue{p};
       for (int64_t i = 0; i < rows.panels(); ++i) panel(epilogue, weight, first, features, i);
@@ -177,7 +177,7 @@ struct LinearTask {
     const auto* x = reinterpret_cast<const typename Math::Element*>(
         rows.turned + index * LinearRows<Math>::panel_size(p));
     multiply_in_parts(weight, Right<Math>{x, columns * Math::kDepth}, features, columns,
-                      Operands<Math>::steps(p.width), sums, kLinearChain);
+                      Packing<Math>::steps(p.width), sums, kLinearChain);
     store_turned(epilogue, block, first, features, sums);
   }
 
@@ -239,7 +239,7 @@ void linear_rows(const Linear& p, ParallelFor parallel) {
   }
   const Slice x = matrix(p.x, p.type, p.x_row);
   if (rows.across.count > 0) {
-    rows.x_across = Operands<Math>::rows(x, {rows.across, 0, rows.across.count}, p.width,
+    rows.x_across = Packing<Math>::rows(x, {rows.across, 0, rows.across.count}, p.width,
                                          memory + turned);
   }
   bool with_across = rows.across.count > 0;
@@ -255,7 +255,7 @@ void linear_rows(const Linear& p, ParallelFor parallel) {
     run(parallel, rows.panels(), 16.0 * numbers, [](int64_t begin, int64_t end, const void* context) {
       const auto& [p, rows, x] = *static_cast<const Turn*>(context);
       for (int64_t i = begin; i < end; ++i)
-        Operands<Math>::lanes(x, rows.panel(i), p.width, 1.0f,
+        Packing<Math>::lanes(x, rows.panel(i), p.width, 1.0f,
                               rows.turned + i * LinearRows<Math>::panel_size(p));
     }, turn);
     struct Product {

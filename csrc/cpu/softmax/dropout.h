@@ -2,7 +2,7 @@
 // (fastfusion/core/philox.py has the definition).
 #pragma once
 
-#include "softmax.h"
+#include "mask.h"
 
 namespace ff {
 namespace {

@@ -37,18 +37,18 @@ FF_DEVICE void add(const float (&chain)[kThreadRows][4], float (&sums)[kThreadRo
 }
 
 // Products of a lane's queries and keys in `depth` dims are added to their scores.
-template <class Tile, int kThreadRows>
+template <class TileConfig, int kThreadRows>
 FF_DEVICE void add_scores(const float* query_rows, const float* key_rows, int depth,
                           float (&scores)[kThreadRows][4]) {
-  for (int first = 0; first < depth; first += Tile::kChain) {
+  for (int first = 0; first < depth; first += TileConfig::kChain) {
     float chain[kThreadRows][4] = {};
-    const int end = least(first + Tile::kChain, depth);
-#pragma unroll Tile::kUnroll
+    const int end = least(first + TileConfig::kChain, depth);
+#pragma unroll TileConfig::kUnroll
     for (int d = first; d < end; d += 4) {
       Float4 keys[4];
-      for (int j = 0; j < 4; ++j) keys[j] = load4(key_rows + 16 * j * Tile::kStride + d);
+      for (int j = 0; j < 4; ++j) keys[j] = load4(key_rows + 16 * j * TileConfig::kStride + d);
       for (int i = 0; i < kThreadRows; ++i) {
-        const Float4 query = load4(query_rows + 2 * i * Tile::kStride + d);
+        const Float4 query = load4(query_rows + 2 * i * TileConfig::kStride + d);
         for (int e = 0; e < 4; ++e)
           for (int j = 0; j < 4; ++j) chain[i][j] = fmaf(query.at[e], keys[j].at[e], chain[i][j]);
       }
@@ -58,18 +58,18 @@ FF_DEVICE void add_scores(const float* query_rows, const float* key_rows, int de
 }
 
 // Weighted values of `count` keys are added to a lane's columns.
-template <class Tile, int kThreadRows>
+template <class TileConfig, int kThreadRows>
 FF_DEVICE void add_values(const float* weight_rows, const float* value_rows, int count,
                           float (&sums)[kThreadRows][4]) {
-  for (int first = 0; first < count; first += Tile::kChain) {
+  for (int first = 0; first < count; first += TileConfig::kChain) {
     float chain[kThreadRows][4] = {};
-    const int end = least(first + Tile::kChain, count);
-#pragma unroll Tile::kUnroll
+    const int end = least(first + TileConfig::kChain, count);
+#pragma unroll TileConfig::kUnroll
     for (int k = first; k < end; k += 4) {
       Float4 values[4];
       for (int e = 0; e < 4; ++e) values[e] = load4(value_rows + (k + e) * kSlice);
       for (int i = 0; i < kThreadRows; ++i) {
-        const Float4 weights = load4(weight_rows + 2 * i * Tile::kWeightStride + k);
+        const Float4 weights = load4(weight_rows + 2 * i * TileConfig::kWeightStride + k);
         for (int e = 0; e < 4; ++e)
           for (int j = 0; j < 4; ++j)
             chain[i][j] = fmaf(weights.at[e], values[e].at[j], chain[i][j]);
@@ -117,28 +117,28 @@ FF_DEVICE void store4(const Float4& from, float* row, int column, int end, bool 
     if (column + e < end) row[column + e] = from.at[e];
 }
 
-template <class Tile>
-FF_KERNEL(Tile::kThreads)
+template <class TileConfig>
+FF_KERNEL(TileConfig::kThreads)
 attention_float32_kernel(Call c) {
-  constexpr int kThreadRows = Tile::kThreadRows, kSlices = Tile::kColumns / kSlice;
+  constexpr int kThreadRows = TileConfig::kThreadRows, kSlices = TileConfig::kColumns / kSlice;
   const AttentionForward& p = c.p;
   Shared shared;
-  float* stages_memory = shared.take<float>(Tile::kStages * Tile::kStageFloats);
-  float* weights = shared.take<float>(Tile::kRows * Tile::kWeightStride);
-  int* scratch = shared.take<int>(2 * Tile::kThreads / 32);
+  float* stages_memory = shared.take<float>(TileConfig::kStages * TileConfig::kStageFloats);
+  float* weights = shared.take<float>(TileConfig::kRows * TileConfig::kWeightStride);
+  int* scratch = shared.take<int>(2 * TileConfig::kThreads / 32);
 
   const Diagonal diagonal(p);
   Place place;
   {
     // The last queries first: under a diagonal they take longest.
-    const unsigned tiles = unsigned((p.q_len + Tile::kRows - 1) / Tile::kRows);
+    const unsigned tiles = unsigned((p.q_len + TileConfig::kRows - 1) / TileConfig::kRows);
     const unsigned block = unsigned(block_count() - 1 - block_index());
     const unsigned head = block / tiles, b = head / unsigned(p.heads), h = head % unsigned(p.heads);
     const unsigned group = h / (unsigned(p.heads) / unsigned(p.kv_heads));
     place.b = b;
     place.h = h;
-    place.first_row = int(block % tiles) * Tile::kRows;
-    place.rows = least(Tile::kRows, int(p.q_len) - place.first_row);
+    place.first_row = int(block % tiles) * TileConfig::kRows;
+    place.rows = least(TileConfig::kRows, int(p.q_len) - place.first_row);
     place.query = static_cast<const float*>(p.query.data) + b * p.query.batch + h * p.query.head +
                   place.first_row * p.query.row;
     place.key = static_cast<const float*>(p.key.data) + b * p.key.batch + group * p.key.head;
@@ -148,16 +148,16 @@ attention_float32_kernel(Call c) {
     place.first_key = 0;
     place.end_key = int(p.kv_len);
     diagonal.limit(place.first_row, place.rows, place.first_key, place.end_key);
-    if (place.padding && place.end_key > Tile::kKeys)
-      visible_bounds<Tile>(place.padding, p.padding_column, scratch, &place.first_key,
-                           &place.end_key);
-    place.first_key -= place.first_key % Tile::kKeys;
+    if (place.padding && place.end_key > TileConfig::kKeys)
+      visible_bounds<TileConfig>(place.padding, p.padding_column, scratch, &place.first_key,
+                                 &place.end_key);
+    place.first_key -= place.first_key % TileConfig::kKeys;
   }
 
   // Of this lane: rows row, row + 2, ... of the tile; keys lane, lane + 16, ...; four columns.
   const int lane = lane_index() / 2;
   const int row = warp_index() * 2 * kThreadRows + lane_index() % 2;
-  float* const weight_rows = weights + row * Tile::kWeightStride;
+  float* const weight_rows = weights + row * TileConfig::kWeightStride;
 
   // Sums are relative to the maximum; `part` is of the last keys, `out` times `rescale` of those
   // before.
@@ -176,23 +176,23 @@ attention_float32_kernel(Call c) {
     for (int i = 0; i < kThreadRows; ++i) rescale[i] = 1.0f;
   };
 
-  Stages<Tile> stages(c, place, stages_memory);
-  for (int key = place.first_key; key < place.end_key; key += Tile::kKeys) {
+  Stages<TileConfig> stages(c, place, stages_memory);
+  for (int key = place.first_key; key < place.end_key; key += TileConfig::kKeys) {
     float scores[kThreadRows][4] = {};
     for (int step = 0; step < stages.depth_steps(); ++step) {
       const float* stage = stages.begin();
-      const float* query_rows = stage + row * Tile::kStride;
-      const float* key_rows = stage + (Tile::kRows + lane) * Tile::kStride;
-      const int depth = least(Tile::kDepth, int(p.head_dim) - step * Tile::kDepth);
-      add_scores<Tile>(query_rows, key_rows, depth, scores);
+      const float* query_rows = stage + row * TileConfig::kStride;
+      const float* key_rows = stage + (TileConfig::kRows + lane) * TileConfig::kStride;
+      const int depth = least(TileConfig::kDepth, int(p.head_dim) - step * TileConfig::kDepth);
+      add_scores<TileConfig>(query_rows, key_rows, depth, scores);
       stages.end();
     }
 
     for (int i = 0; i < kThreadRows; ++i) {
       for (int j = 0; j < 4; ++j) scores[i][j] = rounded_product(scores[i][j], p.scale);
     }
-    if (p.mask.data || place.padding || key + Tile::kKeys > place.end_key ||
-        diagonal.crosses(place.first_row, Tile::kRows, key, Tile::kKeys))
+    if (p.mask.data || place.padding || key + TileConfig::kKeys > place.end_key ||
+        diagonal.crosses(place.first_row, TileConfig::kRows, key, TileConfig::kKeys))
       mask_scores(p, place, diagonal, recomputed(row), recomputed(key + lane), scores);
 
     float larger[kThreadRows];
@@ -211,7 +211,7 @@ attention_float32_kernel(Call c) {
       const float factor = exponential(maximum[i] - zero);
       for (int j = 0; j < 4; ++j) {
         scores[i][j] = exponential(scores[i][j] - zero);
-        weight_rows[2 * i * Tile::kWeightStride + lane + 16 * j] = scores[i][j];
+        weight_rows[2 * i * TileConfig::kWeightStride + lane + 16 * j] = scores[i][j];
       }
       const float sum_here = (scores[i][0] + scores[i][1]) + (scores[i][2] + scores[i][3]);
       maximum[i] = larger[i];
@@ -223,18 +223,18 @@ attention_float32_kernel(Call c) {
     }
 
     // The weights are for this warp alone, and seen after the barrier of the next stage.
-    const int count = least(Tile::kKeys, place.end_key - key);
+    const int count = least(TileConfig::kKeys, place.end_key - key);
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
       if (kSlice * s >= p.value_dim) break;
-      for (int offset = 0; offset < Tile::kKeys; offset += Tile::kValueKeys) {
+      for (int offset = 0; offset < TileConfig::kKeys; offset += TileConfig::kValueKeys) {
         const float* value_rows = stages.begin() + 4 * lane;
-        add_values<Tile>(weight_rows + offset, value_rows, least(Tile::kValueKeys, count - offset),
-                         part[s]);
+        add_values<TileConfig>(weight_rows + offset, value_rows,
+                               least(TileConfig::kValueKeys, count - offset), part[s]);
         stages.end();
       }
     }
-    if (key / Tile::kKeys % 4 == 3) merge();
+    if (key / TileConfig::kKeys % 4 == 3) merge();
   }
   merge();
 
@@ -268,11 +268,11 @@ bool takes_vectors(const void* data, int64_t batch, int64_t head, int64_t row, i
 // Small tiles where there are few queries to share between processors.
 bool few(const AttentionForward& call) { return call.q_len <= 128; }
 
-template <class Tile>
+template <class TileConfig>
 const char* run(const Call& c, void* stream) {
-  const int64_t tiles = (c.p.q_len + Tile::kRows - 1) / Tile::kRows;
-  return launch<attention_float32_kernel<Tile>>(
-      Launch{c.p.batch * c.p.heads * tiles, Tile::kThreads, Tile::kShared, stream}, c);
+  const int64_t tiles = (c.p.q_len + TileConfig::kRows - 1) / TileConfig::kRows;
+  return launch<attention_float32_kernel<TileConfig>>(
+      Launch{c.p.batch * c.p.heads * tiles, TileConfig::kThreads, TileConfig::kShared, stream}, c);
 }
 
 }  // namespace float32

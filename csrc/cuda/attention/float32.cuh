@@ -107,12 +107,12 @@ FF_DEVICE void copy_rows(float* to, const float* from, int64_t stride, int rows,
 }
 
 // From the first visible key's to behind the last one's, for the whole block.
-template <class Tile>
+template <class TileConfig>
 FF_DEVICE void visible_bounds(const Bool* padding, int64_t stride, int* scratch, int* first,
                               int* end) {
   int low = *end, high = 0;
 #pragma unroll 4
-  for (int key = *first + thread_index(); key < *end; key += Tile::kThreads) {
+  for (int key = *first + thread_index(); key < *end; key += TileConfig::kThreads) {
     const bool shown = !padding[key * stride];
     low = shown && key < low ? key : low;
     high = shown ? key + 1 : high;
@@ -127,7 +127,7 @@ FF_DEVICE void visible_bounds(const Bool* padding, int64_t stride, int* scratch,
     scratch[2 * warp_index() + 1] = high;
   }
   barrier();
-  for (int i = 0; i < Tile::kThreads / 32; ++i) {
+  for (int i = 0; i < TileConfig::kThreads / 32; ++i) {
     low = scratch[2 * i] < low ? scratch[2 * i] : low;
     high = scratch[2 * i + 1] > high ? scratch[2 * i + 1] : high;
   }
@@ -144,13 +144,13 @@ struct Place {
 };
 
 // The stages of all tiles in their order, each begun some steps before it is used.
-template <class Tile>
+template <class TileConfig>
 class Stages {
  public:
   FF_DEVICE Stages(const Call& c, const Place& place, float* memory)
       : c_(c), place_(place), memory_(memory), key_(place.first_key) {
-    depth_steps_ = (int(c.p.head_dim) + Tile::kDepth - 1) / Tile::kDepth;
-    steps_ = depth_steps_ + (int(c.p.value_dim) + kSlice - 1) / kSlice * Tile::kParts;
+    depth_steps_ = (int(c.p.head_dim) + TileConfig::kDepth - 1) / TileConfig::kDepth;
+    steps_ = depth_steps_ + (int(c.p.value_dim) + kSlice - 1) / kSlice * TileConfig::kParts;
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) start();
   }
@@ -161,15 +161,15 @@ class Stages {
   FF_DEVICE const float* begin() {
     wait_copies<1>();
     barrier();
-    if constexpr (Tile::kStages > 2) start();
-    const float* stage = memory_ + used_ * Tile::kStageFloats;
-    used_ = used_ + 1 == Tile::kStages ? 0 : used_ + 1;
+    if constexpr (TileConfig::kStages > 2) start();
+    const float* stage = memory_ + used_ * TileConfig::kStageFloats;
+    used_ = used_ + 1 == TileConfig::kStages ? 0 : used_ + 1;
     return stage;
   }
 
   // The stage that `begin` gave is no longer needed.
   FF_DEVICE void end() {
-    if constexpr (Tile::kStages == 2) {
+    if constexpr (TileConfig::kStages == 2) {
       if (key_ < place_.end_key) barrier();
       start();
     }
@@ -178,27 +178,28 @@ class Stages {
  private:
   FF_DEVICE void start() {
     if (key_ < place_.end_key) {
-      float* stage = memory_ + started_ * Tile::kStageFloats;
+      float* stage = memory_ + started_ * TileConfig::kStageFloats;
       if (step_ < depth_steps_) {
-        start_depth(stage, step_ * Tile::kDepth);
+        start_depth(stage, step_ * TileConfig::kDepth);
       } else {
         const int slice = step_ - depth_steps_;
-        start_values(stage, slice / Tile::kParts * kSlice, slice % Tile::kParts * Tile::kValueKeys);
+        start_values(stage, slice / TileConfig::kParts * kSlice,
+                     slice % TileConfig::kParts * TileConfig::kValueKeys);
       }
-      if (++step_ == steps_) step_ = 0, key_ += Tile::kKeys;
+      if (++step_ == steps_) step_ = 0, key_ += TileConfig::kKeys;
     }
-    started_ = started_ + 1 == Tile::kStages ? 0 : started_ + 1;
+    started_ = started_ + 1 == TileConfig::kStages ? 0 : started_ + 1;
     commit_copies();
   }
 
   // Hidden keys are read here: their scores are not used.
   FF_DEVICE void start_depth(float* stage, int column) const {
     const auto none = [](int) { return false; };
-    const int columns = least(Tile::kDepth, int(c_.p.head_dim) - column);
-    copy_rows<Tile::kThreads, Tile::kRows, Tile::kDepth, Tile::kStride>(
+    const int columns = least(TileConfig::kDepth, int(c_.p.head_dim) - column);
+    copy_rows<TileConfig::kThreads, TileConfig::kRows, TileConfig::kDepth, TileConfig::kStride>(
         stage, place_.query + column, c_.p.query.row, place_.rows, columns, c_.vector_query, none);
-    copy_rows<Tile::kThreads, Tile::kKeys, Tile::kDepth, Tile::kStride>(
-        stage + Tile::kRows * Tile::kStride, place_.key + key_ * c_.p.key.row + column,
+    copy_rows<TileConfig::kThreads, TileConfig::kKeys, TileConfig::kDepth, TileConfig::kStride>(
+        stage + TileConfig::kRows * TileConfig::kStride, place_.key + key_ * c_.p.key.row + column,
         c_.p.key.row, place_.end_key - key_, columns, c_.vector_key, none);
   }
 
@@ -207,7 +208,7 @@ class Stages {
     const auto hidden = [&](int row) {
       return place_.padding && place_.padding[(key + row) * c_.p.padding_column];
     };
-    copy_rows<Tile::kThreads, Tile::kValueKeys, kSlice, kSlice>(
+    copy_rows<TileConfig::kThreads, TileConfig::kValueKeys, kSlice, kSlice>(
         stage, place_.value + key * c_.p.value.row + column, c_.p.value.row, place_.end_key - key,
         least(kSlice, int(c_.p.value_dim) - column), c_.vector_value, hidden);
   }

@@ -6,7 +6,7 @@
 
 #include <optional>
 
-#include "cuda/exponents.cuh"
+#include "cuda/softmax.cuh"
 
 namespace ff::cuda {
 namespace {
@@ -85,8 +85,8 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
     const KeyFlags flags(exponents.padding, first_key, exponents.kv_len);
 
     Shared shared;
-    const Tile<T, kDim> query{shared.take<T>(plan.tiles * 16 * kDim)};
-    const Tile<T, kDim> key{shared.take<T>(keys * kDim)}, value{shared.take<T>(keys * kDim)};
+    const SharedTile<T, kDim> query{shared.take<T>(plan.tiles * 16 * kDim)};
+    const SharedTile<T, kDim> key{shared.take<T>(keys * kDim)}, value{shared.take<T>(keys * kDim)};
     float* const maxima = shared.take<float>(plan.slices * 16);
     float* const sums = shared.take<float>(plan.slices * 16);
 
@@ -103,7 +103,8 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
       T* const to = queries ? query.data : (operand == 1 ? key.data : value.data) + place * kDim;
       const RowCopy<T, kDim> copy(head, first, uint32_t(own ? lane_index() : thread_index()),
                                   uint32_t(own ? 32 : plan.slices * plan.tiles * 32));
-      copy.template load<false>(Tile<T, kDim>{to}, queries ? plan.tiles * 16 : plan.keys, present);
+      copy.template load<false>(SharedTile<T, kDim>{to}, queries ? plan.tiles * 16 : plan.keys,
+                                present);
       if (!queries) commit_copies();
     }
 

@@ -3,7 +3,7 @@
 // while this one is computed, where shared memory holds two.
 #pragma once
 
-#include "cuda/exponents.cuh"
+#include "cuda/softmax.cuh"
 
 namespace ff::cuda {
 namespace {
@@ -83,14 +83,14 @@ attention_tile(const AttentionForward p, const TilePlan plan) {
 
     const int stages = has_two_stages<kDim, kWarps, kKeys>() ? 2 : plan.stages;
     Shared shared;
-    const Tile<T, kDim> query{shared.take<T>(kWarps * 16 * kDim)};
+    const SharedTile<T, kDim> query{shared.take<T>(kWarps * 16 * kDim)};
     T* const key = shared.take<T>(stages * kKeys * kDim);
     T* const value = shared.take<T>(stages * kKeys * kDim);
     int* const scratch = shared.take<int>(2 * kWarps + 6);
 
     const Exponents<kNatural> exponents(p, b, h);
     const auto stage = [&](T* tiles, int tile) {
-      return Tile<T, kDim>{tiles + (tile & (stages - 1)) * kKeys * kDim};
+      return SharedTile<T, kDim>{tiles + (tile & (stages - 1)) * kKeys * kDim};
     };
 
     const auto thread = uint32_t(thread_index());
@@ -134,7 +134,7 @@ attention_tile(const AttentionForward p, const TilePlan plan) {
           kept[2 + next % 2 * 2] = int(uint32_t(coming));
           kept[3 + next % 2 * 2] = int(uint32_t(coming >> 32));
         }
-        const Tile<T, kDim> key_stage = stage(key, next), value_stage = stage(value, next);
+        const SharedTile<T, kDim> key_stage = stage(key, next), value_stage = stage(value, next);
         if (state & 1) {
           keys.template load_chunks<true>(key_stage, kKeys, coming);
           values.template load_chunks<true>(value_stage, kKeys, coming);

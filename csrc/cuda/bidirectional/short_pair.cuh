@@ -3,7 +3,7 @@
 // weights of either product from the scores in place.
 #pragma once
 
-#include "cuda/exponents.cuh"
+#include "cuda/softmax.cuh"
 
 namespace ff::cuda {
 namespace {
@@ -86,8 +86,9 @@ FF_DEVICE void take_statistics(const Units<kNatural>& units, const float* scores
 // Outputs of 16 positions from `first` on, by way of the same rows of `scratch`.
 template <class T, int kDim, bool kNatural>
 FF_DEVICE void gather(const Units<kNatural>& units, const float* scores, const Direction& way,
-                      const Tile<T, kDim>& values, const Tile<T, kDim>& scratch, int first,
-                      const MutableView& to, const MutableLse& lse, int b, int h, int dim) {
+                      const SharedTile<T, kDim>& values, const SharedTile<T, kDim>& scratch,
+                      int first, const MutableView& to, const MutableLse& lse, int b, int h,
+                      int dim) {
   float maximum[2], shift[2], sum[2], out[kDim / 8][4];
   const float* from[2];
 #pragma unroll
@@ -129,10 +130,10 @@ bidirectional_short(const BidirectionalForward p, const PairPlan plan) {
     const int stride = score_stride(plan);
 
     Shared shared;
-    const Tile<T, kDim> query{shared.take<T>(plan.queries * kDim)};
-    const Tile<T, kDim> key{shared.take<T>(plan.keys * kDim)};
-    const Tile<T, kDim> value{shared.take<T>(plan.keys * kDim)};
-    const Tile<T, kDim> query_value{shared.take<T>(plan.queries * kDim)};
+    const SharedTile<T, kDim> query{shared.take<T>(plan.queries * kDim)};
+    const SharedTile<T, kDim> key{shared.take<T>(plan.keys * kDim)};
+    const SharedTile<T, kDim> value{shared.take<T>(plan.keys * kDim)};
+    const SharedTile<T, kDim> query_value{shared.take<T>(plan.queries * kDim)};
     float* const scores = shared.take<float>(plan.queries * stride);
 
     // A hidden position has scores for its own output, so that no padding hides them.
@@ -159,7 +160,7 @@ bidirectional_short(const BidirectionalForward p, const PairPlan plan) {
       for (int first = 0; first < rows; first += 64) {
         const uint64_t present = KeyFlags(padding, first, head.count).present();
         const RowCopy<T, kDim> copy(head, first, uint32_t(thread_index()), kThreads);
-        copy.template load<false>(Tile<T, kDim>{to + first * kDim},
+        copy.template load<false>(SharedTile<T, kDim>{to + first * kDim},
                                   rows - first < 64 ? rows - first : 64, present);
       }
       if (operand % 2 == 1) commit_copies();
@@ -209,8 +210,8 @@ bidirectional_short(const BidirectionalForward p, const PairPlan plan) {
       MutableLse lse = p.lse_q;
       if (!of_queries) to = p.out_k, lse = p.lse_k;
       gather(exponents, scores, way(of_queries),
-             Tile<T, kDim>{of_queries ? value.data : query_value.data},
-             Tile<T, kDim>{of_queries ? query.data : key.data},
+             SharedTile<T, kDim>{of_queries ? value.data : query_value.data},
+             SharedTile<T, kDim>{of_queries ? query.data : key.data},
              (of_queries ? unit : unit - query_tiles) * 16, to, lse, b, h,
              int(of_queries ? p.value_dim : p.query_value_dim));
     }

@@ -1,4 +1,4 @@
-// The interface of the fused cross-modal block, beside ../api.h, whose rules it shares:
+// The interface of the fused cross-attention layer, beside ../api.h, whose rules it shares:
 //
 //   y = residual + out_proj(attention(q_proj(norm_q(x)), k_proj(norm_c(c)), v_proj(norm_c(c))))
 //
@@ -33,9 +33,9 @@ struct Linear {
   const void* bias = nullptr;
 };
 
-// Of Attention, `query`, `key`, `value`, `kv_heads` and `value_dim` are the block's own, `causal`
+// Of Attention, `query`, `key`, `value`, `kv_heads` and `value_dim` are the layer's own, `causal`
 // and the mask as there, `head_dim` up to 256. All tensors but the mask are of `type`.
-struct CrossAttentionBlock : Attention {
+struct CrossAttentionLayer : Attention {
   int64_t query_dim, context_dim, out_dim;
   Sequence x, context;
   Norm query_norm, context_norm;
@@ -47,11 +47,11 @@ struct CrossAttentionBlock : Attention {
 };
 
 // Bytes of device memory, aligned to 256, that a call needs.
-FF_CUDA_EXPORT int64_t cross_attention_block_workspace(const CrossAttentionBlock& call,
+FF_CUDA_EXPORT int64_t cross_attention_layer_workspace(const CrossAttentionLayer& call,
                                                        int capability);
 
 // Rows have to fit into shared memory, 16 at a time: 1,792 values on every device.
-FF_CUDA_EXPORT const char* cross_attention_block(const CrossAttentionBlock& call, void* workspace,
+FF_CUDA_EXPORT const char* cross_attention_layer(const CrossAttentionLayer& call, void* workspace,
                                                  void* stream);
 
 }  // namespace ff::cuda

@@ -1,4 +1,4 @@
-// The fused cross-modal block: its launches.
+// The fused cross-attention layer: its launches.
 #include "projections.cuh"
 
 namespace ff::cuda {
@@ -9,7 +9,7 @@ namespace {
 struct Layout {
   int64_t queries, attended, keys, attention;
 
-  explicit Layout(const CrossAttentionBlock& p) {
+  explicit Layout(const CrossAttentionLayer& p) {
     const auto align = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
     const int64_t inner = p.heads * p.head_dim, size = align(p.batch * p.q_len * inner * 2);
     queries = 0, attended = size, keys = 2 * size;
@@ -17,7 +17,7 @@ struct Layout {
   }
 };
 
-AttentionForward attention_of(const CrossAttentionBlock& p, char* workspace) {
+AttentionForward attention_of(const CrossAttentionLayer& p, char* workspace) {
   const Layout layout(p);
   const int64_t inner = p.heads * p.head_dim;
   char* const keys = workspace + layout.keys;
@@ -32,7 +32,7 @@ AttentionForward attention_of(const CrossAttentionBlock& p, char* workspace) {
   return call;
 }
 
-Projection projection(const CrossAttentionBlock& p, const Sequence& x, int64_t length,
+Projection projection(const CrossAttentionLayer& p, const Sequence& x, int64_t length,
                       int64_t width, const Linear& linear, int64_t features, void* out) {
   Projection made;
   made.x = x, made.rows = int(p.batch * length), made.length = int(length);
@@ -40,7 +40,7 @@ Projection projection(const CrossAttentionBlock& p, const Sequence& x, int64_t l
   return made;
 }
 
-const char* run(const CrossAttentionBlock& p, const Projection& first, const Projection& second,
+const char* run(const CrossAttentionLayer& p, const Projection& first, const Projection& second,
                 int capability, void* stream) {
   return p.type == Type::kFloat16 ? run_projections<Half>(first, second, capability, stream)
                                   : run_projections<BFloat16>(first, second, capability, stream);
@@ -48,12 +48,12 @@ const char* run(const CrossAttentionBlock& p, const Projection& first, const Pro
 
 }  // namespace
 
-int64_t cross_attention_block_workspace(const CrossAttentionBlock& p, int capability) {
+int64_t cross_attention_layer_workspace(const CrossAttentionLayer& p, int capability) {
   if (p.batch * p.q_len == 0) return 0;
   return Layout(p).attention + attention_workspace(attention_of(p, nullptr), capability);
 }
 
-const char* cross_attention_block(const CrossAttentionBlock& p, void* workspace, void* stream) {
+const char* cross_attention_layer(const CrossAttentionLayer& p, void* workspace, void* stream) {
   if (p.type != Type::kFloat16 && p.type != Type::kBFloat16) return "this dtype has no kernel";
   const int capability = compute_capability();
   if (!runs(p.type, capability)) return "bfloat16 needs compute capability 8.0";

@@ -1,9 +1,9 @@
-// Projections of the cross-modal block: their description, and rows of the input, normalised, in
-// shared memory.
+// Projections of the cross-attention layer: their description, and rows of the input, normalised,
+// in shared memory.
 #pragma once
 
 #include "api.h"
-#include "cuda/tile.cuh"
+#include "cuda/shared_tile.cuh"
 
 namespace ff::cuda {
 namespace {

@@ -1,32 +1,30 @@
-// Few queries over many keys: one head has too little to share out, so the keys are cut into
-// pieces. A piece is a call of its own for as many keys; what it gives are the means of its values
-// with the maximum and the sum of the weights behind them, from which the whole follows:
+// Split-KV: one head has too little to share out where few queries meet many keys, which are cut
+// into splits. A split is a call of its own for as many keys; what it gives are the means of its
+// values with the maximum and the sum of the weights behind them, from which the whole follows:
 //     w_i = exp(m_i - max m) l_i      out = sum_i w_i out_i / sum_i w_i
-// Where pieces end is a matter of the lengths alone, and they are put together in order: neither
+// Where splits end is a matter of the lengths alone, and they are put together in order: neither
 // threads nor other heads and batch entries change a bit.
 #pragma once
 
-#include "attention.h"
+#include "forward.h"
 
 namespace ff {
 namespace {
 
-struct Pieces {
-  static constexpr int64_t kQueries = 2 * Panels::kMost;  // more make tasks enough by themselves
-  static constexpr int64_t kShortest = 1024;              // keys: a panel's 50 us
+struct KvSplits {
+  static constexpr int64_t kQueries = 2 * QueryTiles::kMost;  // more make enough tasks without
+  static constexpr int64_t kShortest = 1024;                  // keys: a query tile's 50 us
   static constexpr int64_t kMost = 16;
 
   int64_t length, count;
 
-  explicit Pieces(const AttentionForward& p) : length(p.kv_len), count(1) {
+  explicit KvSplits(const AttentionForward& p) : length(p.kv_len), count(1) {
     if (p.q_len > kQueries || p.kv_len <= kShortest || p.causal || p.dropout) return;
     const int64_t blocks = (p.kv_len + kMost * kBlock - 1) / (kMost * kBlock);
     length = blocks * kBlock > kShortest ? blocks * kBlock : kShortest;
     count = (p.kv_len + length - 1) / length;
   }
 };
-
-inline int64_t attention_pieces(const AttentionForward& p) { return Pieces(p).count; }
 
 // A call for the keys first .. end of another, with results of its own.
 inline AttentionForward keys_of(AttentionForward p, int64_t first, int64_t end) {
@@ -43,11 +41,11 @@ inline AttentionForward keys_of(AttentionForward p, int64_t first, int64_t end) 
 }
 
 template <class HalfMath>
-class PieceTasks {
+class SplitKvTasks {
  public:
-  PieceTasks(const AttentionForward& p, const Pieces& pieces)
+  SplitKvTasks(const AttentionForward& p, const KvSplits& splits)
       : p_(p),
-        pieces_(pieces),
+        splits_(splits),
         base_(base_of(p)),
         rows_(p.heads / p.kv_heads * p.q_len),
         parts_(attention_parts<HalfMath>(p) / (p.batch * p.kv_heads)) {}
@@ -55,7 +53,7 @@ class PieceTasks {
   // Key heads at a time, so that their results take no more than 2 MB.
   void run(ParallelFor parallel) {
     constexpr int64_t kFloats = 524288;
-    const int64_t floats = pieces_.count * rows_ * (p_.value_dim + 2), slices = all_slices();
+    const int64_t floats = splits_.count * rows_ * (p_.value_dim + 2), slices = all_slices();
     const int64_t fitting = kFloats / floats, most = fitting < 1 ? 1 : fitting;
     means_ = shared_scratch(size_t((most < slices ? most : slices) * floats));
     if (!means_) {
@@ -64,11 +62,11 @@ class PieceTasks {
     }
     for (first_ = 0; first_ < slices; first_ += count_) {
       count_ = slices - first_ < most ? slices - first_ : most;
-      maxima_ = means_ + pieces_.count * count_ * rows_ * p_.value_dim;
-      sums_ = maxima_ + pieces_.count * count_ * rows_;
+      maxima_ = means_ + splits_.count * count_ * rows_ * p_.value_dim;
+      sums_ = maxima_ + splits_.count * count_ * rows_;
       const double flops =
           2.0 * double(count_ * rows_) * double(p_.kv_len) * double(p_.head_dim + p_.value_dim);
-      ff::run(parallel, pieces_.count * count_ * parts_, flops, compute, *this);
+      ff::run(parallel, splits_.count * count_ * parts_, flops, compute, *this);
       ff::run(parallel, count_, flops / double(p_.kv_len), merge, *this);
     }
   }
@@ -76,25 +74,25 @@ class PieceTasks {
  private:
   int64_t all_slices() const { return p_.batch * p_.kv_heads; }
 
-  // Where the results of a piece stand in the arrays above, in rows.
-  int64_t place(int64_t piece) const { return (piece * count_ - first_) * rows_; }
+  // Where the results of a split stand in the arrays above, in rows.
+  int64_t place(int64_t split) const { return (split * count_ - first_) * rows_; }
 
   static void compute(int64_t begin, int64_t end, const void* context) {
-    const auto& tasks = *static_cast<const PieceTasks*>(context);
-    const int64_t parts = tasks.count_ * tasks.parts_;  // of a piece
+    const auto& tasks = *static_cast<const SplitKvTasks*>(context);
+    const int64_t parts = tasks.count_ * tasks.parts_;  // of a split
     while (begin < end) {
-      const int64_t piece = begin / parts, part = begin % parts;
+      const int64_t split = begin / parts, part = begin % parts;
       const int64_t some = parts - part < end - begin ? parts - part : end - begin;
       const int64_t first = tasks.first_ * tasks.parts_ + part;
-      attention_part<HalfMath>(tasks.call(piece), first, first + some);
+      attention_part<HalfMath>(tasks.call(split), first, first + some);
       begin += some;
     }
   }
 
-  AttentionForward call(int64_t piece) const {
-    const int64_t first = piece * pieces_.length, end = first + pieces_.length;
+  AttentionForward call(int64_t split) const {
+    const int64_t first = split * splits_.length, end = first + splits_.length;
     AttentionForward p = keys_of(p_, first, end < p_.kv_len ? end : p_.kv_len);
-    const int64_t head = p.q_len * p.value_dim, row = place(piece);
+    const int64_t head = p.q_len * p.value_dim, row = place(split);
     p.out = {means_ + row * p.value_dim, p.heads * head, head, p.value_dim, 1};
     p.lse = {maxima_ + row, p.heads * p.q_len, p.q_len, 1};
     p.sums = sums_ + row;
@@ -102,21 +100,21 @@ class PieceTasks {
   }
 
   static void merge(int64_t begin, int64_t end, const void* context) {
-    const auto& tasks = *static_cast<const PieceTasks*>(context);
+    const auto& tasks = *static_cast<const SplitKvTasks*>(context);
     for (int64_t i = begin * tasks.rows_; i < end * tasks.rows_; ++i)
       tasks.merge_row(tasks.first_ * tasks.rows_ + i);
   }
 
-  // Row `row` of all, into the place of its first piece and from there to the output.
+  // Row `row` of all, into the place of its first split and from there to the output.
   void merge_row(int64_t row) const {
     float maximum = -kInfinity;
-    for (int64_t i = 0; i < pieces_.count; ++i) {
+    for (int64_t i = 0; i < splits_.count; ++i) {
       const float other = maxima_[place(i) + row];
       maximum = other > maximum ? other : maximum;
     }
     float* mean = means_ + (place(0) + row) * p_.value_dim;
     float sum = 0.0f;
-    for (int64_t i = 0; i < pieces_.count; ++i) {
+    for (int64_t i = 0; i < splits_.count; ++i) {
       const int64_t at = place(i) + row;
       const float* other = means_ + at * p_.value_dim;
       const float weight = sums_[at] == 0.0f ? 0.0f : power(maxima_[at] - maximum) * sums_[at];
@@ -140,28 +138,13 @@ class PieceTasks {
   float power(float x) const { return base_ == Base::kTwo ? std::exp2(x) : std::exp(x); }
 
   const AttentionForward& p_;
-  const Pieces& pieces_;
+  const KvSplits& splits_;
   Base base_;      // of the maxima
   int64_t rows_;   // of a key head
-  int64_t parts_;  // of a key head in a piece
+  int64_t parts_;  // of a key head in a split
   int64_t first_ = 0, count_ = 0;
   float *means_ = nullptr, *maxima_ = nullptr, *sums_ = nullptr;
 };
-
-template <class HalfMath>
-void attention_forward(const AttentionForward& p, ParallelFor parallel) {
-  const Pieces pieces(p);
-  if (attention_parts<HalfMath>(p) > 0 && pieces.count > 1) {
-    PieceTasks<HalfMath>(p, pieces).run(parallel);
-    return;
-  }
-  const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
-                       double(p.head_dim + p.value_dim);
-  const auto body = [](int64_t begin, int64_t end, const void* context) {
-    attention_part<HalfMath>(*static_cast<const AttentionForward*>(context), begin, end);
-  };
-  ff::run(parallel, attention_parts<HalfMath>(p), flops, body, p);
-}
 
 }  // namespace
 }  // namespace ff

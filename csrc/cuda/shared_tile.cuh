@@ -15,37 +15,45 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
-// Rows of kDim 16-bit values. Their 16-byte chunks are permuted so that the same chunk of eight
-// rows in sequence lies in all 32 banks, as the loads of matrices want it.
+// Rows of kDim 16-bit values. Their 16-byte chunks are swizzled so that the same chunk of eight
+// rows in sequence lies in all 32 banks, as the loads of matrices want it. At 64 values, by number:
+//
+//     row 0    0 1 2 3 4 5 6 7
+//     row 1    1 0 3 2 5 4 7 6
+//     row 2    2 3 0 1 6 7 4 5
+//     ...
+//     row 7    7 6 5 4 3 2 1 0
 template <class T, int kDim>
-struct Tile {
+struct SharedTile {
   static_assert(kDim == 32 || kDim % 64 == 0);
   static constexpr int kChunks = kDim / 8;
 
   T* data;
 
-  FF_DEVICE static int turned(int row, int chunk) {
+  FF_DEVICE static int swizzled(int row, int chunk) {
     return chunk ^ (kChunks == 4 ? row >> 1 & 3 : row & 7);
   }
   FF_DEVICE T* chunk(int row, int chunk) const {
-    return data + row * kDim + turned(row, chunk) * 8;
+    return data + row * kDim + swizzled(row, chunk) * 8;
   }
 };
 
 // What a lane reads of a tile: a chunk of a row, and those that are whole eights of rows away, and
-// so many chunks that their sum carries nothing: then turning is one xor with a constant, and rows
-// are constant offsets of the load.
+// so many chunks that their sum carries nothing: then swizzling is one xor with a constant, and
+// rows are constant offsets of the load.
 template <class T, int kDim>
 struct Reader {
-  static constexpr int kTurned = Tile<T, kDim>::kChunks < 8 ? Tile<T, kDim>::kChunks : 8;
+  static constexpr int kSwizzled =
+      SharedTile<T, kDim>::kChunks < 8 ? SharedTile<T, kDim>::kChunks : 8;
 
   const T* row;
   int own;  // element of the row
 
-  FF_DEVICE Reader(const Tile<T, kDim>& tile, int row, int chunk)
-      : row(tile.data + row * kDim), own(tile.turned(row, chunk) * 8) {}
+  FF_DEVICE Reader(const SharedTile<T, kDim>& tile, int row, int chunk)
+      : row(tile.data + row * kDim), own(tile.swizzled(row, chunk) * 8) {}
   FF_DEVICE const T* at(int rows, int chunks) const {
-    return row + (own ^ (chunks % kTurned * 8)) + (rows * kDim + chunks / kTurned * kTurned * 8);
+    return row + (own ^ (chunks % kSwizzled * 8)) +
+           (rows * kDim + chunks / kSwizzled * kSwizzled * 8);
   }
 };
 
@@ -121,7 +129,7 @@ struct KeyFlags {
 // a copy of 64 columns on sm_90, where a loop over single chunks takes 43.
 template <class T, int kDim>
 struct RowCopy {
-  static constexpr int kChunks = Tile<T, kDim>::kChunks, kLanes = kChunks < 8 ? kChunks : 8;
+  static constexpr int kChunks = SharedTile<T, kDim>::kChunks, kLanes = kChunks < 8 ? kChunks : 8;
 
   bool chunked;
   int row, chunk, step;  // the first row, the first chunk, and rows to the next one
@@ -145,13 +153,13 @@ struct RowCopy {
   // So many rows, zeros for those behind the first `limit`, or where the row's bit in `present` is
   // not set. kEven: all threads have as many. Asynchronous in part.
   template <bool kEven, class Present>
-  FF_DEVICE void load(const Tile<T, kDim>& tile, int rows, Present present) const {
+  FF_DEVICE void load(const SharedTile<T, kDim>& tile, int rows, Present present) const {
     if (chunked) return load_chunks<kEven>(tile, rows, present);
     load_plain<kEven>(tile, rows, present);
   }
 
   template <bool kEven, class Present>
-  FF_DEVICE void load_plain(const Tile<T, kDim>& tile, int rows, Present present) const {
+  FF_DEVICE void load_plain(const SharedTile<T, kDim>& tile, int rows, Present present) const {
     size_t from = source;
     const size_t apart = size_t(step) * size_t(stride);
 #pragma unroll 1
@@ -168,7 +176,7 @@ struct RowCopy {
   }
 
   template <bool kEven, class Present>
-  FF_DEVICE void load_chunks(const Tile<T, kDim>& tile, int rows, Present present) const {
+  FF_DEVICE void load_chunks(const SharedTile<T, kDim>& tile, int rows, Present present) const {
     size_t from = source;
     const size_t apart = size_t(step) * size_t(stride);
     // Rows of a thread that are on their way at once below sm_80, or whose code is.
@@ -215,8 +223,9 @@ struct RowCopy {
 // an even number; the rest is 0. Rows are multiples of 8. kUnroll: how many 64 columns are
 // unrolled.
 template <int kUnroll, class T, int kDim, int kTiles>
-FF_DEVICE void multiply_scores(const Tile<T, kDim>& query, int row, const Tile<T, kDim>& key,
-                               int first, int tiles, float (&scores)[kTiles][4]) {
+FF_DEVICE void multiply_scores(const SharedTile<T, kDim>& query, int row,
+                               const SharedTile<T, kDim>& key, int first, int tiles,
+                               float (&scores)[kTiles][4]) {
   constexpr int kColumns = kDim < 64 ? kDim : 64;
   const int lane = lane_index();
   Reader<T, kDim> left(query, row + lane % 16, lane / 16);
@@ -257,7 +266,7 @@ FF_DEVICE void left_operand(const float (&low)[4], const float (&high)[4], uint3
 
 // Of 16 rows of values, the first of them at `first`.
 template <class T, int kDim>
-FF_DEVICE Reader<T, kDim> value_reader(const Tile<T, kDim>& value, int first) {
+FF_DEVICE Reader<T, kDim> value_reader(const SharedTile<T, kDim>& value, int first) {
   return {value, first + lane_index() % 16, lane_index() / 16};
 }
 
@@ -328,10 +337,10 @@ FF_DEVICE void store_chunk(T* to, const Chunk& chunk, int left) {
 // way of 16 rows of shared memory that are this warp's from `place` on: stores of whole chunks, and
 // what is not aligned is a short loop.
 template <class T, int kDim>
-FF_DEVICE void store_means(const Tile<T, kDim>& scratch, int place, const MutableView& to,
+FF_DEVICE void store_means(const SharedTile<T, kDim>& scratch, int place, const MutableView& to,
                            int64_t b, int64_t h, int row, int count, int dim, const float (&sum)[2],
                            const float (&out)[kDim / 8][4]) {
-  constexpr int kChunks = Tile<T, kDim>::kChunks;
+  constexpr int kChunks = SharedTile<T, kDim>::kChunks;
   const int lane = lane_index();
   const Reader<T, kDim> own(scratch, place + lane / 4, 0);
 #pragma unroll

@@ -1,7 +1,7 @@
 // From products of queries and keys to weights.
 #pragma once
 
-#include "tile.cuh"
+#include "shared_tile.cuh"
 
 namespace ff::cuda {
 namespace {

@@ -1,14 +1,23 @@
-// Operands of bfloat16 products: pairs along the summed dimension.
+// Packing of bfloat16: a lane takes two numbers of the summed dimension at once, here in brackets,
+// the first in the lower half; zeros fill the last pair and the last register.
+//
+//     rows of K, left          [k00 k01] [k02 k03] ..             as it lies in memory
+//                              [k10 k11] [k12 k13] ..
+//
+//     columns of V, right      [v00 v10] [v01 v11] .. [0 0]       a step is two keys
+//                              [v20 v30] [v21 v31] .. [0 0]
+//
+//     lanes of Q, right        [q00 q01] [q10 q11] .. [0 0]       a step is two dims: transposed
+//                              [q02 q03] [q12 q13] .. [0 0]
 #pragma once
 
-#include "cpu/attention/backward.h"
-#include "cpu/softmax/softmax.h"
+#include "packing.h"
 
 namespace ff {
 namespace {
 
 template <>
-struct Operands<BFloat16Math> {
+struct Packing<BFloat16Math> {
   static constexpr int64_t steps(int64_t depth) { return (depth + 1) / 2; }
 
   static LeftRows<BFloat16Math> rows(const Slice& from, const Block& block, int64_t dim,
@@ -59,13 +68,13 @@ struct Operands<BFloat16Math> {
                                    float* buffer) {
     if (from.column == 1 && block.adjacent() && dim % 2 == 0 && !(factor < 0.0f)) {
       const auto* first = from.at<uint16_t>(block[0]);
-      turn_rows(block, dim / 2, buffer, [&](int64_t i, int64_t d, int64_t some) {
+      transpose_rows(block, dim / 2, buffer, [&](int64_t i, int64_t d, int64_t some) {
         const uint16_t* row = first + i * from.row + 2 * d;
         __builtin_prefetch(row + Vec::kLanes * from.row);
         return BFloat16Math::load_pairs(row, some);
       });
     } else {
-      turn_rows(block, steps(dim), buffer, [&](int64_t i, int64_t d, int64_t some) {
+      transpose_rows(block, steps(dim), buffer, [&](int64_t i, int64_t d, int64_t some) {
         uint16_t copy[kWide];
         const int64_t left = dim - 2 * d < kWide ? dim - 2 * d : kWide;
         copy_row(from, block[i], 2 * d, left, kWide, copy);
@@ -114,56 +123,6 @@ struct Operands<BFloat16Math> {
       for (int64_t c = 0; c < count; ++c) to[c] = row[c * from.column];
     }
     for (int64_t c = count; c < columns; ++c) to[c] = 0;
-  }
-};
-
-template <>
-struct Weights<BFloat16Math> {
-  static constexpr Precision kPrecision = Precision::kBFloat16;
-
-  // Over the scores: pair k / 2 stands where score k / 2 stood, which has been read by then.
-  static void store(float* scores, int64_t key, int64_t columns, const Vec* weights,
-                    int64_t count) {
-    for (int64_t k = 0; k < count; k += 2) {
-      auto* to = reinterpret_cast<uint16_t*>(scores + (key + k) / 2 * columns);
-      BFloat16Math::store_pairs(to, weights[k], k + 1 < count ? weights[k + 1] : Vec::zero());
-    }
-  }
-
-  static LeftColumns<BFloat16Math> by_query(const float* scores, int64_t columns) {
-    return {reinterpret_cast<const uint16_t*>(scores), 2 * columns};
-  }
-
-  static void store_row(float* row, int64_t lane, Vec weights) {
-    weights.store_bfloat16(reinterpret_cast<uint16_t*>(row) + lane, Vec::kLanes);
-  }
-
-  static LeftRows<BFloat16Math> by_key(const float* scores, int64_t columns) {
-    return {reinterpret_cast<const uint16_t*>(scores), 2 * columns};
-  }
-};
-
-template <>
-struct Gradients<BFloat16Math> {
-  static void store_pairs(int64_t count, int64_t columns, const float* from, float* pairs) {
-    for (int64_t j = 0; j < count; j += 2) {
-      for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
-        const float* row = from + j * columns + lane;
-        const Vec next = j + 1 < count ? Vec::load(row + columns) : Vec::zero();
-        auto* to = reinterpret_cast<uint16_t*>(pairs + j / 2 * columns + lane);
-        BFloat16Math::store_pairs(to, Vec::load(row), next);
-      }
-    }
-  }
-
-  static void round_rows(int64_t count, int64_t columns, float* data) {
-    for (int64_t e = 0; e < count * columns; e += columns)
-      for (int64_t lane = 0; lane < columns; lane += Vec::kLanes)
-        Weights<BFloat16Math>::store_row(data + e, lane, Vec::load(data + e + lane));
-  }
-
-  static LeftColumns<BFloat16Math> by_query(const float*, const float* pairs, int64_t columns) {
-    return Weights<BFloat16Math>::by_query(pairs, columns);
   }
 };
 

@@ -1,52 +1,25 @@
-// Attention backward for few queries: a row of scores per query, all its keys at once, so that K is
-// read twice, V once, and the gradients of both are written once. backward.h has the
-// formulas.
+// The decode path backward: a row of scores per query, all its keys at once, so that K is read
+// twice, V once, and the gradients of both are written once. backward.h has the formulas.
 #pragma once
 
-#include "few.h"
+#include "decode.h"
+#include "gradient_sums.h"
 
 namespace ff {
 namespace {
 
 // Whether a key head's rows of scores are few and short enough: 1 MB for the two of each query.
-inline bool few_rows(const Attention& p) {
+inline bool takes_decode_path(const Attention& p) {
   const int64_t rows = p.kv_heads > 0 ? p.heads / p.kv_heads * p.q_len : 0;
-  return p.q_len <= kFew && rows * p.kv_len <= int64_t{1} << 17;
+  return p.q_len <= kDecodeLength && rows * p.kv_len <= int64_t{1} << 17;
 }
-
-// Adds dS of a query, `stride` apart, to the gradient of the mask.
-inline void add_mask_gradient(const MaskGradient& g, int64_t b, int64_t h, int64_t query,
-                              const Block& block, const float* grad, int64_t stride) {
-  const int64_t row = b * g.batch + h * g.head + query * g.row;
-  if (g.values) {
-    for (int64_t j = 0; j < block.count; ++j)
-      g.values[row + block[j] * g.column] = grad[j * stride];
-  } else if (g.sums) {
-    for (int64_t j = 0; j < block.count; ++j)
-      g.sums[row + block[j] * g.column] += double(grad[j * stride]);
-  }
-}
-
-// The gradients of queries and keys are sums over dS times the scale. The sums take it where it is
-// ordinary. One that is not would come too late where they leave the range of float32, and dS takes
-// it, as in the formula.
-struct GradientScale {
-  float scores = 1.0f, sums = 1.0f;
-
-  explicit GradientScale(float scale) { (ordinary(scale) ? sums : scores) = scale; }
-
-  void apply(int64_t count, float* grads) const {
-    if (scores == 1.0f) return;
-    for (int64_t i = 0; i < count; ++i) grads[i] *= scores;
-  }
-};
 
 template <class T>
-class FewBackwardTask {
+class DecodeBackwardTask {
  public:
   using Call = AttentionBackward;
 
-  explicit FewBackwardTask(const AttentionBackward& p)
+  explicit DecodeBackwardTask(const AttentionBackward& p)
       : p_(p),
         members_(p.heads / p.kv_heads),
         rows_(members_ * p.q_len),

@@ -1,29 +1,30 @@
-// The queries that a head has beyond whole registers of them, where they would leave most lanes of
-// another one empty: their scores are dot products with lanes along the head dim, R queries to a
-// row of K, so that 16 sums make one register of R queries by 16 / R keys.
+// Tail queries: those that a head has beyond whole registers of them, where they would leave most
+// lanes of another one empty: their scores are dot products with lanes along the head dim, R
+// queries to a row of K, so that 16 sums make one register of R queries by 16 / R keys.
 #pragma once
 
-#include "cpu/softmax/softmax.h"
+#include "cpu/gemm/packing.h"
+#include "cpu/softmax/online_softmax.h"
 
 namespace ff {
 namespace {
 
 // More would take longer than a register with empty lanes.
 template <class Math>
-constexpr int64_t kMostRest =
+constexpr int64_t kMostTail =
     Vec::kLanes == 16 && Math::kDepth == 1 ? 8 : Vec::kLanes / (4 * Math::kDepth);
 
 // How many queries of each head that are. Masks, the diagonal and dropout want lanes of queries.
 template <class Math>
-int64_t rest_queries(const Attention& p) {
-  const int64_t rest = p.q_len % Vec::kLanes;
+int64_t tail_queries(const Attention& p) {
+  const int64_t tail = p.q_len % Vec::kLanes;
   const bool plain = !p.mask.data && !p.causal && !p.dropout;
   const bool wide = 2 * p.value_dim > Vec::kLanes;
-  return plain && wide && p.q_len > Vec::kLanes && rest <= kMostRest<Math> ? rest : 0;
+  return plain && wide && p.q_len > Vec::kLanes && tail <= kMostTail<Math> ? tail : 0;
 }
 
 // The power of two that R is for so many queries.
-inline int64_t rest_columns(int64_t queries) {
+inline int64_t tail_columns(int64_t queries) {
   int64_t columns = 1;
   while (columns < queries) columns *= 2;
   return columns;
@@ -31,13 +32,13 @@ inline int64_t rest_columns(int64_t queries) {
 
 // Rows of queries for the products below, zeros up to whole registers.
 template <class Math>
-Right<Math> rest_rows(const Slice& from, const Block& block, int64_t dim, float factor,
+Right<Math> tail_rows(const Slice& from, const Block& block, int64_t dim, float factor,
                       float* buffer) {
-  const int64_t width = padded(Operands<Math>::steps(dim)) * Math::kDepth;
+  const int64_t width = padded(Packing<Math>::steps(dim)) * Math::kDepth;
   auto* to = reinterpret_cast<typename Math::Element*>(buffer);
-  for (int64_t i = 0; i < rest_columns(block.count); ++i) {
+  for (int64_t i = 0; i < tail_columns(block.count); ++i) {
     const int64_t row = block[i < block.count ? i : block.count - 1];  // the last one again
-    Operands<Math>::row(from, row, dim, width, factor, to + i * width);
+    Packing<Math>::row(from, row, dim, width, factor, to + i * width);
   }
   return {to, width};
 }
@@ -45,7 +46,7 @@ Right<Math> rest_rows(const Slice& from, const Block& block, int64_t dim, float 
 // Scores of `count` keys: register v holds R queries by kLanes / R keys, as the weights are kept.
 // In pairs of registers one has the even keys and one the odd ones. `maximum` gets one.
 template <class Math, int R>
-void rest_scores(const LeftRows<Math>& key, const Right<Math>& query, int64_t count, int64_t steps,
+void tail_scores(const LeftRows<Math>& key, const Right<Math>& query, int64_t count, int64_t steps,
                  float* scores, float* maximum) {
   constexpr int64_t kLanes = Vec::kLanes, kDepth = Math::kDepth, kKeys = kLanes / R;
   Vec largest = Vec::set(-kInfinity);
@@ -103,7 +104,7 @@ inline Vec fold(Vec lanes, const Join& join) {
 
 // online_softmax for scores as above. Of `maximum` lane i belongs to query i % R.
 template <class Math, Base kBase, int R>
-void rest_softmax(int64_t count, float unit, const float* maximum, float* scores,
+void tail_softmax(int64_t count, float unit, const float* maximum, float* scores,
                   const Statistics& s) {
   constexpr int64_t kLanes = Vec::kLanes;
   float lanes[kLanes];
@@ -119,11 +120,11 @@ void rest_softmax(int64_t count, float unit, const float* maximum, float* scores
     Vec weights[Math::kDepth];
     for (int64_t k = 0; k < Math::kDepth; ++k) {
       const Vec score = Vec::load(scores + (v + k) * kLanes);
-      weights[k] = exponential<Weights<Math>::kPrecision, kBase>(score, unit, offset);
+      weights[k] = exponential<PackedWeights<Math>::kPrecision, kBase>(score, unit, offset);
       Vec& part = sum.part[(v + k) % 4];
       part = part + weights[k];
     }
-    Weights<Math>::store(scores, v, kLanes, weights, Math::kDepth);
+    PackedWeights<Math>::store(scores, v, kLanes, weights, Math::kDepth);
   }
   const Vec total = fold<R>(sum.total(), [](Vec a, Vec b) { return a + b; });
   now.store(s.maximum);
@@ -131,17 +132,17 @@ void rest_softmax(int64_t count, float unit, const float* maximum, float* scores
   Vec::fma(Vec::load(s.sum), rescale, total).store(s.sum);
 }
 
-// A block of keys for the rest of a head's queries: `scores` become the weights, the left operand
+// A block of keys for the tail of a head's queries: `scores` become the weights, the left operand
 // of the product with the values, and the statistics move on.
 template <class Math>
-void attend_rest(const LeftRows<Math>& key, const Right<Math>& query, int64_t count, int64_t steps,
+void attend_tail(const LeftRows<Math>& key, const Right<Math>& query, int64_t count, int64_t steps,
                  int64_t columns, Base base, float unit, float* maximum, float* scores,
                  const Statistics& s) {
   const auto run = [&]<int R>() {
-    if constexpr (R <= kMostRest<Math>) {
-      rest_scores<Math, R>(key, query, count, steps, scores, maximum);
+    if constexpr (R <= kMostTail<Math>) {
+      tail_scores<Math, R>(key, query, count, steps, scores, maximum);
       const auto softmax =
-          base == Base::kTwo ? rest_softmax<Math, Base::kTwo, R> : rest_softmax<Math, Base::kE, R>;
+          base == Base::kTwo ? tail_softmax<Math, Base::kTwo, R> : tail_softmax<Math, Base::kE, R>;
       softmax(count, unit, maximum, scores, s);
     }
   };

@@ -1,7 +1,7 @@
-// From sums of weighted values to outputs and log-sum-exps.
+// The epilogue of a softmax: from sums of weighted values to outputs and log-sum-exps.
 #pragma once
 
-#include "softmax.h"
+#include "online_softmax.h"
 
 namespace ff {
 namespace {

@@ -1,13 +1,14 @@
 // Products of matrices in register tiles, over the arithmetic of an element type.
 //
-// A row's result must not depend on its neighbours, on threads or on where a tile ends: each
-// element is one chain of fused multiply-adds in ascending order, whatever tile computes it.
+// A row's result must not depend on its neighbours, on threads or on where a register tile ends:
+// each element is one chain of fused multiply-adds in ascending order, whatever tile computes it.
 #pragma once
 
 #include <cstdint>
 #include <utility>
 
 #include "cpu/api.h"
+#include "epilogues.h"
 
 namespace ff {
 namespace {
@@ -29,6 +30,13 @@ struct Float32Math {
   static Vec add_product(Operand a, Operand b, Vec sum) { return Vec::fma(a, b, sum); }
 };
 
+// A register tile is R rows and N registers of columns of a product, which stay in registers while
+// the steps of the summed dimension go by, kDepth elements each:
+//
+//                             b, right, step s:   [ n = 0 ] [ n = 1 ] ..
+//     a, left, step s:  row 0   x, broadcast  ->  [ + + + ] [ + + + ]
+//                       row 1   x             ->  [ + + + ] [ + + + ]
+//
 // The left operand, kDepth elements at a time: those of one step, or those of one row, follow each
 // other in memory, and the compiler knows which, or it would keep a register for every row.
 
@@ -83,132 +91,11 @@ struct Right {
   int64_t step;
 };
 
-// What becomes of a product: the sums of rows `row` to `row + R` and of N vectors of columns.
-
-struct Store {
-  float* to;
-  int64_t stride;
-
-  template <int R, int N>
-  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n)
-        sum[r][n].store(to + (row + r) * stride + column + n * Vec::kLanes);
-  }
-};
-
-// Stores, and takes the maximum of every column. A NaN is passed over.
-struct StoreMaximum {
-  float* to;
-  int64_t stride;
-  float* maximum;
-
-  template <int R, int N>
-  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      const int64_t lane = column + n * Vec::kLanes;
-      Vec largest = Vec::load(maximum + lane);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        sum[r][n].store(to + (row + r) * stride + lane);
-        largest = Vec::max(sum[r][n], largest);
-      }
-      largest.store(maximum + lane);
-    }
-  }
-};
-
-// to = to + product, or the product alone if it is the first.
-struct Add {
-  float* to;
-  int64_t stride;
-  bool first = false;
-
-  template <int R, int N>
-  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
-    if (first) return Store{to, stride}(row, column, sum);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        float* at = to + (row + r) * stride + column + n * Vec::kLanes;
-        (Vec::load(at) + sum[r][n]).store(at);
-      }
-  }
-};
-
-// to = to * factor[row] + product, or the product alone if it is the first.
-struct Rescale {
-  float* to;
-  int64_t stride;
-  const float* factor;
-  bool first;
-
-  template <int R, int N>
-  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
-    if (first) return Store{to, stride}(row, column, sum);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec scale = Vec::set(factor[row + r]);
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        float* at = to + (row + r) * stride + column + n * Vec::kLanes;
-        Vec::fma(Vec::load(at), scale, sum[r][n]).store(at);
-      }
-    }
-  }
-};
-
-// The same with a factor for every column.
-struct RescaleColumns {
-  float* to;
-  int64_t stride;
-  const float* factor;
-  bool first;
-
-  template <int R, int N>
-  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
-    if (first) return Store{to, stride}(row, column, sum);
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      const int64_t lane = column + n * Vec::kLanes;
-      const Vec scale = Vec::load(factor + lane);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        float* at = to + (row + r) * stride + lane;
-        Vec::fma(Vec::load(at), scale, sum[r][n]).store(at);
-      }
-    }
-  }
-};
-
-// `finish` of the sum of a product and what stands in `before`.
-template <class Finish>
-struct AddTo {
-  const float* before;
-  int64_t stride;
-  const Finish& finish;
-
-  template <int R, int N>
-  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
-    Vec total[R][N];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n)
-        total[r][n] = Vec::load(before + (row + r) * stride + column + n * Vec::kLanes) + sum[r][n];
-    finish(row, column, total);
-  }
-};
-
-template <class Left, int R, int N, class Finish>
-__attribute__((noinline)) void multiply_tile(const Left& left,
-                                             const typename Left::Math::Element* b, int64_t b_step,
-                                             int64_t steps, int64_t row, int64_t column,
-                                             const Finish& finish) {
+template <class Left, int R, int N, class Epilogue>
+__attribute__((noinline)) void multiply_register_tile(const Left& left,
+                                                      const typename Left::Math::Element* b,
+                                                      int64_t b_step, int64_t steps, int64_t row,
+                                                      int64_t column, const Epilogue& epilogue) {
   using Math = typename Left::Math;
   typename Left::template Cursor<R> a(left, row);
   Vec sum[R][N];
@@ -229,49 +116,51 @@ __attribute__((noinline)) void multiply_tile(const Left& left,
     a.advance();
     b += b_step;
   }
-  const Finish local = finish;  // or its members would be read again after every store
+  const Epilogue local = epilogue;  // or its members would be read again after every store
   local(row, column, sum);
 }
 
 // As many rows as leave registers for N columns and one broadcast; beyond 8 rows of K at a stride
 // of 4 KiB their lines compete for the same 8 ways of the cache, which narrow tiles have to bear.
 template <int N>
-constexpr int kTileRows = Vec::kRegisters == 32 ? (N == 4   ? 6
-                                                   : N == 3 ? 8
-                                                            : 12)
-                                                : (N == 3   ? 4
-                                                   : N == 2 ? 6
-                                                            : 12);
+constexpr int kRegisterTileRows = Vec::kRegisters == 32 ? (N == 4   ? 6
+                                                           : N == 3 ? 8
+                                                                    : 12)
+                                                        : (N == 3   ? 4
+                                                           : N == 2 ? 6
+                                                                    : 12);
 
-template <int N, class Left, class Finish, int... R>
+template <int N, class Left, class Epilogue, int... R>
 void multiply_columns(const Left& a, const Right<typename Left::Math>& b, int64_t rows,
-                      int64_t steps, int64_t column, const Finish& finish,
+                      int64_t steps, int64_t column, const Epilogue& epilogue,
                       std::integer_sequence<int, R...>) {
   using Math = typename Left::Math;
-  using Tile = void (*)(const Left&, const typename Math::Element*, int64_t, int64_t, int64_t,
-                        int64_t, const Finish&);
-  static constexpr Tile kTiles[] = {multiply_tile<Left, R + 1, N, Finish>...};
+  using RegisterTile = void (*)(const Left&, const typename Math::Element*, int64_t, int64_t,
+                                int64_t, int64_t, const Epilogue&);
+  static constexpr RegisterTile kRegisterTiles[] = {
+      multiply_register_tile<Left, R + 1, N, Epilogue>...};
   constexpr int64_t kMost = sizeof...(R);
   int64_t row = 0;
   for (int64_t parts = (rows + kMost - 1) / kMost; parts > 0; --parts) {
     const int64_t some = (rows - row + parts - 1) / parts;
-    kTiles[some - 1](a, b.data + column * Math::kDepth, b.step, steps, row, column, finish);
+    kRegisterTiles[some - 1](a, b.data + column * Math::kDepth, b.step, steps, row, column,
+                             epilogue);
     row += some;
   }
 }
 
 // A B, `columns` a multiple of the lanes.
-template <class Left, class Finish>
+template <class Left, class Epilogue>
 void multiply(const Left& a, const Right<typename Left::Math>& b, int64_t rows, int64_t columns,
-              int64_t steps, const Finish& finish) {
+              int64_t steps, const Epilogue& epilogue) {
   constexpr int64_t kWidest = Vec::kRegisters == 32 ? 4 : 3;
   const int64_t vectors = columns / Vec::kLanes;
   int64_t done = 0;
   for (int64_t parts = (vectors + kWidest - 1) / kWidest; parts > 0; --parts) {
     const int64_t n = (vectors - done + parts - 1) / parts;
     const auto run = [&]<int N>() {
-      multiply_columns<N>(a, b, rows, steps, done * Vec::kLanes, finish,
-                          std::make_integer_sequence<int, kTileRows<N>>{});
+      multiply_columns<N>(a, b, rows, steps, done * Vec::kLanes, epilogue,
+                          std::make_integer_sequence<int, kRegisterTileRows<N>>{});
     };
     if (n == 1) run.template operator()<1>();
     if (n == 2) run.template operator()<2>();
@@ -309,20 +198,20 @@ void multiply_in_parts(const LeftRows<Math>& a, const Right<Math>& b, int64_t ro
 // chain of 256 steps errs 1.5 times the plain formula, which begins anew about every 128, and up to
 // 3 times where few rows are seen; four of 64 err 0.8 times, 1.2 at most. Scores take 1 to 3 % more
 // of a call's time then. The dim alone decides: a row has the same bits among few rows and many.
-template <class Math, class Finish>
+template <class Math, class Epilogue>
 void multiply_dims(const LeftRows<Math>& a, const Right<Math>& b, int64_t rows, int64_t columns,
-                   int64_t steps, float* to, const Finish& finish) {
+                   int64_t steps, float* to, const Epilogue& epilogue) {
   constexpr int64_t kLongest = 128, kPart = 64;
   if constexpr (Math::kDepth == 1) {
     if (steps > kLongest) {
       const int64_t before = (steps - 1) / kPart * kPart;
       multiply_in_parts(a, b, rows, columns, before, to, kPart);
       multiply(steps_from(before, a), steps_from(before, b), rows, columns, steps - before,
-               AddTo<Finish>{to, columns, finish});
+               AddTo<Epilogue>{to, columns, epilogue});
       return;
     }
   }
-  multiply(a, b, rows, columns, steps, finish);
+  multiply(a, b, rows, columns, steps, epilogue);
 }
 
 }  // namespace

@@ -1,15 +1,18 @@
-// Attention forward for up to three queries: one at a time, lanes along the head dim for the
-// scores and along the value dim for the sum, so that K and V are streamed once, in place.
+// The decode path, attention forward for up to three queries: one at a time, lanes along the head
+// dim for the scores and along the value dim for the sum, so that K and V are streamed once, in
+// place.
 #pragma once
 
+#include "cpu/gemm/packing.h"
 #include "cpu/softmax/dropout.h"
-#include "cpu/softmax/outputs.h"
+#include "cpu/softmax/epilogue.h"
+#include "cpu/softmax/online_softmax.h"
 #include "cpu/task.h"
 
 namespace ff {
 namespace {
 
-struct FewScratch {
+struct DecodeScratch {
   float *query, *scores, *factor, *out, *copy;
   int32_t* list;
 
@@ -126,37 +129,6 @@ inline void add_rows(const float* weight, const Rows<T>& rows, int64_t count, in
     add_columns<1>(weight, rows, count, d, dim - d < kLanes ? dim - d : kLanes, rescale, out);
 }
 
-// Adds the mask to a row of scores, and hides what it or the diagonal hides.
-inline void mask_row(const Scores& s, const Block& block) {
-  constexpr int64_t kLanes = Vec::kLanes;
-  const Attention& p = s.p;
-  const int64_t row = s.b * p.mask.batch + s.h * p.mask.head + s.queries[0] * p.mask.row;
-  for (int64_t j = 0; j < block.count; j += kLanes) {
-    const int64_t some = block.count - j < kLanes ? block.count - j : kLanes;
-    if (p.mask.data) {
-      float lanes[kLanes];
-      Vec bias = Vec::zero();
-      if (block.adjacent()) {
-        bias = mask_lanes(p.mask.data, p.mask_type, row + block[j] * p.mask.column, p.mask.column,
-                          some);
-      } else {
-        for (int64_t i = some; i-- > 0;) {
-          mask_lanes(p.mask.data, p.mask_type, row + block[j + i] * p.mask.column, 1, 1)
-              .store(lanes + i, 1);
-        }
-        bias = Vec::load(lanes, some);
-      }
-      const Vec score = Vec::load(s.data + j, some);
-      const bool logical = p.mask_type == Type::kBool;
-      (logical ? Vec::select(bias, score, Vec::set(-kInfinity)) : score + bias)
-          .store(s.data + j, some);
-    }
-    const int64_t seen = p.keys_seen_by(s.queries[0]);
-    for (int64_t i = 0; i < some && p.causal; ++i)
-      if (block[j + i] >= seen) s.data[j + i] = -kInfinity;
-  }
-}
-
 struct RowStatistics {
   float maximum = -kInfinity, sum = 0.0f;
 };
@@ -185,8 +157,8 @@ inline float row_softmax(int64_t count, float* scores, RowStatistics& s) {
 }
 
 template <class T>
-void few_row(const AttentionForward& p, int64_t b, int64_t h, int64_t query, const Positions& keys,
-             const FewScratch& s) {
+void decode_row(const AttentionForward& p, int64_t b, int64_t h, int64_t query,
+                const Positions& keys, const DecodeScratch& s) {
   constexpr int64_t kLanes = Vec::kLanes;
   const int64_t group = h / (p.heads / p.kv_heads);
   const Slice key(p.key, p.type, b, group), value(p.value, p.type, b, group);
@@ -223,10 +195,10 @@ void few_row(const AttentionForward& p, int64_t b, int64_t h, int64_t query, con
 }
 
 // A task is a key head, whose keys and values stay in cache for the query heads that share them.
-inline void few_tasks(int64_t begin, int64_t end, const void* context) {
+inline void decode_tasks(int64_t begin, int64_t end, const void* context) {
   const auto& p = *static_cast<const AttentionForward*>(context);
   const int64_t members = p.heads / p.kv_heads;
-  FewScratch s;
+  DecodeScratch s;
   if (!s.allocate(p)) return;
   with_type(p.type, [&](auto kind) {
     for (int64_t slice = begin; slice < end; ++slice)
@@ -234,7 +206,7 @@ inline void few_tasks(int64_t begin, int64_t end, const void* context) {
         const int64_t b = slice / p.kv_heads, query = row % p.q_len;
         const int64_t h = slice % p.kv_heads * members + row / p.q_len;
         const Positions keys = visible_keys(p, b, p.keys_seen_by(query), s.list);
-        few_row<decltype(kind)>(p, b, h, query, keys, s);
+        decode_row<decltype(kind)>(p, b, h, query, keys, s);
       }
   });
 }

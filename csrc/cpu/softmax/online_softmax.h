@@ -1,0 +1,85 @@
+// The online softmax of Milakov and Gimelshein (2018) over blocks of keys, keys down and queries
+// across: running statistics, and the weights of a block in the place of its scores.
+#pragma once
+
+#include "mask.h"
+#include "packed_weights.h"
+
+namespace ff {
+namespace {
+
+// A sum over keys in four chains: one chain of 256 positive terms errs by 4e-7, and that error is
+// common to a whole row of weights.
+struct FourSums {
+  Vec part[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+
+  Vec total() const { return (part[0] + part[1]) + (part[2] + part[3]); }
+};
+
+// The running maximum, sum and factor of the online softmax, one value per query.
+struct Statistics {
+  float *maximum, *sum, *rescale;
+
+  void clear(int64_t columns) const {
+    for (int64_t i = 0; i < columns; ++i) maximum[i] = -kInfinity, sum[i] = 0.0f;
+  }
+};
+
+// base ^ (unit * score - offset) of one register of queries, over the scores and times the factors
+// of dropout; returns the sums over the keys.
+template <class Math, Base kBase, bool kDropout>
+inline Vec weigh(int64_t count, int64_t columns, float unit, Vec offset, const float* dropout,
+                 float* scores) {
+  FourSums sum;
+  const auto step = [&](int64_t j, int64_t some) __attribute__((always_inline)) {
+    Vec weights[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      if (k >= some) continue;
+      const int64_t at = (j + k) * columns;
+      weights[k] =
+          exponential<PackedWeights<Math>::kPrecision, kBase>(Vec::load(scores + at), unit, offset);
+      sum.part[k] = sum.part[k] + weights[k];
+      if constexpr (kDropout) weights[k] = weights[k] * Vec::load(dropout + at);
+    }
+    PackedWeights<Math>::store(scores, j, columns, weights, some);
+  };
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4) step(j, 4);
+  if (j < count) step(j, count - j);
+  return sum.total();
+}
+
+// One step of the online softmax of Milakov and Gimelshein (2018). The block's scores become
+// base ^ (S - m') as the left operand of the product with the values, times the factors of dropout
+// if there are any; the statistics move on, and rescale = base ^ (m - m') is what earlier sums have
+// to be multiplied by. `maximum` holds that of the block, in units.
+template <class Math, Base kBase>
+inline void online_softmax(const Block& block, int64_t columns, float unit, const float* maximum,
+                           const float* dropout, float* scores, const Statistics& s) {
+  for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
+    const Vec before = Vec::load(s.maximum + lane);
+    const Vec now = Vec::max(Vec::load(maximum + lane) * Vec::set(unit), before);
+    now.store(s.maximum + lane);
+    const Vec offset = finite(now);
+    const auto weigh_lane = dropout ? weigh<Math, kBase, true> : weigh<Math, kBase, false>;
+    const Vec sum = weigh_lane(block.count, columns, unit, offset, dropout + lane, scores + lane);
+    const bool first = block.first == 0;
+    const Vec rescale =
+        first ? Vec::zero() : exponential<Precision::kFloat32, kBase>(before, 1.0f, offset);
+    rescale.store(s.rescale + lane);
+    Vec::fma(Vec::load(s.sum + lane), rescale, sum).store(s.sum + lane);
+  }
+}
+
+template <class Math>
+inline void online_softmax(Base base, const Block& block, int64_t columns, float unit,
+                           const float* maximum, const float* dropout, float* scores,
+                           const Statistics& s) {
+  const auto step =
+      base == Base::kTwo ? online_softmax<Math, Base::kTwo> : online_softmax<Math, Base::kE>;
+  step(block, columns, unit, maximum, dropout, scores, s);
+}
+
+}  // namespace
+}  // namespace ff
