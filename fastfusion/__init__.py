@@ -10,6 +10,7 @@ from fastfusion._cuda_graph import CudaGraphed, cuda_graph
 from fastfusion._info import Info, explain, info
 from fastfusion.core.op import BackendUnavailableError, Explanation, use_backend
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
+from fastfusion.ops.linear import linear
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastfusion.ops.varlen_attention import varlen_attention
 
@@ -29,6 +30,7 @@ __all__ = [
     "explain",
     "info",
     "integrations",
+    "linear",
     "models",
     "nn",
     "ops",

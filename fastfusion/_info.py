@@ -134,7 +134,7 @@ class Watching(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         spec = next((spec for function, spec in ops.FUNCTIONS.items() if function is func), None)
-        if spec is not None:
+        if spec in ops.ATTENTION:
             given = inspect.signature(func).bind(*args, **kwargs)
             told = {
                 name: value

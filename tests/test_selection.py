@@ -23,6 +23,7 @@ from fastfusion.core.op import BACKENDS, Implementation, Op, forced_backend
 
 PACKAGE = Path(ff.__file__).parent
 SHAPES = {"batch": 1, "heads": 2, "q_len": 4, "kv_len": 5, "head_dim": 8}
+SHAPES |= {"length": 4, "width": 8, "features": 6}
 FUNCTIONS = {op.name: function for function, op in ops.FUNCTIONS.items()}
 
 needs_native = pytest.mark.skipif(

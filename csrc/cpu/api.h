@@ -32,6 +32,7 @@ struct KernelTable {
   void (*attention_backward_part)(const AttentionBackward&, int64_t begin, int64_t end);
   void (*bidirectional_forward)(const BidirectionalForward&, ParallelFor);
   void (*bidirectional_backward)(const BidirectionalBackward&, ParallelFor);
+  void (*linear)(const Linear&, ParallelFor);
   // Does products of a type and nothing else; returns how many floating-point operations.
   double (*peak_operations)(Type, int64_t rounds);
   // to[i] = from[i] in the given floating type, to nearest even.

@@ -1,4 +1,4 @@
-// The inputs of the attention ops, in the order of their schemas. This is the only list of them in
+// The inputs of the ops, in the order of their schemas. This is the only list of them in
 // C++: a new argument is a line here, and the code that reads it.
 #pragma once
 
@@ -52,6 +52,15 @@ struct VarlenInputs {
   bool is_causal = from.flag("is_causal");
   bool bottom_right = from.flag("bottom_right");
   std::optional<double> scale = from.maybe_number("scale");
+};
+
+struct LinearInputs {
+  Arguments& from;
+  Tensor input = from.tensor("input");
+  Tensor weight = from.tensor("weight");
+  MaybeTensor bias = from.maybe_tensor("bias");
+  MaybeTensor residual = from.maybe_tensor("residual");
+  int64_t activation = from.length("activation");
 };
 
 }  // namespace

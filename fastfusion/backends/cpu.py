@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from fastfusion.backends import library
-from fastfusion.core.torch_op import Definition, TorchOp
+from fastfusion.core.arguments import is_exporting
+from fastfusion.core.torch_op import Definition, ForwardOp, TorchOp, needs_gradient
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_is_grad_enabled = torch.is_grad_enabled
 _ON_GPU = ("the inputs are on a GPU",)
 
 
@@ -37,6 +39,29 @@ def refuses(call: Any) -> Sequence[str]:
     return reasons
 
 
+def refuses_gradient(call: Any, definition: Definition) -> Sequence[str]:
+    """The same of kernels that have no gradient."""
+    reasons = refuses(call)
+    if _is_grad_enabled() and not reasons:
+        if needs_gradient(definition, call):
+            return ("gradients are left to the reference, whose products are torch's own",)
+        if is_exporting():
+            return ("an exported program may need gradients (export it in torch.no_grad)",)
+    return reasons
+
+
+def isa() -> str:
+    """The instruction set whose kernels run."""
+    native: Any = library.native
+    name: str = native.isa()
+    return name
+
+
+def products(dtype: torch.dtype) -> str:
+    """ ", bfloat16 products" where the kernels have them for a dtype, else nothing."""
+    return ", bfloat16 products" if dtype == torch.bfloat16 and isa().endswith("bf16") else ""
+
+
 def path(query: Tensor, q_len: int, *others: Any) -> str:
     """How the kernels run a query of this length: instruction set, and in what way.
 
@@ -44,7 +69,7 @@ def path(query: Tensor, q_len: int, *others: Any) -> str:
     """
     native: Any = library.native
     dtype = str(query.dtype).removeprefix("torch.")
-    return f"{native.isa()}, {native.attention_path(dtype, q_len, *others)}"
+    return f"{isa()}, {native.attention_path(dtype, q_len, *others)}"
 
 
 def torch_op(definition: Definition) -> Any:
@@ -52,3 +77,10 @@ def torch_op(definition: Definition) -> Any:
     if library.cpu_unavailable is not None:
         return None
     return TorchOp(definition, definition.name, traceable=True)
+
+
+def forward_op(definition: Definition) -> Any:
+    """The op `<name>_forward` of kernels that have no gradient; None where there are none."""
+    if library.cpu_unavailable is not None:
+        return None
+    return ForwardOp(definition, definition.name)

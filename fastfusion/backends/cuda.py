@@ -10,22 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastfusion.backends import library
-from fastfusion.core import torch_op
 from fastfusion.core.arguments import is_exporting
-from fastfusion.core.torch_op import Definition, needs_gradient
+from fastfusion.core.torch_op import Definition, ForwardOp, needs_gradient
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 MAX_DIM = 256
 _OPS = Path(__file__).parents[1].joinpath("_torch_cuda_ops.so")
 
-_is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
-_transforms_active = torch._C._are_functorch_transforms_active
 
 emulated: Path | None = None  # the library whose kernels run on the host
 _missing: str | None = None
@@ -133,11 +129,10 @@ def emulates(call: Any) -> bool:
     return not call[0].is_cuda
 
 
-class ForwardOp:
-    """A kernel without a gradient, as the ops `cuda_<name>_forward`, and `_out` without lse."""
+class CudaOp:
+    """The ops `cuda_<name>...` of a definition; before their library is loaded, nothing."""
 
-    forward: Any
-    out: Any
+    op: ForwardOp
     described: Any
 
     def __init__(self, definition: Definition) -> None:
@@ -148,34 +143,18 @@ class ForwardOp:
 
     def register(self) -> None:
         """Once the library is loaded."""
-        definition, name = self.definition, f"cuda_{self.definition.name}"
-        self.forward, self.out, self.described = (
-            getattr(torch.ops.fastfusion, f"{name}_{kind}").default
-            for kind in ("forward", "out", "path")
-        )
-        fake = definition.checked_fake
-        torch.library.register_fake(f"fastfusion::{name}_forward", fake)
-        torch.library.register_fake(
-            f"fastfusion::{name}_out", lambda *given: definition.without_lse(fake(*given))
-        )
-        torch_op.ALL.append(self)
+        name = f"cuda_{self.definition.name}"
+        self.op = ForwardOp(self.definition, name)
+        self.described = getattr(torch.ops.fastfusion, f"{name}_path").default
 
     def __call__(self, call: Any, lse: bool) -> Any:
-        """The results of a call, and with `lse` the log-sum-exps behind them."""
-        if _transforms_active() or (not _is_compiling() and forward_ad._current_level >= 0):
-            outputs = self.definition.reference(call)
-            return outputs if lse else self.definition.without_lse(outputs)
-        return (self.forward if lse else self.out)(*call)
+        return self.op(call, lse)
 
     def path(self, call: Any) -> str:
         """In what way the kernels would run a call."""
         described: str = self.described(*call)
         return described
 
-    def flops(self, counter: Any) -> None:
-        """Say to torch.utils.flop_counter what the ops cost."""
-        torch_op.count_forward(counter, self.definition, self.forward, self.out)
 
-
-_made: list[ForwardOp] = []
+_made: list[CudaOp] = []
 _missing = _load()

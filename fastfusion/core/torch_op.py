@@ -53,8 +53,9 @@ class Definition:
             well), then the other tensors, then numbers. `conditions()` gives what holds for the
             sizes, dtypes and devices of a legal one.
         gradients: how many arguments may have a gradient.
-        results: how many outputs there are without log-sum-exps; with them twice as many.
-        fake: a call to empty outputs, log-sum-exps included.
+        results: how many outputs a caller gets who asks for no log-sum-exps.
+        outputs: how many there are in all.
+        fake: a call to empty outputs, log-sum-exps included; one alone is no tuple.
         reference: a call to all outputs, in differentiable torch.
         flops: a call, and whether it is for the backward, to floating-point operations.
         folds: whether the tensors have a batch dimension, into which another one can be folded.
@@ -64,14 +65,11 @@ class Definition:
     call: Any
     gradients: int
     results: int
-    fake: Callable[[Any], tuple[Tensor, ...]]
+    outputs: int
+    fake: Callable[[Any], Any]
     reference: Callable[[Any], tuple[Tensor, ...]]
     flops: Callable[[Any, bool], int]
     folds: bool = True
-
-    @property
-    def outputs(self) -> int:
-        return 2 * self.results
 
     @property
     def tensors(self) -> int:
@@ -99,7 +97,7 @@ class Definition:
         """The results as a caller gets them who asks for no log-sum-exps: one alone is no tuple."""
         return outputs[0] if self.results == 1 else outputs[: self.results]
 
-    def checked_fake(self, *given: Any) -> tuple[Tensor, ...]:
+    def checked_fake(self, *given: Any) -> Any:
         call = self.call(*given)
         for condition in call.conditions():
             torch._check(condition)
@@ -214,6 +212,39 @@ def count_forward(counter: Any, definition: Definition, *ops: Any) -> None:
     for op in ops:
         if op is not None:
             counter.register_flop_formula(op.overloadpacket, get_raw=True)(forward)
+
+
+class ForwardOp:
+    """A kernel without a gradient, as the op `<name>_forward`, and `<name>_out` where log-sum-exps
+    can be left out, which a library defines.
+
+    Args:
+        definition, name: as of `TorchOp`.
+    """
+
+    def __init__(self, definition: Definition, name: str) -> None:
+        self.definition = definition
+        ops, fake = torch.ops.fastfusion, definition.checked_fake
+        self.forward = getattr(ops, f"{name}_forward").default
+        torch.library.register_fake(f"fastfusion::{name}_forward", fake)
+        self.out = self.forward
+        if definition.outputs > definition.results:
+            self.out = getattr(ops, f"{name}_out").default
+            torch.library.register_fake(
+                f"fastfusion::{name}_out", lambda *given: definition.without_lse(fake(*given))
+            )
+        ALL.append(self)
+
+    def __call__(self, call: Any, lse: bool) -> Any:
+        """The results of a call, and with `lse` the log-sum-exps behind them."""
+        if _transforms_active() or (not _is_compiling() and forward_ad._current_level >= 0):
+            outputs = self.definition.reference(call)
+            return outputs if lse else self.definition.without_lse(outputs)
+        return (self.forward if lse else self.out)(*call)
+
+    def flops(self, counter: Any) -> None:
+        """Say to torch.utils.flop_counter what the ops cost."""
+        count_forward(counter, self.definition, *{self.forward, self.out})
 
 
 class LaunchedOp(TorchOp):

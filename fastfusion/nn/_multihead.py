@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastfusion.core.arguments import autocast_dtype
 from fastfusion.nn import _nested
 from fastfusion.nn._attention_maps import RecordsAttention
+from fastfusion.nn._linear import apply, project
 from fastfusion.nn._nested_pair import packed_attention_with_weights
 from fastfusion.nn._torchs_path import torchs_slow_path
 from fastfusion.nn._tracing import be_leaf
@@ -145,7 +147,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
                 key_padding_mask = key_padding_mask.unsqueeze(0)
         q, k, v = (
             part
-            for projected in self._project(query, key, value, shared, in_proj)
+            for projected in self._project(
+                query, key, value, shared, in_proj, project if batch_first else F.linear
+            )
             for part in _heads(projected, self.num_heads, self.head_dim, batch_first)
         )
         if self.bias_k is not None or self.add_zero_attn:
@@ -172,7 +176,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
                 q, k, v, bias, dropout_p, is_causal, key_padding_mask=padding
             )
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)
-        out = self.out_proj(out)
+        out = apply(self.out_proj, out) if batch_first else self.out_proj(out)
         return (out if batched else out.squeeze(0)), weights
 
     def _is_legal(
@@ -259,6 +263,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         value: Tensor,
         shared: tuple[bool, bool],
         weights: tuple[Tensor, ...],
+        linear: Callable[..., Tensor],
     ) -> tuple[Tensor, ...]:
         """The three input projections, those of one input side by side: one product per input.
 
@@ -271,15 +276,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         if len(weights) == 1:
             (weight,) = weights
             if query_is_key and key_is_value:
-                return (F.linear(query, weight, bias),)
+                return (linear(query, weight, bias),)
             if key_is_value:
                 return (
-                    F.linear(query, weight[:width], None if bias is None else bias[:width]),
-                    F.linear(key, weight[width:], None if bias is None else bias[width:]),
+                    linear(query, weight[:width], None if bias is None else bias[:width]),
+                    linear(key, weight[width:], None if bias is None else bias[width:]),
                 )
             weights = weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        return tuple(map(F.linear, (query, key, value), weights, biases))
+        return tuple(map(linear, (query, key, value), weights, biases))
 
     def _append_columns(
         self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
@@ -342,7 +347,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         q, k, v = (
             part
             for projected in self._project(
-                queries.values, keys.values, values.values, shared, self._in_proj_weights()
+                queries.values,
+                keys.values,
+                values.values,
+                shared,
+                self._in_proj_weights(),
+                F.linear,
             )
             for part in projected.unflatten(-1, (-1, *heads)).unbind(1)
         )

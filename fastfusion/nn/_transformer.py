@@ -11,6 +11,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.nn.modules.transformer import _get_seq_len
 
 from fastfusion.nn import _nested
+from fastfusion.nn._linear import feed_forward
 from fastfusion.nn._multihead import MultiheadAttention, settle_in
 from fastfusion.nn._tracing import be_leaf
 
@@ -105,6 +106,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             x = self.norm1(x + attend(x))
             x = self.norm2(x + self._ff_block(x))
         return _nested.unpack(x, packed)
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        result = feed_forward(self, x, self.dropout2)
+        return super()._ff_block(x) if result is None else result
 
 
 class TransformerEncoder(nn.TransformerEncoder):
@@ -251,6 +256,10 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
             tgt_is_causal, memory_is_causal,
         )  # fmt: skip
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        result = feed_forward(self, x, self.dropout3)
+        return super()._ff_block(x) if result is None else result
 
 
 class TransformerDecoder(nn.TransformerDecoder):

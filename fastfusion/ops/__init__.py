@@ -6,16 +6,19 @@ from typing import Any
 from fastfusion.core import flops
 from fastfusion.core.op import Op
 from fastfusion.ops import bidirectional_attention as _bidirectional
+from fastfusion.ops import linear as _linear
 from fastfusion.ops import scaled_dot_product_attention as _attention
 from fastfusion.ops import varlen_attention as _varlen
 
-ALL: tuple[Op, ...] = (_attention.OP, _bidirectional.OP, _varlen.OP)
+ATTENTION: tuple[Op, ...] = (_attention.OP, _bidirectional.OP, _varlen.OP)
+ALL: tuple[Op, ...] = (*ATTENTION, _linear.OP)
 
 # The public functions, by which `explain` is asked.
 FUNCTIONS: dict[Callable[..., Any], Op] = {
     _attention.scaled_dot_product_attention: _attention.OP,
     _bidirectional.bidirectional_attention: _bidirectional.OP,
     _varlen.varlen_attention: _varlen.OP,
+    _linear.linear: _linear.OP,
 }
 
 flops.register()

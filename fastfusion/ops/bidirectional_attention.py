@@ -187,10 +187,8 @@ def bidirectional_attention(
             )
             if answer is not NotImplemented:
                 return answer
-        if (
-            type(is_causal) is type(return_lse) is bool
-            and arguments.are_plain(attn_mask, dropout_p, scale, causal_alignment)
-            and type(query) in arguments.PLAIN
+        if type(is_causal) is type(return_lse) is bool and arguments.are_plain(
+            attn_mask, dropout_p, scale, causal_alignment
         ):
             call = Call(*tensors, None, 0.0, is_causal, causal_alignment == "bottom_right", scale)
             results = OP.attempt(backend, call, return_lse)
@@ -323,7 +321,7 @@ def _flops(call: Call, backward: bool) -> int:
 
 
 DEFINITION = Definition(
-    "bidirectional", Call, gradients=5, results=2, fake=_fake,
+    "bidirectional", Call, gradients=5, results=2, outputs=4, fake=_fake,
     reference=lambda call: run_reference(call, True), flops=_flops,
 )  # fmt: skip
 _CPU = cpu.torch_op(DEFINITION)
@@ -332,7 +330,7 @@ _TRITON = triton.torch_op(
     forward="bidirectional.forward:bidirectional_forward",
     backward="bidirectional.backward:bidirectional_backward",
 )
-_CUDA = cuda.ForwardOp(DEFINITION)
+_CUDA = cuda.CudaOp(DEFINITION)
 
 
 def _cpu_path(call: Call) -> str:

@@ -183,7 +183,7 @@ def scaled_dot_product_attention(
         if (
             type(is_causal) is type(enable_gqa) is type(return_lse) is bool
             and arguments.are_plain(attn_mask, dropout_p, scale, causal_alignment)
-            and type(query) in arguments.PLAIN
+            and isinstance(query, Tensor)
             and query.dim() == 4
         ):
             call = Call(
@@ -330,11 +330,11 @@ def _flops(call: Call, backward: bool) -> int:
 
 
 DEFINITION = Definition(
-    "attention", Call, gradients=4, results=1, fake=_fake,
+    "attention", Call, gradients=4, results=1, outputs=2, fake=_fake,
     reference=lambda call: run_reference(call, True), flops=_flops,
 )  # fmt: skip
 _CPU = cpu.torch_op(DEFINITION)
-_CUDA = cuda.ForwardOp(DEFINITION)
+_CUDA = cuda.CudaOp(DEFINITION)
 _TRITON = triton.torch_op(
     DEFINITION,
     forward="attention.forward:attention_forward",

@@ -195,7 +195,6 @@ def varlen_attention(
             type(is_causal) is type(return_lse) is bool
             and type(max_seqlen_q) is type(max_seqlen_k) is int
             and arguments.are_plain(attn_mask, dropout_p, scale, causal_alignment)
-            and type(query) in arguments.PLAIN
         ):
             call = Call(
                 *tensors, None, max_seqlen_q, max_seqlen_k, 0.0, is_causal,
@@ -398,7 +397,7 @@ def _flops(call: Call, backward: bool) -> int:
 
 
 DEFINITION = Definition(
-    "varlen", Call, gradients=4, results=1, fake=_fake,
+    "varlen", Call, gradients=4, results=1, outputs=2, fake=_fake,
     reference=lambda call: run_reference(call, True), flops=_flops, folds=False,
 )  # fmt: skip
 _CPU = cpu.torch_op(DEFINITION)

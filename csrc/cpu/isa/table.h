@@ -5,6 +5,7 @@
 #include "cpu/bidirectional/backward.h"
 #include "cpu/bidirectional/forward.h"
 #include "cpu/gemm/peak.h"
+#include "cpu/layers/linear.h"
 
 namespace ff {
 namespace {
@@ -23,6 +24,7 @@ constexpr KernelTable table(const char* isa) {
           attention_backward_part<HalfMath>,
           bidirectional_forward<HalfMath>,
           bidirectional_backward<HalfMath>,
+          linear<HalfMath>,
           peak_operations<HalfMath>,
           convert};
 }

@@ -1,7 +1,7 @@
 // Activation functions of a register, in float32.
 #pragma once
 
-#include "../softmax/exponential.h"
+#include "cpu/softmax/exponential.h"
 
 namespace ff {
 namespace {

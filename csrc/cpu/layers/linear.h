@@ -16,8 +16,8 @@
 // the arithmetic, never of batch mates or threads, on which a row's bits must not depend.
 #pragma once
 
-#include "../gemm/packing.h"
-#include "../task.h"
+#include "cpu/gemm/packing.h"
+#include "cpu/task.h"
 #include "activations.h"
 
 namespace ff {
@@ -79,8 +79,8 @@ void store_turned(const Epilogue& epilogue, const Block& block, int64_t first, i
 constexpr int kAcrossRows = Vec::kRegisters == 32 ? 3 : 2;
 constexpr int kAcrossFeatures = Vec::kLanes / 2;
 
-// The sums across of kRows rows of x with kAcrossFeatures rows of W: to[r * kAcrossFeatures + f], in
-// whole registers.
+// The sums across of kRows rows of x with kAcrossFeatures rows of W: to[r * kAcrossFeatures + f],
+// in whole registers.
 template <class Math, int kRows>
 __attribute__((noinline)) void sum_across(const typename Math::Element* const* x,
                                           const typename Math::Element* const* weight,
@@ -217,8 +217,8 @@ template <class Math>
 void linear_rows(const Linear& p, ParallelFor parallel) {
   if (p.rows == 0 || p.features == 0) return;
   const int64_t first = rows_in_lanes<Math>(p.length), sequences = p.rows / p.length;
-  LinearRows<Math> rows{{sequences * first, nullptr}, {p.rows - sequences * first, nullptr},
-                        0, 0, nullptr, {}};
+  LinearRows<Math> rows{
+      {sequences * first, nullptr}, {p.rows - sequences * first, nullptr}, 0, 0, nullptr, {}};
   const bool mixed = first > 0 && first < p.length;
   const int64_t most = rows.lanes.count < kLinearRound ? rows.lanes.count : kLinearRound;
   const int64_t panels = (most + kLinearPanel - 1) / kLinearPanel;
@@ -233,14 +233,13 @@ void linear_rows(const Linear& p, ParallelFor parallel) {
   if (mixed) {
     auto* list = reinterpret_cast<int32_t*>(memory + turned + copied);
     int32_t *in_lanes = list, *across = list + rows.lanes.count;
-    for (int64_t i = 0; i < p.rows; ++i)
-      *(i % p.length < first ? in_lanes : across)++ = int32_t(i);
+    for (int64_t i = 0; i < p.rows; ++i) *(i % p.length < first ? in_lanes : across)++ = int32_t(i);
     rows.lanes.list = list, rows.across.list = list + rows.lanes.count;
   }
   const Slice x = matrix(p.x, p.type, p.x_row);
   if (rows.across.count > 0) {
-    rows.x_across = Packing<Math>::rows(x, {rows.across, 0, rows.across.count}, p.width,
-                                         memory + turned);
+    rows.x_across =
+        Packing<Math>::rows(x, {rows.across, 0, rows.across.count}, p.width, memory + turned);
   }
   bool with_across = rows.across.count > 0;
   do {
@@ -252,12 +251,15 @@ void linear_rows(const Linear& p, ParallelFor parallel) {
       const LinearRows<Math>& rows;
       const Slice& x;
     } turn{p, rows, x};
-    run(parallel, rows.panels(), 16.0 * numbers, [](int64_t begin, int64_t end, const void* context) {
-      const auto& [p, rows, x] = *static_cast<const Turn*>(context);
-      for (int64_t i = begin; i < end; ++i)
-        Packing<Math>::lanes(x, rows.panel(i), p.width, 1.0f,
-                              rows.turned + i * LinearRows<Math>::panel_size(p));
-    }, turn);
+    run(
+        parallel, rows.panels(), 16.0 * numbers,
+        [](int64_t begin, int64_t end, const void* context) {
+          const auto& [p, rows, x] = *static_cast<const Turn*>(context);
+          for (int64_t i = begin; i < end; ++i)
+            Packing<Math>::lanes(x, rows.panel(i), p.width, 1.0f,
+                                 rows.turned + i * LinearRows<Math>::panel_size(p));
+        },
+        turn);
     struct Product {
       const Linear& p;
       const LinearRows<Math>& rows;
@@ -265,13 +267,15 @@ void linear_rows(const Linear& p, ParallelFor parallel) {
     } product{p, rows, with_across};
     const int64_t tasks = (p.features + kLinearFeatures - 1) / kLinearFeatures;
     const double across = with_across ? double(rows.across.count) * double(p.width) : 0.0;
-    run(parallel, tasks, 2.0 * (numbers + across) * double(p.features),
+    run(
+        parallel, tasks, 2.0 * (numbers + across) * double(p.features),
         [](int64_t begin, int64_t end, const void* context) {
           const auto& product = *static_cast<const Product*>(context);
           LinearTask<Math> task{product.p, product.rows, product.with_across, nullptr, nullptr};
           if (!task.allocate()) return;
           for (int64_t i = begin; i < end; ++i) task.run(i);
-        }, product);
+        },
+        product);
     rows.lane = rows.lane_end;
     with_across = false;
   } while (rows.lane < rows.lanes.count);

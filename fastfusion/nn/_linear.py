@@ -1,0 +1,106 @@
+"""Linear layers of the modules by the op `linear`: eager inference on a CPU.
+
+Anything that calling a module does beside its formula (a gradient, a hook, an adapter or another
+class in its place, autocast, a transform) leaves the call to the module. So do compiled code, which
+fuses by itself, and exported programs, in which torch's own layers mean more to others.
+"""
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from fastfusion.backends import cpu
+from fastfusion.core.arguments import PLAIN
+from fastfusion.core.op import forced_backend
+from fastfusion.ops.linear import linear
+
+_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
+def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, by the op where its CPU kernel is what runs."""
+    if _runs(input, weight, bias):
+        return linear(input, weight, bias)
+    return F.linear(input, weight, bias)
+
+
+def apply(module: Any, input: Tensor) -> Tensor:
+    """`module(input)`, likewise."""
+    if _is_plain(module) and _runs(input, module.weight, module.bias):
+        return linear(input, module.weight, module.bias)
+    result: Tensor = module(input)
+    return result
+
+
+def feed_forward(module: Any, input: Tensor, last_dropout: Any) -> Tensor | None:
+    """`module._ff_block(input)` of a Transformer layer in two calls, or None where it may mean
+    more than its formula."""
+    first, second, name = module.linear1, module.linear2, _name_of(module.activation)
+    if not getattr(module.self_attn, "batch_first", False) or name is None:
+        return None
+    if not (_is_plain(first) and _is_plain(second)):
+        return None
+    if not (_does_nothing(module.dropout) and _does_nothing(last_dropout)):
+        return None
+    if not (_runs(input, first.weight, first.bias) and _runs(input, second.weight, second.bias)):
+        return None
+    hidden = linear(input, first.weight, first.bias, activation=name)
+    return linear(hidden, second.weight, second.bias)
+
+
+def _runs(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the CPU kernel takes these and nobody would see the difference.
+
+    The input has to be (batch, length, width): of packed tokens the op would not know the sequences
+    by whose lengths it chooses.
+    """
+    if torch.compiler.is_compiling() or not input.is_cpu or input.dim() != 3:
+        return False
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    return (
+        cpu.unavailable() is None
+        and input.dtype in cpu.DTYPES
+        and forced_backend() in (None, "cpu")
+        and PLAIN.issuperset(map(type, tensors))
+        and all([t.dtype == input.dtype and t.is_cpu and not t.is_neg() for t in tensors])
+        and not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
+        and not _any_autocast()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether calling the module comes to `F.linear`."""
+    own = module.__dict__
+    return (
+        type(module) in _LINEAR
+        and "forward" not in own
+        and not any([own[hooks] for hooks in _HOOKS])
+        and not any([getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS])
+    )
+
+
+def _does_nothing(dropout: Any) -> bool:
+    """Whether this is a dropout that changes and shows nothing."""
+    own = dropout.__dict__
+    return (
+        type(dropout) is nn.Dropout
+        and not (own["training"] and own["p"] > 0.0)
+        and "forward" not in own
+        and not any([own[hooks] for hooks in _HOOKS])
+    )
+
+
+def _name_of(activation: Any) -> str | None:
+    if activation is F.relu:
+        return "relu"
+    return "gelu" if activation is F.gelu else None
