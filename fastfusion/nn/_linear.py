@@ -61,14 +61,15 @@ def _runs(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     The input has to be (batch, length, width): of packed tokens the op would not know the sequences
     by whose lengths it chooses.
     """
-    if torch.compiler.is_compiling() or not input.is_cpu or input.dim() != 3:
-        return False
     tensors = (input, weight) if bias is None else (input, weight, bias)
     return (
-        cpu.unavailable() is None
+        not torch.compiler.is_compiling()
+        and PLAIN.issuperset(map(type, tensors))
+        and input.is_cpu
+        and input.dim() == 3
+        and cpu.unavailable() is None
         and input.dtype in cpu.DTYPES
         and forced_backend() in (None, "cpu")
-        and PLAIN.issuperset(map(type, tensors))
         and all([t.dtype == input.dtype and t.is_cpu and not t.is_neg() for t in tensors])
         and not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
         and not _any_autocast()

