@@ -26,7 +26,7 @@ from torch import Tensor
 import fastfusion as ff
 from fastfusion import ops
 
-OPS = {op.name: op for op in ops.ALL}
+OPS = {op.name: op for op in ops.ATTENTION}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

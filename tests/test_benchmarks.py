@@ -156,7 +156,7 @@ def test_every_shape_has_inputs_and_a_cost(suite: str) -> None:
         assert flops > 0
         assert moved > 0
         small = {**shape, "q_len": 3, "kv_len": 5}
-        op.check(**op.inputs(small, torch.float32, "cpu", 0))
+        op.check(op.arguments(**op.inputs(small, torch.float32, "cpu", 0)))
 
 
 def test_names_of_shapes_are_unique() -> None:

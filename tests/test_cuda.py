@@ -38,8 +38,8 @@ MASKS = (None, torch.randn(3, 5, 7), torch.rand(5, 7) > 0.2)
 RAW = torch.ops.fastfusion
 # Masks, whether causal and from where, scale, and enable_gqa.
 OPTIONS = {
-    "attention": (None, None, False, False, None, False),
-    "bidirectional": (None, None, None, False, False, None),
+    "attention": (None, None, None, 0.0, False, False, None, False),
+    "bidirectional": (None, None, None, None, 0.0, False, False, None),
 }
 
 
@@ -85,9 +85,9 @@ class TestAsTorchOps:
     def test_opcheck(self, mask: Any, padding: Any) -> None:
         for kind in ("forward", "out"):
             op = getattr(RAW, f"cuda_attention_{kind}").default
-            torch.library.opcheck(op, (*qkv(), mask, padding, True, True, 0.3, False))
+            torch.library.opcheck(op, (*qkv(), mask, padding, None, 0.0, True, True, 0.3, False))
             op = getattr(RAW, f"cuda_bidirectional_{kind}").default
-            torch.library.opcheck(op, (*both(), mask, None, padding, True, False, None))
+            torch.library.opcheck(op, (*both(), mask, None, padding, None, 0.0, True, False, None))
 
     @EACH
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -476,6 +476,7 @@ def test_turing() -> None:
         pytest.skip("only one emulated library is given")
     cases = (
         "small or past_a_panel or few_and_far or everything or padding or dim_160 or bias_padding"
+        " or wide_chunks"
     )
     ops = str(Path(__file__).with_name("ops"))
     command = [sys.executable, "-m", "pytest", ops, f"--emulated={library}"]

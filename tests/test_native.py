@@ -13,6 +13,7 @@ import torch
 
 import fastfusion as ff
 from fastfusion.backends import library
+from fastfusion.core import torch_op
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
@@ -182,3 +183,15 @@ def test_bad_calls_of_the_raw_ops_raise() -> None:
     for arguments in bad:
         with pytest.raises(RuntimeError, match="fastfusion"):
             op(*arguments)
+
+
+def test_calls_of_python_and_cpp_are_twins() -> None:
+    """The library defines its ops by itself, so that programs without Python find them."""
+    seen = set()
+    for op in torch_op.ALL:
+        for found in (getattr(op, name, None) for name in ("graph", "raw", "forward", "out")):
+            if found is not None:
+                arguments = str(found._schema).partition("(")[2].partition(")")[0]
+                assert arguments == op.definition.schema(), found
+                seen.add(found._schema.name.removeprefix("fastfusion::"))
+    assert seen >= {"attention", "bidirectional_out", "varlen_forward", "linear_forward"}

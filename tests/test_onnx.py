@@ -263,6 +263,32 @@ def test_the_torchscript_exporter(tmp_path: Path) -> None:
         assert_right(model, module, op_inputs(*sizes))
 
 
+def linear_calls(t: dict[str, Tensor]) -> list[Tensor]:
+    x, weight, bias = t["x"], t["weight"], t["bias"]
+    kinds = (None, "relu", "gelu", "gelu_tanh", "silu")
+    return [ff.linear(x, weight, bias, activation=a, residual=t["residual"]) for a in kinds]
+
+
+@torch.no_grad()
+def test_linear(tmp_path: Path) -> None:
+    """Without gradients, with which the exported program holds the reference's operators."""
+
+    def inputs(batch: int, length: int) -> dict[str, Tensor]:
+        sizes = {"x": (batch, length, 8), "weight": (60, 8), "bias": (60,)}
+        sizes["residual"] = (batch, length, 60)
+        return {name: torch.randn(size) for name, size in sizes.items()}
+
+    axes = {"x": {0: B, 1: L}, "weight": None, "bias": None, "residual": {0: B, 1: L}}
+    first = inputs(2, 5)
+    module = Module(list(first), linear_calls)
+    program = export(module, first, axes, optimize=False)
+    models = [program.model_proto.SerializeToString()]
+    models.append(torchscript(module, first, axes, tmp_path / "model.onnx"))
+    for model in models:
+        for sizes in ((4, 9), (1, 1)):
+            assert_right(model, module, inputs(*sizes))
+
+
 def dropped(t: dict[str, Tensor]) -> list[Tensor]:
     ones = torch.ones_like(t["key"])
     return [attention(t["query"], t["key"], ones, None, p, scale=0.0) for p in (0.5, 1.0)]

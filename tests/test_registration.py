@@ -119,23 +119,18 @@ class TestOpcheck:
     @pytest.mark.parametrize(
         ("mask", "padding", "dropout_p"),
         [
-            (MASKS[0], None, 0.0),
-            (MASKS[0], PADDING, 0.3),
-            (MASKS[1], None, 0.3),
-            (MASKS[1], PADDING, 0.0),
-            (MASKS[2], None, 0.0),
-            (MASKS[2], PADDING, 0.3),
+            (MASKS[0], None, 0.0), (MASKS[0], PADDING, 0.3), (MASKS[1], None, 0.3),
+            (MASKS[1], PADDING, 0.0), (MASKS[2], None, 0.0), (MASKS[2], PADDING, 0.3),
         ],
         ids=["none", "padded", "float", "float-padded", "bool", "bool-padded"],
-    )
+    )  # fmt: skip
     @pytest.mark.parametrize("gradient", [False, True])
     def test_forward(self, mask: Any, padding: Any, dropout_p: float, gradient: bool) -> None:
         seed = torch.tensor([7]) if dropout_p else None
         if gradient and mask is not None and mask.is_floating_point():
             mask = mask.clone().requires_grad_()
-        arguments: tuple[Any, ...] = (
-            *self.operands(gradient), mask, padding, seed, dropout_p, True, True, 0.3, False,
-        )  # fmt: skip
+        tensors = (*self.operands(gradient), mask, padding, seed)
+        arguments = (*tensors, dropout_p, True, True, 0.3, False)
         names = ["attention"] if gradient else ["attention_forward", "attention"]
         if backend_now == "cpu":
             names += [] if gradient else ["attention_out"]
@@ -145,9 +140,9 @@ class TestOpcheck:
     @pytest.mark.parametrize("mask", MASKS, ids=["none", "float", "bool"])
     @pytest.mark.parametrize("with_lse", [False, True])
     def test_backward(self, mask: Any, with_lse: bool) -> None:
-        grad_lse = torch.randn(2, 1, 5) if with_lse else None
+        grads = (torch.randn(2, 1, 5, 6), torch.randn(2, 1, 5) if with_lse else None)
         arguments = (
-            torch.randn(2, 1, 5, 6), grad_lse, *self.operands(), mask, PADDING, None, 0.0, False,
+            *grads, *self.operands(), mask, PADDING, None, 0.0, False,
             False, None, False, True,
         )  # fmt: skip
         torch.library.opcheck(op("attention_backward"), arguments)

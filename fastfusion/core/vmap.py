@@ -16,7 +16,7 @@ def forward(
     leading = definition.tensors
     out_dims = (0,) * definition.outputs
     if size == 0:
-        fake = definition.fake(definition.call(*_without(given, dims), *given[leading:]))
+        fake = definition.fake(definition.call(*_without(given[:leading], dims), *given[leading:]))
         return tuple(t.new_empty(0, *t.shape) for t in fake), out_dims
     if not definition.folds or given[leading - 1] is not None:  # the seed
         return _one_by_one(apply, size, dims, given, leading), out_dims

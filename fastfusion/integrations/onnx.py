@@ -21,6 +21,7 @@ with either, and its `Attention` refuses empty batches and empty sequences.
 Dropout stays random, with the runtime's random numbers.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -422,10 +423,46 @@ def _attend(
     return out, op.Squeeze(op.Add(shift, op.Log(total)), [-1])
 
 
+def _linear(
+    op: Any, *, input: Any, weight: Any, bias: Any, residual: Any, activation: int
+) -> tuple[Any]:
+    dtype = op.dtype(input)
+    input, weight, bias, residual = (
+        None if t is None else _cast(op, t, dtype, _FLOAT) for t in (input, weight, bias, residual)
+    )
+    out = op.MatMul(input, op.Transpose(weight, perm=[1, 0]))
+    if bias is not None:
+        out = op.Add(out, bias)
+    out = _ACTIVATIONS[activation](op, out)
+    if residual is not None:
+        out = op.Add(out, residual)
+    return (_cast(op, out, _FLOAT, dtype),)
+
+
+def _gelu(op: Any, x: Any) -> Any:
+    return op.Mul(op.Mul(x, 0.5), op.Add(op.Erf(op.Mul(x, math.sqrt(0.5))), 1.0))
+
+
+def _gelu_tanh(op: Any, x: Any) -> Any:
+    """0.5 x (1 + tanh(u)) = x sigmoid(2 u)."""
+    factor = op.Add(op.Mul(op.Mul(x, x), 0.044715), 1.0)
+    twice = op.Mul(op.Mul(x, factor), 2.0 * math.sqrt(2.0 / math.pi))
+    return op.Mul(x, op.Sigmoid(twice))
+
+
+# In the order of fastfusion.ops.linear.
+_ACTIVATIONS: tuple[Callable[[Any, Any], Any], ...] = (
+    lambda op, x: x,
+    lambda op, x: op.Relu(x),
+    _gelu,
+    _gelu_tanh,
+    lambda op, x: op.Mul(x, op.Sigmoid(x)),
+)
 _FORMULAS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "attention": _attention,
     "bidirectional": _bidirectional,
     "varlen": _varlen,
+    "linear": _linear,
 }
 
 
@@ -459,7 +496,7 @@ def _symbolic(op: Any) -> Callable[..., Any]:
         if helper._is_none(value):
             return None
         kind = str(argument.type).removeprefix("Optional[").removesuffix("]")
-        letter = {"float": "f", "bool": "b"}.get(kind)
+        letter = {"float": "f", "bool": "b", "int": "i"}.get(kind)
         return value if letter is None else helper._get_const(value, letter, argument.name)
 
     def symbolic(graph: Any, *values: Any) -> Any:

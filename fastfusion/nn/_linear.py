@@ -43,9 +43,9 @@ def feed_forward(module: Any, input: Tensor, last_dropout: Any) -> Tensor | None
     """`module._ff_block(input)` of a Transformer layer in two calls, or None where it may mean
     more than its formula."""
     first, second, name = module.linear1, module.linear2, _name_of(module.activation)
-    if not getattr(module.self_attn, "batch_first", False) or name is None:
+    if type(input) not in PLAIN or not getattr(module.self_attn, "batch_first", False):
         return None
-    if not (_is_plain(first) and _is_plain(second)):
+    if name is None or not (_is_plain(first) and _is_plain(second)):
         return None
     if not (_does_nothing(module.dropout) and _does_nothing(last_dropout)):
         return None

@@ -101,7 +101,7 @@ def raw_arguments(make: Any, dropout_p: float, gradient: bool) -> tuple[str, tup
             None,
         )
     names = ("query", "key", "value", "attn_mask", "cu_seqlens_q", "cu_seqlens_k")
-    return "varlen", (*[call.get(n) for n in names], 5, 6, seed, dropout_p, True, False, None)
+    return "varlen", (*[call.get(n) for n in names], seed, 5, 6, dropout_p, True, False, None)
 
 
 @each_op

@@ -352,7 +352,7 @@ def test_autocast() -> None:
     # The mask stays float32: in 16 bits its finfo.min would be -inf.
     low = [t.detach().bfloat16() for t in leaves]
     expected = ff.bidirectional_attention(*low, attn_mask=bias, backend="reference")
-    exact = spec.reference(*(t.double() for t in low), attn_mask=bias.double())
+    exact = spec.OP.reference(*(t.double() for t in low), attn_mask=bias.double())
     direct = ff.bidirectional_attention(*low, attn_mask=bias)
     for out, same in zip(outputs, direct, strict=True):
         assert out.dtype == torch.bfloat16 and torch.equal(out, same)

@@ -83,6 +83,8 @@ CASES = [
     Case("dim_1", "tails of registers", shape(45, 51, 1, heads=8)),
     *(Case(f"dim_{d}", "tails of registers", shape(13, 19, d)) for d in (6, 14, 40, 77, 97)),
     Case("dim_160", "wide heads", shape(9, 33, 160)),
+    Case("wide_chunks", "keys of wide heads in chunks, of which some GPUs hold one alone", shape(
+        33, 130, 100)),
     Case("dim_256_short", "one chain along the head dim, which a few rows show", shape(
         4, 30, 256, batch=1, heads=1)),
     Case("value_dim", "value dim above key dim", shape(11, 23, 8, value_dim=33)),

@@ -214,7 +214,7 @@ class TestTorch:
         assert counter.get_total_flops() == 2 * 40 * 16 * 24
 
 
-X, W = torch.randn(2, 5, 8), torch.randn(6, 8)
+X, W = torch.ones(2, 5, 8), torch.ones(6, 8)
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"input": [1.0]}, TypeError, "input must be a Tensor"),
     ({"input": X.int()}, TypeError, "input must be float16"),
@@ -234,7 +234,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "match"), BAD, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(("change", "error", "match"), BAD, ids=map(str, range(len(BAD))))
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_bad_input(change: dict[str, Any], error: Any, match: str, backend: str) -> None:
     if backend == "cpu" and not ISAS:
