@@ -21,16 +21,8 @@ from torch.testing import assert_close
 
 import fastfusion as ff
 
-BACKENDS = [
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(
-            ff.backends.library.native is None,
-            reason="without the compiled part these ops do not exist",
-        ),
-    ),
-    "triton",
-]
+native = pytest.mark.skipif(ff.backends.library.native is None, reason="without the C++ ops")
+BACKENDS = [pytest.param("cpu", marks=native), "triton"]
 backend_now = "cpu"
 
 PADDING = torch.tensor([[False] * 5 + [True] * 2, [False] * 7])

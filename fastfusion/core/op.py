@@ -9,7 +9,7 @@ in traced programs never at a length, a batch size, a pointer or a value: they w
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +103,7 @@ class Op:
         normalize: arguments to the call, cast as autocast asks and checked.
         definition: the call, and what it is to torch.
         inputs: (shape, dtype, device, seed) to keyword arguments of the public function.
+        ranks: of the first tensor of a call; another one is for `normalize` to change.
         cost: (shape, dtype) to (floating-point operations, bytes that must move).
         implementations: fastest first, the reference last.
     """
@@ -115,6 +116,7 @@ class Op:
     inputs: Callable[[Mapping[str, Any], torch.dtype, Any, int], dict[str, Any]]
     cost: Callable[[Mapping[str, Any], torch.dtype], tuple[int, int]]
     implementations: tuple[Implementation, ...]
+    ranks: Container[int]
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The call that the public function would make of its arguments."""
@@ -157,7 +159,11 @@ class Op:
         if _any_autocast():
             return None
         try:
-            chosen = self.select(backend, call)
+            if call[0].dim() not in self.ranks:
+                return None
+            chosen = self.implementations[0]
+            if backend is not None or _forced is not None or chosen.refuses(call):
+                chosen = self.select(backend, call)
             if chosen.checks or all(call.conditions()):
                 return chosen.run(call, lse)
         except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):

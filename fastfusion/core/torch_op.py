@@ -119,9 +119,11 @@ class Definition:
 
 
 def needs_gradient(definition: Definition, call: Any) -> bool:
-    return _is_grad_enabled() and any(
-        [t is not None and t.requires_grad for t in call[: definition.gradients]]
-    )
+    if _is_grad_enabled():
+        for tensor in call[: definition.gradients]:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 class TorchOp:
@@ -135,7 +137,7 @@ class TorchOp:
 
     def __init__(self, definition: Definition, name: str, traceable: bool) -> None:
         self.definition, self.name, self.traceable = definition, name, traceable
-        self.leading = definition.tensors
+        self.leading, self.gradients = definition.tensors, definition.gradients
         ops = torch.ops.fastfusion
         fakes: dict[str, Callable[..., Any]] = {
             "": definition.checked_fake,
@@ -156,8 +158,11 @@ class TorchOp:
 
     def __call__(self, call: Any, lse: bool) -> Any:
         """The results of a call, and with `lse` the log-sum-exps behind them."""
-        definition = self.definition
-        wants_gradient = needs_gradient(definition, call)
+        definition, wants_gradient = self.definition, False
+        if _is_grad_enabled():
+            for tensor in call[: self.gradients]:
+                if tensor is not None and tensor.requires_grad:
+                    wants_gradient = True
         if _is_compiling():
             if _transforms_active():
                 outputs = definition.reference(call)
@@ -167,7 +172,7 @@ class TorchOp:
                 outputs = self.raw(*call)
             else:
                 return self.out(*call)
-        elif self.left_to_reference():
+        elif forward_ad._current_level >= 0 or (not self.traceable and _tracing() is not None):
             outputs = definition.reference(call)
         elif _transforms_active():
             outputs = self.transformed.apply(*call)
@@ -177,13 +182,9 @@ class TorchOp:
             return self.run(call, lse)
         return outputs if lse else definition.without_lse(outputs)
 
-    def left_to_reference(self) -> bool:
-        """Whether an eager call is the reference's."""
-        return forward_ad._current_level >= 0 or (not self.traceable and _tracing() is not None)
-
-    def run(self, call: Any, lse: bool) -> Any:
+    def run(self, given: tuple[Any, ...], lse: bool) -> Any:
         """An eager call without a gradient: by the ops, or without them where nobody watches."""
-        return self.raw(*call) if lse or self.out is None else self.out(*call)
+        return self.raw(*given) if lse or self.out is None else self.out(*given)
 
     def run_backward(self, *given: Any) -> tuple[Tensor, ...]:
         """The gradients, of the arguments of the backward op: likewise."""
@@ -273,11 +274,11 @@ class LaunchedOp(TorchOp):
             LIBRARY.impl(f"{name}_backward", self._launch_backward, key)
         super().__init__(definition, name, traceable=False)
 
-    def run(self, call: Any, lse: bool) -> Any:
-        if _dispatch_modes() or not PLAIN.issuperset(map(type, call[: self.leading])):
-            outputs = self.raw(*call)
+    def run(self, given: tuple[Any, ...], lse: bool) -> Any:
+        if _dispatch_modes() or not PLAIN.issuperset(map(type, given[: self.leading])):
+            outputs = self.raw(*given)
         else:
-            outputs = self.launch(call, lse)
+            outputs = self.launch(self.definition.call(*given), lse)
         return outputs if lse else self.definition.without_lse(outputs)
 
     def run_backward(self, *given: Any) -> tuple[Tensor, ...]:
@@ -307,6 +308,8 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
     calls with log-sum-exps."""
     definition, leading = op.definition, op.leading
     outputs, gradients = definition.outputs, definition.gradients
+    without_gradient = (None,) * (len(definition.call._fields) - gradients)
+    absent = (None,) * (outputs - definition.results)  # gradients of log-sum-exps
 
     class Backward(Function):
         """The backward op, itself differentiable: its derivative is that of the reference's own
@@ -377,15 +380,14 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
-            nothing = [None] * (leading + len(ctx.options) - gradients)
-            if all(g is None for g in grads):
-                return (*[None] * gradients, *nothing)
+            if all([g is None for g in grads]):
+                return ((None,) * gradients) + without_gradient
             mask_gradient = ctx.needs_input_grad[gradients - 1]
             differentiable = _is_grad_enabled() or _transforms_active()
             run = Backward.apply if differentiable else op.run_backward
-            absent = [None] * (outputs - len(grads))
-            found = run(*grads, *absent, *ctx.saved_tensors, *ctx.options, mask_gradient)
-            return (*found[:-1], found[-1] if mask_gradient else None, *nothing)
+            grads = grads if len(grads) == outputs else grads + absent
+            found = run(*grads, *ctx.saved_tensors, *ctx.options, mask_gradient)
+            return (*found[:-1], found[-1] if mask_gradient else None, *without_gradient)
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
@@ -395,7 +397,7 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
         @staticmethod
         def forward(ctx: Any, *given: Any) -> Any:
             save(ctx, given)
-            return op.run(definition.call(*given), False)
+            return op.run(given, False)
 
         backward = Transformed.backward
 
@@ -403,7 +405,7 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
         @staticmethod
         def forward(ctx: Any, *given: Any) -> Any:
             save(ctx, given)
-            return op.run(definition.call(*given), True)
+            return op.run(given, True)
 
         backward = Transformed.backward
 

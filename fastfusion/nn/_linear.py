@@ -21,6 +21,9 @@ from fastfusion.ops.linear import linear
 
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# Numbers of a weight from which the kernel saves more than its call costs in Python: at 32 x 32 it
+# takes 5.5 us where torch's takes 3.7, at 256 x 256 and four rows 12.7 where it takes 15.5.
+_LEAST = 1 << 14
 _any_autocast = torch._C._is_any_autocast_enabled
 
 
@@ -33,8 +36,9 @@ def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def apply(module: Any, input: Tensor) -> Tensor:
     """`module(input)`, likewise."""
-    if _is_plain(module) and _runs(input, module.weight, module.bias):
-        return linear(input, module.weight, module.bias)
+    own = _parameters(module)
+    if own is not None and _is_plain(module) and _runs(input, *own):
+        return linear(input, *own)
     result: Tensor = module(input)
     return result
 
@@ -42,17 +46,29 @@ def apply(module: Any, input: Tensor) -> Tensor:
 def feed_forward(module: Any, input: Tensor, last_dropout: Any) -> Tensor | None:
     """`module._ff_block(input)` of a Transformer layer in two calls, or None where it may mean
     more than its formula."""
-    first, second, name = module.linear1, module.linear2, _name_of(module.activation)
+    parts = module.__dict__["_modules"]
+    first, second = parts.get("linear1"), parts.get("linear2")
+    own, others = _parameters(first), _parameters(second)
+    if own is None or others is None:
+        return None
+    name = _name_of(module.activation)
     if type(input) not in PLAIN or not getattr(module.self_attn, "batch_first", False):
         return None
     if name is None or not (_is_plain(first) and _is_plain(second)):
         return None
     if not (_does_nothing(module.dropout) and _does_nothing(last_dropout)):
         return None
-    if not (_runs(input, first.weight, first.bias) and _runs(input, second.weight, second.bias)):
+    if not (_runs(input, *own) and _runs(input, *others)):
         return None
-    hidden = linear(input, first.weight, first.bias, activation=name)
-    return linear(hidden, second.weight, second.bias)
+    return linear(linear(input, *own, activation=name), *others)
+
+
+def _parameters(module: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear layer that is large enough, from its dictionary: nn.Module's
+    getattr would cost what the kernel saves."""
+    own = {} if module is None else module.__dict__["_parameters"]
+    weight = own.get("weight")
+    return None if weight is None or weight.numel() < _LEAST else (weight, own.get("bias"))
 
 
 def _runs(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -61,6 +77,8 @@ def _runs(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     The input has to be (batch, length, width): of packed tokens the op would not know the sequences
     by whose lengths it chooses.
     """
+    if weight.numel() < _LEAST:
+        return False
     tensors = (input, weight) if bias is None else (input, weight, bias)
     return (
         not torch.compiler.is_compiling()

@@ -406,6 +406,7 @@ OP = Op(
     definition=DEFINITION,
     inputs=inputs,
     cost=cost,
+    ranks=(4,),
     implementations=(
         Implementation("cpu", _CPU, cpu.refuses, checks=True, path=_cpu_path),
         Implementation("triton", _TRITON, triton.refuses, on_request=triton.interprets),

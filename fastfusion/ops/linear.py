@@ -237,6 +237,7 @@ OP = Op(
     definition=DEFINITION,
     inputs=inputs,
     cost=cost,
+    ranks=range(1, 65),
     implementations=(
         Implementation(
             "cpu", _CPU, _cpu_refuses, differentiable=False, checks=True, path=_cpu_path

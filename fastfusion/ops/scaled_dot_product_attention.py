@@ -180,11 +180,8 @@ def scaled_dot_product_attention(
             )  # fmt: skip
             if answer is not NotImplemented:
                 return answer
-        if (
-            type(is_causal) is type(enable_gqa) is type(return_lse) is bool
-            and arguments.are_plain(attn_mask, dropout_p, scale, causal_alignment)
-            and isinstance(query, Tensor)
-            and query.dim() == 4
+        if type(is_causal) is type(enable_gqa) is type(return_lse) is bool and arguments.are_plain(
+            attn_mask, dropout_p, scale, causal_alignment
         ):
             call = Call(
                 query, key, value, attn_mask, key_padding_mask, None, 0.0, is_causal,
@@ -442,6 +439,7 @@ OP = Op(
     definition=DEFINITION,
     inputs=inputs,
     cost=cost,
+    ranks=(4,),
     implementations=(
         Implementation("cpu", _CPU, cpu.refuses, checks=True, path=_cpu_path),
         Implementation(

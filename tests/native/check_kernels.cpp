@@ -255,6 +255,39 @@ void check(const Case& c, Type type, const char* about) {
   if (out_of_memory) ++failures;
 }
 
+struct LinearCase {
+  int64_t rows, length, width, features;
+};
+// Rows in lanes, across and both; widths and features that fill no register.
+constexpr LinearCase kLinearCases[] = {{6, 1, 9, 5},      {40, 20, 33, 50}, {33, 33, 64, 7},
+                                       {130, 65, 40, 49}, {3, 3, 300, 100}, {64, 64, 17, 16}};
+
+void check(const LinearCase& c, Type type, const char* about) {
+  std::mt19937 random(1);
+  const auto tensor = [&](int64_t rows, int64_t columns) {
+    return Tensor(type, 1, 1, rows, columns, &random);
+  };
+  const Tensor x = tensor(c.rows, c.width), weight = tensor(c.features, c.width);
+  const Tensor bias = tensor(1, c.features), residual = tensor(c.rows, c.features);
+  Tensor out(type, 1, 1, c.rows, c.features, nullptr);
+  for (int64_t i = 0; i < c.rows; ++i)
+    for (int64_t f = 0; f < c.features; ++f) {
+      const double sum = bias.row(0, 0, 0)[f] + dot(x.row(0, 0, i), weight.row(0, 0, f), c.width);
+      out.row(0, 0, i)[f] =
+          0.5 * sum * (1.0 + std::erf(sum * std::sqrt(0.5))) + residual.row(0, 0, i)[f];
+    }
+  bool out_of_memory = false;
+  ff::Linear p;
+  p.rows = c.rows, p.length = c.length, p.width = c.width, p.features = c.features, p.type = type;
+  p.x = x.view().data, p.x_row = c.width, p.weight = weight.view().data, p.weight_row = c.width;
+  p.bias = bias.view().data, p.activation = ff::Activation::kGelu;
+  p.residual = residual.view().data, p.residual_row = c.features;
+  p.out = out.out().data, p.out_row = c.features, p.out_of_memory = &out_of_memory;
+  ff::kernels().linear(p, serial);
+  compare("linear", out, type == Type::kFloat32 ? 1e-6 : 5e-3, about);
+  if (out_of_memory) ++failures;
+}
+
 }  // namespace
 
 int main() {
@@ -268,6 +301,14 @@ int main() {
     const int before = failures;
     int number = 0;
     for (const Case& c : kCases) {
+      for (const Type type : {Type::kFloat32, Type::kBFloat16, Type::kFloat16}) {
+        char about[64];
+        std::snprintf(about, sizeof about, "%s, case %d, type %d,", isa, number, int(type));
+        check(c, type, about);
+      }
+      ++number;
+    }
+    for (const LinearCase& c : kLinearCases) {
       for (const Type type : {Type::kFloat32, Type::kBFloat16, Type::kFloat16}) {
         char about[64];
         std::snprintf(about, sizeof about, "%s, case %d, type %d,", isa, number, int(type));
