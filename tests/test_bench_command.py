@@ -97,7 +97,7 @@ def test_json_holds_everything(tmp_path: Path) -> None:
         (["layers", "--shape", "vit_b16"], "suite layers has no shape vit_b16"),
         (["overhead", "--shape", "vit_b16"], "suite overhead has no shape vit_b16"),
         (["--dtype", "float8"], "'float32', 'bfloat16', 'float16', 'float64'"),
-        (["everything"], "'overhead', 'attention', 'bidirectional', 'lengths', 'layers', "),
+        (["everything"], "'overhead', 'attention', 'bidirectional', 'lengths', 'linear', "),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--threads", "1,two"], "--threads must be at least 1, got 1,two"),

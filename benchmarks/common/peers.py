@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastfusion.ops.linear import ACTIVATIONS
+
 Arguments = dict[str, Any]
 Adapter = Callable[[Arguments], Callable[[], Any]]
 
@@ -48,6 +50,18 @@ def mask_or_causal(call: Arguments) -> tuple[Tensor | None, bool]:
     """The mask and is_causal for whoever takes but one of them, as SDPA from torch 2.14 on."""
     causal = bool(call.get("is_causal")) and attend_mask(call) is None
     return (None if causal else whole_mask(call)), causal
+
+
+def linear(call: Arguments) -> Callable[[], Tensor]:
+    """torch's linear layer, activation and residual, one after the other."""
+    input, weight, bias = call["input"], call["weight"], call["bias"]
+    residual, activate = call.get("residual"), ACTIVATIONS[call["activation"]]
+
+    def run() -> Tensor:
+        result = activate(F.linear(input, weight, bias))
+        return result if residual is None else result + residual
+
+    return run
 
 
 def sdpa(call: Arguments) -> Callable[[], Tensor]:

@@ -14,7 +14,7 @@ class UnknownShapeError(ValueError):
 
 @cache
 def load() -> dict[str, list[Shape]]:
-    """All shapes, by group: attention, bidirectional, encoder_layer, cross_attention."""
+    """All shapes, by group: attention, bidirectional, linear, encoder_layer, cross_attention ..."""
     return json.loads((Path(__file__).parents[1] / "shapes.json").read_text())
 
 

@@ -13,7 +13,16 @@ from ..common.results import REFERENCE
 from . import cells, layers, models, own
 from .settings import Settings
 
-SUITES = ("overhead", "attention", "bidirectional", "lengths", "layers", "models", "goals")
+SUITES = (
+    "overhead",
+    "attention",
+    "bidirectional",
+    "lengths",
+    "linear",
+    "layers",
+    "models",
+    "goals",
+)
 WITHOUT_SHAPES = ("overhead", "goals")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # A quick run leaves out what takes longer than about a tenth of a second per call.

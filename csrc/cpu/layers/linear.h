@@ -16,17 +16,17 @@
 // never of batch mates or threads, on which a row's bits must not depend.
 #pragma once
 
+#include "activations.h"
 #include "cpu/gemm/packing.h"
 #include "cpu/task.h"
-#include "activations.h"
 
 namespace ff {
 namespace {
 
-constexpr int64_t kLinearPanel = 4 * Vec::kLanes;  // rows of x that are turned side by side
-constexpr int64_t kLinearRound = 4 * kLinearPanel;
-constexpr int64_t kLinearFeatures = 48;  // features that a task computes
-constexpr int64_t kLinearChain = 128;    // steps of one chain of sums: longer ones lose accuracy
+constexpr int64_t kLinearPanel = 4 * Vec::kLanes;   // rows of x that are turned side by side
+constexpr int64_t kLinearRound = 4 * kLinearPanel;  // rows of either way between two looks at W
+constexpr int64_t kLinearFeatures = 48;             // features that a task computes
+constexpr int64_t kLinearChain = 128;  // steps of one chain of sums: longer ones lose accuracy
 
 // How many rows of a sequence of this length are lanes: the first ones.
 inline int64_t rows_in_lanes(int64_t length) {
@@ -112,25 +112,23 @@ __attribute__((noinline)) void sum_across(const typename Math::Element* const* x
     Vec::totals(sum + i * Vec::kLanes).store(to + i * Vec::kLanes);
 }
 
-// Some rows of a call, and x as their ways want it.
+// The rows of a round, and x as their ways want it.
 template <class Math>
 struct LinearRows {
-  using Element = typename Math::Element;
-
-  Positions lanes, across;  // of all rows of the call
-  int64_t lane, lane_end;   // those of this round
+  Block lanes, across;
   float* turned;            // panels of kLinearPanel rows
-  LeftRows<Math> x_across;  // of all rows of `across`
+  LeftRows<Math> x_across;  // its first row is the first of `across`
 
   static int64_t panel_size(const Linear& p) { return kLinearPanel * (p.width + 1); }
 
-  Block panel(int64_t index) const {
-    return {lanes, lane + index * kLinearPanel,
-            lane_end - lane - index * kLinearPanel < kLinearPanel
-                ? lane_end - lane - index * kLinearPanel
-                : kLinearPanel};
+  int64_t panels() const { return (lanes.count + kLinearPanel - 1) / kLinearPanel; }
+  Block panel(int64_t index) const { return part(lanes, index); }
+
+  // The index-th kLinearPanel rows.
+  static Block part(const Block& rows, int64_t index) {
+    const int64_t first = index * kLinearPanel, left = rows.count - first;
+    return {rows.positions, rows.first + first, left < kLinearPanel ? left : kLinearPanel};
   }
-  int64_t panels() const { return (lane_end - lane + kLinearPanel - 1) / kLinearPanel; }
 };
 
 // A matrix of rows, as operands take it.
@@ -143,7 +141,6 @@ template <class Math>
 struct LinearTask {
   const Linear& p;
   const LinearRows<Math>& rows;
-  bool with_across;  // the rows across too
   float *sums, *copy;
 
   bool allocate() {
@@ -161,8 +158,8 @@ struct LinearTask {
     with_type(p.type, [&](auto kind) {
       const LinearEpilogue<decltype(kind)> epilogue{p};
       for (int64_t i = 0; i < rows.panels(); ++i) panel(epilogue, weight, first, features, i);
-      for (int64_t i = 0; with_across && i < rows.across.count; i += kLinearPanel)
-        across(epilogue, weight, first, features, block_at(rows.across, i, kLinearPanel));
+      for (int64_t i = 0; i * kLinearPanel < rows.across.count; ++i)
+        across(epilogue, weight, first, features, i);
     });
   }
 
@@ -193,7 +190,8 @@ struct LinearTask {
 
   template <class Epilogue>
   void across(const Epilogue& epilogue, const LeftRows<Math>& weight, int64_t first,
-              int64_t features, const Block& block) {
+              int64_t features, int64_t index) {
+    const Block block = LinearRows<Math>::part(rows.across, index);
     using Element = typename Math::Element;
     for (int64_t f = 0; f < features; f += kAcrossFeatures) {
       const Element* w[kAcrossFeatures];  // the last one again behind the end
@@ -203,7 +201,7 @@ struct LinearTask {
         const int64_t some = block.count - i < kAcrossRows ? block.count - i : kAcrossRows;
         const Element* x[kAcrossRows];
         for (int64_t r = 0; r < some; ++r)
-          x[r] = rows.x_across.data + (block.first + i + r) * rows.x_across.row;
+          x[r] = rows.x_across.data + (index * kLinearPanel + i + r) * rows.x_across.row;
         float tile[2 * Vec::kLanes];
         if (some == 1) sum_across<Math, 1>(x, w, p.width, tile);
         if (some == 2) sum_across<Math, 2>(x, w, p.width, tile);
@@ -224,71 +222,63 @@ struct LinearTask {
 };
 
 template <class Math>
+void linear_round(const Linear& p, const LinearRows<Math>& rows, ParallelFor parallel) {
+  struct Round {
+    const Linear& p;
+    const LinearRows<Math>& rows;
+  } round{p, rows};
+  const auto turn = [](int64_t begin, int64_t end, const void* context) {
+    const auto& [p, rows] = *static_cast<const Round*>(context);
+    const Slice x = matrix(p.x, p.type, p.x_row);
+    for (int64_t i = begin; i < end; ++i)
+      Packing<Math>::lanes(x, rows.panel(i), p.width, 1.0f,
+                           rows.turned + i * LinearRows<Math>::panel_size(p));
+  };
+  const auto multiply = [](int64_t begin, int64_t end, const void* context) {
+    const auto& [p, rows] = *static_cast<const Round*>(context);
+    LinearTask<Math> task{p, rows, nullptr, nullptr};
+    if (!task.allocate()) return;
+    for (int64_t i = begin; i < end; ++i) task.run(i);
+  };
+  const auto numbers = [&](const Block& some) { return double(some.count) * double(p.width); };
+  // Turning a number round takes as long as eight products.
+  run(parallel, rows.panels(), 16.0 * numbers(rows.lanes), turn, round);
+  run(parallel, (p.features + kLinearFeatures - 1) / kLinearFeatures,
+      2.0 * (numbers(rows.lanes) + numbers(rows.across)) * double(p.features), multiply, round);
+}
+
+template <class Math>
 void linear_rows(const Linear& p, ParallelFor parallel) {
   if (p.rows == 0 || p.features == 0) return;
-  const int64_t first = rows_in_lanes(p.length), sequences = p.rows / p.length;
-  LinearRows<Math> rows{
-      {sequences * first, nullptr}, {p.rows - sequences * first, nullptr}, 0, 0, nullptr, {}};
+  const int64_t first = rows_in_lanes(p.length), count = p.rows / p.length * first;
+  Positions lanes{count, nullptr}, across{p.rows - count, nullptr};
   const bool mixed = first > 0 && first < p.length;
-  const int64_t most = rows.lanes.count < kLinearRound ? rows.lanes.count : kLinearRound;
-  const int64_t panels = (most + kLinearPanel - 1) / kLinearPanel;
+  const auto most = [](int64_t n) { return n < kLinearRound ? n : kLinearRound; };
+  const int64_t panels = (most(lanes.count) + kLinearPanel - 1) / kLinearPanel;
   const int64_t turned = panels * LinearRows<Math>::panel_size(p);
-  const int64_t copied = rows.across.count * (p.width + 1);
+  const int64_t copied = most(across.count) * (p.width + 1);
   float* memory = shared_scratch(size_t(turned + copied + (mixed ? p.rows : 0)));
   if (!memory) {
     *p.out_of_memory = true;
     return;
   }
-  rows.turned = memory;
   if (mixed) {
     auto* list = reinterpret_cast<int32_t*>(memory + turned + copied);
-    int32_t *in_lanes = list, *across = list + rows.lanes.count;
-    for (int64_t i = 0; i < p.rows; ++i) *(i % p.length < first ? in_lanes : across)++ = int32_t(i);
-    rows.lanes.list = list, rows.across.list = list + rows.lanes.count;
+    lanes.list = list, across.list = list + count;
+    int32_t *in_lanes = list, *others = list + count;
+    for (int64_t i = 0; i < p.rows; ++i) *(i % p.length < first ? in_lanes : others)++ = int32_t(i);
   }
-  const Slice x = matrix(p.x, p.type, p.x_row);
-  if (rows.across.count > 0) {
-    rows.x_across =
-        Packing<Math>::rows(x, {rows.across, 0, rows.across.count}, p.width, memory + turned);
+  for (int64_t i = 0; i < lanes.count || i < across.count; i += kLinearRound) {
+    const auto some = [&](const Positions& rows) {
+      return i < rows.count ? block_at(rows, i, kLinearRound) : Block{rows, 0, 0};
+    };
+    LinearRows<Math> rows{some(lanes), some(across), memory, {}};
+    if (rows.across.count > 0) {
+      rows.x_across =
+          Packing<Math>::rows(matrix(p.x, p.type, p.x_row), rows.across, p.width, memory + turned);
+    }
+    linear_round(p, rows, parallel);
   }
-  bool with_across = rows.across.count > 0;
-  do {
-    rows.lane_end =
-        rows.lanes.count - rows.lane < kLinearRound ? rows.lanes.count : rows.lane + kLinearRound;
-    const double numbers = double(rows.lane_end - rows.lane) * double(p.width);
-    struct Turn {
-      const Linear& p;
-      const LinearRows<Math>& rows;
-      const Slice& x;
-    } turn{p, rows, x};
-    run(
-        parallel, rows.panels(), 16.0 * numbers,
-        [](int64_t begin, int64_t end, const void* context) {
-          const auto& [p, rows, x] = *static_cast<const Turn*>(context);
-          for (int64_t i = begin; i < end; ++i)
-            Packing<Math>::lanes(x, rows.panel(i), p.width, 1.0f,
-                                 rows.turned + i * LinearRows<Math>::panel_size(p));
-        },
-        turn);
-    struct Product {
-      const Linear& p;
-      const LinearRows<Math>& rows;
-      bool with_across;
-    } product{p, rows, with_across};
-    const int64_t tasks = (p.features + kLinearFeatures - 1) / kLinearFeatures;
-    const double across = with_across ? double(rows.across.count) * double(p.width) : 0.0;
-    run(
-        parallel, tasks, 2.0 * (numbers + across) * double(p.features),
-        [](int64_t begin, int64_t end, const void* context) {
-          const auto& product = *static_cast<const Product*>(context);
-          LinearTask<Math> task{product.p, product.rows, product.with_across, nullptr, nullptr};
-          if (!task.allocate()) return;
-          for (int64_t i = begin; i < end; ++i) task.run(i);
-        },
-        product);
-    rows.lane = rows.lane_end;
-    with_across = false;
-  } while (rows.lane < rows.lanes.count);
 }
 
 template <class HalfMath>

@@ -72,8 +72,8 @@ FF_KERNEL(kMostSlices * 32)
 attention_short(const AttentionForward p, const ShortPlan plan) {
   if constexpr (has_mma<T>()) {
     constexpr int kTiles = kSlice / 8, kChunks = kDim / 8;
-    // Either warps share queries or they share keys. A slice may be alone in its chunk, where shared
-    // memory holds no two.
+    // Either warps share queries or they share keys. A slice may be alone in its chunk, where
+    // shared memory holds no two.
     const bool sliced = plan.slices > 1 || plan.chunks > 1;
     const int slice = sliced ? warp_index() : 0, tile = sliced ? 0 : warp_index();
     uint32_t index = uint32_t(block_index());
