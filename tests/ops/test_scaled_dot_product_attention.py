@@ -217,7 +217,7 @@ class TestScaledDotProductAttention(OpSuite):
             out, lse = function(q, inputs[0], inputs[1], inputs[2], enable_gqa=True)
             return torch.autograd.grad((out * g).sum() + lse.sum(), inputs)
 
-        exact = gradients(spec.reference, torch.float64)
+        exact = gradients(spec.OP.reference, torch.float64)
         plain = gradients(plain_attention, torch.float32)
         actual = gradients(
             lambda q, k, v, b, **kw: target.call(
