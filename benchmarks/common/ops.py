@@ -60,6 +60,13 @@ SUITES = {
         plain="unfused",
         others={"two sdpa": peers.two_sdpa, "unfused": peers.two_unfused},
     ),
+    "linear": Suite(
+        op="linear",
+        group="linear",
+        results=1,
+        plain="torch",
+        others={"torch": peers.linear},
+    ),
 }
 
 

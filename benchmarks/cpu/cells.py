@@ -27,13 +27,6 @@ ATTENTION: dict[str, peers.Adapter] = {
 SUITES = {
     **ops.SUITES,
     **{name: replace(ops.SUITES[name], others=ATTENTION) for name in ("attention", "lengths")},
-    "linear": ops.Suite(
-        op="linear",
-        group="linear",
-        results=1,
-        plain="torch",
-        others={"torch": peers.linear},
-    ),
 }
 
 
