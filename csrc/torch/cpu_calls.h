@@ -14,8 +14,13 @@ inline void parallel_for(int64_t tasks, void (*body)(int64_t, int64_t, const voi
                               [=](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
+// Of an empty tensor there is no address, which memset may not be given.
+inline void set_zeros(void* to, size_t bytes) {
+  if (bytes > 0) std::memset(to, 0, bytes);
+}
+
 inline Tensor fill_zeros(const Tensor& t) {
-  std::memset(t.mutable_data_ptr(), 0, size_t(t.numel() * t.element_size()));
+  set_zeros(t.mutable_data_ptr(), size_t(t.numel() * t.element_size()));
   return t;
 }
 

@@ -79,8 +79,8 @@ Tensor like(const Tensor& rows, int64_t dim, const std::vector<int64_t>& offsets
   Tensor made = empty_contiguous(3, sizes, kind_of(rows));
   const int64_t used = offsets.back();
   const size_t row = size_t(sizes[1] * sizes[2] * made.element_size());
-  std::memset(static_cast<char*>(made.mutable_data_ptr()) + size_t(used) * row, 0,
-              size_t(sizes[0] - used) * row);
+  set_zeros(static_cast<char*>(made.mutable_data_ptr()) + size_t(used) * row,
+            size_t(sizes[0] - used) * row);
   return made;
 }
 
