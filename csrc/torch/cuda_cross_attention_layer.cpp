@@ -8,19 +8,15 @@
 
 namespace {
 
-void check(bool fits, const char* name) {
-  STD_TORCH_CHECK(fits, "fastfusion: ", name, " does not fit");
-}
-
 // What a call reads, kept alive, where the kernels want adjacent values.
 class Operands {
  public:
   Operands(const Tensor& query, int64_t batch) : query_(query), batch_(batch) {}
 
   cuda::Sequence sequence(const Tensor& t, int64_t length, int64_t width, const char* name) {
-    check(is_like_query(t) && t.dim() == 3 && t.size(0) == batch_ && t.size(1) == length &&
-              t.size(2) == width,
-          name);
+    check_fits(is_like_query(t) && t.dim() == 3 && t.size(0) == batch_ && t.size(1) == length &&
+                   t.size(2) == width,
+               name);
     const Tensor& kept = keep(t, width > 1 && t.stride(2) != 1);
     // A stride over one element may be anything, and would pass for one that is not aligned.
     return {kept.const_data_ptr(), batch_ > 1 ? kept.stride(0) : 0,
@@ -29,9 +25,9 @@ class Operands {
 
   cuda::Linear linear(const Tensor& weight, const MaybeTensor& bias, int64_t features,
                       int64_t width, const char* name) {
-    check(is_like_query(weight) && weight.dim() == 2 && weight.size(0) == features &&
-              weight.size(1) == width,
-          name);
+    check_fits(is_like_query(weight) && weight.dim() == 2 && weight.size(0) == features &&
+                   weight.size(1) == width,
+               name);
     return {keep(weight, !weight.is_contiguous()).const_data_ptr(), vector(bias, features, name)};
   }
 
@@ -45,7 +41,7 @@ class Operands {
  private:
   const void* vector(const MaybeTensor& t, int64_t size, const char* name) {
     if (!t) return nullptr;
-    check(is_like_query(*t) && t->dim() == 1 && t->size(0) == size, name);
+    check_fits(is_like_query(*t) && t->dim() == 1 && t->size(0) == size, name);
     return keep(*t, !t->is_contiguous()).const_data_ptr();
   }
 
@@ -71,11 +67,11 @@ Tensor cross_attention_layer(
     const MaybeTensor& context_norm_bias, int64_t heads, std::optional<double> scale,
     std::optional<double> query_norm_eps, std::optional<double> context_norm_eps, bool rms_norm) {
   const Device device(query);
-  check(query.dim() == 3 && context.dim() == 3 && query.size(2) > 0 && context.size(2) > 0,
-        "query or context");
-  check(q_weight.dim() == 2 && out_weight.dim() == 2 && heads > 0 && q_weight.size(0) > 0 &&
-            q_weight.size(0) % heads == 0,
-        "q_weight");
+  check_fits(query.dim() == 3 && context.dim() == 3 && query.size(2) > 0 && context.size(2) > 0,
+             "query or context");
+  check_fits(q_weight.dim() == 2 && out_weight.dim() == 2 && heads > 0 && q_weight.size(0) > 0 &&
+                 q_weight.size(0) % heads == 0,
+             "q_weight");
   cuda::CrossAttentionLayer p;
   p.batch = query.size(0), p.q_len = query.size(1), p.kv_len = context.size(1);
   p.heads = p.kv_heads = heads, p.head_dim = p.value_dim = q_weight.size(0) / heads;

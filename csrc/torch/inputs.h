@@ -46,8 +46,8 @@ struct VarlenInputs {
   Tensor cu_seqlens_q = from.tensor("cu_seqlens_q");
   Tensor cu_seqlens_k = from.tensor("cu_seqlens_k");
   MaybeTensor seed = from.maybe_tensor("seed");
-  int64_t max_seqlen_q = from.length("max_seqlen_q");
-  int64_t max_seqlen_k = from.length("max_seqlen_k");
+  int64_t max_seqlen_q = from.integer("max_seqlen_q");
+  int64_t max_seqlen_k = from.integer("max_seqlen_k");
   double dropout_p = from.number("dropout_p");
   bool is_causal = from.flag("is_causal");
   bool bottom_right = from.flag("bottom_right");
@@ -60,7 +60,7 @@ struct LinearInputs {
   Tensor weight = from.tensor("weight");
   MaybeTensor bias = from.maybe_tensor("bias");
   MaybeTensor residual = from.maybe_tensor("residual");
-  int64_t activation = from.length("activation");
+  int64_t activation = from.integer("activation");
 };
 
 }  // namespace

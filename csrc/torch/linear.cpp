@@ -29,27 +29,25 @@ struct Matrix {
   }
 };
 
-void check(bool fits, const char* name) {
-  STD_TORCH_CHECK(fits, "fastfusion: ", name, " does not fit");
-}
-
 Tensor linear_forward(const LinearInputs& in) {
   const auto is_like_input = [&](const Tensor& t) {
     return t.is_cpu() && t.scalar_type() == in.input.scalar_type();
   };
-  check(in.input.is_cpu() && in.input.dim() > 0, "input");
-  check(is_like_input(in.weight) && in.weight.dim() == 2 &&
-            in.weight.size(1) == in.input.size(in.input.dim() - 1) && in.weight.size(1) > 0,
-        "weight");
+  check_fits(in.input.is_cpu() && in.input.dim() > 0, "input");
+  check_fits(is_like_input(in.weight) && in.weight.dim() == 2 &&
+                 in.weight.size(1) == in.input.size(in.input.dim() - 1) && in.weight.size(1) > 0,
+             "weight");
   const int64_t features = in.weight.size(0), dims = in.input.dim();
   if (in.bias)
-    check(is_like_input(*in.bias) && in.bias->dim() == 1 && in.bias->size(0) == features, "bias");
-  check(in.activation >= 0 && in.activation <= int64_t(ff::Activation::kSilu), "activation");
+    check_fits(is_like_input(*in.bias) && in.bias->dim() == 1 && in.bias->size(0) == features,
+               "bias");
+  check_fits(in.activation >= 0 && in.activation <= int64_t(ff::Activation::kSilu), "activation");
   std::vector<int64_t> sizes(in.input.sizes().begin(), in.input.sizes().end());
   sizes.back() = features;
   if (in.residual) {
-    check(is_like_input(*in.residual) && in.residual->dim() == dims, "residual");
-    for (int64_t i = 0; i < dims; ++i) check(in.residual->size(i) == sizes[size_t(i)], "residual");
+    check_fits(is_like_input(*in.residual) && in.residual->dim() == dims, "residual");
+    for (int64_t i = 0; i < dims; ++i)
+      check_fits(in.residual->size(i) == sizes[size_t(i)], "residual");
   }
   const Tensor out = empty_contiguous(dims, sizes.data(), kind_of(in.input));
   if (out.numel() == 0) return out;
@@ -61,7 +59,7 @@ Tensor linear_forward(const LinearInputs& in) {
   p.rows = x.rows, p.length = dims > 1 ? in.input.size(dims - 2) : 1;
   p.width = x.width, p.features = features;
   p.type = kernel_type(in.input.scalar_type());
-  check(p.type != ff::Type::kBool, "input");
+  check_fits(p.type != ff::Type::kBool, "input");
   p.x = x.tensor.const_data_ptr(), p.x_row = x.stride;
   p.weight = weight.tensor.const_data_ptr(), p.weight_row = weight.stride;
   if (in.bias) p.bias = bias.const_data_ptr();

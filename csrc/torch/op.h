@@ -40,8 +40,8 @@ class Arguments {
   std::optional<double> maybe_number(const char* name) {
     return take<std::optional<double>>("float?", name);
   }
-  // An integer that a traced program may compute from shapes.
-  int64_t length(const char* name) { return take<int64_t>("SymInt", name); }
+  // A traced program may compute it from shapes.
+  int64_t integer(const char* name) { return take<int64_t>("SymInt", name); }
 
   // grad_0, grad_1, ...
   template <size_t kCount>

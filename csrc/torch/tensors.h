@@ -35,6 +35,10 @@ inline ff::Type kernel_type(ScalarType type) {
   }
 }
 
+inline void check_fits(bool fits, const char* name) {
+  STD_TORCH_CHECK(fits, "fastfusion: ", name, " does not fit");
+}
+
 // Where the kernels take tensors, and whether one can be used together with `query`.
 #ifdef FF_TORCH_CUDA
 inline int32_t device_type() { return aoti_torch_device_type_cuda(); }

@@ -161,9 +161,7 @@ class Op:
         try:
             if call[0].dim() not in self.ranks:
                 return None
-            chosen = self.implementations[0]
-            if backend is not None or _forced is not None or chosen.refuses(call):
-                chosen = self.select(backend, call)
+            chosen = self.select(backend, call)
             if chosen.checks or all(call.conditions()):
                 return chosen.run(call, lse)
         except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):

@@ -11,6 +11,7 @@ Forward-mode derivatives are the reference's, and so are second derivatives.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, get_type_hints
 
 import torch
@@ -71,7 +72,7 @@ class Definition:
     flops: Callable[[Any, bool], int]
     folds: bool = True
 
-    @property
+    @cached_property
     def tensors(self) -> int:
         """How many arguments are tensors; they come first."""
         hints = get_type_hints(self.call).values()
@@ -132,12 +133,16 @@ class TorchOp:
     Args:
         definition: of the op.
         name: of the torch ops, with the backend's prefix.
-        traceable: whether `run` takes the tensors of torch.jit.trace, whose sizes are tensors.
+        traceable: whether eager calls take the tensors of torch.jit.trace, whose sizes are tensors.
     """
 
+    # Eager calls without a gradient, of the op's arguments, by the ops or without them where nobody
+    # watches: the results, and all outputs.
+    run: Callable[..., Any]
+    run_with_lse: Callable[..., Any]
+
     def __init__(self, definition: Definition, name: str, traceable: bool) -> None:
-        self.definition, self.name, self.traceable = definition, name, traceable
-        self.leading, self.gradients = definition.tensors, definition.gradients
+        self.definition, self.traceable = definition, traceable
         ops = torch.ops.fastfusion
         fakes: dict[str, Callable[..., Any]] = {
             "": definition.checked_fake,
@@ -151,6 +156,8 @@ class TorchOp:
         found = {suffix: getattr(ops, name + suffix).default for suffix in fakes}
         self.graph, self.raw, self.backward = (found[s] for s in ("", "_forward", "_backward"))
         self.out = found.get("_out")
+        if self.out is not None:
+            self.run, self.run_with_lse = self.out, self.raw
         self.transformed, self.eager, self.eager_with_lse = _functions(self)
         LIBRARY.impl(name, self._autograd_kernel, "Autograd")
         torch.library.register_vmap(f"fastfusion::{name}", self.transformed.vmap)
@@ -158,11 +165,8 @@ class TorchOp:
 
     def __call__(self, call: Any, lse: bool) -> Any:
         """The results of a call, and with `lse` the log-sum-exps behind them."""
-        definition, wants_gradient = self.definition, False
-        if _is_grad_enabled():
-            for tensor in call[: self.gradients]:
-                if tensor is not None and tensor.requires_grad:
-                    wants_gradient = True
+        definition = self.definition
+        wants_gradient = needs_gradient(definition, call)
         if _is_compiling():
             if _transforms_active():
                 outputs = definition.reference(call)
@@ -179,12 +183,8 @@ class TorchOp:
         elif wants_gradient:
             return (self.eager_with_lse if lse else self.eager).apply(*call)
         else:
-            return self.run(call, lse)
+            return (self.run_with_lse if lse else self.run)(*call)
         return outputs if lse else definition.without_lse(outputs)
-
-    def run(self, given: tuple[Any, ...], lse: bool) -> Any:
-        """An eager call without a gradient: by the ops, or without them where nobody watches."""
-        return self.raw(*given) if lse or self.out is None else self.out(*given)
 
     def run_backward(self, *given: Any) -> tuple[Tensor, ...]:
         """The gradients, of the arguments of the backward op: likewise."""
@@ -274,12 +274,18 @@ class LaunchedOp(TorchOp):
             LIBRARY.impl(f"{name}_backward", self._launch_backward, key)
         super().__init__(definition, name, traceable=False)
 
-    def run(self, given: tuple[Any, ...], lse: bool) -> Any:
-        if _dispatch_modes() or not PLAIN.issuperset(map(type, given[: self.leading])):
-            outputs = self.raw(*given)
-        else:
-            outputs = self.launch(self.definition.call(*given), lse)
-        return outputs if lse else self.definition.without_lse(outputs)
+    def run(self, *given: Any) -> Any:
+        return self.definition.without_lse(self._run(given, False))
+
+    def run_with_lse(self, *given: Any) -> tuple[Tensor, ...]:
+        return self._run(given, True)
+
+    def _run(self, given: tuple[Any, ...], lse: bool) -> tuple[Tensor, ...]:
+        definition = self.definition
+        watched = _dispatch_modes() or not PLAIN.issuperset(map(type, given[: definition.tensors]))
+        outputs: tuple[Tensor, ...]
+        outputs = self.raw(*given) if watched else self.launch(definition.call(*given), lse)
+        return outputs
 
     def run_backward(self, *given: Any) -> tuple[Tensor, ...]:
         outputs = self.definition.outputs
@@ -287,7 +293,7 @@ class LaunchedOp(TorchOp):
             _is_compiling()
             or _dispatch_modes()
             or _transforms_active()
-            or not PLAIN.issuperset(map(type, given[: outputs + self.leading]))
+            or not PLAIN.issuperset(map(type, given[: outputs + self.definition.tensors]))
             # Gradients of is_grads_batched have no memory to launch on.
             or any(
                 g is not None and torch._C._dispatch_keys(g).has(_BATCHED) for g in given[:outputs]
@@ -306,7 +312,7 @@ class LaunchedOp(TorchOp):
 def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
     """The autograd functions of an op: for torch.func and graphs, for eager calls, and for eager
     calls with log-sum-exps."""
-    definition, leading = op.definition, op.leading
+    definition, leading = op.definition, op.definition.tensors
     outputs, gradients = definition.outputs, definition.gradients
     without_gradient = (None,) * (len(definition.call._fields) - gradients)
     absent = (None,) * (outputs - definition.results)  # gradients of log-sum-exps
@@ -393,20 +399,15 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
         def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
             return vmap.forward(definition, Transformed.apply, info.batch_size, in_dims, given)
 
-    class Eager(Function):
-        @staticmethod
-        def forward(ctx: Any, *given: Any) -> Any:
-            save(ctx, given)
-            return op.run(given, False)
+    def eager(run: Callable[..., Any]) -> Any:
+        class Eager(Function):
+            @staticmethod
+            def forward(ctx: Any, *given: Any) -> Any:
+                save(ctx, given)
+                return run(*given)
 
-        backward = Transformed.backward
+            backward = Transformed.backward
 
-    class EagerWithLse(Function):
-        @staticmethod
-        def forward(ctx: Any, *given: Any) -> Any:
-            save(ctx, given)
-            return op.run(given, True)
+        return Eager
 
-        backward = Transformed.backward
-
-    return Transformed, Eager, EagerWithLse
+    return Transformed, eager(op.run), eager(op.run_with_lse)

@@ -11,16 +11,15 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastfusion.backends import cpu
 from fastfusion.core.arguments import PLAIN
 from fastfusion.core.op import forced_backend
+from fastfusion.nn._plain import activation_name, has_global_hooks, is_bare
 from fastfusion.ops.linear import linear
 
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Numbers of a weight from which the kernel saves more than its call costs in Python: at 32 x 32 it
 # takes 5.5 us where torch's takes 3.7, at 256 x 256 and four rows 12.7 where it takes 15.5.
 _LEAST = 1 << 14
@@ -29,7 +28,7 @@ _any_autocast = torch._C._is_any_autocast_enabled
 
 def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, by the op where its CPU kernel is what runs."""
-    if _runs(input, weight, bias):
+    if weight.numel() >= _LEAST and _runs(input, weight, bias):
         return linear(input, weight, bias)
     return F.linear(input, weight, bias)
 
@@ -51,7 +50,7 @@ def feed_forward(module: Any, input: Tensor, last_dropout: Any) -> Tensor | None
     own, others = _parameters(first), _parameters(second)
     if own is None or others is None:
         return None
-    name = _name_of(module.activation)
+    name = activation_name(module.activation)
     if type(input) not in PLAIN or not getattr(module.self_attn, "batch_first", False):
         return None
     if name is None or not (_is_plain(first) and _is_plain(second)):
@@ -77,8 +76,6 @@ def _runs(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     The input has to be (batch, length, width): of packed tokens the op would not know the sequences
     by whose lengths it chooses.
     """
-    if weight.numel() < _LEAST:
-        return False
     tensors = (input, weight) if bias is None else (input, weight, bias)
     return (
         not torch.compiler.is_compiling()
@@ -99,13 +96,7 @@ def _runs(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _is_plain(module: Any) -> bool:
     """Whether calling the module comes to `F.linear`."""
-    own = module.__dict__
-    return (
-        type(module) in _LINEAR
-        and "forward" not in own
-        and not any([own[hooks] for hooks in _HOOKS])
-        and not any([getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS])
-    )
+    return type(module) in _LINEAR and is_bare(module) and not has_global_hooks()
 
 
 def _does_nothing(dropout: Any) -> bool:
@@ -114,12 +105,5 @@ def _does_nothing(dropout: Any) -> bool:
     return (
         type(dropout) is nn.Dropout
         and not (own["training"] and own["p"] > 0.0)
-        and "forward" not in own
-        and not any([own[hooks] for hooks in _HOOKS])
+        and is_bare(dropout)
     )
-
-
-def _name_of(activation: Any) -> str | None:
-    if activation is F.relu:
-        return "relu"
-    return "gelu" if activation is F.gelu else None

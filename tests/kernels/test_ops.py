@@ -214,6 +214,14 @@ def test_a_dispatch_mode_sees_the_op(run: Any, make: Any, backend: str) -> None:
     with Watch():
         run(backend, **make())
     assert any(name.startswith("fastfusion.") for name in seen)
+    # The transforms run the kernels, too.
+    query = make()["query"]
+    call = {name: value for name, value in make().items() if name != "query"}
+    for transform in (lambda f: torch.vmap(f)(query[None]), lambda f: torch.func.grad(f)(query)):
+        seen.clear()
+        with Watch():
+            transform(lambda q: finite(run(backend, query=q, **call)[0]).sum())
+        assert any(name.startswith("fastfusion.") for name in seen)
 
 
 def test_a_mask_is_not_read_behind_the_longest_lengths() -> None:

@@ -258,7 +258,7 @@ void check(const Case& c, Type type, const char* about) {
 struct LinearCase {
   int64_t rows, length, width, features;
 };
-// Rows in lanes, across and both; widths and features that fill no register.
+// Rows of outer products, inner products and both; widths and features that fill no register.
 constexpr LinearCase kLinearCases[] = {{6, 1, 9, 5},      {40, 20, 33, 50}, {33, 33, 64, 7},
                                        {130, 65, 40, 49}, {3, 3, 300, 100}, {64, 64, 17, 16}};
 

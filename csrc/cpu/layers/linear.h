@@ -3,14 +3,14 @@
 //
 // A row of x is computed in one of two ways:
 //
-//   in lanes:  x, turned      W, in place         sums
-//              [width][rows]  [features][width]   [features][rows]
-//              A number of W is broadcast over a register of rows, as K's are in attention: 90 to
-//              99 % of the peak where the registers are full.
-//   across:    x, in place    W, in place         sums
-//              [rows][width]  [features][width]   [rows][features]
-//              Lanes run along the width of both and are added up at the end; none is idle at any
-//              number of rows: 70 to 79 % of the peak in float32, 87 to 96 % in bfloat16.
+//   outer products:  x, transposed  W, in place         sums
+//                    [width][rows]  [features][width]   [features][rows]
+//                    Lanes are rows of x, and a number of W is broadcast over them, as K's are in
+//                    attention: the faster way where the registers are full.
+//   inner products:  x, in place    W, in place         sums
+//                    [rows][width]  [features][width]   [rows][features]
+//                    Lanes run along the width of both and are added up at the end: no lane is idle
+//                    at any number of rows.
 //
 // Which of them is a function of a row's place in its own sequence and of the sequence's length,
 // never of batch mates or threads, on which a row's bits must not depend.
@@ -23,16 +23,16 @@
 namespace ff {
 namespace {
 
-constexpr int64_t kLinearPanel = 4 * Vec::kLanes;   // rows of x that are turned side by side
+constexpr int64_t kLinearPanel = 4 * Vec::kLanes;   // rows of x that are transposed side by side
 constexpr int64_t kLinearRound = 4 * kLinearPanel;  // rows of either way between two looks at W
 constexpr int64_t kLinearFeatures = 48;             // features that a task computes
 constexpr int64_t kLinearChain = 128;  // steps of one chain of sums: longer ones lose accuracy
 
-// How many rows of a sequence of this length are lanes: the first ones.
-inline int64_t rows_in_lanes(int64_t length) {
+// How many rows of a sequence of this length take outer products: the first ones.
+inline int64_t outer_rows(int64_t length) {
   constexpr int64_t kLanes = Vec::kLanes;
   const int64_t rest = length % kLanes;
-  // Sums across cost a quarter more in float32, and next to nothing in bfloat16.
+  // Registers that are three quarters full are still as fast as inner products.
   return 4 * rest >= 3 * kLanes ? length : length - rest;
 }
 
@@ -55,8 +55,8 @@ struct LinearEpilogue {
 
 // sums[feature][row] of the rows of a block, to the output.
 template <class Epilogue>
-void store_turned(const Epilogue& epilogue, const Block& block, int64_t first, int64_t features,
-                  const float* sums) {
+void store_transposed(const Epilogue& epilogue, const Block& block, int64_t first, int64_t features,
+                      const float* sums) {
   constexpr int64_t kLanes = Vec::kLanes;
   const int64_t columns = padded(block.count);
   for (int64_t f = 0; f < features; f += kLanes) {
@@ -73,17 +73,17 @@ void store_turned(const Epilogue& epilogue, const Block& block, int64_t first, i
   }
 }
 
-// Rows and features of a tile of sums across.
-constexpr int kAcrossRows = Vec::kRegisters == 32 ? 3 : 2;
-constexpr int kAcrossFeatures = Vec::kLanes / 2;
+// Rows and features of a register tile of inner products.
+constexpr int kInnerRows = Vec::kRegisters == 32 ? 3 : 2;
+constexpr int kInnerFeatures = Vec::kLanes / 2;
 
-// The sums across of kRows rows of x with kAcrossFeatures rows of W: to[r * kAcrossFeatures + f],
+// The inner products of kRows rows of x with kInnerFeatures rows of W: to[r * kInnerFeatures + f],
 // in whole registers.
 template <class Math, int kRows>
-__attribute__((noinline)) void sum_across(const typename Math::Element* const* x,
-                                          const typename Math::Element* const* weight,
-                                          int64_t width, float* to) {
-  constexpr int kFeatures = kAcrossFeatures;
+__attribute__((noinline)) void multiply_inner(const typename Math::Element* const* x,
+                                              const typename Math::Element* const* weight,
+                                              int64_t width, float* to) {
+  constexpr int kFeatures = kInnerFeatures;
   constexpr int64_t kStep = Vec::kLanes * Math::kDepth;
   Vec sum[(kRows + 1) / 2 * Vec::kLanes];
 #pragma GCC unroll 32
@@ -115,14 +115,14 @@ __attribute__((noinline)) void sum_across(const typename Math::Element* const* x
 // The rows of a round, and x as their ways want it.
 template <class Math>
 struct LinearRows {
-  Block lanes, across;
-  float* turned;            // panels of kLinearPanel rows
-  LeftRows<Math> x_across;  // its first row is the first of `across`
+  Block outer, inner;
+  float* transposed;       // panels of kLinearPanel rows
+  LeftRows<Math> inner_x;  // its first row is the first of `inner`
 
   static int64_t panel_size(const Linear& p) { return kLinearPanel * (p.width + 1); }
 
-  int64_t panels() const { return (lanes.count + kLinearPanel - 1) / kLinearPanel; }
-  Block panel(int64_t index) const { return part(lanes, index); }
+  int64_t panels() const { return (outer.count + kLinearPanel - 1) / kLinearPanel; }
+  Block panel(int64_t index) const { return part(outer, index); }
 
   // The index-th kLinearPanel rows.
   static Block part(const Block& rows, int64_t index) {
@@ -158,8 +158,8 @@ struct LinearTask {
     with_type(p.type, [&](auto kind) {
       const LinearEpilogue<decltype(kind)> epilogue{p};
       for (int64_t i = 0; i < rows.panels(); ++i) panel(epilogue, weight, first, features, i);
-      for (int64_t i = 0; i * kLinearPanel < rows.across.count; ++i)
-        across(epilogue, weight, first, features, i);
+      for (int64_t i = 0; i * kLinearPanel < rows.inner.count; ++i)
+        inner(epilogue, weight, first, features, i);
     });
   }
 
@@ -170,9 +170,9 @@ struct LinearTask {
     const Block block = rows.panel(index);
     const int64_t columns = padded(block.count);
     const auto* x = reinterpret_cast<const typename Math::Element*>(
-        rows.turned + index * LinearRows<Math>::panel_size(p));
-    // A register tile's rows of W from end to end: cut into parts first, a call of 16 rows over 9
-    // MB of weights takes twice as long, since nobody guesses which lines come next.
+        rows.transposed + index * LinearRows<Math>::panel_size(p));
+    // A register tile's rows of W from end to end: cut into parts first, a call of 20 rows over 9
+    // MB of weights takes 1.4 times as long, since nobody guesses which lines come next.
     const int64_t vectors = columns / Vec::kLanes;
     // More than eight rows at a multiple of 4 KB compete for the eight ways of the first cache.
     const bool compete = weight.row * int64_t(sizeof(typename Math::Element)) % 4096 == 0;
@@ -185,32 +185,32 @@ struct LinearTask {
                         Right<Math>{x, columns * Math::kDepth},
                         features - f < tile ? features - f : tile, columns,
                         Packing<Math>::steps(p.width), sums + f * columns, kLinearChain);
-    store_turned(epilogue, block, first, features, sums);
+    store_transposed(epilogue, block, first, features, sums);
   }
 
   template <class Epilogue>
-  void across(const Epilogue& epilogue, const LeftRows<Math>& weight, int64_t first,
-              int64_t features, int64_t index) {
-    const Block block = LinearRows<Math>::part(rows.across, index);
+  void inner(const Epilogue& epilogue, const LeftRows<Math>& weight, int64_t first,
+             int64_t features, int64_t index) {
+    const Block block = LinearRows<Math>::part(rows.inner, index);
     using Element = typename Math::Element;
-    for (int64_t f = 0; f < features; f += kAcrossFeatures) {
-      const Element* w[kAcrossFeatures];  // the last one again behind the end
-      for (int i = 0; i < kAcrossFeatures; ++i)
+    for (int64_t f = 0; f < features; f += kInnerFeatures) {
+      const Element* w[kInnerFeatures];  // the last one again behind the end
+      for (int i = 0; i < kInnerFeatures; ++i)
         w[i] = weight.data + (f + i < features ? f + i : features - 1) * weight.row;
-      for (int64_t i = 0; i < block.count; i += kAcrossRows) {
-        const int64_t some = block.count - i < kAcrossRows ? block.count - i : kAcrossRows;
-        const Element* x[kAcrossRows];
+      for (int64_t i = 0; i < block.count; i += kInnerRows) {
+        const int64_t some = block.count - i < kInnerRows ? block.count - i : kInnerRows;
+        const Element* x[kInnerRows];
         for (int64_t r = 0; r < some; ++r)
-          x[r] = rows.x_across.data + (index * kLinearPanel + i + r) * rows.x_across.row;
+          x[r] = rows.inner_x.data + (index * kLinearPanel + i + r) * rows.inner_x.row;
         float tile[2 * Vec::kLanes];
-        if (some == 1) sum_across<Math, 1>(x, w, p.width, tile);
-        if (some == 2) sum_across<Math, 2>(x, w, p.width, tile);
-        if constexpr (kAcrossRows == 3) {
-          if (some == 3) sum_across<Math, 3>(x, w, p.width, tile);
+        if (some == 1) multiply_inner<Math, 1>(x, w, p.width, tile);
+        if (some == 2) multiply_inner<Math, 2>(x, w, p.width, tile);
+        if constexpr (kInnerRows == 3) {
+          if (some == 3) multiply_inner<Math, 3>(x, w, p.width, tile);
         }
         for (int64_t r = 0; r < some; ++r)
-          __builtin_memcpy(sums + (i + r) * kLinearFeatures + f, tile + r * kAcrossFeatures,
-                           kAcrossFeatures * sizeof(float));
+          __builtin_memcpy(sums + (i + r) * kLinearFeatures + f, tile + r * kInnerFeatures,
+                           kInnerFeatures * sizeof(float));
       }
     }
     for (int64_t i = 0; i < block.count; ++i)
@@ -227,12 +227,12 @@ void linear_round(const Linear& p, const LinearRows<Math>& rows, ParallelFor par
     const Linear& p;
     const LinearRows<Math>& rows;
   } round{p, rows};
-  const auto turn = [](int64_t begin, int64_t end, const void* context) {
+  const auto transpose = [](int64_t begin, int64_t end, const void* context) {
     const auto& [p, rows] = *static_cast<const Round*>(context);
     const Slice x = matrix(p.x, p.type, p.x_row);
     for (int64_t i = begin; i < end; ++i)
       Packing<Math>::lanes(x, rows.panel(i), p.width, 1.0f,
-                           rows.turned + i * LinearRows<Math>::panel_size(p));
+                           rows.transposed + i * LinearRows<Math>::panel_size(p));
   };
   const auto multiply = [](int64_t begin, int64_t end, const void* context) {
     const auto& [p, rows] = *static_cast<const Round*>(context);
@@ -241,41 +241,42 @@ void linear_round(const Linear& p, const LinearRows<Math>& rows, ParallelFor par
     for (int64_t i = begin; i < end; ++i) task.run(i);
   };
   const auto numbers = [&](const Block& some) { return double(some.count) * double(p.width); };
-  // Turning a number round takes as long as eight products.
-  run(parallel, rows.panels(), 16.0 * numbers(rows.lanes), turn, round);
+  // Transposing a number takes about as long as eight products.
+  run(parallel, rows.panels(), 16.0 * numbers(rows.outer), transpose, round);
   run(parallel, (p.features + kLinearFeatures - 1) / kLinearFeatures,
-      2.0 * (numbers(rows.lanes) + numbers(rows.across)) * double(p.features), multiply, round);
+      2.0 * (numbers(rows.outer) + numbers(rows.inner)) * double(p.features), multiply, round);
 }
 
 template <class Math>
 void linear_rows(const Linear& p, ParallelFor parallel) {
   if (p.rows == 0 || p.features == 0) return;
-  const int64_t first = rows_in_lanes(p.length), count = p.rows / p.length * first;
-  Positions lanes{count, nullptr}, across{p.rows - count, nullptr};
+  const int64_t first = outer_rows(p.length), count = p.rows / p.length * first;
+  Positions outer{count, nullptr}, inner{p.rows - count, nullptr};
   const bool mixed = first > 0 && first < p.length;
   const auto most = [](int64_t n) { return n < kLinearRound ? n : kLinearRound; };
-  const int64_t panels = (most(lanes.count) + kLinearPanel - 1) / kLinearPanel;
-  const int64_t turned = panels * LinearRows<Math>::panel_size(p);
-  const int64_t copied = most(across.count) * (p.width + 1);
-  float* memory = shared_scratch(size_t(turned + copied + (mixed ? p.rows : 0)));
+  const int64_t panels = (most(outer.count) + kLinearPanel - 1) / kLinearPanel;
+  const int64_t transposed = panels * LinearRows<Math>::panel_size(p);
+  const int64_t copied = most(inner.count) * (p.width + 1);
+  float* memory = shared_scratch(size_t(transposed + copied + (mixed ? p.rows : 0)));
   if (!memory) {
     *p.out_of_memory = true;
     return;
   }
   if (mixed) {
-    auto* list = reinterpret_cast<int32_t*>(memory + turned + copied);
-    lanes.list = list, across.list = list + count;
-    int32_t *in_lanes = list, *others = list + count;
-    for (int64_t i = 0; i < p.rows; ++i) *(i % p.length < first ? in_lanes : others)++ = int32_t(i);
+    auto* list = reinterpret_cast<int32_t*>(memory + transposed + copied);
+    outer.list = list, inner.list = list + count;
+    int32_t *first_rows = list, *others = list + count;
+    for (int64_t i = 0; i < p.rows; ++i)
+      *(i % p.length < first ? first_rows : others)++ = int32_t(i);
   }
-  for (int64_t i = 0; i < lanes.count || i < across.count; i += kLinearRound) {
+  for (int64_t i = 0; i < outer.count || i < inner.count; i += kLinearRound) {
     const auto some = [&](const Positions& rows) {
       return i < rows.count ? block_at(rows, i, kLinearRound) : Block{rows, 0, 0};
     };
-    LinearRows<Math> rows{some(lanes), some(across), memory, {}};
-    if (rows.across.count > 0) {
-      rows.x_across =
-          Packing<Math>::rows(matrix(p.x, p.type, p.x_row), rows.across, p.width, memory + turned);
+    LinearRows<Math> rows{some(outer), some(inner), memory, {}};
+    if (rows.inner.count > 0) {
+      rows.inner_x = Packing<Math>::rows(matrix(p.x, p.type, p.x_row), rows.inner, p.width,
+                                         memory + transposed);
     }
     linear_round(p, rows, parallel);
   }
