@@ -55,12 +55,12 @@ ISA_FLAGS = {
         "scalar": "",
         "avx2": "-mavx2 -mfma -mf16c",
         "avx512": AVX512,
-        "avx512bf16": f"{AVX512} -mavx512bf16",
+        "avx512bf16": f"{AVX512} -mavx512bf16 -mavx512vnni",
     },
     "aarch64": {
         "scalar": "",
         "neon": "",
-        "neonbf16": "-march=armv8.2-a+bf16",
+        "neonbf16": "-march=armv8.2-a+bf16+i8mm",
     },
 }
 

@@ -17,7 +17,7 @@ struct Bool {
 };
 static_assert(sizeof(Bool) == 1);
 
-enum class Type : int32_t { kFloat32, kBFloat16, kFloat16, kBool };
+enum class Type : int32_t { kFloat32, kBFloat16, kFloat16, kBool, kUInt8 };
 
 // A (B, heads, rows, columns) operand somewhere in memory.
 struct View {
@@ -64,16 +64,25 @@ struct Attention {
 
 enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu };
 
+// The weight W of a linear layer, (features, width), and its bias: rows of adjacent numbers where
+// their owner keeps them, or 8-bit integers as pack_int8 packs them, each feature's times a scale.
+struct Weight {
+  const void* data;
+  Type type;
+  int64_t row = 0;                // of numbers
+  const float* scales = nullptr;  // of integers: (features)
+  int64_t part_features = 0;      // of integers: features that are packed together
+  const void* bias = nullptr;     // (features), of the type of x
+};
+
 // out = activation(x W^T + bias) + residual; columns of all matrices are adjacent.
 struct Linear {
   int64_t rows, length;  // rows of x, in sequences of `length`, 1 at least
   int64_t width, features;
-  Type type;  // of everything
+  Type type;  // of everything but the weight, to whose type x is rounded first
   const void* x;
   int64_t x_row;
-  const void* weight;  // (features, width)
-  int64_t weight_row;
-  const void* bias = nullptr;  // (features)
+  Weight weight;
   Activation activation = Activation::kNone;
   const void* residual = nullptr;  // (rows, features)
   int64_t residual_row = 0;
@@ -81,6 +90,26 @@ struct Linear {
   int64_t out_row;
 
   bool* out_of_memory;
+};
+
+// Layer norm, (x - mean) / sqrt(variance + eps) * weight + bias, or RMS norm, which has no mean.
+struct Norm {
+  const void *weight = nullptr, *bias = nullptr;  // (width); none are 1 and 0
+  float eps;
+  bool rms = false;
+};
+
+// out = norm(x + residual), row by row; columns are adjacent.
+struct NormRows {
+  int64_t rows, width;
+  Type type;  // of everything
+  Norm norm;
+  const void* x;
+  int64_t x_row;
+  const void* residual = nullptr;
+  int64_t residual_row = 0;
+  void* out;
+  int64_t out_row;
 };
 
 // Gradients of log-sum-exps: (B, H, L) by strides, or none.
@@ -121,6 +150,23 @@ struct AttentionForward : Attention {
   float* sums = nullptr;
 
   Type out_type() const { return sums ? Type::kFloat32 : type; }
+};
+
+// A Transformer encoder layer: self-attention and a feed-forward network, each with a residual and
+// a norm, of sequences (batch, length, width).
+struct EncoderLayer {
+  AttentionForward attention;  // its shapes, masks and scale; the layer gives it memory
+  int64_t width, hidden;       // of the tokens, and between linear1 and linear2
+  Type type;                   // of tokens, biases and norms
+  const void* x;
+  int64_t x_row;  // rows are at one stride
+  Weight in_proj, out_proj, linear1, linear2;
+  Norm norm1, norm2;
+  bool norm_first;
+  Activation activation;
+  void* out;  // contiguous
+
+  bool* out_of_memory;
 };
 
 struct AttentionBackward : Attention {

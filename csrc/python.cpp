@@ -44,6 +44,7 @@ std::string select_isa(const std::string& name) {
 ff::Type type_of(const std::string& dtype) {
   return dtype == "bfloat16"  ? ff::Type::kBFloat16
          : dtype == "float16" ? ff::Type::kFloat16
+         : dtype == "int8"    ? ff::Type::kUInt8
                               : ff::Type::kFloat32;
 }
 
@@ -58,7 +59,6 @@ std::string attention_path(const std::string& dtype, int64_t q_len, int64_t kv_l
 }
 
 double peak_operations(const std::string& dtype, int64_t rounds) {
-  if (dtype == "int8") return ff::int8_peak_operations(rounds);
   return ff::kernels().peak_operations(type_of(dtype), rounds);
 }
 
@@ -72,7 +72,7 @@ PYBIND11_MODULE(_native, m) {
         "How attention of these would run, in words.");
   m.def("peak_operations", &peak_operations, py::arg("dtype"), py::arg("rounds"),
         "Multiplies and adds in the arithmetic that a dtype is computed in, and does nothing else; "
-        "returns the number of operations, 0 for int8 without an instruction for it.");
+        "returns the number of operations.");
   m.def("lanes", [] { return ff::kernels().lanes; }, "float32 values in a register of it.");
   m.def("isas", &isas, py::arg("runnable") = false,
         "The instruction sets that are compiled in, best first; only those that this machine "

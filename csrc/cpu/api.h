@@ -33,6 +33,8 @@ struct KernelTable {
   void (*bidirectional_forward)(const BidirectionalForward&, ParallelFor);
   void (*bidirectional_backward)(const BidirectionalBackward&, ParallelFor);
   void (*linear)(const Linear&, ParallelFor);
+  void (*norm)(const NormRows&, ParallelFor);
+  void (*encoder_layer)(const EncoderLayer&, ParallelFor);
   // Does products of a type and nothing else; returns how many floating-point operations.
   double (*peak_operations)(Type, int64_t rounds);
   // to[i] = from[i] in the given floating type, to nearest even.
@@ -66,15 +68,14 @@ FF_EXPORT bool supported_isa(int index);
 // Instruction-set extensions of this machine that matter here, separated by spaces.
 FF_EXPORT const char* cpu_features();
 
-// Does products of 8-bit integers and nothing else; returns how many operations, 0 where the
-// machine has no instruction for them.
-FF_EXPORT double int8_peak_operations(int64_t rounds);
-
 // Memory of the calling thread, 64-byte aligned, kept until the thread ends and reused by the
 // next call. Null when the system has none.
 float* scratch(size_t floats);
 
 // The same, of a call as a whole: what its tasks hand to each other.
 float* shared_scratch(size_t floats);
+
+// The same, of a layer as a whole: what its steps hand to each other.
+float* layer_scratch(size_t floats);
 
 }  // namespace ff

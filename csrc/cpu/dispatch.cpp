@@ -46,9 +46,17 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// Whoever has the products of bfloat16 has those of integers: Cooper Lake and later, Zen 4 and later.
+bool has_avx512bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vnni");
+}
 #elif defined(__aarch64__)
-bool has_bf16() { return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0; }
+// Armv8.6 has both.
+bool has_bf16() {
+  constexpr unsigned long kBoth = HWCAP2_BF16 | HWCAP2_I8MM;
+  return (getauxval(AT_HWCAP2) & kBoth) == kBoth;
+}
 #endif
 
 struct Row {
@@ -110,6 +118,11 @@ float* shared_scratch(size_t floats) {
   return memory.get(floats ? floats : 1);
 }
 
+float* layer_scratch(size_t floats) {
+  static thread_local Scratch memory;
+  return memory.get(floats ? floats : 1);
+}
+
 const char* compiled_isa(int index) {
   return index >= 0 && index < kCount ? kTables[index].table->isa : nullptr;
 }
@@ -164,7 +177,7 @@ const char* cpu_features() {
   }
   return text;
 #elif defined(__aarch64__)
-  return has_bf16() ? "asimd bf16" : "asimd";
+  return has_bf16() ? "asimd bf16 i8mm" : "asimd";
 #else
   return "";
 #endif

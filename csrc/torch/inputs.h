@@ -60,7 +60,47 @@ struct LinearInputs {
   Tensor weight = from.tensor("weight");
   MaybeTensor bias = from.maybe_tensor("bias");
   MaybeTensor residual = from.maybe_tensor("residual");
+  MaybeTensor weight_scale = from.maybe_tensor("weight_scale");
   int64_t activation = from.integer("activation");
+};
+
+struct NormInputs {
+  Arguments& from;
+  Tensor input = from.tensor("input");
+  MaybeTensor weight = from.maybe_tensor("weight");
+  MaybeTensor bias = from.maybe_tensor("bias");
+  MaybeTensor residual = from.maybe_tensor("residual");
+  double eps = from.number("eps");
+  bool rms = from.flag("rms");
+};
+
+struct EncoderLayerInputs {
+  Arguments& from;
+  Tensor input = from.tensor("input");
+  Tensor in_proj_weight = from.tensor("in_proj_weight");
+  MaybeTensor in_proj_bias = from.maybe_tensor("in_proj_bias");
+  Tensor out_proj_weight = from.tensor("out_proj_weight");
+  MaybeTensor out_proj_bias = from.maybe_tensor("out_proj_bias");
+  Tensor linear1_weight = from.tensor("linear1_weight");
+  MaybeTensor linear1_bias = from.maybe_tensor("linear1_bias");
+  Tensor linear2_weight = from.tensor("linear2_weight");
+  MaybeTensor linear2_bias = from.maybe_tensor("linear2_bias");
+  MaybeTensor norm1_weight = from.maybe_tensor("norm1_weight");
+  MaybeTensor norm1_bias = from.maybe_tensor("norm1_bias");
+  MaybeTensor norm2_weight = from.maybe_tensor("norm2_weight");
+  MaybeTensor norm2_bias = from.maybe_tensor("norm2_bias");
+  MaybeTensor attn_mask = from.maybe_tensor("attn_mask");
+  MaybeTensor key_padding_mask = from.maybe_tensor("key_padding_mask");
+  MaybeTensor in_proj_scale = from.maybe_tensor("in_proj_scale");
+  MaybeTensor out_proj_scale = from.maybe_tensor("out_proj_scale");
+  MaybeTensor linear1_scale = from.maybe_tensor("linear1_scale");
+  MaybeTensor linear2_scale = from.maybe_tensor("linear2_scale");
+  int64_t num_heads = from.integer("num_heads");
+  int64_t activation = from.integer("activation");
+  bool norm_first = from.flag("norm_first");
+  bool is_causal = from.flag("is_causal");
+  double norm1_eps = from.number("norm1_eps");
+  double norm2_eps = from.number("norm2_eps");
 };
 
 }  // namespace

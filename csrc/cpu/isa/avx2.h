@@ -194,6 +194,48 @@ struct Vec {
   }
 };
 
+// Products of 8-bit integers, four to a lane: signed ones, broadcast, with unsigned ones; of even
+// and odd numbers as 16 bits, since VPMADDUBSW would saturate. Sums are int32 in the bits of a Vec.
+struct Int8Math {
+  using Element = int8_t;
+  static constexpr int kDepth = 4;
+  struct Operand {
+    __m256i even, odd;
+  };
+
+  static Operand broadcast(const int8_t* p) {
+    int32_t all;
+    std::memcpy(&all, p, sizeof all);
+    const __m256i x = _mm256_set1_epi32(all);
+    return {_mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), _mm256_srai_epi16(x, 8)};
+  }
+  static Operand load(const int8_t* p) {
+    const __m256i w = _mm256_loadu_si256((const __m256i*)p);
+    return {_mm256_and_si256(w, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(w, 8)};
+  }
+  static Vec add_product(Operand a, Operand b, Vec sum) {
+    const __m256i both =
+        _mm256_add_epi32(_mm256_madd_epi16(a.even, b.even), _mm256_madd_epi16(a.odd, b.odd));
+    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(sum.v), both))};
+  }
+
+  // sum - offset in float32.
+  static Vec to_float(Vec sum, int32_t offset) {
+    const __m256i difference =
+        _mm256_sub_epi32(_mm256_castps_si256(sum.v), _mm256_set1_epi32(offset));
+    return {_mm256_cvtepi32_ps(difference)};
+  }
+
+  // The first `count` of some integers.
+  static void store(int8_t* p, Vec integers, int64_t count) {
+    const __m256i wide = _mm256_cvtps_epi32(integers.v);
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(words, words));
+    std::memcpy(p, &bytes, size_t(count));
+  }
+};
+
 inline float half_to_float(uint16_t half) { return _cvtsh_ss(half); }
 inline uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 

@@ -185,6 +185,62 @@ struct Vec {
   }
 };
 
+// Products of 8-bit integers, four to a lane: signed ones, broadcast, with unsigned ones. Sums are
+// int32 in the bits of a Vec: as __m512i, GCC 12 would keep 24 of them in memory.
+struct Int8Math {
+  using Element = int8_t;
+  static constexpr int kDepth = 4;
+
+#ifdef __AVX512VNNI__
+  using Operand = __m512i;
+
+  static Operand broadcast(const int8_t* p) { return four(p); }
+  static Operand load(const int8_t* p) { return _mm512_loadu_si512(p); }
+  static Vec add_product(Operand a, Operand b, Vec sum) {
+    return as_sum(_mm512_dpbusd_epi32(bits(sum), b, a));
+  }
+#else
+  // The even and the odd numbers as 16 bits: VPMADDUBSW would saturate.
+  struct Operand {
+    __m512i even, odd;
+  };
+
+  static Operand broadcast(const int8_t* p) {
+    const __m512i x = four(p);
+    return {_mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8), _mm512_srai_epi16(x, 8)};
+  }
+  static Operand load(const int8_t* p) {
+    const __m512i w = _mm512_loadu_si512(p);
+    return {_mm512_and_si512(w, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(w, 8)};
+  }
+  static Vec add_product(Operand a, Operand b, Vec sum) {
+    const __m512i both =
+        _mm512_add_epi32(_mm512_madd_epi16(a.even, b.even), _mm512_madd_epi16(a.odd, b.odd));
+    return as_sum(_mm512_add_epi32(bits(sum), both));
+  }
+#endif
+
+  // sum - offset in float32.
+  static Vec to_float(Vec sum, int32_t offset) {
+    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(bits(sum), _mm512_set1_epi32(offset)))};
+  }
+
+  // The first `count` of some integers.
+  static void store(int8_t* p, Vec integers, int64_t count) {
+    _mm512_mask_cvtepi32_storeu_epi8(p, Vec::first(count), _mm512_cvtps_epi32(integers.v));
+  }
+
+ private:
+  static __m512i four(const int8_t* p) {
+    int32_t all;
+    __builtin_memcpy(&all, p, sizeof all);
+    return _mm512_set1_epi32(all);
+  }
+
+  static __m512i bits(Vec sum) { return _mm512_castps_si512(sum.v); }
+  static Vec as_sum(__m512i sum) { return {_mm512_castsi512_ps(sum)}; }
+};
+
 inline float half_to_float(uint16_t half) { return _cvtsh_ss(half); }
 inline uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 

@@ -1,4 +1,5 @@
-// AVX-512 with products of bfloat16 pairs (VDPBF16PS): twice the products per instruction.
+// AVX-512 with products of bfloat16 pairs (VDPBF16PS) and of 8-bit integers (VPDPBUSD): two and
+// four times the products per instruction.
 #pragma once
 
 #include "avx512.h"

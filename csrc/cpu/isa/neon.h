@@ -178,5 +178,65 @@ struct Vec {
   }
 };
 
+// Products of 8-bit integers, four to a lane: signed ones, broadcast, with unsigned ones. Sums are
+// int32 in the bits of a Vec.
+struct Int8Math {
+  using Element = int8_t;
+  static constexpr int kDepth = 4;
+
+#ifdef __ARM_FEATURE_MATMUL_INT8
+  using Operand = int8x16_t;
+
+  static Operand broadcast(const int8_t* p) { return four(p); }
+  static Operand load(const int8_t* p) { return vld1q_s8(p); }
+  static Vec add_product(Operand a, Operand b, Vec sum) {
+    return {vreinterpretq_f32_s32(
+        vusdotq_s32(vreinterpretq_s32_f32(sum.v), vreinterpretq_u8_s8(b), a))};
+  }
+#else
+  struct Operand {
+    int16x8_t low, high;  // of two lanes each
+  };
+
+  static Operand broadcast(const int8_t* p) {
+    const int16x8_t two = vmovl_s8(vget_low_s8(four(p)));
+    return {two, two};
+  }
+  static Operand load(const int8_t* p) {
+    const uint8x16_t w = vreinterpretq_u8_s8(vld1q_s8(p));
+    return {vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(w))),
+            vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(w)))};
+  }
+  static Vec add_product(Operand a, Operand b, Vec sum) {
+    const int32x4_t low = vpaddq_s32(vmull_s16(vget_low_s16(a.low), vget_low_s16(b.low)),
+                                     vmull_s16(vget_high_s16(a.low), vget_high_s16(b.low)));
+    const int32x4_t high = vpaddq_s32(vmull_s16(vget_low_s16(a.high), vget_low_s16(b.high)),
+                                      vmull_s16(vget_high_s16(a.high), vget_high_s16(b.high)));
+    const int32x4_t total = vaddq_s32(vreinterpretq_s32_f32(sum.v), vpaddq_s32(low, high));
+    return {vreinterpretq_f32_s32(total)};
+  }
+#endif
+
+  // sum - offset in float32.
+  static Vec to_float(Vec sum, int32_t offset) {
+    return {vcvtq_f32_s32(vsubq_s32(vreinterpretq_s32_f32(sum.v), vdupq_n_s32(offset)))};
+  }
+
+  // The first `count` of some integers.
+  static void store(int8_t* p, Vec integers, int64_t count) {
+    const int16x4_t words = vmovn_s32(vcvtnq_s32_f32(integers.v));
+    int8_t bytes[8];
+    vst1_s8(bytes, vmovn_s16(vcombine_s16(words, words)));
+    std::memcpy(p, bytes, size_t(count));
+  }
+
+ private:
+  static int8x16_t four(const int8_t* p) {
+    int32_t all;
+    std::memcpy(&all, p, sizeof all);
+    return vreinterpretq_s8_s32(vdupq_n_s32(all));
+  }
+};
+
 }  // namespace
 }  // namespace ff

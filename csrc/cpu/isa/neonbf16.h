@@ -1,4 +1,5 @@
-// NEON with products of bfloat16 pairs (BFDOT, Armv8.6 or the extension of 8.2).
+// NEON with products of bfloat16 pairs (BFDOT) and of 8-bit integers (USDOT): Armv8.6 or the
+// extensions of 8.2.
 #pragma once
 
 #include "neon.h"

@@ -210,5 +210,42 @@ struct Vec {
   }
 };
 
+// Products of 8-bit integers, four to a lane: signed ones, broadcast, with unsigned ones. Sums are
+// int32 in the bits of a Vec.
+struct Int8Math {
+  using Element = int8_t;
+  static constexpr int kDepth = 4;
+  struct Operand {
+    Vec::Integers numbers[kDepth];  // number k of all lanes
+  };
+
+  static Operand broadcast(const int8_t* p) {
+    Operand x{};
+    for (int k = 0; k < kDepth; ++k) x.numbers[k] += p[k];
+    return x;
+  }
+  static Operand load(const int8_t* p) {
+    Operand w;
+    for (int k = 0; k < kDepth; ++k)
+      for (int i = 0; i < Vec::kLanes; ++i) w.numbers[k][i] = uint8_t(p[i * kDepth + k]);
+    return w;
+  }
+  static Vec add_product(const Operand& a, const Operand& b, Vec sum) {
+    auto total = reinterpret_cast<Vec::Integers>(sum.v);
+    for (int k = 0; k < kDepth; ++k) total += a.numbers[k] * b.numbers[k];
+    return {reinterpret_cast<Vec::Native>(total)};
+  }
+
+  // sum - offset in float32.
+  static Vec to_float(Vec sum, int32_t offset) {
+    return {__builtin_convertvector(reinterpret_cast<Vec::Integers>(sum.v) - offset, Vec::Native)};
+  }
+
+  // The first `count` of some integers.
+  static void store(int8_t* p, Vec integers, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) p[i] = int8_t(integers.v[i]);
+  }
+};
+
 }  // namespace
 }  // namespace ff

@@ -5,7 +5,7 @@
 #include "cpu/bidirectional/backward.h"
 #include "cpu/bidirectional/forward.h"
 #include "cpu/gemm/peak.h"
-#include "cpu/layers/linear.h"
+#include "cpu/layers/encoder_layer.h"
 
 namespace ff {
 namespace {
@@ -25,6 +25,8 @@ constexpr KernelTable table(const char* isa) {
           bidirectional_forward<HalfMath>,
           bidirectional_backward<HalfMath>,
           linear<HalfMath>,
+          norm,
+          encoder_layer<HalfMath>,
           peak_operations<HalfMath>,
           convert};
 }

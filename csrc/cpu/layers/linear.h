@@ -1,5 +1,5 @@
 // y = activation(x W^T + bias) + residual, with W where its owner keeps it: (features, width), read
-// in place and never packed, so that no copy of it can be stale.
+// in place and never packed, so that no copy of it can be stale. 8-bit integers: linear_int8.h.
 //
 // A row of x is computed in one of two ways:
 //
@@ -16,9 +16,8 @@
 // never of batch mates or threads, on which a row's bits must not depend.
 #pragma once
 
-#include "activations.h"
-#include "cpu/gemm/packing.h"
-#include "cpu/task.h"
+#include "linear_epilogue.h"
+#include "linear_int8.h"
 
 namespace ff {
 namespace {
@@ -35,23 +34,6 @@ inline int64_t outer_rows(int64_t length) {
   // Registers that are three quarters full are still as fast as inner products.
   return 4 * rest >= 3 * kLanes ? length : length - rest;
 }
-
-// From the sums of a row to the output.
-template <class T>
-struct LinearEpilogue {
-  const Linear& p;
-
-  void operator()(int64_t row, int64_t feature, int64_t count, Vec sum) const {
-    using Element = typename T::Element;
-    if (p.bias) sum = sum + T::load(static_cast<const Element*>(p.bias) + feature, count);
-    sum = activate(p.activation, sum);
-    if (p.residual) {
-      const auto* from = static_cast<const Element*>(p.residual) + row * p.residual_row + feature;
-      sum = sum + T::load(from, count);
-    }
-    T::store(static_cast<Element*>(p.out) + row * p.out_row + feature, sum, count);
-  }
-};
 
 // sums[feature][row] of the rows of a block, to the output.
 template <class Epilogue>
@@ -144,7 +126,7 @@ struct LinearTask {
   float *sums, *copy;
 
   bool allocate() {
-    const bool in_place = Math::kDepth > 1 ? p.width % 2 == 0 : p.type == Type::kFloat32;
+    const bool in_place = Math::kDepth > 1 ? p.width % 2 == 0 : p.weight.type == Type::kFloat32;
     return carve(p.out_of_memory, {{&sums, kLinearFeatures * kLinearPanel},
                                    {&copy, in_place ? 0 : kLinearFeatures * (p.width + 1)}});
   }
@@ -154,7 +136,7 @@ struct LinearTask {
     const int64_t features = left < kLinearFeatures ? left : kLinearFeatures;
     const Block block{{p.features, nullptr}, first, features};
     const auto weight =
-        Packing<Math>::rows(matrix(p.weight, p.type, p.weight_row), block, p.width, copy);
+        Packing<Math>::rows(matrix(p.weight.data, p.weight.type, p.weight.row), block, p.width, copy);
     with_type(p.type, [&](auto kind) {
       const LinearEpilogue<decltype(kind)> epilogue{p};
       for (int64_t i = 0; i < rows.panels(); ++i) panel(epilogue, weight, first, features, i);
@@ -197,8 +179,10 @@ struct LinearTask {
       const Element* w[kInnerFeatures];  // the last one again behind the end
       for (int i = 0; i < kInnerFeatures; ++i)
         w[i] = weight.data + (f + i < features ? f + i : features - 1) * weight.row;
-      for (int64_t i = 0; i < block.count; i += kInnerRows) {
-        const int64_t some = block.count - i < kInnerRows ? block.count - i : kInnerRows;
+      int64_t i = 0;
+      // Tiles alike, or a last row alone would read W for itself.
+      for (int64_t tiles = (block.count + kInnerRows - 1) / kInnerRows; tiles > 0; --tiles) {
+        const int64_t some = (block.count - i + tiles - 1) / tiles;
         const Element* x[kInnerRows];
         for (int64_t r = 0; r < some; ++r)
           x[r] = rows.inner_x.data + (index * kLinearPanel + i + r) * rows.inner_x.row;
@@ -211,6 +195,7 @@ struct LinearTask {
         for (int64_t r = 0; r < some; ++r)
           __builtin_memcpy(sums + (i + r) * kLinearFeatures + f, tile + r * kInnerFeatures,
                            kInnerFeatures * sizeof(float));
+        i += some;
       }
     }
     for (int64_t i = 0; i < block.count; ++i)
@@ -221,70 +206,95 @@ struct LinearTask {
   }
 };
 
+// What the tasks of a round share.
 template <class Math>
-void linear_round(const Linear& p, const LinearRows<Math>& rows, ParallelFor parallel) {
-  struct Round {
-    const Linear& p;
-    const LinearRows<Math>& rows;
-  } round{p, rows};
+struct LinearRound {
+  const Linear& p;
+  const LinearRows<Math>& rows;
+  Slice x;
+};
+
+template <class Math>
+void linear_round(const LinearRound<Math>& round, ParallelFor parallel) {
   const auto transpose = [](int64_t begin, int64_t end, const void* context) {
-    const auto& [p, rows] = *static_cast<const Round*>(context);
-    const Slice x = matrix(p.x, p.type, p.x_row);
+    const auto& [p, rows, x] = *static_cast<const LinearRound<Math>*>(context);
     for (int64_t i = begin; i < end; ++i)
       Packing<Math>::lanes(x, rows.panel(i), p.width, 1.0f,
                            rows.transposed + i * LinearRows<Math>::panel_size(p));
   };
   const auto multiply = [](int64_t begin, int64_t end, const void* context) {
-    const auto& [p, rows] = *static_cast<const Round*>(context);
-    LinearTask<Math> task{p, rows, nullptr, nullptr};
+    const auto& round = *static_cast<const LinearRound<Math>*>(context);
+    LinearTask<Math> task{round.p, round.rows, nullptr, nullptr};
     if (!task.allocate()) return;
     for (int64_t i = begin; i < end; ++i) task.run(i);
   };
-  const auto numbers = [&](const Block& some) { return double(some.count) * double(p.width); };
+  const auto& [p, rows, x] = round;
+  const double outer = double(rows.outer.count) * double(p.width);
+  const double inner = double(rows.inner.count) * double(p.width);
   // Transposing a number takes about as long as eight products.
-  run(parallel, rows.panels(), 16.0 * numbers(rows.outer), transpose, round);
+  run(parallel, rows.panels(), 16.0 * outer, transpose, round);
   run(parallel, (p.features + kLinearFeatures - 1) / kLinearFeatures,
-      2.0 * (numbers(rows.outer) + numbers(rows.inner)) * double(p.features), multiply, round);
+      2.0 * (outer + inner) * double(p.features), multiply, round);
+}
+
+// x in the type of the weight, in `memory` where it has another.
+inline Slice rounded_input(const Linear& p, uint16_t* memory, ParallelFor parallel) {
+  if (p.weight.type == p.type) return matrix(p.x, p.type, p.x_row);
+  struct Rounding {
+    const Linear& p;
+    uint16_t* to;
+  } rounding{p, memory};
+  const auto round = [](int64_t begin, int64_t end, const void* context) {
+    const auto& [p, to] = *static_cast<const Rounding*>(context);
+    const auto* x = static_cast<const float*>(p.x);
+    for (int64_t i = begin; i < end; ++i)
+      convert(x + i * p.x_row, to + i * p.width, p.weight.type, p.width);
+  };
+  run(parallel, p.rows, 8.0 * double(p.rows) * double(p.width), round, rounding);
+  return matrix(memory, p.weight.type, p.width);
 }
 
 template <class Math>
 void linear_rows(const Linear& p, ParallelFor parallel) {
-  if (p.rows == 0 || p.features == 0) return;
   const int64_t first = outer_rows(p.length), count = p.rows / p.length * first;
   Positions outer{count, nullptr}, inner{p.rows - count, nullptr};
   const bool mixed = first > 0 && first < p.length;
   const auto most = [](int64_t n) { return n < kLinearRound ? n : kLinearRound; };
   const int64_t panels = (most(outer.count) + kLinearPanel - 1) / kLinearPanel;
   const int64_t transposed = panels * LinearRows<Math>::panel_size(p);
-  const int64_t copied = most(inner.count) * (p.width + 1);
-  float* memory = shared_scratch(size_t(transposed + copied + (mixed ? p.rows : 0)));
+  const int64_t copied = most(inner.count) * (p.width + 1), listed = mixed ? p.rows : 0;
+  const int64_t rounded = p.weight.type == p.type ? 0 : (p.rows * p.width + 1) / 2;
+  float* memory = shared_scratch(size_t(transposed + copied + listed + rounded));
   if (!memory) {
     *p.out_of_memory = true;
     return;
   }
+  float* lists = memory + transposed + copied;
   if (mixed) {
-    auto* list = reinterpret_cast<int32_t*>(memory + transposed + copied);
+    auto* list = reinterpret_cast<int32_t*>(lists);
     outer.list = list, inner.list = list + count;
     int32_t *first_rows = list, *others = list + count;
     for (int64_t i = 0; i < p.rows; ++i)
       *(i % p.length < first ? first_rows : others)++ = int32_t(i);
   }
+  const Slice x = rounded_input(p, reinterpret_cast<uint16_t*>(lists + listed), parallel);
   for (int64_t i = 0; i < outer.count || i < inner.count; i += kLinearRound) {
     const auto some = [&](const Positions& rows) {
       return i < rows.count ? block_at(rows, i, kLinearRound) : Block{rows, 0, 0};
     };
     LinearRows<Math> rows{some(outer), some(inner), memory, {}};
-    if (rows.inner.count > 0) {
-      rows.inner_x = Packing<Math>::rows(matrix(p.x, p.type, p.x_row), rows.inner, p.width,
-                                         memory + transposed);
-    }
-    linear_round(p, rows, parallel);
+    if (rows.inner.count > 0)
+      rows.inner_x = Packing<Math>::rows(x, rows.inner, p.width, memory + transposed);
+    linear_round(LinearRound<Math>{p, rows, x}, parallel);
   }
 }
 
 template <class HalfMath>
 void linear(const Linear& p, ParallelFor parallel) {
-  if (HalfMath::kDepth > 1 && p.type == Type::kBFloat16) {
+  if (p.rows == 0 || p.features == 0) return;
+  if (p.weight.type == Type::kUInt8) {
+    linear_int8(p, parallel);
+  } else if (HalfMath::kDepth > 1 && p.weight.type == Type::kBFloat16) {
     linear_rows<HalfMath>(p, parallel);
   } else {
     linear_rows<Float32Math>(p, parallel);

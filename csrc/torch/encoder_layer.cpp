@@ -1,0 +1,68 @@
+// encoder_layer as a torch op.
+
+#include "layers.h"
+
+namespace {
+
+// Self-attention of the heads of `in`.
+ff::AttentionForward self_attention(const EncoderLayerInputs& in, ff::Type type, int64_t width) {
+  check_fits(in.num_heads > 0 && width % in.num_heads == 0, "num_heads");
+  ff::AttentionForward p{};
+  p.batch = in.input.size(0), p.heads = p.kv_heads = in.num_heads;
+  p.q_len = p.kv_len = in.input.size(1);
+  p.head_dim = p.value_dim = width / in.num_heads;
+  p.type = type, p.causal = in.is_causal;
+  describe_scale(p, std::nullopt);
+  describe_masks(p, in.input, in.attn_mask, in.key_padding_mask);
+  return p;
+}
+
+Tensor encoder_layer_forward(const EncoderLayerInputs& in) {
+  check_fits(in.input.dim() == 3 && in.input.size(2) > 0, "input");
+  LayerOperands operands(in.input);
+  const int64_t width = in.input.size(2);
+  bool out_of_memory = false;
+  ff::EncoderLayer p;
+  p.width = width, p.type = operands.type;
+  p.norm_first = in.norm_first, p.activation = activation_of(in.activation);
+  p.attention = self_attention(in, p.type, width);
+  int64_t features;
+  const auto weight = [&](const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& bias,
+                          int64_t columns, int64_t rows, const char* name) {
+    const ff::Weight found = operands.weight(weight, scale, bias, columns, &features, name);
+    check_fits(rows < 0 || features == rows, name);
+    return found;
+  };
+  p.in_proj = weight(in.in_proj_weight, in.in_proj_scale, in.in_proj_bias, width, 3 * width,
+                     "in_proj_weight or its bias");
+  p.out_proj = weight(in.out_proj_weight, in.out_proj_scale, in.out_proj_bias, width, width,
+                      "out_proj_weight or its bias");
+  p.linear1 = weight(in.linear1_weight, in.linear1_scale, in.linear1_bias, width, -1,
+                     "linear1_weight or its bias");
+  p.hidden = features;
+  check_fits(p.hidden > 0, "linear1_weight");
+  p.linear2 = weight(in.linear2_weight, in.linear2_scale, in.linear2_bias, p.hidden, width,
+                     "linear2_weight or its bias");
+  p.norm1 = operands.norm(in.norm1_weight, in.norm1_bias, in.norm1_eps, width, "norm1");
+  p.norm2 = operands.norm(in.norm2_weight, in.norm2_bias, in.norm2_eps, width, "norm2");
+
+  const int64_t sizes[] = {in.input.size(0), in.input.size(1), width};
+  const Tensor out = empty_contiguous(3, sizes, kind_of(in.input));
+  if (out.numel() == 0) return out;
+  const auto x = operands.matrix(in.input);
+  STD_TORCH_CHECK(x.rows <= INT32_MAX, "fastfusion: too long");
+  p.x = x.data, p.x_row = x.stride;
+  p.out = out.mutable_data_ptr();
+  p.out_of_memory = p.attention.out_of_memory = &out_of_memory;
+  ff::kernels().encoder_layer(p, parallel_for);
+  STD_TORCH_CHECK(!out_of_memory, "fastfusion: out of memory");
+  return out;
+}
+
+constexpr Op kOps[] = {op<encoder_layer_forward>("encoder_layer_forward")};
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) { define(m, kOps); }
+
+STABLE_TORCH_LIBRARY_IMPL(fastfusion, CPU, m) { implement(m, kOps); }
+
+}  // namespace

@@ -1,0 +1,129 @@
+// What the front ends of linear and of the layers share: their tensors as kernels read them.
+#pragma once
+
+#include <list>
+
+#include "cpu_calls.h"
+
+namespace {
+
+// Tensors of a call as rows and weights, kept alive; what kernels cannot read where it is is copied.
+class LayerOperands {
+ public:
+  explicit LayerOperands(const Tensor& input) : input_(input) {
+    check_fits(input.is_cpu() && input.dim() > 0, "input");
+    type = kernel_type(input.scalar_type());
+    check_fits(type != ff::Type::kBool, "input");
+  }
+
+  struct Matrix {
+    const void* data;
+    int64_t rows, width, stride;
+  };
+
+  // A tensor as a matrix of its rows: itself where these are at one stride and their elements side
+  // by side.
+  Matrix matrix(const Tensor& given) {
+    const Tensor& tensor = is_matrix(given) ? given : copy(given);
+    const int64_t dims = tensor.dim(), width = tensor.size(dims - 1);
+    const int64_t rows = width > 0 ? tensor.numel() / width : 0;
+    // Of one row the stride may be anything.
+    const int64_t stride = dims > 1 && rows > 1 ? tensor.stride(dims - 2) : width;
+    return {tensor.const_data_ptr(), rows, width, stride};
+  }
+
+  // A residual of these sizes.
+  Matrix residual(const Tensor& given, const int64_t* sizes, int64_t dims) {
+    check_fits(is_like_input(given) && given.dim() == dims, "residual");
+    for (int64_t i = 0; i < dims; ++i) check_fits(given.size(i) == sizes[i], "residual");
+    return matrix(given);
+  }
+
+  // (width), or nothing.
+  const void* vector(const MaybeTensor& given, int64_t width, const char* name) {
+    if (!given) return nullptr;
+    check_fits(is_like_input(*given) && given->dim() == 1 && given->size(0) == width, name);
+    return contiguous(*given).const_data_ptr();
+  }
+
+  // A weight for rows of `width` numbers, and how many features it has.
+  ff::Weight weight(const Tensor& given, const MaybeTensor& scale, const MaybeTensor& bias,
+                    int64_t width, int64_t* features, const char* name) {
+    ff::Weight found;
+    if (scale) {
+      found = packed(given, *scale, width, name);
+      *features = scale->size(0);
+    } else {
+      const ScalarType kind = given.scalar_type();
+      const bool half = kind == ScalarType::BFloat16 || kind == ScalarType::Half;
+      check_fits(given.is_cpu() && given.dim() == 2 && given.size(1) == width && width > 0 &&
+                     (kind == input_.scalar_type() || (half && type == ff::Type::kFloat32)),
+                 name);
+      const Matrix rows = matrix(given);
+      found.data = rows.data, found.row = rows.stride, found.type = kernel_type(kind);
+      *features = given.size(0);
+    }
+    check_fits(*features <= INT32_MAX, name);
+    found.bias = vector(bias, *features, name);
+    return found;
+  }
+
+  ff::Norm norm(const MaybeTensor& weight, const MaybeTensor& bias, double eps, int64_t width,
+                const char* name) {
+    ff::Norm found;
+    found.weight = vector(weight, width, name), found.bias = vector(bias, width, name);
+    found.eps = float(eps);
+    return found;
+  }
+
+  ff::Type type;  // of the input
+
+ private:
+  bool is_like_input(const Tensor& t) const {
+    return t.is_cpu() && t.scalar_type() == input_.scalar_type();
+  }
+
+  // (parts, panels, steps, 64, 4): see csrc/cpu/layers/linear_int8.h.
+  ff::Weight packed(const Tensor& given, const Tensor& scale, int64_t width, const char* name) {
+    constexpr int64_t kPanel = 64, kDepth = 4, kWidest = 65536;
+    check_fits(given.is_cpu() && given.scalar_type() == ScalarType::Byte && given.dim() == 5 &&
+                   given.size(0) > 0 && scale.is_cpu() &&
+                   scale.scalar_type() == ScalarType::Float && scale.dim() == 1 &&
+                   scale.size(0) % given.size(0) == 0 && width > 0 && width <= kWidest,
+               name);
+    ff::Weight found;
+    found.type = ff::Type::kUInt8;
+    found.part_features = scale.size(0) / given.size(0);
+    check_fits(given.size(1) == (found.part_features + kPanel - 1) / kPanel &&
+                   given.size(2) == (width + kDepth - 1) / kDepth && given.size(3) == kPanel &&
+                   given.size(4) == kDepth,
+               name);
+    found.data = contiguous(given).const_data_ptr();
+    found.scales = static_cast<const float*>(contiguous(scale).const_data_ptr());
+    return found;
+  }
+
+  static bool is_matrix(const Tensor& tensor) {
+    const int64_t dims = tensor.dim();
+    if (tensor.size(dims - 1) > 1 && tensor.stride(dims - 1) != 1) return false;
+    for (int64_t i = dims - 2; i > 0; --i)
+      if (tensor.size(i - 1) > 1 && tensor.stride(i - 1) != tensor.stride(i) * tensor.size(i))
+        return false;
+    return true;
+  }
+
+  const Tensor& contiguous(const Tensor& t) { return t.is_contiguous() ? t : copy(t); }
+  const Tensor& copy(const Tensor& t) {
+    return copies_.emplace_back(torch::stable::contiguous(t));
+  }
+
+  const Tensor& input_;
+  std::list<Tensor> copies_;
+};
+
+inline ff::Activation activation_of(int64_t number) {
+  check_fits(number >= 0 && number <= int64_t(ff::Activation::kSilu), "activation");
+  return ff::Activation(number);
+}
+
+}  // namespace

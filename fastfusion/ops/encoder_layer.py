@@ -1,0 +1,430 @@
+"""A Transformer encoder layer in inference, as one op (Vaswani et al., "Attention Is All You Need",
+2017, section 3.1):
+
+    norm_first                                    otherwise
+    y = x + attend(norm1(x))                      y = norm1(x + attend(x))
+    result = y + feed_forward(norm2(y))           result = norm2(y + feed_forward(y))
+
+    attend(x)       = out_proj(attention(query, key, value)), the three side by side in in_proj(x)
+    feed_forward(x) = linear2(activation(linear1(x)))
+
+What one step hands to the next is rounded to the dtype of the input, as between modules: the CPU
+kernel gives the bits of `linear`, `norm` and `scaled_dot_product_attention` called one by one.
+Weights may be narrower than the input, as those of `linear`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function_variadic
+
+from fastfusion.backends import cpu
+from fastfusion.core import arguments, reference
+from fastfusion.core.op import Implementation, Op, never_refuses
+from fastfusion.core.torch_op import Definition
+from fastfusion.ops import linear as _linear
+from fastfusion.ops import norm as _norm
+
+
+class Arguments(NamedTuple):
+    """Those of the public function, in its order."""
+
+    input: Any
+    in_proj_weight: Any
+    in_proj_bias: Any
+    out_proj_weight: Any
+    out_proj_bias: Any
+    linear1_weight: Any
+    linear1_bias: Any
+    linear2_weight: Any
+    linear2_bias: Any
+    norm1_weight: Any
+    norm1_bias: Any
+    norm2_weight: Any
+    norm2_bias: Any
+    num_heads: Any
+    # By name only:
+    activation: Any = "relu"
+    norm_first: Any = False
+    norm1_eps: Any = 1e-5
+    norm2_eps: Any = 1e-5
+    attn_mask: Any = None
+    key_padding_mask: Any = None
+    is_causal: Any = False
+    in_proj_scale: Any = None
+    out_proj_scale: Any = None
+    linear1_scale: Any = None
+    linear2_scale: Any = None
+    backend: Any = None
+
+
+_POSITIONAL = 14
+
+
+class Call(NamedTuple):
+    """What an implementation takes; csrc/torch has its twin."""
+
+    input: Tensor  # (batch, length, width)
+    in_proj_weight: Tensor  # (3 * width, width), or packed in three parts
+    in_proj_bias: Tensor | None
+    out_proj_weight: Tensor  # (width, width), or packed
+    out_proj_bias: Tensor | None
+    linear1_weight: Tensor  # (hidden, width), or packed
+    linear1_bias: Tensor | None
+    linear2_weight: Tensor  # (width, hidden), or packed
+    linear2_bias: Tensor | None
+    norm1_weight: Tensor | None  # (width,)
+    norm1_bias: Tensor | None
+    norm2_weight: Tensor | None
+    norm2_bias: Tensor | None
+    attn_mask: Tensor | None  # broadcasts to (batch, num_heads, length, length)
+    key_padding_mask: Tensor | None  # (batch, length)
+    in_proj_scale: Tensor | None  # of packed weights
+    out_proj_scale: Tensor | None
+    linear1_scale: Tensor | None
+    linear2_scale: Tensor | None
+    num_heads: int
+    activation: int  # place in fastfusion.ops.linear.ACTIVATIONS
+    norm_first: bool
+    is_causal: bool
+    norm1_eps: float
+    norm2_eps: float
+
+    def linear(self, name: str, x: Tensor, residual: Tensor | None = None) -> _linear.Call:
+        """The call of one of the four linear layers; linear1 has the activation."""
+        weight, bias, scale = (getattr(self, f"{name}_{s}") for s in ("weight", "bias", "scale"))
+        activation = self.activation if name == "linear1" else 0
+        return _linear.Call(x, weight, bias, residual, scale, activation)
+
+    def norm(self, name: str, x: Tensor) -> _norm.Call:
+        """The call of one of the two norms."""
+        weight, bias, eps = (getattr(self, f"{name}_{s}") for s in ("weight", "bias", "eps"))
+        return _norm.Call(x, weight, bias, None, eps, False)
+
+    @property
+    def hidden(self) -> int:
+        """Features between linear1 and linear2."""
+        return self.linear("linear1", self.input).features
+
+    def conditions(self) -> Iterator[Any]:
+        """What holds for every call."""
+        x = self.input
+        yield x.dim() == 3
+        batch, length, width = x.shape
+        yield self.num_heads > 0
+        yield width % self.num_heads == 0
+        given = x.new_empty(batch, length, self.hidden)
+        for name, features in (("in_proj", 3 * width), ("out_proj", width), ("linear1", None),
+                               ("linear2", width)):  # fmt: skip
+            call = self.linear(name, given if name == "linear2" else x)
+            yield from call.conditions()
+            yield features is None or call.features == features
+        yield from self.norm("norm1", x).conditions()
+        yield from self.norm("norm2", x).conditions()
+        yield arguments.mask_fits(self.attn_mask, x, batch, self.num_heads, length, length)
+        yield from arguments.padding_fits(self.key_padding_mask, x, batch, length)
+
+
+def encoder_layer(
+    input: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor | None,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    linear1_weight: Tensor,
+    linear1_bias: Tensor | None,
+    linear2_weight: Tensor,
+    linear2_bias: Tensor | None,
+    norm1_weight: Tensor | None,
+    norm1_bias: Tensor | None,
+    norm2_weight: Tensor | None,
+    norm2_bias: Tensor | None,
+    num_heads: int,
+    *,
+    activation: str | None = "relu",
+    norm_first: bool = False,
+    norm1_eps: float = 1e-5,
+    norm2_eps: float = 1e-5,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    in_proj_scale: Tensor | None = None,
+    out_proj_scale: Tensor | None = None,
+    linear1_scale: Tensor | None = None,
+    linear2_scale: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Self-attention and feed-forward with their residuals and norms: `nn.TransformerEncoderLayer`
+    without dropout, as a function of its weights.
+
+    The same bits for a sequence alone and among batch mates, and for any number of threads.
+
+    Args:
+        input: (batch, length, width), float32, bfloat16, float16 or float64.
+        in_proj_weight, in_proj_bias: (3 * width, width) and (3 * width,): query, key and value.
+        out_proj_weight, out_proj_bias: (width, width) and (width,).
+        linear1_weight, linear1_bias: (hidden, width) and (hidden,).
+        linear2_weight, linear2_bias: (width, hidden) and (width,).
+        norm1_weight, norm1_bias, norm2_weight, norm2_bias: (width,), or None.
+        num_heads: of which width is a multiple.
+        activation: as of `linear`.
+        norm_first: norms before attention and feed-forward, else behind the residuals.
+        norm1_eps, norm2_eps: added to the variance.
+        attn_mask: as of `scaled_dot_product_attention`: bool (True = attend) or float (added),
+            broadcastable to (batch, num_heads, length, length).
+        key_padding_mask: bool (batch, length), True = ignore the key.
+        is_causal: token i sees the tokens up to i.
+        in_proj_scale, out_proj_scale, linear1_scale, linear2_scale: of weights that are packed, as
+            `weight_scale` of `linear`; in_proj in three parts.
+        backend: "cpu" or "reference" to insist on one; None chooses. Gradients are the reference's.
+
+    Returns:
+        (batch, length, width), contiguous.
+
+    Raises:
+        TypeError: an argument is not of the type or dtype named above.
+        ValueError: shapes, devices, numbers or names that do not fit; the message names them.
+        BackendUnavailableError: `backend` cannot run this call; the message says why.
+    """
+    given = Arguments(
+        input, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, linear1_weight,
+        linear1_bias, linear2_weight, linear2_bias, norm1_weight, norm1_bias, norm2_weight,
+        norm2_bias, num_heads, activation, norm_first, norm1_eps, norm2_eps, attn_mask,
+        key_padding_mask, is_causal, in_proj_scale, out_proj_scale, linear1_scale, linear2_scale,
+        backend,
+    )  # fmt: skip
+    if not torch.compiler.is_compiling():
+        tensors = tuple(getattr(given, name) for name in TENSORS)
+        if has_torch_function_variadic(*tensors):
+            answer = arguments.ask_torch_function(encoder_layer, given, _POSITIONAL, tensors)
+            if answer is not NotImplemented:
+                return answer
+        if _has_plain_options(given):
+            result = OP.attempt(backend, _as_call(given), False)
+            if result is not None:
+                return result
+    output: Tensor = OP.run(backend, normalize(given), False)
+    return output
+
+
+TENSORS = Call._fields[: Call._fields.index("num_heads")]
+_PRODUCTS = ("in_proj", "out_proj", "linear1", "linear2")
+
+
+def _has_plain_options(given: Arguments) -> bool:
+    """Whether an eager call may be tried with these arguments as they came."""
+    return (
+        isinstance(given.activation, str | None)
+        and given.activation in _linear.NUMBERS
+        and type(given.num_heads) is int
+        and type(given.norm_first) is bool
+        and type(given.is_causal) is bool
+        and type(given.norm1_eps) is float
+        and type(given.norm2_eps) is float
+        and min(given.norm1_eps, given.norm2_eps) >= 0.0
+    )
+
+
+def _as_call(given: Arguments) -> Call:
+    return Call(
+        *(getattr(given, name) for name in TENSORS),
+        given.num_heads, _linear.NUMBERS[given.activation], given.norm_first, given.is_causal,
+        given.norm1_eps, given.norm2_eps,
+    )  # fmt: skip
+
+
+def check(given: Arguments) -> None:
+    """Raise TypeError or ValueError for arguments that are not legal."""
+    arguments.check_tensors(input=given.input)
+    sizes = arguments.shapes(input=given.input)
+    if given.input.dim() != 3 or given.input.shape[-1] == 0:
+        raise ValueError(f"input must be (batch, length, width), got {sizes}")
+    batch, length, width = given.input.shape
+    heads = given.num_heads
+    if isinstance(heads, bool) or not isinstance(heads, int):
+        raise TypeError(f"num_heads must be an int, got {type(heads).__name__}")
+    if heads < 1 or width % heads:
+        raise ValueError(f"num_heads must divide the width, got {heads} and {sizes}")
+    hidden = width
+    for name, expected in (("in_proj", 3 * width), ("out_proj", width), ("linear1", None),
+                           ("linear2", width)):  # fmt: skip
+        weight, bias, scale = (getattr(given, f"{name}_{s}") for s in ("weight", "bias", "scale"))
+        x = given.input.new_empty(0, hidden if name == "linear2" else width)
+        activation = given.activation if name == "linear1" else None
+        features = _checked(
+            name, _linear.check, _linear.Arguments(x, weight, bias, scale, activation)
+        ) or (weight if scale is None else scale).shape[0]  # fmt: skip
+        if expected is not None and features != expected:
+            raise ValueError(f"{name}_weight must have {expected} features, got {features}")
+        hidden = features if name == "linear1" else hidden
+    if hidden == 0:
+        raise ValueError("linear1_weight must have a feature at least, got 0")
+    for name in ("norm1", "norm2"):
+        weight, bias, eps = (getattr(given, f"{name}_{s}") for s in ("weight", "bias", "eps"))
+        _checked(name, _norm.check, _norm.Arguments(given.input, weight, bias, eps=eps))
+    arguments.check_flag("norm_first", given.norm_first)
+    arguments.check_flag("is_causal", given.is_causal)
+    target = (batch, heads, length, length)
+    arguments.check_attn_mask(given.attn_mask, given.input, target, sizes)
+    arguments.check_padding_mask(
+        "key_padding_mask", given.key_padding_mask, given.input, (batch, length), sizes
+    )
+
+
+def _checked(name: str, check: Any, given: Any) -> None:
+    """`check`, with the layer's name before the argument's."""
+    try:
+        check(given)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
+def normalize(given: Arguments) -> Call:
+    """Public arguments, cast as autocast asks and checked, as every implementation takes them."""
+    dtype = arguments.autocast_dtype(arguments.device_type_of(given.input))
+    if dtype is not None:
+        names = [n for n in TENSORS if not n.endswith(("mask", "scale"))]
+        values = arguments.autocast_cast(dtype, *(getattr(given, n) for n in names))
+        mask = arguments.autocast_mask(dtype, given.attn_mask)
+        given = given._replace(**dict(zip(names, values, strict=True)), attn_mask=mask)
+    if not torch.compiler.is_compiling():
+        check(given)
+    padding = given.key_padding_mask
+    if padding is not None:
+        padding = padding.expand(given.input.shape[:2])
+    return _as_call(
+        given._replace(
+            key_padding_mask=padding,
+            norm1_eps=float(given.norm1_eps),
+            norm2_eps=float(given.norm2_eps),
+        )
+    )
+
+
+def run_reference(call: Call, lse: bool) -> Any:
+    """The definition."""
+
+    def linear(name: str, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        result: Tensor = _linear.run_reference(call.linear(name, x, residual), False)
+        return result
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        result: Tensor = _norm.run_reference(call.norm(name, x), False)
+        return result
+
+    x = call.input
+    heads = linear("in_proj", norm("norm1", x) if call.norm_first else x)
+    query, key, value = (
+        part.transpose(1, 2) for part in heads.unflatten(-1, (3, call.num_heads, -1)).unbind(2)
+    )
+    attended, _ = reference.attention(
+        0 if call.is_causal else None, query, key, value, call.attn_mask, call.key_padding_mask,
+        None, 0.0, None,
+    )  # fmt: skip
+    y = linear("out_proj", attended.transpose(1, 2).flatten(2), x)
+    if call.norm_first:
+        return linear("linear2", linear("linear1", norm("norm2", y)), y)
+    y = norm("norm1", y)
+    return norm("norm2", linear("linear2", linear("linear1", y), y))
+
+
+def _fake(call: Call) -> Tensor:
+    return call.input.new_empty(call.input.shape)
+
+
+def _operations(batch: Any, length: Any, width: Any, hidden: Any) -> Any:
+    products = 2 * batch * length * width * (4 * width + 2 * hidden)
+    return products + 4 * batch * length * length * width
+
+
+def _flops(call: Call, backward: bool) -> int:
+    operations: int = _operations(*call.input.shape, call.hidden)
+    return operations * (2 if backward else 1)
+
+
+DEFINITION = Definition(
+    "encoder_layer", Call, gradients=14, results=1, outputs=1, fake=_fake,
+    reference=lambda call: (run_reference(call, False),), flops=_flops,
+)  # fmt: skip
+_CPU = cpu.forward_op(DEFINITION)
+
+
+def _cpu_refuses(call: Call) -> Sequence[str]:
+    return cpu.refuses_gradient(call, DEFINITION)
+
+
+def _cpu_path(call: Call) -> str:
+    weights = {
+        "8-bit integers" if scale is not None else str(weight.dtype).removeprefix("torch.")
+        for weight, scale in (
+            (getattr(call, f"{name}_weight"), getattr(call, f"{name}_scale")) for name in _PRODUCTS
+        )
+    }
+    return f"{cpu.isa()}, one call, weights of {' and '.join(sorted(weights))}"
+
+
+def inputs(
+    shape: Mapping[str, Any], dtype: torch.dtype, device: Any = None, seed: int = 0
+) -> dict[str, Any]:
+    """Keyword arguments of a legal call, normally distributed, weights as a layer's are.
+
+    Args:
+        shape: length, dim, heads and ffn, as in shapes.json; optionally batch, activation,
+            norm_first and is_causal (bools), and padding, the fraction of hidden keys.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    device = torch.get_default_device() if device is None else device
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        numbers = torch.randn(size, generator=generator, device="cpu") * scale
+        return numbers.to(device=device, dtype=dtype)
+
+    batch, length, width = shape.get("batch", 1), shape["length"], shape["dim"]
+    call: dict[str, Any] = {"input": normal(batch, length, width), "num_heads": shape["heads"]}
+    sizes = {"in_proj": (3 * width, width), "out_proj": (width, width)}
+    sizes |= {"linear1": (shape["ffn"], width), "linear2": (width, shape["ffn"])}
+    for name, (features, columns) in sizes.items():
+        call[f"{name}_weight"] = normal(features, columns, scale=columns**-0.5)
+        call[f"{name}_bias"] = normal(features, scale=0.1)
+    for name in ("norm1", "norm2"):
+        call[f"{name}_weight"] = 1.0 + normal(width, scale=0.1)
+        call[f"{name}_bias"] = normal(width, scale=0.1)
+    call["activation"] = shape.get("activation", "gelu")
+    call["norm_first"] = bool(shape.get("norm_first"))
+    call["is_causal"] = bool(shape.get("is_causal"))
+    if shape.get("padding"):
+        hidden = int(length * shape["padding"])
+        call["key_padding_mask"] = (
+            (torch.arange(length) >= length - hidden).expand(batch, length).to(device)
+        )
+    return call
+
+
+def cost(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
+    """Floating-point operations of the products, and bytes read and written once."""
+    batch, length, width, hidden = (
+        shape.get("batch", 1), shape["length"], shape["dim"], shape["ffn"],
+    )  # fmt: skip
+    weights = width * (4 * width + 2 * hidden) + 9 * width + hidden
+    operations: int = _operations(batch, length, width, hidden)
+    return operations, (weights + 2 * batch * length * width) * dtype.itemsize
+
+
+OP = Op(
+    name="encoder_layer",
+    arguments=Arguments,
+    check=check,
+    normalize=normalize,
+    definition=DEFINITION,
+    inputs=inputs,
+    cost=cost,
+    ranks=(3,),
+    implementations=(
+        Implementation(
+            "cpu", _CPU, _cpu_refuses, differentiable=False, checks=True, path=_cpu_path
+        ),
+        Implementation("reference", run_reference, never_refuses),
+    ),
+)  # fmt: skip
