@@ -85,11 +85,19 @@ class Drawn:
     causal: str | None = None
     number: str = "python"
 
+    # Whether the op computes of doubles what the formula does.
+    has_double: ClassVar[bool] = True
+
     op: ClassVar[Op]
     function: ClassVar[Callable[..., Any]]
     outputs: ClassVar[int] = 1
     packed: ClassVar[bool] = False
     operands: ClassVar[tuple[str, ...]] = ("query", "key", "value", "attn_mask")
+
+    @classmethod
+    def draw(cls, rng: random.Random, target: Target) -> Self:
+        """A call of which everything is random."""
+        raise NotImplementedError
 
     def build(self) -> "Built":
         """The tensors of the call."""

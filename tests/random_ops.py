@@ -20,13 +20,17 @@ from random_calls import (
 )
 from suite import Target, plain_attention
 from test_bidirectional_attention import plain_bidirectional
+from test_linear_weights import formula, operands, runnable
 from test_varlen_attention import plain_varlen
 from torch import Tensor
 
 import fastfusion as ff
 from fastfusion import ops
+from fastfusion.ops.linear import ACTIVATIONS
 
-OPS = {op.name: op for op in ops.ATTENTION}
+OPS = {op.name: op for op in ops.ALL}
+# Backends that take a linear layer with narrow weights; what is compiled takes one of them.
+NARROW = {t.backend for t in runnable(operands((1, 4), 3, torch.float32, "int8"))} | {"compiled"}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -286,11 +290,109 @@ class Varlen(Drawn):
         )
 
 
-KINDS: dict[str, type[Attention] | type[Bidirectional] | type[Varlen]] = {
-    kind.op.name: kind for kind in (Attention, Bidirectional, Varlen)
+def linear(*, return_lse: bool, **call: Any) -> tuple[Tensor]:
+    """As the other ops are called."""
+    return (ff.linear(**call),)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Linear(Drawn):
+    """A call of linear.
+
+    Attributes:
+        lengths: of the input, before its width.
+        weights: "int8", "bfloat16" or "float16" where these are narrower than the input.
+        parts: in which integers are packed.
+        part_features: of each.
+    """
+
+    lengths: tuple[int, ...] = (3,)
+    width: int = 4
+    part_features: int = 5
+    parts: int = 1
+    weights: str | None = None
+    activation: str | None = None
+    has_bias: bool = False
+    has_residual: bool = False
+
+    op = OPS["linear"]
+    function = staticmethod(linear)
+    operands = ("input", "weight", "bias", "residual")
+
+    @property
+    def has_double(self) -> bool:
+        return self.weights is None
+
+    def plain(self, **call: Any) -> tuple[Tensor, ...]:
+        """The formula; of doubles with what narrow weights round still rounded."""
+        if self.weights is None:
+            input, weight, bias = (call.get(n) for n in ("input", "weight", "bias"))
+            result = ACTIVATIONS[call["activation"]](
+                torch.nn.functional.linear(input, weight, bias)
+            )
+            return (result if call.get("residual") is None else result + call["residual"],)
+        if self.weights != "int8":
+            call["weight"] = call["weight"].to(getattr(torch, self.weights))
+        acc = torch.promote_types(call["input"].dtype, torch.float32)
+        return (formula(**call, acc=acc),)
+
+    def build(self) -> Built:
+        built = Built(self)
+        del built.given["scale"], built.clean["scale"]
+        features = self.parts * self.part_features
+        built.operand("input", *self.lengths, self.width)
+        built.operand("weight", features, self.width)
+        if self.has_bias:
+            built.operand("bias", features)
+        if self.has_residual:
+            built.operand("residual", *self.lengths, features)
+        if self.weights == "int8":
+            packed, scale = ops.pack_int8(built.clean["weight"], self.parts)
+            built.option("weight", packed)
+            built.option("weight_scale", scale)
+        elif self.weights is not None:
+            half = getattr(torch, self.weights)
+            for call in (built.given, built.clean):
+                call["weight"] = call["weight"].to(half)
+        built.option("activation", self.activation)
+        return built
+
+    @classmethod
+    def draw(cls, rng: random.Random, target: Target) -> Self:
+        common = draw_common(rng, target, cls.operands)
+        names = ("seed", "dtype", "layouts", "wanted")
+        drawn = {name: common[name] for name in names if name in common}
+        weights = rng.choice((None, "int8", "int8", "bfloat16", "float16"))
+        if target.backend not in NARROW:
+            weights = None
+        if weights is not None:
+            # Rounding to halves has torch's gradient, and integers have none.
+            drawn["wanted"] = ()
+            if drawn["dtype"] == "float64" or weights != "int8":
+                drawn["dtype"] = "float32"
+        parts = rng.choice((1, 1, 2, 3))
+        outer = tuple(rng.choice((0, 1, 2, 2, 3)) for _ in range(rng.choice((0, 1, 1, 2))))
+        width, part_features = draw_length(rng, 300), draw_length(rng, 200)
+        work = max(math.prod(outer), 1) * max(width, 1) * parts
+        length, part_features = fitted([draw_length(rng, 140), part_features], work, target)
+        return cls(
+            **drawn,
+            lengths=(*outer, length) if rng.random() < 0.95 else (),
+            width=width,
+            part_features=part_features,
+            parts=parts,
+            weights=weights,
+            activation=rng.choice((None, *ACTIVATIONS)),
+            has_bias=rng.random() < 0.7,
+            has_residual=rng.random() < 0.4,
+        )
+
+
+KINDS: dict[str, type[Drawn]] = {
+    kind.op.name: kind for kind in (Attention, Bidirectional, Varlen, Linear)
 }
 
 
-def draw(op: str, target: Target, index: int, name: str) -> Attention | Bidirectional | Varlen:
+def draw(op: str, target: Target, index: int, name: str) -> Drawn:
     """The call number `index` of an op's list for a target (`name`); always the same."""
     return KINDS[op].draw(random.Random(f"{op}:{name}:{index}"), target)

@@ -22,6 +22,7 @@ from torch.export import Dim
 import fastfusion as ff
 from fastfusion.core.on_import import on_import
 from fastfusion.integrations.onnx import translations
+from fastfusion.ops import pack_int8
 
 HEADS, WIDTH, LONGEST = 4, 16, 12
 EXPORTED = (3, 5, 7)
@@ -287,6 +288,47 @@ def test_linear(tmp_path: Path) -> None:
     for model in models:
         for sizes in ((4, 9), (1, 1)):
             assert_right(model, module, inputs(*sizes))
+
+
+def narrow_calls(t: dict[str, Tensor]) -> list[Tensor]:
+    x, bias, residual = t["x"], t["bias"], t["residual"]
+    scale = {"weight_scale": t["weight_scale"]}
+    return [
+        ff.linear(x, t["packed"], bias, **scale, activation="gelu", residual=residual),
+        ff.linear(x, t["packed"], **scale),
+        ff.linear(x, t["half"], bias, residual=residual),
+    ]
+
+
+@torch.no_grad()
+def test_linear_of_narrow_weights(tmp_path: Path) -> None:
+    packed, scale = pack_int8(torch.randn(3 * 70, 37), parts=3)
+    weights = {"packed": packed, "weight_scale": scale, "bias": torch.randn(210)}
+    weights["half"] = torch.randn(210, 37).half()
+
+    def inputs(batch: int, length: int) -> dict[str, Tensor]:
+        x = torch.randn(batch, length, 37)
+        x[0, 0] = 0.0
+        return {"x": x, "residual": torch.randn(batch, length, 210), **weights}
+
+    axes: dict[str, Any] = dict.fromkeys(weights)
+    axes |= {"x": {0: B, 1: L}, "residual": {0: B, 1: L}}
+    first = inputs(2, 5)
+    module = Module(list(first), narrow_calls)
+    program = export(module, first, axes, optimize=False)
+    models = [program.model_proto.SerializeToString()]
+    models.append(torchscript(module, first, axes, tmp_path / "model.onnx"))
+    for model in models:
+        for sizes in ((4, 9), (1, 1)):
+            given = inputs(*sizes)
+            with ff.use_backend("reference"):
+                expected = module(*given.values())
+            for ours, theirs in zip(run(model, given), expected, strict=True):
+                # Integers are the same ones or far from it; what is left are float32's epilogues.
+                assert_accurate(*(OpSuite.slices(t) for t in (ours, theirs.double(), theirs)))
+            given["x"][0, 0, 3] = torch.nan
+            for ours in run(model, given)[:2]:
+                assert ours[0, 0].isnan().all() and not ours.flatten(0, 1)[1:].isnan().any()
 
 
 def dropped(t: dict[str, Tensor]) -> list[Tensor]:

@@ -27,9 +27,11 @@ from typing import Any
 
 import torch
 
+from fastfusion.core.int8 import LEAST, LIMIT, PANEL, STEP, ZERO
+
 _OPSET = 18
 _FUSED_OPSET = 23
-_FLOAT, _INT64, _BOOL = 1, 7, 9  # of onnx.TensorProto
+_FLOAT, _INT64, _BOOL, _DOUBLE = 1, 7, 9, 11  # of onnx.TensorProto
 _KINDS = ("", "_forward", "_out")
 _BACKENDS = ("", "triton_", "cuda_")
 
@@ -424,19 +426,46 @@ def _attend(
 
 
 def _linear(
-    op: Any, *, input: Any, weight: Any, bias: Any, residual: Any, activation: int
+    op: Any,
+    *,
+    input: Any,
+    weight: Any,
+    bias: Any,
+    residual: Any,
+    weight_scale: Any,
+    activation: int,
 ) -> tuple[Any]:
     dtype = op.dtype(input)
-    input, weight, bias, residual = (
-        None if t is None else _cast(op, t, dtype, _FLOAT) for t in (input, weight, bias, residual)
-    )
-    out = op.MatMul(input, op.Transpose(weight, perm=[1, 0]))
+    bias, residual = (None if t is None else _cast(op, t, dtype, _FLOAT) for t in (bias, residual))
+    if weight_scale is not None:
+        out = _product_of_integers(op, _cast(op, input, dtype, _FLOAT), weight, weight_scale)
+    else:
+        narrow = op.dtype(weight)
+        input = _cast(op, _cast(op, input, dtype, narrow), narrow, _FLOAT)
+        out = op.MatMul(input, op.Transpose(_cast(op, weight, narrow, _FLOAT), perm=[1, 0]))
     if bias is not None:
         out = op.Add(out, bias)
     out = _ACTIVATIONS[activation](op, out)
     if residual is not None:
         out = op.Add(out, residual)
     return (_cast(op, out, _FLOAT, dtype),)
+
+
+def _product_of_integers(op: Any, x: Any, weight: Any, scale: Any) -> Any:
+    """Its sums are exact in float64, where MatMulInteger saturates on some processors; and a row
+    with NaN or infinity, which makes one of its numbers NaN, becomes NaN."""
+    largest = op.ReduceMax(op.Abs(x), [-1], keepdims=1)
+    inverse = op.Where(op.Less(largest, LEAST), 0.0, op.Div(LIMIT, largest))
+    numbers = op.Cast(op.Round(op.Mul(x, inverse)), to=_DOUBLE)
+    parts, panels, steps = (_size(op, weight, dim) for dim in range(3))
+    width, part_features = _size(op, x, -1), op.Div(_size(op, scale, 0), parts)
+    padded = op.Concat(parts, op.Mul(panels, [PANEL]), op.Mul(steps, [STEP]), axis=0)
+    rows = op.Reshape(op.Transpose(weight, perm=[0, 1, 3, 2, 4]), padded)
+    rows = op.Slice(rows, [0, 0], op.Concat(part_features, width, axis=0), [1, 2])
+    rows = op.Cast(op.Reshape(rows, op.Concat([-1], width, axis=0)), to=_DOUBLE)
+    rows = op.Sub(rows, op.Cast(float(ZERO), to=_DOUBLE))
+    sums = op.Cast(op.MatMul(numbers, op.Transpose(rows, perm=[1, 0])), to=_FLOAT)
+    return op.Mul(sums, op.Mul(op.Div(largest, LIMIT), scale))
 
 
 def _gelu(op: Any, x: Any) -> Any:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fastfusion.core import flops
+from fastfusion.core.int8 import pack_int8 as pack_int8
+from fastfusion.core.int8 import unpack_int8 as unpack_int8
 from fastfusion.core.op import Op
 from fastfusion.ops import bidirectional_attention as _bidirectional
 from fastfusion.ops import linear as _linear

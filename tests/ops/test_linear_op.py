@@ -155,7 +155,7 @@ class TestTorch:
     def test_opcheck(self) -> None:
         call = operands((2, 5, 8), 6)
         for bias, residual in itertools.product((None, call["bias"]), (None, call["residual"])):
-            given = (call["input"], call["weight"], bias, residual, 2)
+            given = (call["input"], call["weight"], bias, residual, None, 2)
             torch.library.opcheck(torch.ops.fastfusion.linear_forward.default, given)
 
     def test_compile_and_export(self) -> None:
@@ -204,7 +204,8 @@ class TestTorch:
 
         call = operands((4, 8), 3)
         call["weight"] = call["weight"].as_subclass(Asked)
-        assert ff.linear(**call) == (ff.linear, 3, ["activation", "backend", "residual"])
+        named = ["activation", "backend", "residual", "weight_scale"]
+        assert ff.linear(**call) == (ff.linear, 3, named)
 
     def test_flops(self) -> None:
         from torch.utils.flop_counter import FlopCounterMode
