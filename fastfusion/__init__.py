@@ -10,7 +10,9 @@ from fastfusion._cuda_graph import CudaGraphed, cuda_graph
 from fastfusion._info import Info, explain, info
 from fastfusion.core.op import BackendUnavailableError, Explanation, use_backend
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
+from fastfusion.ops.encoder_layer import encoder_layer
 from fastfusion.ops.linear import linear
+from fastfusion.ops.norm import norm
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastfusion.ops.varlen_attention import varlen_attention
 
@@ -27,12 +29,14 @@ __all__ = [
     "attention_maps",
     "bidirectional_attention",
     "cuda_graph",
+    "encoder_layer",
     "explain",
     "info",
     "integrations",
     "linear",
     "models",
     "nn",
+    "norm",
     "ops",
     "scaled_dot_product_attention",
     "use_backend",

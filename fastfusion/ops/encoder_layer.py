@@ -223,7 +223,8 @@ def _has_plain_options(given: Arguments) -> bool:
         and type(given.is_causal) is bool
         and type(given.norm1_eps) is float
         and type(given.norm2_eps) is float
-        and min(given.norm1_eps, given.norm2_eps) >= 0.0
+        and 0.0 <= given.norm1_eps <= arguments.MAX_SCALE
+        and 0.0 <= given.norm2_eps <= arguments.MAX_SCALE
     )
 
 

@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
-_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
 MAX_INT8_WIDTH = 65536  # sums of int32
@@ -164,7 +164,7 @@ def linear(
             answer = arguments.ask_torch_function(linear, given, _POSITIONAL, tensors)
             if answer is not NotImplemented:
                 return answer
-        number = _NUMBERS.get(activation) if isinstance(activation, str | None) else None
+        number = NUMBERS.get(activation) if isinstance(activation, str | None) else None
         if number is not None and not (weight_scale is not None and _may_track()):
             call = Call(input, weight, bias, residual, weight_scale, number)
             result = OP.attempt(backend, call, False)
@@ -307,7 +307,7 @@ def normalize(given: Arguments) -> Call:
             weight = F.pad(weight, (0, 1))
         else:
             weight = F.pad(weight, (0, 0, 0, 0, 0, 1), value=ZERO)
-    return Call(input, weight, bias, residual, scale, _NUMBERS[given.activation])
+    return Call(input, weight, bias, residual, scale, NUMBERS[given.activation])
 
 
 def run_reference(call: Call, lse: bool) -> Any:
@@ -359,8 +359,6 @@ _CPU = cpu.forward_op(DEFINITION)
 
 
 def _cpu_refuses(call: Call) -> Sequence[str]:
-    if has_own_dtype(call.input, call.weight, call.weight_scale):
-        return ("weights narrower than the input are left to the reference",)
     if call.weight_scale is not None:  # which has no gradient
         return cpu.refuses(call)
     return cpu.refuses_gradient(call, DEFINITION)

@@ -97,7 +97,7 @@ def norm(
             answer = arguments.ask_torch_function(norm, given, _POSITIONAL, tensors)
             if answer is not NotImplemented:
                 return answer
-        if type(eps) is float and type(rms) is bool and eps >= 0.0:
+        if type(eps) is float and type(rms) is bool and 0.0 <= eps <= arguments.MAX_SCALE:
             result = OP.attempt(backend, Call(input, weight, bias, residual, eps, rms), False)
             if result is not None:
                 return result

@@ -258,8 +258,9 @@ class TestTorch:
 
         compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(**call), expected)
+        # Which may need gradients, and then has the formula of halves.
         program = torch.export.export(Module(), (), call)
-        assert torch.equal(program.module()(**call), expected)
+        torch.testing.assert_close(program.module()(**call), expected)
         with torch.no_grad():
             assert torch.equal(compiled(**call), expected)
             program = torch.export.export(Module(), (), call)
