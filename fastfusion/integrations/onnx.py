@@ -21,13 +21,10 @@ with either, and its `Attention` refuses empty batches and empty sequences.
 Dropout stays random, with the runtime's random numbers.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from fastfusion.core.int8 import LEAST, LIMIT, PANEL, STEP, ZERO
 
 _OPSET = 18
 _FUSED_OPSET = 23
@@ -57,15 +54,25 @@ def translations(opset_version: int = _OPSET) -> dict[Callable[..., Any], Callab
 
 def _ops() -> list[Any]:
     """The forward ops that this installation has."""
-    names = (b + formula + k for b in _BACKENDS for formula in _FORMULAS for k in _KINDS)
+    names = (b + formula + k for b in _BACKENDS for formula in _formulas() for k in _KINDS)
     ops = torch.ops.fastfusion
     return [getattr(ops, name).default for name in names if hasattr(ops, name)]
 
 
+def _formulas() -> dict[str, Callable[..., tuple[Any, ...]]]:
+    from fastfusion.integrations import onnx_linear  # made of the formulas of this file
+
+    return _FORMULAS | onnx_linear.FORMULAS
+
+
 def _formula(op: Any) -> Callable[..., tuple[Any, ...]]:
     """A function of a builder and the op's arguments by name."""
-    parts = op._schema.name.removeprefix("fastfusion::").split("_")
-    return next(_FORMULAS[part] for part in parts if part in _FORMULAS)
+    name = op._schema.name.removeprefix("fastfusion::")
+    for backend in filter(None, _BACKENDS):
+        name = name.removeprefix(backend)
+    for kind in filter(None, _KINDS):
+        name = name.removesuffix(kind)
+    return _formulas()[name]
 
 
 def _results(op: Any, outputs: tuple[Any, ...]) -> Any:
@@ -425,73 +432,10 @@ def _attend(
     return out, op.Squeeze(op.Add(shift, op.Log(total)), [-1])
 
 
-def _linear(
-    op: Any,
-    *,
-    input: Any,
-    weight: Any,
-    bias: Any,
-    residual: Any,
-    weight_scale: Any,
-    activation: int,
-) -> tuple[Any]:
-    dtype = op.dtype(input)
-    bias, residual = (None if t is None else _cast(op, t, dtype, _FLOAT) for t in (bias, residual))
-    if weight_scale is not None:
-        out = _product_of_integers(op, _cast(op, input, dtype, _FLOAT), weight, weight_scale)
-    else:
-        narrow = op.dtype(weight)
-        input = _cast(op, _cast(op, input, dtype, narrow), narrow, _FLOAT)
-        out = op.MatMul(input, op.Transpose(_cast(op, weight, narrow, _FLOAT), perm=[1, 0]))
-    if bias is not None:
-        out = op.Add(out, bias)
-    out = _ACTIVATIONS[activation](op, out)
-    if residual is not None:
-        out = op.Add(out, residual)
-    return (_cast(op, out, _FLOAT, dtype),)
-
-
-def _product_of_integers(op: Any, x: Any, weight: Any, scale: Any) -> Any:
-    """Its sums are exact in float64, where MatMulInteger saturates on some processors; and a row
-    with NaN or infinity, which makes one of its numbers NaN, becomes NaN."""
-    largest = op.ReduceMax(op.Abs(x), [-1], keepdims=1)
-    inverse = op.Where(op.Less(largest, LEAST), 0.0, op.Div(LIMIT, largest))
-    numbers = op.Cast(op.Round(op.Mul(x, inverse)), to=_DOUBLE)
-    parts, panels, steps = (_size(op, weight, dim) for dim in range(3))
-    width, part_features = _size(op, x, -1), op.Div(_size(op, scale, 0), parts)
-    padded = op.Concat(parts, op.Mul(panels, [PANEL]), op.Mul(steps, [STEP]), axis=0)
-    rows = op.Reshape(op.Transpose(weight, perm=[0, 1, 3, 2, 4]), padded)
-    rows = op.Slice(rows, [0, 0], op.Concat(part_features, width, axis=0), [1, 2])
-    rows = op.Cast(op.Reshape(rows, op.Concat([-1], width, axis=0)), to=_DOUBLE)
-    rows = op.Sub(rows, op.Cast(float(ZERO), to=_DOUBLE))
-    sums = op.Cast(op.MatMul(numbers, op.Transpose(rows, perm=[1, 0])), to=_FLOAT)
-    return op.Mul(sums, op.Mul(op.Div(largest, LIMIT), scale))
-
-
-def _gelu(op: Any, x: Any) -> Any:
-    return op.Mul(op.Mul(x, 0.5), op.Add(op.Erf(op.Mul(x, math.sqrt(0.5))), 1.0))
-
-
-def _gelu_tanh(op: Any, x: Any) -> Any:
-    """0.5 x (1 + tanh(u)) = x sigmoid(2 u)."""
-    factor = op.Add(op.Mul(op.Mul(x, x), 0.044715), 1.0)
-    twice = op.Mul(op.Mul(x, factor), 2.0 * math.sqrt(2.0 / math.pi))
-    return op.Mul(x, op.Sigmoid(twice))
-
-
-# In the order of fastfusion.ops.linear.
-_ACTIVATIONS: tuple[Callable[[Any, Any], Any], ...] = (
-    lambda op, x: x,
-    lambda op, x: op.Relu(x),
-    _gelu,
-    _gelu_tanh,
-    lambda op, x: op.Mul(x, op.Sigmoid(x)),
-)
 _FORMULAS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "attention": _attention,
     "bidirectional": _bidirectional,
     "varlen": _varlen,
-    "linear": _linear,
 }
 
 

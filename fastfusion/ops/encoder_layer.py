@@ -229,11 +229,11 @@ def _has_plain_options(given: Arguments) -> bool:
 
 
 def _as_call(given: Arguments) -> Call:
-    return Call(
-        *(getattr(given, name) for name in TENSORS),
+    numbers = (
         given.num_heads, _linear.NUMBERS[given.activation], given.norm_first, given.is_causal,
         given.norm1_eps, given.norm2_eps,
     )  # fmt: skip
+    return Call._make((*(getattr(given, name) for name in TENSORS), *numbers))
 
 
 def check(given: Arguments) -> None:
@@ -254,9 +254,9 @@ def check(given: Arguments) -> None:
         weight, bias, scale = (getattr(given, f"{name}_{s}") for s in ("weight", "bias", "scale"))
         x = given.input.new_empty(0, hidden if name == "linear2" else width)
         activation = given.activation if name == "linear1" else None
-        features = _checked(
-            name, _linear.check, _linear.Arguments(x, weight, bias, scale, activation)
-        ) or (weight if scale is None else scale).shape[0]  # fmt: skip
+        product = _linear.Arguments(x, weight, bias, weight_scale=scale, activation=activation)
+        _checked(name, _linear.check, product)
+        features = (weight if scale is None else scale).shape[0]
         if expected is not None and features != expected:
             raise ValueError(f"{name}_weight must have {expected} features, got {features}")
         hidden = features if name == "linear1" else hidden
@@ -341,7 +341,8 @@ def _operations(batch: Any, length: Any, width: Any, hidden: Any) -> Any:
 
 
 def _flops(call: Call, backward: bool) -> int:
-    operations: int = _operations(*call.input.shape, call.hidden)
+    batch, length, width = call.input.shape
+    operations: int = _operations(batch, length, width, call.hidden)
     return operations * (2 if backward else 1)
 
 
@@ -357,13 +358,8 @@ def _cpu_refuses(call: Call) -> Sequence[str]:
 
 
 def _cpu_path(call: Call) -> str:
-    weights = {
-        "8-bit integers" if scale is not None else str(weight.dtype).removeprefix("torch.")
-        for weight, scale in (
-            (getattr(call, f"{name}_weight"), getattr(call, f"{name}_scale")) for name in _PRODUCTS
-        )
-    }
-    return f"{cpu.isa()}, one call, weights of {' and '.join(sorted(weights))}"
+    ways = {_linear.cpu_path(call.linear(name, call.input)) for name in _PRODUCTS}
+    return f"{cpu.isa()}, one call, {', '.join(sorted(ways))}"
 
 
 def inputs(

@@ -365,9 +365,14 @@ def _cpu_refuses(call: Call) -> Sequence[str]:
 
 
 def _cpu_path(call: Call) -> str:
+    return f"{cpu.isa()}, {cpu_path(call)}"
+
+
+def cpu_path(call: Call) -> str:
+    """How the kernels read the weight of a call and multiply."""
     if call.weight_scale is not None:
-        return f"{cpu.isa()}, packed 8-bit weights"
-    return f"{cpu.isa()}, weights in place{cpu.products(call.weight.dtype)}"
+        return "packed 8-bit weights"
+    return f"weights in place{cpu.products(call.weight.dtype)}"
 
 
 def inputs(

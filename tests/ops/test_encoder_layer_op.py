@@ -1,4 +1,4 @@
-"""encoder_layer: against torch's layer, against its ops one by one, and what closeness cannot show."""
+"""encoder_layer: against its definition, against its ops one by one, and what else it promises."""
 
 import itertools
 from collections.abc import Iterator
