@@ -18,6 +18,7 @@ from fastfusion.ops.varlen_attention import varlen_attention
 
 from fastfusion import integrations, models, nn, ops  # isort: skip
 from fastfusion.nn._attention_maps import attention_maps  # isort: skip
+from fastfusion.quantization import QuantizationReport, QuantizedLayer, quantize  # isort: skip
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,8 @@ __all__ = [
     "CudaGraphed",
     "Explanation",
     "Info",
+    "QuantizationReport",
+    "QuantizedLayer",
     "attention_maps",
     "bidirectional_attention",
     "cuda_graph",
@@ -38,6 +41,7 @@ __all__ = [
     "nn",
     "norm",
     "ops",
+    "quantize",
     "scaled_dot_product_attention",
     "use_backend",
     "varlen_attention",

@@ -2,8 +2,8 @@
 
 `MultiheadAttention`, `TransformerEncoderLayer`, `TransformerEncoder`, `TransformerDecoderLayer`,
 `TransformerDecoder` and `Transformer` subclass the torch.nn module of the same name: the same
-arguments, the same state_dict, the same weights for the same seed. `CrossAttention` and
-`CrossModalAttention` are new. Every other name is torch.nn's own, so that
+arguments, the same state_dict, the same weights for the same seed. `CrossAttention`,
+`CrossModalAttention` and `QuantizedLinear` are new. Every other name is torch.nn's own, so that
 
     import fastfusion.nn as nn
 
@@ -18,6 +18,7 @@ from fastfusion.nn import _forwarding
 from fastfusion.nn._cross_attention import CrossAttention, ProjectedContext
 from fastfusion.nn._cross_modal import CrossModalAttention
 from fastfusion.nn._multihead import MultiheadAttention
+from fastfusion.nn._quantized import QuantizedLinear
 from fastfusion.nn._transformer import (
     Transformer,
     TransformerDecoder,
@@ -32,6 +33,7 @@ __all__ = [
     "CrossModalAttention",
     "MultiheadAttention",
     "ProjectedContext",
+    "QuantizedLinear",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -17,27 +16,31 @@ from fastfusion.backends import cpu
 from fastfusion.core.arguments import PLAIN
 from fastfusion.core.op import forced_backend
 from fastfusion.nn._plain import activation_name, has_global_hooks, is_bare
-from fastfusion.ops.linear import linear
+from fastfusion.nn._quantized import Operands, QuantizedLinear, product
+from fastfusion.ops.linear import has_own_dtype, linear
 
-_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear, QuantizedLinear)
 # Numbers of a weight from which the kernel saves more than its call costs in Python: 32 x 32 take
 # 1.6 times as long as torch's (linear_tiny_4 in float32, benchmarks/results/amd-epyc-zen4).
 _LEAST = 1 << 14
 _any_autocast = torch._C._is_any_autocast_enabled
 
 
-def project(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`, by the op where its CPU kernel is what runs."""
-    if weight.numel() >= _LEAST and _runs(input, weight, bias):
-        return linear(input, weight, bias)
-    return F.linear(input, weight, bias)
+def project(
+    input: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`product`, by the op where its CPU kernel is what runs."""
+    if weight.numel() >= _LEAST and _runs(input, weight, weight_scale, bias):
+        return linear(input, weight, bias, weight_scale=weight_scale)
+    return product(input, weight, weight_scale, bias)
 
 
 def apply(module: Any, input: Tensor) -> Tensor:
     """`module(input)`, likewise."""
-    own = _parameters(module)
+    own = _large_weights_of(module)
     if own is not None and _is_plain(module) and _runs(input, *own):
-        return linear(input, *own)
+        weight, scale, bias = own
+        return linear(input, weight, bias, weight_scale=scale)
     result: Tensor = module(input)
     return result
 
@@ -47,7 +50,7 @@ def feed_forward(module: Any, input: Tensor, last_dropout: Any) -> Tensor | None
     more than its formula."""
     parts = module.__dict__["_modules"]
     first, second = parts.get("linear1"), parts.get("linear2")
-    own, others = _parameters(first), _parameters(second)
+    own, others = _large_weights_of(first), _large_weights_of(second)
     if own is None or others is None:
         return None
     name = activation_name(module.activation)
@@ -59,24 +62,42 @@ def feed_forward(module: Any, input: Tensor, last_dropout: Any) -> Tensor | None
         return None
     if not (_runs(input, *own) and _runs(input, *others)):
         return None
-    return linear(linear(input, *own, activation=name), *others)
+    weight, scale, bias = own
+    hidden = linear(input, weight, bias, weight_scale=scale, activation=name)
+    weight, scale, bias = others
+    return linear(hidden, weight, bias, weight_scale=scale)
 
 
-def _parameters(module: Any) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear layer that is large enough, from its dictionary: nn.Module's
-    getattr would cost what the kernel saves."""
-    own = {} if module is None else module.__dict__["_parameters"]
-    weight = own.get("weight")
-    return None if weight is None or weight.numel() < _LEAST else (weight, own.get("bias"))
+def weights_of(module: Any) -> Operands | None:
+    """Weight, weight_scale and bias of a linear layer, as `linear` takes them; None of others.
+
+    From dictionaries: nn.Module's getattr would cost what the kernel saves. Whether calling the
+    module comes to the product of these is not looked at.
+    """
+    if module is None:
+        return None
+    parameters = module.__dict__["_parameters"]
+    weight = parameters.get("weight")
+    if weight is not None:
+        return weight, None, parameters.get("bias")
+    if type(module) is not QuantizedLinear:
+        return None
+    buffers = module.__dict__["_buffers"]
+    return buffers["packed"], buffers["weight_scale"], parameters["bias"]
 
 
-def _runs(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _large_weights_of(module: Any) -> Operands | None:
+    own = weights_of(module)
+    return None if own is None or own[0].numel() < _LEAST else own
+
+
+def _runs(input: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None) -> bool:
     """Whether the CPU kernel takes these and nobody would see the difference.
 
     The input has to be (batch, length, width): of packed tokens the op would not know the sequences
     by whose lengths it chooses.
     """
-    tensors = (input, weight) if bias is None else (input, weight, bias)
+    tensors = [t for t in (input, weight, weight_scale, bias) if t is not None]
     return (
         not torch.compiler.is_compiling()
         and PLAIN.issuperset(map(type, tensors))
@@ -85,7 +106,9 @@ def _runs(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and cpu.unavailable() is None
         and input.dtype in cpu.DTYPES
         and forced_backend() in (None, "cpu")
-        and all([t.dtype == input.dtype and t.is_cpu and not t.is_neg() for t in tensors])
+        and (weight.dtype == input.dtype or has_own_dtype(input, weight, weight_scale))
+        and (bias is None or bias.dtype == input.dtype)
+        and all([t.is_cpu and not t.is_neg() for t in tensors])
         and not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
         and not _any_autocast()
         and not torch._C._are_functorch_transforms_active()
@@ -95,7 +118,7 @@ def _runs(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether calling the module comes to `F.linear`."""
+    """Whether calling the module comes to `product`."""
     return type(module) in _LINEAR and is_bare(module) and not has_global_hooks()
 
 

@@ -15,6 +15,7 @@ from fastfusion.nn import _nested
 from fastfusion.nn._attention_maps import RecordsAttention
 from fastfusion.nn._linear import apply, project
 from fastfusion.nn._nested_pair import packed_attention_with_weights
+from fastfusion.nn._quantized import Operands, QuantizedLinear, part, product
 from fastfusion.nn._torchs_path import torchs_slow_path
 from fastfusion.nn._tracing import be_leaf
 from fastfusion.nn._weights import attention_with_weights
@@ -53,6 +54,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
     - self-attention on nested tensors (strided and jagged) works in training too, and attention
       to another nested tensor does; the result is nested in the layout of the query, with its
       holes where it has some;
+    - `fastfusion.quantize` puts modules in the place of the weights of its input projections:
+      `in_proj`, or `q_proj`, `k_proj` and `v_proj` where widths differ;
     - `need_weights=True` costs about as much as `need_weights=False`;
     - the result is contiguous in both settings of `batch_first`.
 
@@ -119,10 +122,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
             )  # fmt: skip
-        in_proj = self._in_proj_weights()
+        in_proj = self._in_proj()
         if not self._is_legal(
-            query, key, value, key_padding_mask, need_weights, attn_mask, is_causal,
-            in_proj[0].dtype,
+            query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, in_proj[0]
         ):  # fmt: skip
             return torchs_slow_path(
                 self, query, key, value, key_padding_mask, need_weights, attn_mask,
@@ -146,11 +148,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
             if key_padding_mask is not None:
                 key_padding_mask = key_padding_mask.unsqueeze(0)
         q, k, v = (
-            part
+            heads
             for projected in self._project(
-                query, key, value, shared, in_proj, project if batch_first else F.linear
+                query, key, value, shared, in_proj, project if batch_first else product
             )
-            for part in _heads(projected, self.num_heads, self.head_dim, batch_first)
+            for heads in _heads(projected, self.num_heads, self.head_dim, batch_first)
         )
         if self.bias_k is not None or self.add_zero_attn:
             k, v, key_padding_mask, attn_mask = self._append_columns(
@@ -188,7 +190,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         need_weights: bool,
         attn_mask: Tensor | None,
         is_causal: bool,
-        weight_dtype: torch.dtype,
+        in_proj: Operands,
     ) -> bool:
         """Whether the fused path takes these arguments: by type, dtype, device and shape only."""
         shape = query.shape
@@ -197,7 +199,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         if rank not in (2, 3) or shape[-1] != self.embed_dim or not _is_plain(query):
             return False
         dtype = query.dtype
-        mixed = dtype != weight_dtype or not (dtype == key.dtype == value.dtype)
+        weight, _, bias = in_proj
+        # Quantised weights take what their bias adds up with.
+        like = bias if self._quantized() else weight
+        mixed = like is not None and dtype != like.dtype
+        mixed = mixed or not (dtype == key.dtype == value.dtype)
         if mixed and not _is_autocast(query):
             return False
         if not same:
@@ -249,12 +255,39 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
                 return False
         return True
 
-    def _in_proj_weights(self) -> tuple[Tensor, ...]:
-        """One weight of three projections, or three weights; read once a call, since reading may
+    def _quantized(self) -> tuple[QuantizedLinear, ...]:
+        """What `fastfusion.quantize` has put in the place of the weights of the projections."""
+        parts = self._modules
+        if len(parts) == 1:  # out_proj alone
+            return ()
+        if isinstance(whole := parts.get("in_proj"), QuantizedLinear):
+            return (whole,)
+        found = (parts.get("q_proj"), parts.get("k_proj"), parts.get("v_proj"))
+        return tuple(m for m in found if isinstance(m, QuantizedLinear))
+
+    def _in_proj(self) -> tuple[Operands, ...]:
+        """One projection that is three side by side, or three; read once a call, since reading may
         be computing (`torch.nn.utils.parametrize`)."""
+        quantized = self._quantized()
+        if quantized:
+            return tuple([m.operands() for m in quantized])
+        bias = self.in_proj_bias
         if self._qkv_same_embed_dim:
-            return (self.in_proj_weight,)
-        return (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            return ((self.in_proj_weight, None, bias),)
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        return tuple(zip(weights, (None,) * 3, biases, strict=True))
+
+    def _plain_in_proj(self, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        """in_proj_weight, in_proj_bias, and the weights q, k, v, as torch's function takes them."""
+        quantized = self._quantized()
+        if not quantized:
+            separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            return (self.in_proj_weight, self.in_proj_bias, *separate)
+        weights = [m.dequantize().to(dtype) for m in quantized]
+        biases = [m.bias for m in quantized if m.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        return (None, bias, *weights) if len(weights) > 1 else (*weights, bias, None, None, None)
 
     def _project(
         self,
@@ -262,7 +295,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         key: Tensor,
         value: Tensor,
         shared: tuple[bool, bool],
-        weights: tuple[Tensor, ...],
+        in_proj: tuple[Operands, ...],
         linear: Callable[..., Tensor],
     ) -> tuple[Tensor, ...]:
         """The three input projections, those of one input side by side: one product per input.
@@ -271,20 +304,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
             Tensors (..., n * embed_dim), n adding up to 3.
         """
         width = self.embed_dim
-        bias = self.in_proj_bias
         query_is_key, key_is_value = shared
-        if len(weights) == 1:
-            (weight,) = weights
+        if len(in_proj) == 1:
+            (whole,) = in_proj
             if query_is_key and key_is_value:
-                return (linear(query, weight, bias),)
+                return (linear(query, *whole),)
             if key_is_value:
                 return (
-                    linear(query, weight[:width], None if bias is None else bias[:width]),
-                    linear(key, weight[width:], None if bias is None else bias[width:]),
+                    linear(query, *part(whole, 0, 1, width)),
+                    linear(key, *part(whole, 1, 3, width)),
                 )
-            weights = weight.chunk(3)
-        biases = (None,) * 3 if bias is None else bias.chunk(3)
-        return tuple(map(linear, (query, key, value), weights, biases))
+            in_proj = tuple([part(whole, i, i + 1, width) for i in range(3)])
+        inputs = (query, key, value)
+        return tuple([linear(x, *own) for x, own in zip(inputs, in_proj, strict=True)])
 
     def _append_columns(
         self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
@@ -344,17 +376,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         dropout_p = self.dropout if self.training else 0.0
         shared = (query is key, key is value)
         heads = (self.num_heads, self.head_dim)
+        inputs = (queries.values, keys.values, values.values)
         q, k, v = (
-            part
-            for projected in self._project(
-                queries.values,
-                keys.values,
-                values.values,
-                shared,
-                self._in_proj_weights(),
-                F.linear,
-            )
-            for part in projected.unflatten(-1, (-1, *heads)).unbind(1)
+            each
+            for projected in self._project(*inputs, shared, self._in_proj(), product)
+            for each in projected.unflatten(-1, (-1, *heads)).unbind(1)
         )
         weights = None
         if need_weights or self._recorders:

@@ -50,14 +50,15 @@ def torchs_slow_path(
         else:
             query, key, value = (t.transpose(1, 0) for t in (query, key, value))
     recorded = bool(module._recorders)
+    in_proj_weight, in_proj_bias, *separate = module._plain_in_proj(query.dtype)
     out, weights = F.multi_head_attention_forward(
         query,
         key,
         value,
         module.embed_dim,
         module.num_heads,
-        module.in_proj_weight,
-        module.in_proj_bias,
+        in_proj_weight,
+        in_proj_bias,
         module.bias_k,
         module.bias_v,
         module.add_zero_attn,
@@ -71,9 +72,7 @@ def torchs_slow_path(
         need_weights=need_weights or recorded,
         attn_mask=attn_mask,
         use_separate_proj_weight=not module._qkv_same_embed_dim,
-        q_proj_weight=module.q_proj_weight,
-        k_proj_weight=module.k_proj_weight,
-        v_proj_weight=module.v_proj_weight,
+        **dict(zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), separate, strict=True)),
         average_attn_weights=average_attn_weights and not recorded,
         is_causal=is_causal,
     )

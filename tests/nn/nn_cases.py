@@ -7,6 +7,8 @@ import torch
 from suite import DEVICE
 from torch import Tensor, nn
 
+import fastfusion as ff
+
 WIDTH, HEADS = 8, 2
 
 
@@ -87,3 +89,19 @@ def option_id(options: dict[str, Any]) -> str:
     """A test's name for its options: without addresses, which differ between processes."""
     names = (f"{k}={getattr(v, '__name__', v)}" for k, v in options.items())
     return ",".join(names) or "defaults"
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    first, second = (t.detach().double().flatten() for t in (a, b))
+    return float(torch.cosine_similarity(first, second, 0))
+
+
+def runs_on_cpu(layer: ff.nn.QuantizedLinear) -> bool:
+    """Whether its products are those of the CPU kernels, whose bits depend on the row alone."""
+    weight, scale, bias = layer.operands()
+    x = normal(1, 2, layer.in_features)
+    return ff.explain(ff.linear, x, weight, bias, weight_scale=scale).chosen == "cpu"
