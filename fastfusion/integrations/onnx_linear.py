@@ -5,7 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 from fastfusion.core.int8 import LEAST, LIMIT, PANEL, STEP, ZERO
-from fastfusion.integrations.onnx import _DOUBLE, _FLOAT, _attention, _cast, _size
+from fastfusion.integrations.onnx import (
+    _DOUBLE,
+    _FLOAT,
+    _and,
+    _cast,
+    _causal,
+    _rows,
+    _size,
+    _split,
+)
 
 
 def _linear(
@@ -19,19 +28,25 @@ def _linear(
     activation: int,
 ) -> tuple[Any]:
     dtype = op.dtype(input)
-    bias, residual = (None if t is None else _cast(op, t, dtype, _FLOAT) for t in (bias, residual))
+    x, residual = (None if t is None else _cast(op, t, dtype, _FLOAT) for t in (input, residual))
+    out = _activated(op, x, dtype, weight, bias, weight_scale, activation)
+    return (_cast(op, out if residual is None else op.Add(out, residual), _FLOAT, dtype),)
+
+
+def _activated(
+    op: Any, x: Any, dtype: int, weight: Any, bias: Any, weight_scale: Any, activation: int
+) -> Any:
+    """activation(x W^T + bias) in float32, of x that was of `dtype`, as the bias is."""
     if weight_scale is not None:
-        out = _product_of_integers(op, _cast(op, input, dtype, _FLOAT), weight, weight_scale)
+        out = _product_of_integers(op, x, weight, weight_scale)
     else:
         narrow = op.dtype(weight)
-        input = _cast(op, _cast(op, input, dtype, narrow), narrow, _FLOAT)
-        out = op.MatMul(input, op.Transpose(_cast(op, weight, narrow, _FLOAT), perm=[1, 0]))
+        if narrow != dtype:
+            x = _cast(op, _cast(op, x, _FLOAT, narrow), narrow, _FLOAT)
+        out = op.MatMul(x, op.Transpose(_cast(op, weight, narrow, _FLOAT), perm=[1, 0]))
     if bias is not None:
-        out = op.Add(out, bias)
-    out = _ACTIVATIONS[activation](op, out)
-    if residual is not None:
-        out = op.Add(out, residual)
-    return (_cast(op, out, _FLOAT, dtype),)
+        out = op.Add(out, _cast(op, bias, dtype, _FLOAT))
+    return _ACTIVATIONS[activation](op, out)
 
 
 def _product_of_integers(op: Any, x: Any, weight: Any, scale: Any) -> Any:
@@ -76,18 +91,21 @@ def _norm(
     op: Any, *, input: Any, weight: Any, bias: Any, residual: Any, eps: float, rms: bool
 ) -> tuple[Any]:
     dtype = op.dtype(input)
-    x, weight, bias, residual = (
-        None if t is None else _cast(op, t, dtype, _FLOAT) for t in (input, weight, bias, residual)
-    )
-    if residual is not None:
-        x = op.Add(x, residual)
+    x, residual = (None if t is None else _cast(op, t, dtype, _FLOAT) for t in (input, residual))
+    x = x if residual is None else op.Add(x, residual)
+    return (_cast(op, _normalized(op, x, dtype, weight, bias, eps, rms), _FLOAT, dtype),)
+
+
+def _normalized(
+    op: Any, x: Any, dtype: int, weight: Any, bias: Any, eps: float, rms: bool = False
+) -> Any:
+    """Not by LayerNormalization, which asks for a weight and has no twin without a mean."""
     if not rms:
         x = op.Sub(x, op.ReduceMean(x, [-1], keepdims=1))
     squares = op.ReduceMean(op.Mul(x, x), [-1], keepdims=1)
-    x = op.Div(x, op.Sqrt(op.Add(squares, eps)))
-    x = x if weight is None else op.Mul(x, weight)
-    x = x if bias is None else op.Add(x, bias)
-    return (_cast(op, x, _FLOAT, dtype),)
+    x = op.Div(x, op.Sqrt(op.Add(squares, float(eps))))
+    x = x if weight is None else op.Mul(x, _cast(op, weight, dtype, _FLOAT))
+    return x if bias is None else op.Add(x, _cast(op, bias, dtype, _FLOAT))
 
 
 def _encoder_layer(
@@ -102,32 +120,42 @@ def _encoder_layer(
     is_causal: bool,
     **parts: Any,
 ) -> tuple[Any]:
-    def linear(name: str, x: Any, residual: Any = None) -> Any:
-        return _linear(
-            op, input=x, residual=residual, weight=parts[f"{name}_weight"],
-            bias=parts[f"{name}_bias"], weight_scale=parts[f"{name}_scale"],
-            activation=activation if name == "linear1" else 0,
-        )[0]  # fmt: skip
+    """In float32 from its input to its output."""
+    dtype = op.dtype(input)
+
+    def linear(name: str, x: Any) -> Any:
+        weight, bias, scale = (parts[f"{name}_{key}"] for key in ("weight", "bias", "scale"))
+        number = activation if name == "linear1" else 0
+        return _activated(op, x, dtype, weight, bias, scale, number)
 
     def norm(name: str, x: Any) -> Any:
-        given = {key: parts[f"{name}_{key}"] for key in ("weight", "bias", "eps")}
-        return _norm(op, input=x, residual=None, rms=False, **given)[0]
+        weights = (parts[f"{name}_{key}"] for key in ("weight", "bias", "eps"))
+        return _normalized(op, x, dtype, *weights)
 
-    width = _size(op, input, 2)
-    heads = linear("in_proj", norm("norm1", input) if norm_first else input)
-    shape = op.Concat([0, 0, 3, num_heads, -1], axis=0)
-    heads = op.Transpose(op.Reshape(heads, shape), perm=[2, 0, 3, 1, 4])
-    query, key, value = (op.Squeeze(op.Slice(heads, [i], [i + 1], [0]), [0]) for i in range(3))
-    out = _attention(
-        op, query=query, key=key, value=value, attn_mask=attn_mask,
-        key_padding_mask=key_padding_mask, is_causal=is_causal, scale=None,
-    )[0]  # fmt: skip
-    rows = op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), op.Concat([0, 0], width, axis=0))
-    y = linear("out_proj", rows, input)
+    def attend(x: Any) -> Any:
+        heads = op.Reshape(linear("in_proj", x), [0, 0, 3, num_heads, -1])
+        heads = op.Transpose(heads, perm=[2, 0, 3, 1, 4])
+        query, key, value = (op.Gather(heads, part, axis=0) for part in range(3))
+        bias, visible = _split(op, attn_mask)
+        if is_causal:
+            visible = _and(op, visible, _causal(op, query, key, None))
+        fused = op.fused and dtype == _FLOAT
+        given = (bias, visible, key_padding_mask, None, 0.0, False, fused)
+        out, _ = _rows(op, query, key, value, *given)
+        width = op.Concat([0, 0], _size(op, x, 2), axis=0)
+        return linear("out_proj", op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), width))
+
+    def feed_forward(x: Any) -> Any:
+        return linear("linear2", linear("linear1", x))
+
+    x = _cast(op, input, dtype, _FLOAT)
     if norm_first:
-        return (linear("linear2", linear("linear1", norm("norm2", y)), y),)
-    y = norm("norm1", y)
-    return (norm("norm2", linear("linear2", linear("linear1", y), y)),)
+        x = op.Add(x, attend(norm("norm1", x)))
+        x = op.Add(x, feed_forward(norm("norm2", x)))
+    else:
+        x = norm("norm1", op.Add(x, attend(x)))
+        x = norm("norm2", op.Add(x, feed_forward(x)))
+    return (_cast(op, x, _FLOAT, dtype),)
 
 
 FORMULAS: dict[str, Callable[..., tuple[Any, ...]]] = {

@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fastfusion.backends import cpu
 from fastfusion.core.arguments import PLAIN
 from fastfusion.core.op import forced_backend
-from fastfusion.nn._plain import activation_name, has_global_hooks, is_bare
+from fastfusion.nn._plain import activation_name, does_nothing, has_global_hooks, is_bare
 from fastfusion.nn._quantized import Operands, QuantizedLinear, product
 from fastfusion.ops.linear import has_own_dtype, linear
 
@@ -38,7 +38,7 @@ def project(
 def apply(module: Any, input: Tensor) -> Tensor:
     """`module(input)`, likewise."""
     own = _large_weights_of(module)
-    if own is not None and _is_plain(module) and _runs(input, *own):
+    if own is not None and is_linear(module) and _runs(input, *own) and not has_global_hooks():
         weight, scale, bias = own
         return linear(input, weight, bias, weight_scale=scale)
     result: Tensor = module(input)
@@ -56,9 +56,9 @@ def feed_forward(module: Any, input: Tensor, last_dropout: Any) -> Tensor | None
     name = activation_name(module.activation)
     if type(input) not in PLAIN or not getattr(module.self_attn, "batch_first", False):
         return None
-    if name is None or not (_is_plain(first) and _is_plain(second)):
+    if name is None or has_global_hooks() or not (is_linear(first) and is_linear(second)):
         return None
-    if not (_does_nothing(module.dropout) and _does_nothing(last_dropout)):
+    if not (does_nothing(module.dropout) and does_nothing(last_dropout)):
         return None
     if not (_runs(input, *own) and _runs(input, *others)):
         return None
@@ -117,16 +117,6 @@ def _runs(input: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tens
     )
 
 
-def _is_plain(module: Any) -> bool:
-    """Whether calling the module comes to `product`."""
-    return type(module) in _LINEAR and is_bare(module) and not has_global_hooks()
-
-
-def _does_nothing(dropout: Any) -> bool:
-    """Whether this is a dropout that changes and shows nothing."""
-    own = dropout.__dict__
-    return (
-        type(dropout) is nn.Dropout
-        and not (own["training"] and own["p"] > 0.0)
-        and is_bare(dropout)
-    )
+def is_linear(module: Any) -> bool:
+    """Whether this is a linear layer whose forward comes to `product`."""
+    return type(module) in _LINEAR and is_bare(module)

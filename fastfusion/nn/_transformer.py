@@ -11,6 +11,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.nn.modules.transformer import _get_seq_len
 
 from fastfusion.nn import _nested
+from fastfusion.nn._layers import encoder_layer
 from fastfusion.nn._linear import feed_forward
 from fastfusion.nn._multihead import MultiheadAttention, settle_in
 from fastfusion.nn._tracing import be_leaf
@@ -79,6 +80,10 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
                     src, lambda full: TransformerEncoderLayer.forward(self, full, *rest)
                 )
             return self._forward_nested(src, src_mask, src_key_padding_mask, is_causal)
+        if type(self) is TransformerEncoderLayer:
+            result = encoder_layer(self, src, src_mask, src_key_padding_mask, is_causal)
+            if result is not None:
+                return result
         x = src
         if self.norm_first:
             x = x + self._sa_block(self.norm1(x), src_mask, src_key_padding_mask, is_causal)

@@ -40,6 +40,7 @@ X, MEMORY = torch.randn(2, 20, 128), torch.randn(2, 9, 128)
 @torch.no_grad()
 def test_layers_take_it(norm_first: bool) -> None:
     layer = encoder_layer(norm_first=norm_first)
+    layer.norm1.register_forward_hook(lambda module, given, result: result)  # or it is one call
     assert calls_of_the_op(lambda: layer(X)) == 4  # in_proj, out_proj, feed-forward
     decoder = ff.nn.TransformerDecoderLayer(
         128, 4, 512, activation="relu", batch_first=True, norm_first=norm_first

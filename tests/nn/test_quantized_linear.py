@@ -126,14 +126,15 @@ class TestLayer:
     def test_compile_and_export(self, weights: str) -> None:
         layer = QuantizedLinear(normal(70, 96), normal(70), weights)
         x = normal(2, 5, 96)
-        expected = layer(x).detach()
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(x), expected)
-        for context in (torch.no_grad, torch.enable_grad):
-            with context():
-                assert torch.equal(torch.export.export(layer, (x,)).module()(x), expected)
+        assert torch.equal(compiled(x), layer(x))
+        with torch.no_grad():
+            expected = layer(x)
+            assert torch.equal(torch.export.export(layer, (x,)).module()(x), expected)
+        # Which may need gradients, and then has the formula of bfloat16.
+        torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), expected)
         traced = torch.fx.symbolic_trace(nn.Sequential(layer))
-        assert torch.equal(traced(x), expected)
+        assert torch.equal(traced(x), layer(x))
         assert [node.op for node in traced.graph.nodes].count("call_module") == 1
 
     def test_integers_are_for_inference(self) -> None:
