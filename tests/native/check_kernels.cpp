@@ -255,6 +255,13 @@ void check(const Case& c, Type type, const char* about) {
   if (out_of_memory) ++failures;
 }
 
+ff::Weight of(const Tensor& weight, const Tensor* bias) {
+  ff::Weight w{};
+  w.data = weight.view().data, w.type = weight.type, w.row = weight.columns;
+  if (bias) w.bias = bias->view().data;
+  return w;
+}
+
 struct LinearCase {
   int64_t rows, length, width, features;
 };
@@ -279,13 +286,133 @@ void check(const LinearCase& c, Type type, const char* about) {
   bool out_of_memory = false;
   ff::Linear p;
   p.rows = c.rows, p.length = c.length, p.width = c.width, p.features = c.features, p.type = type;
-  p.x = x.view().data, p.x_row = c.width, p.weight = weight.view().data, p.weight_row = c.width;
-  p.bias = bias.view().data, p.activation = ff::Activation::kGelu;
+  p.x = x.view().data, p.x_row = c.width, p.weight = of(weight, &bias);
+  p.activation = ff::Activation::kGelu;
   p.residual = residual.view().data, p.residual_row = c.features;
   p.out = out.out().data, p.out_row = c.features, p.out_of_memory = &out_of_memory;
   ff::kernels().linear(p, serial);
   compare("linear", out, type == Type::kFloat32 ? 1e-6 : 5e-3, about);
   if (out_of_memory) ++failures;
+}
+
+// A weight of random 8-bit integers, as kernels read it and as a matrix.
+struct Packed {
+  std::vector<uint8_t> bytes;
+  std::vector<float> scales;
+  std::vector<int> numbers;
+
+  Packed(int64_t features, int64_t width, std::mt19937* random) {
+    const int64_t panels = (features + 63) / 64, steps = (width + 3) / 4;
+    bytes.assign(size_t(panels * steps * 256), 128);
+    for (int64_t f = 0; f < features; ++f) {
+      scales.push_back(0.01f + 0.001f * float(f % 7));
+      for (int64_t k = 0; k < width; ++k) {
+        numbers.push_back(int((*random)() % 255) - 127);
+        bytes[size_t(((f / 64 * steps + k / 4) * 64 + f % 64) * 4 + k % 4)] =
+            uint8_t(numbers.back() + 128);
+      }
+    }
+  }
+};
+
+void check_integers(const LinearCase& c, Type type, const char* about) {
+  std::mt19937 random(1);
+  const Tensor x(type, 1, 1, c.rows, c.width, &random), bias(type, 1, 1, 1, c.features, &random);
+  const Packed weight(c.features, c.width, &random);
+  Tensor out(type, 1, 1, c.rows, c.features, nullptr);
+  for (int64_t i = 0; i < c.rows; ++i) {
+    const double* row = x.row(0, 0, i);
+    float most = 0.0f;
+    for (int64_t k = 0; k < c.width; ++k) most = std::fmax(most, float(std::fabs(row[k])));
+    for (int64_t f = 0; f < c.features; ++f) {
+      double sum = 0.0;
+      for (int64_t k = 0; k < c.width; ++k)
+        sum += std::nearbyint(float(row[k]) * (127.0f / most)) *
+               weight.numbers[size_t(f * c.width + k)];
+      out.row(0, 0, i)[f] =
+          bias.row(0, 0, 0)[f] + sum * double(most) / 127.0 * double(weight.scales[size_t(f)]);
+    }
+  }
+  bool out_of_memory = false;
+  ff::Linear p;
+  p.rows = c.rows, p.length = c.length, p.width = c.width, p.features = c.features, p.type = type;
+  p.x = x.view().data, p.x_row = c.width;
+  p.weight = {weight.bytes.data(),  Type::kUInt8, 0,
+              weight.scales.data(), c.features,   bias.view().data};
+  p.out = out.out().data, p.out_row = c.features, p.out_of_memory = &out_of_memory;
+  ff::kernels().linear(p, serial);
+  compare("linear of integers", out, type == Type::kFloat32 ? 1e-6 : 5e-3, about);
+  if (out_of_memory) ++failures;
+}
+
+// The encoder layer gives the bits of its steps.
+void check_layer(Type type, bool norm_first, const char* about) {
+  constexpr int64_t kBatch = 2, kLength = 21, kWidth = 24, kHeads = 3, kHidden = 70;
+  constexpr int64_t kRows = kBatch * kLength, kHead = kWidth / kHeads;
+  std::mt19937 random(1);
+  const auto tensor = [&](int64_t rows, int64_t columns) {
+    return Tensor(type, 1, 1, rows, columns, &random);
+  };
+  const auto empty = [&](int64_t columns) { return Tensor(type, 1, 1, kRows, columns, nullptr); };
+  const Tensor x = tensor(kRows, kWidth), in = tensor(3 * kWidth, kWidth);
+  const Tensor to = tensor(kWidth, kWidth), first = tensor(kHidden, kWidth);
+  const Tensor second = tensor(kWidth, kHidden), scale = tensor(1, kWidth);
+  Tensor heads = empty(3 * kWidth), attended = empty(kWidth), y = empty(kWidth);
+  Tensor normed = empty(kWidth), hidden = empty(kHidden), steps = empty(kWidth);
+  Tensor whole = empty(kWidth);
+  bool out_of_memory = false;
+
+  const auto norm = [&](const Tensor& from, Tensor& into) {
+    ff::NormRows p;
+    p.rows = kRows, p.width = kWidth, p.type = type, p.norm = {scale.view().data, nullptr, 1e-5f};
+    p.x = from.view().data, p.x_row = kWidth, p.out = into.out().data, p.out_row = kWidth;
+    ff::kernels().norm(p, serial);
+  };
+  const auto linear = [&](const Tensor& from, const Tensor& weight, Tensor& into,
+                          const Tensor* residual, ff::Activation activation) {
+    ff::Linear p;
+    p.rows = kRows, p.length = kLength, p.width = from.columns, p.features = into.columns;
+    p.type = type, p.x = from.view().data, p.x_row = from.columns, p.weight = of(weight, nullptr);
+    p.activation = activation;
+    if (residual) p.residual = residual->view().data, p.residual_row = kWidth;
+    p.out = into.out().data, p.out_row = into.columns, p.out_of_memory = &out_of_memory;
+    ff::kernels().linear(p, serial);
+  };
+  ff::EncoderLayer layer{};
+  ff::AttentionForward& a = layer.attention;
+  a.batch = kBatch, a.heads = a.kv_heads = kHeads, a.q_len = a.kv_len = kLength;
+  a.head_dim = a.value_dim = kHead, a.type = type, a.scale = 0.3f, a.causal = true;
+  a.out_of_memory = layer.out_of_memory = &out_of_memory;
+  layer.width = kWidth, layer.hidden = kHidden, layer.type = type;
+  layer.x = x.view().data, layer.x_row = kWidth;
+  layer.in_proj = of(in, nullptr), layer.out_proj = of(to, nullptr);
+  layer.linear1 = of(first, nullptr), layer.linear2 = of(second, nullptr);
+  layer.norm1 = layer.norm2 = {scale.view().data, nullptr, 1e-5f};
+  layer.norm_first = norm_first, layer.activation = ff::Activation::kSilu;
+  layer.out = whole.out().data;
+  ff::kernels().encoder_layer(layer, serial);
+
+  constexpr auto kNone = ff::Activation::kNone;
+  if (norm_first) norm(x, normed);
+  linear(norm_first ? normed : x, in, heads, nullptr, kNone);
+  ff::AttentionForward call = a;
+  const auto part = [&](int64_t i) {
+    const auto* data = static_cast<const char*>(heads.view().data);
+    const int64_t size = type == Type::kFloat32 ? 4 : 2;
+    return ff::View{data + i * kWidth * size, kLength * 3 * kWidth, kHead, 3 * kWidth, 1};
+  };
+  call.query = part(0), call.key = part(1), call.value = part(2);
+  call.out = {attended.out().data, kLength * kWidth, kHead, kWidth, 1};
+  ff::kernels().attention_forward(call, serial);
+  linear(attended, to, y, &x, kNone);
+  if (!norm_first) norm(y, y);
+  if (norm_first) norm(y, normed);
+  linear(norm_first ? normed : y, first, hidden, nullptr, ff::Activation::kSilu);
+  linear(hidden, second, steps, &y, kNone);
+  if (!norm_first) norm(steps, steps);
+  bool same = !out_of_memory;
+  for (size_t i = 0; i < whole.exact.size(); ++i) same = same && whole.value(i) == steps.value(i);
+  if (!same) ++failures, std::printf("%s encoder layer: not the bits of its steps\n", about);
 }
 
 }  // namespace
@@ -313,9 +440,12 @@ int main() {
         char about[64];
         std::snprintf(about, sizeof about, "%s, case %d, type %d,", isa, number, int(type));
         check(c, type, about);
+        check_integers(c, type, about);
       }
       ++number;
     }
+    for (const Type type : {Type::kFloat32, Type::kBFloat16, Type::kFloat16})
+      for (const bool norm_first : {false, true}) check_layer(type, norm_first, isa);
     std::printf("%s: %s\n", isa, failures == before ? "right" : "WRONG");
   }
   return failures != 0;
