@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from nn_cases import cosine
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,6 +52,20 @@ def test_layers_take_it(norm_first: bool) -> None:
         with ff.use_backend("reference"):
             expected = ours(*given)
         torch.testing.assert_close(ours(*given), expected)
+
+
+@pytest.mark.parametrize("weights", ["int8", "bf16"])
+@torch.no_grad()
+def test_quantised_layers_take_it(weights: str) -> None:
+    layer, decoder = encoder_layer(), ff.nn.TransformerDecoderLayer(128, 4, 512, batch_first=True)
+    layer.norm1.register_forward_hook(lambda module, given, result: result)  # or it is one call
+    for model, given, calls in ((layer, (X,), 4), (decoder.eval(), (X, MEMORY), 4 + 3)):
+        ff.quantize(model, weights)
+        assert calls_of_the_op(lambda run=model, given=given: run(*given)) == calls
+        with ff.use_backend("reference"):
+            expected = model(*given)
+        # Integers of the next layer may be others after a difference in the last bit.
+        assert cosine(model(*given), expected) > 0.999
 
 
 @torch.no_grad()

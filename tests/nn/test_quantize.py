@@ -93,6 +93,19 @@ class TestModels:
         assert len(ff.quantize(model).quantized) == 3
         assert cosine(model["cross"](PICTURE, QUESTION), expected) > 0.999
 
+    @pytest.mark.parametrize("weights", KINDS)
+    @torch.no_grad()
+    def test_in_halves(self, weights: str) -> None:
+        """Cast as a whole, or under autocast."""
+        model, x = encoder(1), normal(2, 20, WIDTH)
+        expected = model(x)
+        ff.quantize(model, weights)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert cosine(model(x), expected) > 0.999
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            result = copy.deepcopy(model).to(dtype)(x.to(dtype))
+            assert result.dtype == dtype and cosine(result, expected) > 0.999
+
     def test_memory(self) -> None:
         layer = nn.Sequential(nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768))
         report = ff.quantize(layer)

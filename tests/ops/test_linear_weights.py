@@ -11,6 +11,7 @@ from suite import Target, targets_of
 from torch import Tensor
 
 import fastfusion as ff
+from fastfusion.backends import library
 from fastfusion.ops import pack_int8, unpack_int8
 from fastfusion.ops.linear import ACTIVATIONS, OP
 
@@ -18,8 +19,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 # Widths and features around a step of 4 and a panel of 64; lengths around registers and rounds.
 SHAPES = [
-    ((1, 8), 5), ((3, 77), 97), ((2, 20, 64), 48), ((2, 37, 33), 64), ((1, 48, 130), 65),
-    ((2, 3, 15, 256), 130), ((300, 96), 50), ((97,), 200), ((2, 7, 1), 3), ((4, 1, 768), 33),
+    ((40, 8), 5), ((3, 77), 97), ((2, 20, 64), 48), ((2, 37, 33), 64), ((1, 48, 130), 65),
+    ((2, 3, 15, 256), 130), ((300, 96), 50), ((97,), 200), ((2, 30, 1), 3), ((4, 1, 768), 33),
 ]  # fmt: skip
 
 
@@ -84,6 +85,15 @@ def assert_right(call: dict[str, Any], **more: Any) -> None:
         (result,) = target.call(ff.linear, **call)
         assert result.dtype == call["input"].dtype and result.is_contiguous()
         assert_accurate(*(t.reshape(1, -1) for t in (result, exact, plain)))
+
+
+@pytest.mark.skipif(library.native is None, reason="without the compiled part there is no kernel")
+def test_the_kernels_take_them() -> None:
+    """Otherwise the tests below would see the reference alone."""
+    for dtype, weights in itertools.product(DTYPES, ("int8", "bfloat16", "float16")):
+        if weights == "int8" or dtype == torch.float32:
+            call = operands((2, 8), 5, dtype, weights)
+            assert ff.explain(ff.linear, **{k: t.cpu() for k, t in call.items()}).chosen == "cpu"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
