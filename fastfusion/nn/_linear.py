@@ -19,7 +19,7 @@ from fastfusion.nn._plain import activation_name, does_nothing, has_global_hooks
 from fastfusion.nn._quantized import Operands, QuantizedLinear, product
 from fastfusion.ops.linear import has_own_dtype, linear
 
-_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear, QuantizedLinear)
+LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear, QuantizedLinear)
 # Numbers of a weight from which the kernel saves more than its call costs in Python: 32 x 32 take
 # 1.6 times as long as torch's (linear_tiny_4 in float32, benchmarks/results/amd-epyc-zen4).
 _LEAST = 1 << 14
@@ -119,4 +119,4 @@ def _runs(input: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tens
 
 def is_linear(module: Any) -> bool:
     """Whether this is a linear layer whose forward comes to `product`."""
-    return type(module) in _LINEAR and is_bare(module)
+    return type(module) in LINEAR and is_bare(module)

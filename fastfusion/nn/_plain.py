@@ -3,7 +3,7 @@
 Attributes come from dictionaries: 19 us for a fusion layer, 44 through nn.Module's getattr.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,24 +11,33 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# torch fills these and never replaces them.
+_GLOBAL_HOOKS: list[dict[int, Any]] = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
 
 
 def has_global_hooks() -> bool:
     """Whether torch calls something for every module."""
-    return any([getattr(torch_module, f"_global{hooks}") for hooks in _HOOKS])
+    return any(_GLOBAL_HOOKS)
 
 
-def is_bare(module: Any, pre_hooks: int = 0) -> bool:
-    """Whether calling this module runs the forward of its class and nothing else but so many
-    hooks before it."""
-    own = module.__dict__
-    return not (
-        "forward" in own
-        or len(own["_forward_pre_hooks"]) != pre_hooks
-        or own["_forward_hooks"]
-        or own["_backward_pre_hooks"]
-        or own["_backward_hooks"]
-    )
+def is_bare(module: Any) -> bool:
+    """Whether calling this module runs the forward of its class and nothing else."""
+    return are_bare((module,))
+
+
+def are_bare(modules: Iterable[Any]) -> bool:
+    """Whether that holds for all of them."""
+    for module in modules:
+        own = module.__dict__
+        if (
+            own["_forward_pre_hooks"]
+            or own["_forward_hooks"]
+            or own["_backward_pre_hooks"]
+            or own["_backward_hooks"]
+            or "forward" in own
+        ):
+            return False
+    return True
 
 
 def does_nothing(dropout: Any) -> bool:

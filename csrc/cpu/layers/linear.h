@@ -204,11 +204,10 @@ struct LinearTask {
         for (int64_t r = 0; r < some; ++r)
           x[r] = rows.inner_x.data + (index * kLinearPanel + i + r) * rows.inner_x.row;
         float tile[2 * Vec::kLanes];
-        if (some == 1) multiply_inner<Math, 1>(x, w, p.width, tile);
-        if (some == 2) multiply_inner<Math, 2>(x, w, p.width, tile);
-        if constexpr (kInnerRows == 3) {
-          if (some == 3) multiply_inner<Math, 3>(x, w, p.width, tile);
-        }
+        const auto multiply = some == 1   ? multiply_inner<Math, 1>
+                              : some == 2 ? multiply_inner<Math, 2>
+                                          : multiply_inner<Math, kInnerRows>;
+        multiply(x, w, p.width, tile);
         for (int64_t r = 0; r < some; ++r)
           for (int64_t j = 0; j < count; ++j)
             sums[(i + r) * stride + f + j * apart] = tile[r * kInnerFeatures + j];
