@@ -209,11 +209,10 @@ class OpSuite:
     plain: ClassVar[Callable[..., tuple[Tensor, ...]]]
     cases: ClassVar[list[Case]]
     outputs: ClassVar[int]  # before the lse
+    # What asks the function for all outputs.
+    with_lse: ClassVar[dict[str, Any]] = {"return_lse": True}
     # Names of cases that have each bool argument on each way through the kernels.
     bool_cases: ClassVar[tuple[str, ...]] = ()
-    # Of cases that go each way that a scale can take; and of few, for slow targets.
-    scale_cases: ClassVar[tuple[str, ...]] = ()
-    slow_scale_cases: ClassVar[tuple[str, ...]] = ()
     dtypes: ClassVar[tuple[torch.dtype, ...]] = DTYPES
 
     @classmethod
@@ -259,11 +258,28 @@ class OpSuite:
         the relative error of one number is luck."""
         return tensor.flatten(1) if tensor.dim() == 3 else tensor.t()
 
+    @classmethod
+    def inputs(cls, shape: dict[str, Any], dtype: torch.dtype, seed: int) -> dict[str, Any]:
+        """Arguments of `function`, each of them a tensor or an option."""
+        return cls.op.inputs(shape, dtype, seed=seed)
+
+    @classmethod
+    def reference(cls, **call: Any) -> tuple[Tensor, ...]:
+        return cls.op.reference(**call)
+
+    def takes(self, target: Target, call: dict[str, Any]) -> bool:
+        """Whether a target runs a call; one that does not is seen to refuse it."""
+        return True
+
+    @staticmethod
+    def relayout(tensor: Tensor, layout: str) -> Tensor:
+        return relayout(tensor, layout)
+
     def build(self, case: Case, dtype: torch.dtype, target: Target) -> dict[str, Any]:
         """The call of a case, without dropout where the target takes none."""
         slow = target.interpreted and target.backend == "triton"
         shape = case.shape | (case.in_triton if slow else {})
-        call = self.op.inputs(shape, dtype, seed=len(case.name))
+        call = self.inputs(shape, dtype, len(case.name))
         call.update(case.options)
         if not target.drops:
             call.pop("dropout_p", None)
@@ -279,10 +295,12 @@ class OpSuite:
 
     def compare(self, target: Target, call: dict[str, Any], factor: float = 1.0) -> None:
         """Outputs and gradients of a target by the rule of accuracy.py."""
+        if not self.takes(target, call):
+            return
         (exact, exact_gradients), (plain, plain_gradients) = self.expected(call, factor)
         with filled_memory():
             actual, gradients = self.evaluate(
-                lambda **kw: target.call(type(self).function, **kw, return_lse=True), call, factor
+                lambda **kw: target.call(type(self).function, **kw, **self.with_lse), call, factor
             )
         for index, (a, e, p) in enumerate(zip(actual, exact, plain, strict=True)):
             is_lse = index >= self.outputs
@@ -306,7 +324,7 @@ class OpSuite:
         if key not in _expected:
             double = {k: _double(v) for k, v in call.items()}
             runs = [
-                self.evaluate(lambda **kw: self.op.reference(**kw), double, factor),
+                self.evaluate(lambda **kw: self.reference(**kw), double, factor),
                 self.evaluate(type(self).plain, call, factor),
             ]
             exact, plain = ((tuple(r.detach() for r in out), grads) for out, grads in runs)
@@ -317,6 +335,70 @@ class OpSuite:
 
     def test_accuracy(self, case: Case, target: Target, dtype: torch.dtype) -> None:
         self.compare(target, self.build(case, dtype, target))
+
+    def test_bool_bytes(self, native_target: Target) -> None:
+        """Whatever byte is in the place of True, the bits are those of 1."""
+
+        def run(**kw: Any) -> tuple[Tensor, ...]:
+            return native_target.call(type(self).function, **kw, **self.with_lse)
+
+        for case in (c for c in self.cases if c.name in self.bool_cases):
+            call = self.build(case, torch.float32, native_target)
+            if not self.takes(native_target, call):
+                continue
+            expected, expected_gradients = self.evaluate(run, in_bytes(call, 1))
+            for byte in (2, 128, 255):
+                actual, gradients = self.evaluate(run, in_bytes(call, byte))
+                assert all(map(torch.equal, actual, expected))
+                assert all(torch.equal(gradients[n], expected_gradients[n]) for n in gradients)
+
+    @pytest.mark.parametrize("layout", ["transposed", "offset", "repeated", "reversed_last"])
+    def test_strides(self, layout: str, target: Target, dtype: torch.dtype) -> None:
+        """Any strides give the result of contiguous inputs, and no neighbour is read or written."""
+        call = self.build(self.cases[0], dtype, target)
+        if not self.takes(target, call):
+            return
+        viewed = dict(call)
+        for name in leaves(call):
+            viewed[name] = self.relayout(call[name], layout)
+            if layout == "repeated":
+                call[name] = viewed[name].contiguous()
+        expected, expected_gradients = self.evaluate(
+            lambda **kw: target.call(type(self).function, **kw, **self.with_lse), call
+        )
+        actual, gradients = self.evaluate(
+            lambda **kw: target.call(type(self).function, **kw, **self.with_lse), viewed
+        )
+        if target.backend == "reference":
+            self.compare(target, viewed)
+            return
+        for a, e in zip(actual, expected, strict=True):
+            assert torch.equal(a, e)
+        for name in gradients:
+            assert torch.equal(gradients[name], expected_gradients[name])
+
+    def test_same_bits_for_any_threads(self, case: Case, threaded_target: Target) -> None:
+        call = self.build(case, torch.float32, threaded_target)
+        runs = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append(
+                self.evaluate(
+                    lambda **kw: threaded_target.call(type(self).function, **kw, **self.with_lse),
+                    call,
+                )
+            )
+        for outputs, gradients in runs[1:]:
+            assert all(map(torch.equal, outputs, runs[0][0]))
+            assert all(torch.equal(gradients[n], runs[0][1][n]) for n in gradients)
+
+
+class AttentionSuite(OpSuite):
+    """That of an op with queries, keys and a scale."""
+
+    # Of cases that go each way that a scale can take; and of few, for slow targets.
+    scale_cases: ClassVar[tuple[str, ...]] = ()
+    slow_scale_cases: ClassVar[tuple[str, ...]] = ()
 
     @pytest.mark.parametrize("scale", SCALES)
     def test_any_finite_scale(self, scale: str, fast_target: Target, dtype: torch.dtype) -> None:
@@ -339,58 +421,6 @@ class OpSuite:
             call = self.build(case, dtype, target)
             call |= {"scale": number, "query": call["query"] * query, "key": call["key"] * key}
             self.compare(target, call, loss)
-
-    def test_bool_bytes(self, native_target: Target) -> None:
-        """Whatever byte is in the place of True, the bits are those of 1."""
-
-        def run(**kw: Any) -> tuple[Tensor, ...]:
-            return native_target.call(type(self).function, **kw, return_lse=True)
-
-        for case in (c for c in self.cases if c.name in self.bool_cases):
-            call = self.build(case, torch.float32, native_target)
-            expected, expected_gradients = self.evaluate(run, in_bytes(call, 1))
-            for byte in (2, 128, 255):
-                actual, gradients = self.evaluate(run, in_bytes(call, byte))
-                assert all(map(torch.equal, actual, expected))
-                assert all(torch.equal(gradients[n], expected_gradients[n]) for n in gradients)
-
-    @pytest.mark.parametrize("layout", ["transposed", "offset", "repeated", "reversed_last"])
-    def test_strides(self, layout: str, target: Target, dtype: torch.dtype) -> None:
-        """Any strides give the result of contiguous inputs, and no neighbour is read or written."""
-        call = self.build(self.cases[0], dtype, target)
-        viewed = dict(call)
-        for name in leaves(call):
-            viewed[name] = relayout(call[name], layout)
-            if layout == "repeated":
-                call[name] = viewed[name].contiguous()
-        expected, expected_gradients = self.evaluate(
-            lambda **kw: target.call(type(self).function, **kw, return_lse=True), call
-        )
-        actual, gradients = self.evaluate(
-            lambda **kw: target.call(type(self).function, **kw, return_lse=True), viewed
-        )
-        if target.backend == "reference":
-            self.compare(target, viewed)
-            return
-        for a, e in zip(actual, expected, strict=True):
-            assert torch.equal(a, e)
-        for name in gradients:
-            assert torch.equal(gradients[name], expected_gradients[name])
-
-    def test_same_bits_for_any_threads(self, case: Case, threaded_target: Target) -> None:
-        call = self.build(case, torch.float32, threaded_target)
-        runs = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            runs.append(
-                self.evaluate(
-                    lambda **kw: threaded_target.call(type(self).function, **kw, return_lse=True),
-                    call,
-                )
-            )
-        for outputs, gradients in runs[1:]:
-            assert all(map(torch.equal, outputs, runs[0][0]))
-            assert all(torch.equal(gradients[n], runs[0][1][n]) for n in gradients)
 
 
 def relayout(tensor: Tensor, layout: str) -> Tensor:

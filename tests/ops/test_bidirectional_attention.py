@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from suite import DEVICE, Case, OpSuite, Target, above_diagonal, plain_lse
+from suite import DEVICE, AttentionSuite, Case, Target, above_diagonal, plain_lse
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -183,7 +183,7 @@ CASES = [
 ]  # fmt: skip
 
 
-class TestBidirectionalAttention(OpSuite):
+class TestBidirectionalAttention(AttentionSuite):
     op = spec.OP
     function = staticmethod(ff.bidirectional_attention)
     plain = staticmethod(plain_bidirectional)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_accurate
-from suite import DEVICE, Case, OpSuite, Target, plain_attention
+from suite import DEVICE, AttentionSuite, Case, Target, plain_attention
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 import fastfusion as ff
@@ -127,7 +127,7 @@ CASES = [
 ]  # fmt: skip
 
 
-class TestScaledDotProductAttention(OpSuite):
+class TestScaledDotProductAttention(AttentionSuite):
     op = spec.OP
     function = staticmethod(ff.scaled_dot_product_attention)
     plain = staticmethod(plain_attention)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from suite import DEVICE, Case, OpSuite, Target, above_diagonal, plain_lse
+from suite import DEVICE, AttentionSuite, Case, Target, above_diagonal, plain_lse
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -167,7 +167,7 @@ CASES = [
 ]  # fmt: skip
 
 
-class TestVarlenAttention(OpSuite):
+class TestVarlenAttention(AttentionSuite):
     op = spec.OP
     function = staticmethod(ff.varlen_attention)
     plain = staticmethod(plain_varlen)
@@ -181,7 +181,7 @@ class TestVarlenAttention(OpSuite):
     def slices(tensor: Tensor) -> Tensor:
         """One slice per head of (total, heads, dim); of a mask as in padded calls."""
         if tensor.dim() != 3:
-            return OpSuite.slices(tensor)
+            return AttentionSuite.slices(tensor)
         return tensor.transpose(0, 1).flatten(1)
 
     def test_same_bits_alone_and_in_a_pack(self, native_target: Target, dtype: torch.dtype) -> None:
