@@ -173,7 +173,7 @@ def _norm(width: int, heaviest: bool, dtype: torch.dtype) -> None:
     outs = norm.layer_norm(rows, weight, weight, residual=rows, return_sum=True)
     torch.autograd.grad(outs, (rows, weight), [rows.detach()] * 2)
     pair = norm.Rows(rows.detach(), weight.detach(), weight.detach(), 1e-5, rows.detach())
-    norm.layer_norms(pair, pair)
+    norm.norms(pair, pair)
 
 
 def _tf32(call: Callable[[], Any]) -> None:

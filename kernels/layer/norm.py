@@ -225,9 +225,10 @@ def rms_norm(
     return _norm(Rows(x, weight, None, eps, residual), True, return_sum)
 
 
-def layer_norms(first: Rows, second: Rows) -> tuple[Tensor, ...]:
-    """LayerNorm of two tensors of any two shapes in one launch, without gradients."""
-    return _launch_forward((first, second), False, False)[0]
+def norms(*given: Rows, rms: bool = False) -> tuple[Tensor, ...]:
+    """LayerNorm, or RMSNorm, of one or two tensors of any shapes in one launch, without
+    gradients."""
+    return _launch_forward(given, rms, False)[0]
 
 
 def _norm(given: Rows, rms: bool, return_sum: bool) -> Any:
