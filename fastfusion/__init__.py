@@ -10,6 +10,8 @@ from fastfusion._cuda_graph import CudaGraphed, cuda_graph
 from fastfusion._info import Info, explain, info
 from fastfusion.core.op import BackendUnavailableError, Explanation, use_backend
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
+from fastfusion.ops.cross_attention_layer import cross_attention_layer
+from fastfusion.ops.cross_modal_layer import cross_modal_layer
 from fastfusion.ops.encoder_layer import encoder_layer
 from fastfusion.ops.linear import linear
 from fastfusion.ops.norm import norm
@@ -31,6 +33,8 @@ __all__ = [
     "QuantizedLayer",
     "attention_maps",
     "bidirectional_attention",
+    "cross_attention_layer",
+    "cross_modal_layer",
     "cuda_graph",
     "encoder_layer",
     "explain",

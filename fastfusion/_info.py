@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastfusion import ops
 from fastfusion.backends import cuda, library, triton
-from fastfusion.core.op import Explanation, explain_op, forced_backend
+from fastfusion.core.op import Explanation, Op, explain_call, explain_op, forced_backend
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,14 @@ class Watching(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        fusing = getattr(func, "__self__", None)
+        if isinstance(fusing, Op):
+            explanation = explain_call(fusing, *args)
+            if explanation.chosen not in (None, "reference"):  # else its parts call ops themselves
+                self.rows.append((self._caller(), explanation))
+            return func(*args, **kwargs)
         spec = next((spec for function, spec in ops.FUNCTIONS.items() if function is func), None)
-        if spec in ops.ATTENTION:
+        if spec in (*ops.ATTENTION, *ops.LAYERS):
             given = inspect.signature(func).bind(*args, **kwargs)
             told = {
                 name: value

@@ -244,11 +244,12 @@ def block(name: str) -> dict[str, str]:
     mask = draw.random.choice((None, ~draw.hidden(q_len, kv_len, share=0.2)))
     padding = draw.random.choice((None, draw.hidden(batch, kv_len, share=0.2)))
     epsilons = [draw.random.choice((None, 1e-5)) for _ in range(2)]
-    out = torch.ops.fastfusion.cuda_cross_attention_block(
-        query, context, normal(inner, width), maybe(inner), normal(2 * inner, context_width),
-        maybe(2 * inner), normal(out_width, inner), maybe(out_width), mask, padding,
-        maybe(batch, q_len, out_width), maybe(width), maybe(width), maybe(context_width),
-        maybe(context_width), heads, None, *epsilons, draw.random.choice((True, False)),
+    out = torch.ops.fastfusion.cuda_cross_attention_layer_forward(
+        query, context, None, None, normal(inner, width), maybe(inner),
+        normal(2 * inner, context_width), maybe(2 * inner), normal(out_width, inner),
+        maybe(out_width), maybe(batch, q_len, out_width), maybe(width), maybe(width),
+        maybe(context_width), maybe(context_width), mask, padding, heads, None, *epsilons,
+        draw.random.choice((True, False)),
     )  # fmt: skip
     return {"out": digest(out)}
 

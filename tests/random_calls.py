@@ -108,6 +108,11 @@ class Drawn:
         """The formula as a user writes it, for what `Built.clean` holds."""
         raise NotImplementedError
 
+    @classmethod
+    def reference(cls, **call: Any) -> tuple[Tensor, ...]:
+        """The op's own, for the same."""
+        return cls.op.reference(**call)
+
     @property
     def weighed(self) -> list[int]:
         """The results that the loss is made of."""

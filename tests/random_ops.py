@@ -18,6 +18,7 @@ from random_calls import (
     draw_padding,
     fitted,
 )
+from random_layers import CrossAttentionLayer, CrossModalLayer
 from suite import Target, plain_attention
 from test_bidirectional_attention import plain_bidirectional
 from test_linear_weights import formula, operands, runnable
@@ -389,10 +390,12 @@ class Linear(Drawn):
 
 
 KINDS: dict[str, type[Drawn]] = {
-    kind.op.name: kind for kind in (Attention, Bidirectional, Varlen, Linear)
+    kind.op.name: kind
+    for kind in (Attention, Bidirectional, Varlen, Linear, CrossAttentionLayer, CrossModalLayer)
 }
 
 
 def draw(op: str, target: Target, index: int, name: str) -> Drawn:
     """The call number `index` of an op's list for a target (`name`); always the same."""
-    return KINDS[op].draw(random.Random(f"{op}:{name}:{index}"), target)
+    drawn: Drawn = KINDS[op].draw(random.Random(f"{op}:{name}:{index}"), target)
+    return drawn

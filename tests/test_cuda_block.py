@@ -1,4 +1,4 @@
-"""The fused cross-modal block of the CUDA kernels: on a GPU, and on the CPU in the emulator."""
+"""The cross-attention layer of the CUDA kernels: on a GPU, and on the CPU in the emulator."""
 
 import ctypes
 import itertools
@@ -13,19 +13,14 @@ from suite import DEVICE, relayout
 from torch import Tensor
 
 import fastfusion as ff
-from fastfusion import _cuda_block
 from fastfusion.backends import cuda
+from fastfusion.ops import cross_attention_layer as layer
 
 pytestmark = pytest.mark.skipif(
     cuda.unavailable() is not None, reason=f"no CUDA kernels: {cuda.unavailable()}"
 )
 TYPES = (torch.float16, torch.bfloat16)
-NAMES = (
-    "query", "context", "q_weight", "q_bias", "kv_weight", "kv_bias", "out_weight", "out_bias",
-    "attn_mask", "key_padding_mask", "residual", "query_norm_weight", "query_norm_bias",
-    "context_norm_weight", "context_norm_bias", "num_heads", "scale", "query_norm_eps",
-    "context_norm_eps", "rms_norm",
-)  # fmt: skip
+NAMES = layer.Call._fields
 # Widths without a norm, 16 rows of which fill the shared memory of a compute capability.
 WIDEST = {75: 2048, 80: 5184, 86: 3136, 87: 5184, 89: 3136, 90: 7232}
 
@@ -99,8 +94,13 @@ def full(*sizes: int, dtype: torch.dtype = torch.float16, rms: bool = False) -> 
     return call
 
 
+def op() -> Any:
+    """The op, which `emulate` may have loaded after this file."""
+    return torch.ops.fastfusion.cuda_cross_attention_layer_forward.default
+
+
 def run(call: Call) -> Tensor:
-    result: Tensor = _cuda_block.block()(*call.values())
+    result: Tensor = op()(*call.values())
     return result
 
 
@@ -274,6 +274,8 @@ def test_every_order_gives_the_same_bits(query_dim: int) -> None:
 BAD: dict[str, Any] = {
     "query": values(2, 9, 25),
     "context": values(3, 7, 16),
+    "key": values(2, 2, 7, 8),
+    "value": values(2, 2, 7, 8),
     "q_weight": values(16, 24, dtype=torch.bfloat16),
     "q_bias": values(15),
     "kv_weight": values(31, 16),
@@ -317,9 +319,7 @@ def test_other_bad_input() -> None:
 
 def test_how_torch_sees_it() -> None:
     call = full(2, 9, 7, 24, 16, 2, 8, 16)
-    torch.library.opcheck(
-        _cuda_block.block(), tuple(call.values()), test_utils=("test_schema", "test_faketensor")
-    )
+    torch.library.opcheck(op(), tuple(call.values()))
 
 
 # ---- CrossAttention
@@ -329,8 +329,8 @@ def test_how_torch_sees_it() -> None:
 def blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """An entry for each call of the op that a module makes."""
     calls: list[int] = []
-    op = _cuda_block.block()
-    monkeypatch.setattr(_cuda_block, "block", lambda: lambda *given: calls.append(1) or op(*given))
+    kernels = layer._CUDA.op
+    monkeypatch.setattr(layer._CUDA, "op", lambda call, lse: calls.append(1) or kernels(call, lse))
     yield calls
 
 
@@ -399,7 +399,6 @@ def test_what_the_block_leaves_to_the_modules(blocks: list[int]) -> None:
             expected = layer(query, context, need_weights=True)[0]
             kept = layer(query, layer.project_context(context))
             torch.testing.assert_close(kept, expected, atol=2e-2, rtol=2e-2)
-            module()(values(1, _cuda_block.MAX_LENGTH + 1, 24), context[:1])
             hooked = module()
             hooked.out_proj.register_forward_hook(lambda *_: None)
             hooked(query, context)
@@ -409,6 +408,24 @@ def test_what_the_block_leaves_to_the_modules(blocks: list[int]) -> None:
     with torch.no_grad(), ff.use_backend("reference"):
         module()(query, context)
     assert not blocks
+
+
+def test_long_sequences_are_left_to_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton is not what runs; by name the kernels take any length."""
+    monkeypatch.setattr(cuda, "emulates", lambda call: False)
+    monkeypatch.setattr(layer, "_triton_refuses", lambda call: ("it is not here",))
+    monkeypatch.setattr(layer.triton, "interprets", lambda call: True)
+
+    def chosen(q_len: int, kv_len: int, backend: str | None = None) -> str:
+        call = bare(1, q_len, kv_len, 24, 16, 2, 8, 16)
+        return layer.OP.select(backend, layer.Call(**call)).backend
+
+    most = layer.MAX_LENGTH
+    with torch.no_grad():
+        assert chosen(most, most) == "cuda"
+        longer = [chosen(most + 1, 5), chosen(5, most + 1)]
+        assert "cuda" not in longer
+        assert chosen(most + 1, 5, "cuda") == "cuda"
 
 
 def test_compiled_module(blocks: list[int]) -> None:

@@ -195,3 +195,5 @@ def test_calls_of_python_and_cpp_are_twins() -> None:
                 assert arguments == op.definition.schema(), found
                 seen.add(found._schema.name.removeprefix("fastfusion::"))
     assert seen >= {"attention", "bidirectional_out", "varlen_forward", "linear_forward"}
+    if ff.backends.cuda.emulated is not None:
+        assert "cuda_cross_attention_layer_forward" in seen

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import fastfusion as ff
+from fastfusion.core import layers
 from fastfusion.core.on_import import on_import
 from fastfusion.integrations.onnx import translations
 from fastfusion.ops import pack_int8
@@ -291,7 +291,7 @@ def test_linear(tmp_path: Path) -> None:
             assert_right(model, module, inputs(*sizes))
 
 
-def layer_calls(t: dict[str, Tensor]) -> list[Tensor]:
+def encoder_calls(t: dict[str, Tensor]) -> list[Tensor]:
     x, weights = t["x"], {n: v for n, v in t.items() if n not in ("x", "hidden")}
     masks = {"key_padding_mask": t["hidden"], "is_causal": True}
     return [
@@ -303,7 +303,7 @@ def layer_calls(t: dict[str, Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def test_layers(tmp_path: Path) -> None:
+def test_norms_and_encoder_layers(tmp_path: Path) -> None:
     def inputs(batch: int, length: int) -> dict[str, Tensor]:
         hidden = torch.arange(length).expand(batch, length) >= length - 1
         return {"x": torch.randn(batch, length, 8), "hidden": hidden, **weights}
@@ -312,13 +312,72 @@ def test_layers(tmp_path: Path) -> None:
     weights = {n: v for n, v in call.items() if n.endswith(("weight", "bias"))}
     axes = {"x": {0: B, 1: L}, "hidden": {0: B, 1: L}, **dict.fromkeys(weights)}
     first = inputs(2, 5)
-    module = Module(list(first), layer_calls)
+    module = Module(list(first), encoder_calls)
     program = export(module, first, axes, optimize=False)
     models = [program.model_proto.SerializeToString()]
     models.append(torchscript(module, first, axes, tmp_path / "model.onnx"))
     for model in models:
         for sizes in ((4, 9), (1, 1)):
             assert_right(model, module, inputs(*sizes))
+
+
+def layer_weights(op: Any, *tokens: str) -> dict[str, Any]:
+    """Arguments of a layer but for its tokens and its form."""
+    shape = {"q_len": 1, "kv_len": 1, "dim": 24, "context_dim": 16, "heads": 2, "ffn": 20}
+    call = op.inputs(shape, torch.float32)
+    return {k: v for k, v in call.items() if k not in (*tokens, "activation", "norm_first")}
+
+
+ATTEND = layer_weights(ff.ops.LAYERS[0], "query", "context")
+FUSE = layer_weights(ff.ops.LAYERS[1], "visual", "text")
+
+
+def layer_calls(t: dict[str, Tensor]) -> list[Any]:
+    """Each layer in its forms."""
+    query, context, dtype = t["query"], t["context"], t["query"].dtype
+    attend, fuse = ({k: layers.cast(dtype, v) for k, v in c.items()} for c in (ATTEND, FUSE))
+    norms = {
+        "query_norm": ff.ops.Norm(eps=1e-3),
+        "context_norm": ff.ops.Norm(context.new_ones(16) * 0.7, context.new_ones(16)),
+    }
+    masks = {"key_padding_mask": t["no_context"], "attn_mask": t["bools"]}
+    paddings = {"visual_padding_mask": t["no_query"], "text_padding_mask": t["no_context"]}
+    keys = context[:, None, :, :12].expand(-1, 2, -1, -1)
+    projected = attend | {"context": (keys, keys * 0.5), "kv_weight": None, "kv_bias": None}
+    return [
+        ff.cross_attention_layer(query, context, **attend),
+        ff.cross_attention_layer(query, context, **attend, **masks, **norms, residual=query),
+        ff.cross_attention_layer(query, context, **attend, **norms, rms_norm=True, scale=0.3),
+        ff.cross_attention_layer(query, **projected, attn_mask=t["bias"]),
+        ff.cross_modal_layer(query, context, **fuse, **paddings, activation="gelu"),
+        ff.cross_modal_layer(query, context, **fuse, attn_mask=t["bools"], norm_first=True),
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("backend", ["triton", None])
+def test_layers(backend: str | None, opset: int) -> None:
+    """The program holds the kernels' ops, or the reference's operators."""
+
+    def inputs(batch: int, q_len: int, kv_len: int) -> dict[str, Tensor]:
+        return {
+            "query": torch.randn(batch, q_len, 24), "context": torch.randn(batch, kv_len, 16),
+            "bools": torch.rand(q_len, kv_len) > 0.3, "bias": torch.randn(q_len, kv_len),
+            "no_query": hidden(batch, q_len), "no_context": hidden(batch, kv_len),
+        }  # fmt: skip
+
+    axes = {
+        "query": {0: B, 1: L}, "context": {0: B, 1: S}, "bools": {0: L, 1: S},
+        "bias": {0: L, 1: S}, "no_query": {0: B, 1: L}, "no_context": {0: B, 1: S},
+    }  # fmt: skip
+    first = inputs(*EXPORTED)
+    module = Module(list(first), layer_calls)
+    with ff.use_backend(backend):
+        program = export(module, first, axes, optimize=False, opset_version=opset)
+    model = program.model_proto.SerializeToString()
+    for sizes in OTHERS:
+        assert_right(model, module, inputs(*sizes))
 
 
 def narrow_calls(t: dict[str, Tensor]) -> list[Tensor]:
@@ -384,13 +443,9 @@ def test_translations_of_every_op() -> None:
     with pytest.raises(ValueError, match="opset_version must be at least 18, got 17"):
         translations(17)
     table = translations()
-    forward = {
-        schema.name
-        for schema in torch._C._jit_get_all_schemas()
-        if re.fullmatch(r"fastfusion::(triton_|cuda_)?[a-z_]+?(_forward|_out)?", schema.name)
-        and not re.search("capability|gradient|backward|block", schema.name)
-    }
-    assert "fastfusion::attention_out" in forward
+    names = [schema.name for schema in torch._C._jit_get_all_schemas()]
+    others = ("_backward", "_path", "_capability", "_gradient")
+    forward = {n for n in names if n.startswith("fastfusion::") and not n.endswith(others)}
     assert {op._schema.name for op in table} == forward
     for opset in (18, 20, 23):
         registry = ONNXRegistry.from_torchlib(opset)

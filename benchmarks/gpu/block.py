@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastfusion as ff
-from fastfusion import _cuda_block
+from fastfusion.ops import cross_attention_layer as layer
 
 from ..common import ops
 from ..common.peers import Arguments, additive, unfused_formula
@@ -175,26 +175,33 @@ def ours(call: Arguments, cell: Cell) -> dict[str, Timed]:
     """The block of our modules, and on the CUDA kernels where something else was chosen."""
     block, given = call["block"], (call["query"], call["context"], call["padding"])
     ((_, explanation),) = ff.explain(block, *given).rows
-    # The CUDA kernels of the whole module call no op.
-    cell.path = "cuda" if explanation is None else explanation.chosen
+    cell.path = None if explanation is None else explanation.chosen
     found = {OURS: Timed(partial(run, call))}
-    with ff.use_backend("cuda"):
-        possible = _cuda_block.runs_on(block.attention, *given[:2])
-    if possible and cell.path != "cuda":
+    kernels = [i for i in layer.OP.implementations if i.backend == "cuda"]
+    refused = [why for i in kernels for why in i.refuses(layer.OP.call(**_of_op(call)))]
+    if not refused and cell.path != "cuda":
         context = partial(ff.use_backend, "cuda")
         found[f"{OWN_PREFIX}cuda"] = Timed(partial(run, call), context)
-        found[f"{OWN_PREFIX}cuda residual"] = Timed(partial(_with_residual, block, *given))
+        found[f"{OWN_PREFIX}cuda residual"] = Timed(partial(_with_residual, call))
     return found
 
 
-def _with_residual(block: Block, query: Tensor, context: Tensor, padding: Tensor | None) -> Tensor:
+def _of_op(call: Arguments) -> Arguments:
+    """The attention of the block as arguments of our op."""
+    attention = call["block"].attention
+    parts = {"q": attention.q_proj, "kv": attention.kv_proj, "out": attention.out_proj}
+    weights = {f"{name}_weight": part.weight for name, part in parts.items()}
+    biases = {f"{name}_bias": part.bias for name, part in parts.items()}
+    sequences = {"query": call["query"], "context": call["context"]}
+    options = {"num_heads": attention.num_heads, "key_padding_mask": call["padding"]}
+    return sequences | weights | biases | options
+
+
+def _with_residual(call: Arguments) -> Tensor:
     """The block with its sum in the kernel of `out_proj`."""
-    q, kv, out = block.attention.q_proj, block.attention.kv_proj, block.attention.out_proj
-    summed: Tensor = _cuda_block.block()(
-        query, context, q.weight, q.bias, kv.weight, kv.bias, out.weight, out.bias, None, padding,
-        query, None, None, None, None, block.attention.num_heads, None, None, None, False,
-    )  # fmt: skip
-    return block.norm(summed)
+    summed = ff.cross_attention_layer(**_of_op(call), residual=call["query"], backend="cuda")
+    normalized: Tensor = call["block"].norm(summed)
+    return normalized
 
 
 # ---- peers

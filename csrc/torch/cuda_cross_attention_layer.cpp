@@ -58,64 +58,75 @@ class Operands {
   std::list<Tensor> copies_;
 };
 
-Tensor cross_attention_layer(
-    const Tensor& query, const Tensor& context, const Tensor& q_weight, const MaybeTensor& q_bias,
-    const Tensor& kv_weight, const MaybeTensor& kv_bias, const Tensor& out_weight,
-    const MaybeTensor& out_bias, const MaybeTensor& mask, const MaybeTensor& padding,
-    const MaybeTensor& residual, const MaybeTensor& query_norm_weight,
-    const MaybeTensor& query_norm_bias, const MaybeTensor& context_norm_weight,
-    const MaybeTensor& context_norm_bias, int64_t heads, std::optional<double> scale,
-    std::optional<double> query_norm_eps, std::optional<double> context_norm_eps, bool rms_norm) {
-  const Device device(query);
-  check_fits(query.dim() == 3 && context.dim() == 3 && query.size(2) > 0 && context.size(2) > 0,
-             "query or context");
-  check_fits(q_weight.dim() == 2 && out_weight.dim() == 2 && heads > 0 && q_weight.size(0) > 0 &&
-                 q_weight.size(0) % heads == 0,
-             "q_weight");
+struct Layer {
+  const CrossAttentionLayerInputs& in;
+  Device device;
+  Operands operands;
   cuda::CrossAttentionLayer p;
-  p.batch = query.size(0), p.q_len = query.size(1), p.kv_len = context.size(1);
-  p.heads = p.kv_heads = heads, p.head_dim = p.value_dim = q_weight.size(0) / heads;
-  p.query_dim = query.size(2), p.context_dim = context.size(2), p.out_dim = out_weight.size(0);
-  p.type = kernel_type(query.scalar_type());
-  const int64_t inner = q_weight.size(0);
+  int capability;
 
-  Operands operands(query, p.batch);
-  p.x = operands.sequence(query, p.q_len, p.query_dim, "query");
-  p.context = operands.sequence(context, p.kv_len, p.context_dim, "context");
-  p.q_proj = operands.linear(q_weight, q_bias, inner, p.query_dim, "q_weight or its bias");
-  p.kv_proj =
-      operands.linear(kv_weight, kv_bias, 2 * inner, p.context_dim, "kv_weight or its bias");
-  p.out_proj = operands.linear(out_weight, out_bias, p.out_dim, inner, "out_weight or its bias");
-  p.query_norm = operands.norm(query_norm_eps, rms_norm, query_norm_weight, query_norm_bias,
-                               p.query_dim, "the norm of query");
-  p.context_norm = operands.norm(context_norm_eps, rms_norm, context_norm_weight, context_norm_bias,
-                                 p.context_dim, "the norm of context");
-  if (residual) p.residual = operands.sequence(*residual, p.q_len, p.out_dim, "residual");
-  describe_masks(p, query, mask, padding);
-  describe_scale(p, scale);
-  p.causal = false;
-  const int capability = check_kernels(p);
+  explicit Layer(const CrossAttentionLayerInputs& inputs)
+      : in(inputs),
+        device(in.query),
+        operands(in.query, in.query.dim() > 0 ? in.query.size(0) : 0) {
+    const Tensor &query = in.query, &q_weight = in.q_weight, &out_weight = in.out_weight;
+    STD_TORCH_CHECK(in.context && in.kv_weight && !in.key && !in.value,
+                    "fastfusion: the CUDA kernels project the context themselves");
+    const Tensor &context = *in.context, &kv_weight = *in.kv_weight;
+    check_fits(query.dim() == 3 && context.dim() == 3 && query.size(2) > 0 && context.size(2) > 0,
+               "query or context");
+    check_fits(q_weight.dim() == 2 && out_weight.dim() == 2 && in.num_heads > 0 &&
+                   q_weight.size(0) > 0 && q_weight.size(0) % in.num_heads == 0,
+               "q_weight");
+    const int64_t inner = q_weight.size(0);
+    p.batch = query.size(0), p.q_len = query.size(1), p.kv_len = context.size(1);
+    p.heads = p.kv_heads = in.num_heads, p.head_dim = p.value_dim = inner / in.num_heads;
+    p.query_dim = query.size(2), p.context_dim = context.size(2), p.out_dim = out_weight.size(0);
+    p.type = kernel_type(query.scalar_type());
 
-  const int64_t sizes[] = {p.batch, p.q_len, p.out_dim};
-  Tensor out = empty_contiguous(3, sizes, kind_of(query));
-  p.out = out.mutable_data_ptr();
-  const Workspace workspace(cuda::cross_attention_layer_workspace(p, capability), query);
-  check_launch(cuda::cross_attention_layer(p, workspace.data, device.stream()));
-  return out;
+    p.x = operands.sequence(query, p.q_len, p.query_dim, "query");
+    p.context = operands.sequence(context, p.kv_len, p.context_dim, "context");
+    p.q_proj = operands.linear(q_weight, in.q_bias, inner, p.query_dim, "q_weight or its bias");
+    p.kv_proj =
+        operands.linear(kv_weight, in.kv_bias, 2 * inner, p.context_dim, "kv_weight or its bias");
+    p.out_proj =
+        operands.linear(out_weight, in.out_bias, p.out_dim, inner, "out_weight or its bias");
+    p.query_norm = operands.norm(in.query_norm_eps, in.rms_norm, in.query_norm_weight,
+                                 in.query_norm_bias, p.query_dim, "the norm of query");
+    p.context_norm = operands.norm(in.context_norm_eps, in.rms_norm, in.context_norm_weight,
+                                   in.context_norm_bias, p.context_dim, "the norm of context");
+    if (in.residual) p.residual = operands.sequence(*in.residual, p.q_len, p.out_dim, "residual");
+    describe_masks(p, query, in.attn_mask, in.key_padding_mask);
+    describe_scale(p, in.scale);
+    p.causal = false;
+    capability = check_kernels(p);
+  }
+
+  Tensor run() {
+    const int64_t sizes[] = {p.batch, p.q_len, p.out_dim};
+    Tensor out = empty_contiguous(3, sizes, kind_of(in.query));
+    p.out = out.mutable_data_ptr();
+    const Workspace workspace(cuda::cross_attention_layer_workspace(p, capability), in.query);
+    check_launch(cuda::cross_attention_layer(p, workspace.data, device.stream()));
+    return out;
+  }
+};
+
+Tensor layer_forward(const CrossAttentionLayerInputs& in) { return Layer(in).run(); }
+
+std::string layer_path(const CrossAttentionLayerInputs& in) {
+  const Layer call(in);
+  return std::string("three launches, ") +
+         cuda::cross_attention_layer_path(call.p, call.capability);
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) {
-  m.def(
-      "cuda_cross_attention_block(Tensor query, Tensor context, Tensor q_weight, Tensor? q_bias, "
-      "Tensor kv_weight, Tensor? kv_bias, Tensor out_weight, Tensor? out_bias, Tensor? attn_mask, "
-      "Tensor? key_padding_mask, Tensor? residual, Tensor? query_norm_weight, "
-      "Tensor? query_norm_bias, Tensor? context_norm_weight, Tensor? context_norm_bias, "
-      "int num_heads, float? scale, float? query_norm_eps, float? context_norm_eps, "
-      "bool rms_norm) -> Tensor");
-}
+constexpr Op kOps[] = {
+    op<layer_forward>("cuda_cross_attention_layer_forward"),
+    op<layer_path>("cuda_cross_attention_layer_path"),
+};
 
-STABLE_TORCH_LIBRARY_IMPL(fastfusion, FF_DEVICE_KEY, m) {
-  m.impl("cuda_cross_attention_block", TORCH_BOX(&cross_attention_layer));
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) { define(m, kOps); }
+
+STABLE_TORCH_LIBRARY_IMPL(fastfusion, FF_DEVICE_KEY, m) { implement(m, kOps); }
 
 }  // namespace

@@ -54,6 +54,32 @@ struct VarlenInputs {
   std::optional<double> scale = from.maybe_number("scale");
 };
 
+struct CrossAttentionLayerInputs {
+  Arguments& from;
+  Tensor query = from.tensor("query");
+  MaybeTensor context = from.maybe_tensor("context");
+  MaybeTensor key = from.maybe_tensor("key");
+  MaybeTensor value = from.maybe_tensor("value");
+  Tensor q_weight = from.tensor("q_weight");
+  MaybeTensor q_bias = from.maybe_tensor("q_bias");
+  MaybeTensor kv_weight = from.maybe_tensor("kv_weight");
+  MaybeTensor kv_bias = from.maybe_tensor("kv_bias");
+  Tensor out_weight = from.tensor("out_weight");
+  MaybeTensor out_bias = from.maybe_tensor("out_bias");
+  MaybeTensor residual = from.maybe_tensor("residual");
+  MaybeTensor query_norm_weight = from.maybe_tensor("query_norm_weight");
+  MaybeTensor query_norm_bias = from.maybe_tensor("query_norm_bias");
+  MaybeTensor context_norm_weight = from.maybe_tensor("context_norm_weight");
+  MaybeTensor context_norm_bias = from.maybe_tensor("context_norm_bias");
+  MaybeTensor attn_mask = from.maybe_tensor("attn_mask");
+  MaybeTensor key_padding_mask = from.maybe_tensor("key_padding_mask");
+  int64_t num_heads = from.integer("num_heads");
+  std::optional<double> scale = from.maybe_number("scale");
+  std::optional<double> query_norm_eps = from.maybe_number("query_norm_eps");
+  std::optional<double> context_norm_eps = from.maybe_number("context_norm_eps");
+  bool rms_norm = from.flag("rms_norm");
+};
+
 struct LinearInputs {
   Arguments& from;
   Tensor input = from.tensor("input");

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfusion.core.torch_op import Definition, LaunchedOp
+from fastfusion.core.arguments import is_exporting
+from fastfusion.core.op import forced_backend
+from fastfusion.core.torch_op import Definition, LaunchedForwardOp, LaunchedOp, needs_gradient
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 MAX_DIM = 256
+MAX_NORM_WIDTH = 16384  # kernels.layer.norm.MAX_WIDTH, here without importing Triton
 
 # Triton's own variable. Its interpreter runs the kernels on CPU tensors, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -74,6 +77,28 @@ def refuses_tensor(query: Tensor, head_dims: Iterable[int] = ()) -> Sequence[str
     return reasons
 
 
+def refuses_layer(call: Any, definition: Definition, norm_widths: Iterable[int]) -> Sequence[str]:
+    """The same of the kernels of a whole layer, which have no gradient.
+
+    Heads are the business of the attention inside.
+    """
+    reasons = [*refuses_tensor(call[0])]
+    if any(width > MAX_NORM_WIDTH for width in norm_widths):
+        reasons.append(f"norms wider than {MAX_NORM_WIDTH} are left to the reference")
+    if torch.is_grad_enabled() and not reasons:
+        if needs_gradient(definition, call):
+            reasons.append("gradients are left to the reference, whose products are torch's own")
+        elif is_exporting():
+            reasons.append("an exported program may need gradients (export it in torch.no_grad)")
+    return reasons
+
+
+def attention_inside() -> str | None:
+    """The `backend` of the attention between a layer's products: the one that is chosen, but where
+    a block asks for another than the call of the layer does."""
+    return None if forced_backend() in (None, "triton") else "triton"
+
+
 def _launcher(path: str) -> Callable[..., Any]:
     """The function `module:name` of fastfusion.kernels, imported at its first call."""
     module, _, name = path.partition(":")
@@ -102,3 +127,16 @@ def torch_op(definition: Definition, forward: str, backward: str) -> LaunchedOp:
     """
     name = f"triton_{definition.name}"
     return LaunchedOp(definition, name, _launcher(forward), _launcher(backward))
+
+
+def layer_op(definition: Definition, launch: str, attend: Callable[..., Any]) -> LaunchedForwardOp:
+    """The op `triton_<name>_forward` of a whole layer, whose kernels have no gradient.
+
+    Args:
+        definition: of the op.
+        launch: `module:function` of fastfusion.kernels: takes a call and `attend`.
+        attend: takes a call and what the attention inside is to be called with.
+    """
+    run = _launcher(launch)
+    name = f"triton_{definition.name}"
+    return LaunchedForwardOp(definition, name, lambda call: run(call, attend))

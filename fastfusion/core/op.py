@@ -12,9 +12,12 @@ import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from fastfusion.core.arguments import autocast_dtype
 from fastfusion.core.torch_op import Definition
@@ -168,6 +171,34 @@ class Op:
             pass  # what is not about arguments will be raised again
         return None
 
+    @cached_property
+    def _kernels(self) -> frozenset[str]:
+        return frozenset([i.backend for i in self.implementations]) - {"reference"}
+
+    def may_fuse(self, tensor: Tensor) -> bool:
+        """Whether `fuse` is worth asking of calls on the device of a tensor: at no cost, where a
+        module would make a call for nothing."""
+        if _forced is not None:
+            return _forced in self._kernels
+        return not tensor.is_cpu or "cpu" in self._kernels
+
+    def fuse(self, call: Any) -> Any:
+        """The results of an eager call that stands for a module's parts, or None where these are to
+        run: where the reference is chosen, or nothing runs the call on the backend asked for, which
+        they say themselves.
+
+        The module has checked the call and knows that its parts come to nothing but their formulas
+        (nn/_plain.py).
+        """
+        if torch._C._len_torch_function_stack() > 0:  # for `explain`, which watches
+            tensors = tuple([t for t in call if isinstance(t, Tensor)])
+            return handle_torch_function(self.fuse, tensors, call)
+        try:
+            chosen = self.select(None, call)
+        except BackendUnavailableError:
+            return None
+        return None if chosen is self.implementations[-1] else chosen.run(call, False)
+
     def run(self, backend: str | None, call: Any, lse: bool) -> Any:
         """Select and run, without autocast: it would round the float32 products of the
         reference."""
@@ -211,17 +242,33 @@ def _describe(value: Any) -> str:
         dtype = str(value.dtype).removeprefix("torch.")
         grad = ", requires_grad" if value.requires_grad else ""
         return f"{dtype}{list(value.shape)} on {value.device}{grad}"
+    if isinstance(value, tuple):
+        names = getattr(value, "_fields", None)
+        parts = list(map(_describe, value))
+        if names is not None:
+            parts = [f"{name}={part}" for name, part in zip(names, parts, strict=True)]
+        return f"({', '.join(parts)})"
     return repr(value)
 
 
 def explain_op(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explanation:
     """See `fastfusion.explain`."""
-    backend = kwargs.get("backend")
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
     devices = {t.device for t in tensors if t.device.type == "cuda"}
     # A question must not move the generators that a dropout seed is drawn from.
     with torch.random.fork_rng(devices):
         call = op.call(*args, **kwargs)
+    described = [_describe(a) for a in args] + [f"{k}={_describe(v)}" for k, v in kwargs.items()]
+    return _explain(op, call, described, kwargs.get("backend"))
+
+
+def explain_call(op: Op, call: Any) -> Explanation:
+    """The same of a call that is made already."""
+    given = {k: v for k, v in call._asdict().items() if v is not None and v is not False}
+    return _explain(op, call, [f"{k}={_describe(v)}" for k, v in given.items()], None)
+
+
+def _explain(op: Op, call: Any, described: Sequence[str], backend: str | None) -> Explanation:
     chosen = path = None
     try:
         implementation = op.select(backend, call)
@@ -235,7 +282,6 @@ def explain_op(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explana
     wanted = backend or _forced
     if wanted is not None and wanted not in given:
         rows.append((wanted, ("it has no implementation of this op",)))
-    described = [_describe(a) for a in args] + [f"{k}={_describe(v)}" for k, v in kwargs.items()]
     return Explanation(op.name, ", ".join(described), chosen, tuple(rows), path)
 
 

@@ -309,6 +309,34 @@ class LaunchedOp(TorchOp):
         return gradients
 
 
+class LaunchedForwardOp(ForwardOp):
+    """A kernel without a gradient whose launcher is Python: eager calls reach it without the
+    dispatcher, as those of a `LaunchedOp`.
+
+    Args:
+        definition, name: as of `TorchOp`; there are no log-sum-exps.
+        launch: called with a call; gives the results.
+    """
+
+    def __init__(self, definition: Definition, name: str, launch: Callable[[Any], Any]) -> None:
+        self.launch = launch
+        returns = ", ".join(["Tensor"] * definition.outputs)
+        LIBRARY.define(f"{name}_forward({definition.schema()}) -> ({returns})")
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(f"{name}_forward", lambda *g: launch(definition.call(*g)), key)
+        super().__init__(definition, name)
+
+    def __call__(self, call: Any, lse: bool) -> Any:
+        if _is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
+            return super().__call__(call, lse)
+        definition = self.definition
+        if _tracing() is not None:
+            return definition.without_lse(definition.reference(call))
+        if _dispatch_modes() or not PLAIN.issuperset(map(type, call[: definition.tensors])):
+            return self.forward(*call)
+        return self.launch(call)
+
+
 def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
     """The autograd functions of an op: for torch.func and graphs, for eager calls, and for eager
     calls with log-sum-exps."""

@@ -60,9 +60,9 @@ def _ops() -> list[Any]:
 
 
 def _formulas() -> dict[str, Callable[..., tuple[Any, ...]]]:
-    from fastfusion.integrations import onnx_linear  # made of the formulas of this file
+    from fastfusion.integrations import onnx_layers, onnx_linear  # made of those of this file
 
-    return _FORMULAS | onnx_linear.FORMULAS
+    return _FORMULAS | onnx_linear.FORMULAS | onnx_layers.FORMULAS
 
 
 def _formula(op: Any) -> Callable[..., tuple[Any, ...]]:
@@ -255,6 +255,28 @@ def _bidirectional(
     query, key, value, query_value = (
         _cast(op, t, dtype, _FLOAT) for t in (query, key, value, query_value)
     )
+    out_q, out_k, *lse = _both_ways(
+        op, query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask,
+        is_causal, bottom_right, scale, dropout_p,
+    )  # fmt: skip
+    return _cast(op, out_q, _FLOAT, dtype), _cast(op, out_k, _FLOAT, dtype), *lse
+
+
+def _both_ways(
+    op: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    query_value: Any,
+    attn_mask: Any,
+    query_padding_mask: Any,
+    key_padding_mask: Any,
+    is_causal: bool,
+    bottom_right: bool,
+    scale: float | None,
+    dropout_p: float,
+) -> tuple[Any, ...]:
+    """The same in float32."""
     bias, visible = _split(op, attn_mask)
     if is_causal:
         offset = _difference(op, query, key) if bottom_right else None
@@ -273,7 +295,6 @@ def _bidirectional(
     out_q, lse_q = direction(scores, key_padding_mask, value)
     columns = op.Transpose(scores, perm=[0, 1, 3, 2])
     out_k, lse_k = direction(columns, query_padding_mask, query_value)
-    out_q, out_k = (_cast(op, t, _FLOAT, dtype) for t in (out_q, out_k))
     return out_q, out_k, lse_q, lse_k
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
 from fastfusion.core import arguments
-from fastfusion.nn import _fused, _nested
+from fastfusion.nn import _nested
 from fastfusion.nn._attention_maps import RecordsAttention
 from fastfusion.nn._checks import (
     check_counts,
@@ -17,8 +17,10 @@ from fastfusion.nn._checks import (
     without_mask_object,
 )
 from fastfusion.nn._nested_pair import is_nested, pack_pair, packed_attention_with_weights
+from fastfusion.nn._plain import is_plain_call, parameters
 from fastfusion.nn._tracing import be_leaf
 from fastfusion.nn._weights import attention_with_weights
+from fastfusion.ops import cross_attention_layer as _layer
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastfusion.ops.varlen_attention import varlen_attention
 
@@ -183,9 +185,10 @@ class CrossAttention(RecordsAttention):
         if not with_weights:
             if attn_mask is not None and attn_mask.dtype == torch.bool:
                 attn_mask = ~attn_mask
-            run = _fused.cross_attention_kernels(self, query, context, attn_mask)
-            if run is not None:
-                return run(self, query, context, key_padding_mask, attn_mask)
+            if not torch.compiler.is_compiling() and _layer.OP.may_fuse(query):
+                fused = self._fused(query, context, key_padding_mask, attn_mask)
+                if fused is not None:
+                    return fused
         q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         if isinstance(context, ProjectedContext):
             k, v = context
@@ -205,6 +208,33 @@ class CrossAttention(RecordsAttention):
         out, weights = attention_with_weights(q, k, v, attn_mask, key_padding_mask, dropout_p)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         return self._hand_out(out, weights, need_weights, average_attn_weights)
+
+    def _fused(
+        self,
+        query: Tensor,
+        context: Tensor | ProjectedContext,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+    ) -> Tensor | None:
+        """The output by the op `cross_attention_layer`, for a bool mask that is True where a query
+        attends; None where the parts are to run."""
+        if self.training and self.dropout > 0.0:
+            return None
+        parts = self.__dict__["_modules"]
+        projected = isinstance(context, ProjectedContext)
+        sequences: Any = (None, *context) if projected else (context, None, None)
+        inputs = (query, *context) if projected else (query, context)
+        if not is_plain_call(inputs, parts.values(), attn_mask):
+            return None
+        kv_proj = (None, None) if projected else parameters(parts["kv_proj"])
+        values: list[Any] = [
+            query, *sequences, *parameters(parts["q_proj"]), *kv_proj,
+            *parameters(parts["out_proj"]), None, None, None, None, None, attn_mask,
+            key_padding_mask, self.num_heads, None, None, None, False,
+        ]  # fmt: skip
+        call = _layer.Call(*values)
+        result: Tensor | None = _layer.OP.fuse(call)
+        return result
 
     def _forward_nested(
         self,

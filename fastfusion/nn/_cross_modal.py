@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfusion.core import arguments
-from fastfusion.nn import _fused, _nested
+from fastfusion.nn import _nested
 from fastfusion.nn._attention_maps import RecordsAttention
 from fastfusion.nn._checks import (
     ACTIVATIONS,
@@ -19,8 +19,10 @@ from fastfusion.nn._checks import (
 )
 from fastfusion.nn._cross_attention import init_halves
 from fastfusion.nn._nested_pair import clear_absent, is_nested, pack_pair, pad, padding_of, unpad
+from fastfusion.nn._plain import activation_name, is_plain_call, parameters
 from fastfusion.nn._tracing import be_leaf
 from fastfusion.nn._weights import bidirectional_with_weights
+from fastfusion.ops import cross_modal_layer as _layer
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
 
 
@@ -158,10 +160,11 @@ class CrossModalAttention(RecordsAttention):
         if not with_weights:
             if attn_mask is not None and attn_mask.dtype == torch.bool:
                 attn_mask = ~attn_mask
-            if _fused.cross_modal_fits(self, visual, text, attn_mask):
-                return _fused.cross_modal(
-                    self, visual, text, visual_padding_mask, text_padding_mask, attn_mask
-                )
+            if not torch.compiler.is_compiling() and _layer.OP.may_fuse(visual):
+                masks = (attn_mask, visual_padding_mask, text_padding_mask)
+                fused = self._fused(visual, text, *masks)
+                if fused is not None:
+                    return fused
         elif attn_mask is not None:
             attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         of_visual, of_text = self._project(visual, text)
@@ -173,6 +176,34 @@ class CrossModalAttention(RecordsAttention):
             self.text.add(text, to_text, self.norm_first),
             *self._hand_out(weights, need_weights, average_attn_weights),
         )
+
+    def _fused(
+        self,
+        visual: Tensor,
+        text: Tensor,
+        attn_mask: Tensor | None,
+        visual_padding_mask: Tensor | None,
+        text_padding_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """The outputs by the op `cross_modal_layer`, for a bool mask that is True where two tokens
+        attend to each other; None where the parts are to run."""
+        if self.training and self.dropout > 0.0:
+            return None
+        streams = (self.visual, self.text)
+        activation = activation_name(streams[0].activation)
+        if activation is None or streams[0].activation is not streams[1].activation:
+            return None
+        modules = [m for s in streams for m in s.__dict__["_modules"].values()]
+        if not is_plain_call((visual, text), modules, attn_mask):
+            return None
+        weights, epsilons = zip(*(s.weights() for s in streams), strict=True)
+        values: list[Any] = [
+            visual, text, *weights[0], *weights[1], attn_mask, visual_padding_mask,
+            text_padding_mask, self.num_heads, _layer.number_of(activation), self.norm_first,
+            *epsilons[0], *epsilons[1],
+        ]  # fmt: skip
+        result: tuple[Tensor, Tensor] | None = _layer.OP.fuse(_layer.Call(*values))
+        return result
 
     def _forward_nested(
         self, visual: Any, text: Any, need_weights: bool, average_attn_weights: bool, **masks: Any
@@ -307,6 +338,13 @@ class _Stream(nn.Module):
         init_halves(self.in_proj)
         if self.out_proj.bias is not None:
             nn.init.zeros_(self.out_proj.bias)
+
+    def weights(self) -> tuple[list[Any], tuple[float, float]]:
+        """What a call of the op `cross_modal_layer` takes of a stream, and the eps of its norms."""
+        parts = self.__dict__["_modules"]
+        names = ("in_proj", "out_proj", "linear1", "linear2", "norm1", "norm2")
+        tensors = [tensor for name in names for tensor in parameters(parts[name])]
+        return tensors, (parts["norm1"].eps, parts["norm2"].eps)
 
     def project(self, tokens: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         scored, value = self.in_proj(tokens).unflatten(-1, heads).unbind(-3)

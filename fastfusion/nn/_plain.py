@@ -1,4 +1,4 @@
-"""Whether calling a module comes to its formula: no hooks, and no other forward.
+"""Whether calling modules comes to their formulas: no hooks, no other forward, nothing watching.
 
 Attributes come from dictionaries: 19 us for a fusion layer, 44 through nn.Module's getattr.
 """
@@ -6,13 +6,22 @@ Attributes come from dictionaries: 19 us for a fusion layer, 44 through nn.Modul
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils._device import DeviceContext
+
+from fastfusion._info import Watching
+from fastfusion.core import arguments
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # torch fills these and never replaces them.
 _GLOBAL_HOOKS: list[dict[int, Any]] = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+# torch.set_default_device, and `explain`, which describes what runs without it.
+_HARMLESS_MODES = (DeviceContext, Watching)
 
 
 def has_global_hooks() -> bool:
@@ -48,6 +57,67 @@ def does_nothing(dropout: Any) -> bool:
         and not (own["training"] and own["p"] > 0.0)
         and is_bare(dropout)
     )
+
+
+def is_plain_call(
+    inputs: tuple[Tensor, ...], modules: Iterable[Any], attn_mask: Tensor | None
+) -> bool:
+    """Whether calling these modules on plain tensors, in eager mode and with this mask, comes to
+    nothing but their formulas.
+
+    Any circumstance in which a kernel in their place would skip something that a user may count on
+    says no: a gradient, dropout, a hook, another class of module, autocast, a transform, a mode.
+    """
+    if (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or arguments.autocast_dtype(inputs[0].device.type) is not None
+        or has_global_hooks()
+    ):
+        return False
+    if torch._C._len_torch_function_stack() > 0 and any(
+        type(mode) not in _HARMLESS_MODES
+        for mode in torch.overrides._get_current_function_mode_stack()
+    ):
+        return False
+    tracked = torch.is_grad_enabled()
+    if tracked and attn_mask is not None and attn_mask.requires_grad:
+        return False
+    tensors: list[Any] = [*inputs]
+    for module in modules:
+        own = module.__dict__
+        if not is_bare(module):
+            return False
+        kind = type(module)
+        if kind is nn.Dropout:
+            if own["training"] and own["p"] > 0.0:
+                return False
+        elif kind is nn.Linear or (kind is nn.LayerNorm and len(own["normalized_shape"]) == 1):
+            tensors += own["_parameters"].values()
+        else:
+            return False
+    dtype, device = inputs[0].dtype, inputs[0].device
+    for tensor in tensors:
+        if tensor is not None and (
+            (tracked and tensor.requires_grad)
+            or type(tensor) not in _PLAIN_TENSORS
+            or tensor.dtype is not dtype
+            or tensor.device != device
+            or tensor.layout is not torch.strided
+            or tensor.is_neg()
+        ):
+            return False
+    return True
+
+
+def parameters(module: Any) -> tuple[Any, Any]:
+    """`module.weight` and `module.bias`, of a linear layer or a norm."""
+    own = module.__dict__["_parameters"]
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]
+    return module.weight, module.bias  # replicas of nn.DataParallel have them as attributes
 
 
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:

@@ -4,18 +4,23 @@ from collections.abc import Callable
 from typing import Any
 
 from fastfusion.core import flops
-from fastfusion.core.int8 import pack_int8 as pack_int8
-from fastfusion.core.int8 import unpack_int8 as unpack_int8
+from fastfusion.core.int8 import pack_int8, unpack_int8
+from fastfusion.core.layers import Norm
 from fastfusion.core.op import Op
 from fastfusion.ops import bidirectional_attention as _bidirectional
-from fastfusion.ops import encoder_layer as _encoder_layer
+from fastfusion.ops import cross_attention_layer as _cross_attention
+from fastfusion.ops import cross_modal_layer as _cross_modal
+from fastfusion.ops import encoder_layer as _encoder
 from fastfusion.ops import linear as _linear
 from fastfusion.ops import norm as _norm
 from fastfusion.ops import scaled_dot_product_attention as _attention
 from fastfusion.ops import varlen_attention as _varlen
+from fastfusion.ops.cross_modal_layer import StreamWeights
 
 ATTENTION: tuple[Op, ...] = (_attention.OP, _bidirectional.OP, _varlen.OP)
-ALL: tuple[Op, ...] = (*ATTENTION, _linear.OP, _norm.OP, _encoder_layer.OP)
+# Attention with the products around it.
+LAYERS: tuple[Op, ...] = (_cross_attention.OP, _cross_modal.OP)
+ALL: tuple[Op, ...] = (*ATTENTION, _linear.OP, _norm.OP, _encoder.OP, *LAYERS)
 
 # The public functions, by which `explain` is asked.
 FUNCTIONS: dict[Callable[..., Any], Op] = {
@@ -24,7 +29,13 @@ FUNCTIONS: dict[Callable[..., Any], Op] = {
     _varlen.varlen_attention: _varlen.OP,
     _linear.linear: _linear.OP,
     _norm.norm: _norm.OP,
-    _encoder_layer.encoder_layer: _encoder_layer.OP,
+    _encoder.encoder_layer: _encoder.OP,
+    _cross_attention.cross_attention_layer: _cross_attention.OP,
+    _cross_modal.cross_modal_layer: _cross_modal.OP,
 }
+
+__all__ = [
+    "ALL", "ATTENTION", "FUNCTIONS", "LAYERS", "Norm", "StreamWeights", "pack_int8", "unpack_int8",
+]  # fmt: skip
 
 flops.register()

@@ -1,12 +1,9 @@
 """`explain` of modules: which road each attention takes, by running the module once."""
 
-from unittest.mock import patch
-
 import torch
 from torch import nn
 
 import fastfusion as ff
-from fastfusion.nn import _fused
 
 
 def test_each_attention_of_a_model_is_named() -> None:
@@ -46,17 +43,35 @@ def test_it_describes_the_call_in_its_surroundings() -> None:
 
 
 def test_it_takes_the_road_of_the_call() -> None:
-    """Kernels that fuse a whole module run under it as without it."""
-    attention = ff.nn.CrossAttention(16, 8, 2).eval()
-    query, context = torch.randn(2, 5, 16), torch.randn(2, 7, 8)
-    with (
-        ff.use_backend("triton"),
-        torch.no_grad(),
-        patch.object(_fused, "cross_attention", wraps=_fused.cross_attention) as fused,
-    ):
-        ((_, row),) = ff.explain(attention, query, context).rows
-    assert row is not None and row.chosen == "triton"
-    assert fused.called
+    """A kernel that stands for a whole module is named, with the attention in it."""
+    layers = {
+        "cross_attention_layer": ff.nn.CrossAttention(16, 8, 2),
+        "cross_modal_layer": ff.nn.CrossModalAttention(16, 8, 2),
+    }
+    tokens = torch.randn(2, 5, 16), torch.randn(2, 7, 8)
+    for name, layer in layers.items():
+        with ff.use_backend("triton"):
+            ((_, row),) = ff.explain(layer.eval(), *tokens).rows
+            assert row is not None and row.op.endswith("attention"), "a gradient is wanted"
+            with torch.no_grad():
+                ((_, row),) = ff.explain(layer, *tokens).rows
+        assert row is not None and (row.op, row.chosen) == (name, "triton")
+        assert row.path == "products in Triton, attention on triton" and "num_heads=2" in row.call
+        with ff.use_backend("reference"), torch.no_grad():
+            ((_, row),) = ff.explain(layer, *tokens).rows
+        assert row is not None and row.op.endswith("attention")
+
+
+def test_a_layer_op_inside_a_module_is_told() -> None:
+    class Model(nn.Module):
+        def forward(self, **call: object) -> object:
+            return ff.cross_attention_layer(**call)
+
+    call = ff.ops.LAYERS[0].inputs(
+        {"q_len": 5, "kv_len": 7, "dim": 16, "context_dim": 8, "heads": 2}, torch.float32
+    )
+    ((name, row),) = ff.explain(Model(), **call).rows
+    assert name == "" and row is not None and row.op == "cross_attention_layer"
 
 
 def test_nothing_of_the_model_changes() -> None:

@@ -1,6 +1,7 @@
 """The fusion modules through the kernels of whole layers, and the calls that stay with torch."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,10 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastfusion as ff
-from fastfusion.backends import triton
-from fastfusion.core.op import forced_backend
+from fastfusion.core.op import Op, forced_backend
 from fastfusion.kernels.layer import linear, norm
-from fastfusion.nn import _fused
+from fastfusion.ops import cross_attention_layer, cross_modal_layer
 
 BATCH, VISUAL, TEXT = 3, 9, 5
 
@@ -27,10 +27,14 @@ BATCH, VISUAL, TEXT = 3, 9, 5
 @pytest.fixture(autouse=True)
 def _kernels_run_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU as well, in the interpreter, whichever backend the attention takes there."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(
-            _fused, "kernels_run_on", lambda t: forced_backend() is None and t.dtype in DTYPES
-        )
+    if DEVICE != "cpu":
+        return
+    monkeypatch.setattr(Op, "may_fuse", lambda self, tensor: True)
+    for spec in (cross_attention_layer, cross_modal_layer):
+        rows = [i for i in spec.OP.implementations if i.backend in ("triton", "reference")]
+        rows = [dataclasses.replace(i, on_request=None) for i in rows]
+        op = dataclasses.replace(spec.OP, implementations=tuple(rows))
+        monkeypatch.setattr(spec, "OP", op)
 
 
 def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -38,12 +42,12 @@ def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(shape, generator=generator, device="cpu").to(DEVICE, dtype)
 
 
-def cross_modal(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def modal_layer(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     module = ff.nn.CrossModalAttention(24, 16, 2, dim_feedforward=40, **options)
     return filled(module, dtype)
 
 
-def cross_attention(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def attention_layer(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return filled(ff.nn.CrossAttention(24, 16, 2, **options), dtype)
 
 
@@ -108,7 +112,7 @@ def assert_like_modules(
 def test_cross_modal(
     dtype: torch.dtype, norm_first: bool, options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = cross_modal(dtype, norm_first=norm_first, **options)
+    module = modal_layer(dtype, norm_first=norm_first, **options)
     masks = {
         "visual_padding_mask": hidden(BATCH, VISUAL).to(DEVICE),
         "text_padding_mask": hidden(BATCH, TEXT).to(DEVICE),
@@ -121,7 +125,7 @@ def test_cross_modal(
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_cross_modal_attn_mask(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = cross_modal()
+    module = modal_layer()
     floats = values(1, 2, VISUAL, TEXT)
     mask = floats if kind == "float" else hidden(VISUAL, TEXT, seed=5).to(DEVICE)
 
@@ -139,7 +143,7 @@ def test_cross_modal_attn_mask(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cross_attention(dtype: torch.dtype, options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = cross_attention(dtype, **options)
+    module = attention_layer(dtype, **options)
     padding = hidden(BATCH, TEXT).to(DEVICE)
     bias = values(BATCH, 1, VISUAL, TEXT)
     for mask in (None, hidden(VISUAL, TEXT, seed=5).to(DEVICE), bias):
@@ -162,7 +166,7 @@ def test_cross_attention(dtype: torch.dtype, options: Any, monkeypatch: pytest.M
 
 
 def test_one_projected_context_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = cross_attention()
+    module = attention_layer()
 
     def call(query: Tensor, context: Tensor) -> Tensor:
         return module(query, module.project_context(context[:1]), hidden(1, TEXT).to(DEVICE))
@@ -173,7 +177,7 @@ def test_one_projected_context_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("make, op", [
-    (cross_modal, "bidirectional_attention"), (cross_attention, "scaled_dot_product_attention"),
+    (modal_layer, "bidirectional_attention"), (attention_layer, "scaled_dot_product_attention"),
 ])  # fmt: skip
 def test_with_the_attention_kernel(
     make: Callable[[], Any], op: str, monkeypatch: pytest.MonkeyPatch
@@ -197,7 +201,7 @@ def test_with_the_attention_kernel(
 
 def test_norms_and_streams_of_their_own() -> None:
     """Each stream has its own eps, and may lack what the other has."""
-    module = cross_modal(norm_first=True)
+    module = modal_layer(norm_first=True)
     module.visual.norm1.eps, module.text.norm1.eps = 1e-1, 1e-6
     module.visual.norm2 = torch.nn.LayerNorm(24, elementwise_affine=False).to(DEVICE)
     module.text.out_proj.bias = None
@@ -208,13 +212,13 @@ def test_norms_and_streams_of_their_own() -> None:
 @pytest.mark.parametrize("sizes", [(0, 9, 5), (2, 0, 5), (2, 9, 0), (1, 1, 1)])
 def test_empty_and_single(sizes: tuple[int, int, int]) -> None:
     batch, visual_len, text_len = sizes
-    module = cross_modal()
+    module = modal_layer()
     inputs = values(batch, visual_len, 24), values(batch, text_len, 16)
     assert_like_modules(module, module, torch.float32, *inputs)
 
 
 def test_no_memory_is_left_unwritten() -> None:
-    module = cross_modal()
+    module = modal_layer()
     with torch.no_grad():
         expected = module(*tokens())
         torch.use_deterministic_algorithms(True)  # fills fresh tensors with NaN
@@ -226,7 +230,7 @@ def test_no_memory_is_left_unwritten() -> None:
 
 
 def test_strided_tokens() -> None:
-    module = cross_modal()
+    module = modal_layer()
     visual, text = tokens()
     wide = visual.new_full((BATCH, VISUAL, 30), torch.nan)
     wide[..., 3:27] = visual
@@ -234,34 +238,39 @@ def test_strided_tokens() -> None:
     assert_like_modules(module, module, torch.float32, wide[..., 3:27], text)
 
 
-def _fits(module: Any, *inputs: Tensor) -> bool:
-    given = inputs or tokens(next(module.parameters()).dtype)
+def _fits(module: Any, *inputs: Tensor, **options: Any) -> bool:
+    """Whether the op takes the place of the parts, without gradients."""
     with torch.no_grad():
-        if isinstance(module, ff.nn.CrossAttention):
-            return _fused.cross_attention_kernels(module, *given, None) is not None
-        return _fused.cross_modal_fits(module, *given)
+        return _fits_now(module, *inputs, **options)
+
+
+def _fits_now(module: Any, *inputs: Tensor, attn_mask: Tensor | None = None) -> bool:
+    given = inputs or tokens(next(module.parameters()).dtype)
+    if isinstance(module, ff.nn.CrossAttention):
+        return module._fused(*given, None, attn_mask) is not None
+    return module._fused(*given, attn_mask, None, None) is not None
 
 
 def test_what_fits() -> None:
-    module = cross_modal(dropout=0.1)
-    assert _fits(module) and _fits(cross_attention())
-    assert not _fused.cross_modal_fits(module, *tokens())  # gradients
-    assert _fused.cross_modal_fits(module.requires_grad_(False), *tokens())
-    assert not _fused.cross_modal_fits(module, *(t.requires_grad_() for t in tokens()))
+    module = modal_layer(dropout=0.1)
+    assert _fits(module) and _fits(attention_layer())
+    assert not _fits_now(module)  # gradients
+    assert _fits_now(module.requires_grad_(False))
+    assert not _fits_now(module, *(t.requires_grad_() for t in tokens()))
     with torch.inference_mode():
-        assert _fused.cross_modal_fits(module, *tokens())
+        assert _fits_now(module)
     with torch.device(DEVICE):
         assert _fits(module)
-    assert _fits(cross_modal(dropout=0.0).train()) and not _fits(module.train())
-    frozen, bias = cross_attention().requires_grad_(False), values(VISUAL, TEXT)
-    assert _fused.cross_attention_kernels(frozen, *tokens(), bias) is not None
-    assert _fused.cross_attention_kernels(frozen, *tokens(), bias.requires_grad_()) is None
-    assert not _fused.cross_modal_fits(module, *tokens(), bias)
+    assert _fits(modal_layer(dropout=0.0).train()) and not _fits(module.train())
+    frozen, bias = attention_layer().requires_grad_(False), values(VISUAL, TEXT)
+    assert _fits_now(frozen, attn_mask=bias)
+    assert not _fits_now(frozen, attn_mask=bias.requires_grad_())
+    assert not _fits_now(module.eval(), attn_mask=bias)
     query, context = tokens()
     kept = frozen.project_context(context)
-    assert _fused.cross_attention_kernels(frozen, query, kept, None) is not None
+    assert _fits_now(frozen, query, kept)
     kept.key.requires_grad_()
-    assert _fused.cross_attention_kernels(frozen, query, kept, None) is None
+    assert not _fits_now(frozen, query, kept)
 
 
 class _Linear(torch.nn.Linear):
@@ -304,13 +313,13 @@ UNUSUAL: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_modules_stay_with_torch(name: str) -> None:
-    module = cross_modal(dropout=0.1)
+    module = modal_layer(dropout=0.1)
     UNUSUAL[name](module)
     assert not _fits(module)
 
 
 def test_unusual_circumstances_stay_with_torch() -> None:
-    module = cross_modal()
+    module = modal_layer()
     assert _fits(module)
     device = torch.device(DEVICE).type
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
@@ -333,9 +342,9 @@ def test_unusual_circumstances_stay_with_torch() -> None:
 
 def test_weights_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with counted(monkeypatch) as launched, torch.no_grad():
-        cross_modal()(*tokens(), need_weights=True)
-        cross_attention()(*tokens(), need_weights=True)
-        for module in (cross_modal(), cross_attention()):
+        modal_layer()(*tokens(), need_weights=True)
+        attention_layer()(*tokens(), need_weights=True)
+        for module in (modal_layer(), attention_layer()):
             with ff.attention_maps(module) as maps:
                 module(*tokens())
             assert maps
@@ -345,14 +354,14 @@ def test_weights_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_negated_view_stays_with_torch() -> None:
     visual, text = tokens()
     negated = torch._neg_view(visual)
-    assert negated.is_neg() and not _fits(cross_modal(), negated, text)
+    assert negated.is_neg() and not _fits(modal_layer(), negated, text)
 
 
 def test_compiled_modules_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     torch.set_default_device(None)  # which dynamo cannot follow through Tensor.unflatten
     try:
-        for module, backend in ((cross_modal(), None), (cross_attention(), "triton")):
+        for module, backend in ((modal_layer(), None), (attention_layer(), "triton")):
             compiled = torch.compile(module, fullgraph=True, backend="eager")
             with torch.no_grad(), counted(monkeypatch) as launched, ff.use_backend(backend):
                 out = compiled(*tokens())
@@ -361,13 +370,26 @@ def test_compiled_modules_stay_with_torch(monkeypatch: pytest.MonkeyPatch) -> No
         torch.set_default_device(None if DEVICE == "cpu" else DEVICE)
 
 
-def test_where_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By themselves on a GPU, on the CPU only where they are asked for and interpreted."""
+def test_where_it_is_worth_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU nothing is prepared for a choice that cannot fall on a kernel."""
     monkeypatch.undo()
     tensor = values(1, 2, 3)
-    assert _fused.kernels_run_on(tensor) == (DEVICE == "cuda")
-    with ff.use_backend("triton"):
-        assert _fused.kernels_run_on(tensor) == (DEVICE == "cuda" or triton.INTERPRETED)
-        assert not _fused.kernels_run_on(tensor.double())
-    with ff.use_backend("reference"):
-        assert not _fused.kernels_run_on(tensor)
+    for op in ff.ops.LAYERS:
+        backends = {i.backend for i in op.implementations}
+        assert op.may_fuse(tensor) == (DEVICE == "cuda" or "cpu" in backends)
+        with ff.use_backend("triton"):
+            assert op.may_fuse(tensor)
+        with ff.use_backend("reference"):
+            assert not op.may_fuse(tensor)
+        with ff.use_backend("cuda"):
+            assert op.may_fuse(tensor) == ("cuda" in backends)
+
+
+def test_a_backend_that_cannot_leaves_the_call_to_the_parts() -> None:
+    """Which then say why, as without the op."""
+    module = modal_layer().double()
+    inputs = tuple(t.double() for t in tokens())
+    with ff.use_backend("triton"), torch.no_grad():
+        with pytest.raises(ff.BackendUnavailableError, match="bidirectional_attention"):
+            module(*inputs)
+        assert module(*inputs, need_weights=True)

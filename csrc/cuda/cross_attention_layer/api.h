@@ -54,4 +54,8 @@ FF_CUDA_EXPORT int64_t cross_attention_layer_workspace(const CrossAttentionLayer
 FF_CUDA_EXPORT const char* cross_attention_layer(const CrossAttentionLayer& call, void* workspace,
                                                  void* stream);
 
+// How the attention inside runs, for people.
+FF_CUDA_EXPORT const char* cross_attention_layer_path(const CrossAttentionLayer& call,
+                                                      int capability);
+
 }  // namespace ff::cuda

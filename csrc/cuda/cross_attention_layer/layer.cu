@@ -53,6 +53,10 @@ int64_t cross_attention_layer_workspace(const CrossAttentionLayer& p, int capabi
   return Layout(p).attention + attention_workspace(attention_of(p, nullptr), capability);
 }
 
+const char* cross_attention_layer_path(const CrossAttentionLayer& p, int capability) {
+  return attention_path(attention_of(p, nullptr), capability);
+}
+
 const char* cross_attention_layer(const CrossAttentionLayer& p, void* workspace, void* stream) {
   if (p.type != Type::kFloat16 && p.type != Type::kBFloat16) return "this dtype has no kernel";
   const int capability = compute_capability();

@@ -1,0 +1,545 @@
+"""A whole layer of attention from one sequence to another: projections, attention, projection.
+
+    out = out_proj(concat_h(softmax(scale * Q_h K_h^T + bias) V_h)) + residual
+
+with Q = q_proj(norm_q(query)) and K, V = kv_proj(norm_c(context)) (Vaswani et al., "Attention Is
+All You Need", 2017, sections 3.2.2 and 3.2.3); norms and residual are left out where they are not
+given. Weights are those of torch.nn.Linear, keys before values in `kv_weight`. What the masks hide
+is never read into a result.
+
+On a GPU that is three launches: projections of both sequences, attention, projection; CUDA's first
+one does the norms too, Triton's kernels have a launch for them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function_variadic
+
+from fastfusion.backends import cuda, triton
+from fastfusion.core import arguments, layers
+from fastfusion.core import reference as formulas
+from fastfusion.core.layers import Norm
+from fastfusion.core.op import Implementation, Op, never_refuses
+from fastfusion.core.torch_op import Definition
+from fastfusion.ops import scaled_dot_product_attention as _attention
+
+# Rows have to fit into the shared memory of every GPU, 16 at a time, beside the weights of a norm.
+_MAX_WIDTH, _MAX_NORM_WIDTH = 2048, 1792
+# Of either sequence. Beyond it the tiles of a library for large matrices are better than those of
+# the CUDA kernels; the choice looks at no batch size, so that batch mates change no bit.
+MAX_LENGTH = 512
+
+_is_compiling = torch.compiler.is_compiling
+
+
+class Arguments(NamedTuple):
+    """Those of the public function, in its order."""
+
+    query: Any
+    context: Any
+    q_weight: Any
+    q_bias: Any
+    kv_weight: Any
+    kv_bias: Any
+    out_weight: Any
+    out_bias: Any
+    num_heads: Any
+    # By name only:
+    attn_mask: Any = None
+    key_padding_mask: Any = None
+    residual: Any = None
+    query_norm: Any = None
+    context_norm: Any = None
+    rms_norm: Any = False
+    scale: Any = None
+    backend: Any = None
+
+
+_POSITIONAL = 9
+
+
+class Call(NamedTuple):
+    """What an implementation takes; csrc/torch has its twin."""
+
+    query: Tensor  # (B, Lq, query_dim)
+    context: Tensor | None  # (B, Lk, context_dim); None where it is projected already, as
+    key: Tensor | None  # (B, H, Lk, D)
+    value: Tensor | None  # (B, H, Lk, D)
+    q_weight: Tensor  # (H * D, query_dim)
+    q_bias: Tensor | None
+    kv_weight: Tensor | None  # (2 * H * D, context_dim), keys before values
+    kv_bias: Tensor | None
+    out_weight: Tensor  # (out_dim, H * D)
+    out_bias: Tensor | None
+    residual: Tensor | None  # (B, Lq, out_dim)
+    query_norm_weight: Tensor | None
+    query_norm_bias: Tensor | None
+    context_norm_weight: Tensor | None
+    context_norm_bias: Tensor | None
+    attn_mask: Tensor | None  # broadcasts to (B, H, Lq, Lk)
+    key_padding_mask: Tensor | None  # (B, Lk)
+    num_heads: int
+    scale: float | None
+    query_norm_eps: float | None  # None: no norm
+    context_norm_eps: float | None
+    rms_norm: bool
+
+    def head_dims(self) -> tuple[int, ...]:
+        return (self.q_weight.shape[0] // self.num_heads,)
+
+    def kv_len(self) -> int:
+        if self.context is not None:
+            return self.context.shape[1]
+        key: Any = self.key
+        kv_len: int = key.shape[2]
+        return kv_len
+
+    def conditions(self) -> Iterator[Any]:
+        """What holds for every call; a mask that does not broadcast raises."""
+        query, heads = self.query, self.num_heads
+        yield arguments.are_alike(query, *[t for t in self[1:15] if t is not None])
+        batch, q_len, query_dim = query.shape
+        inner, out_dim = self.q_weight.shape[0], self.out_weight.shape[0]
+        yield heads > 0 and query_dim > 0 and inner > 0
+        yield inner % heads == 0
+        yield from layers.linear_fits(self.q_weight, self.q_bias, inner, query_dim)
+        yield from layers.linear_fits(self.out_weight, self.out_bias, out_dim, inner)
+        yield from layers.vector_fits(self.query_norm_weight, query_dim)
+        yield from layers.vector_fits(self.query_norm_bias, query_dim)
+        kv_len = self.kv_len()
+        if self.context is not None and self.kv_weight is not None:
+            context_dim = self.context.shape[2]
+            yield context_dim > 0 and self.key is None and self.value is None
+            yield from layers.sequence_fits(self.context, batch, kv_len, context_dim)
+            yield from layers.linear_fits(self.kv_weight, self.kv_bias, 2 * inner, context_dim)
+            yield from layers.vector_fits(self.context_norm_weight, context_dim)
+            yield from layers.vector_fits(self.context_norm_bias, context_dim)
+        else:
+            yield self.context is None and self.kv_weight is None and self.kv_bias is None
+            yield self.context_norm_eps is None
+            for tensor in (self.key, self.value):
+                yield tensor is not None and tensor.dim() == 4
+                sizes = () if tensor is None else tensor.shape
+                for size, expected in zip(
+                    sizes, (batch, heads, kv_len, inner // heads), strict=True
+                ):
+                    yield size == expected
+        if self.residual is not None:
+            yield from layers.sequence_fits(self.residual, batch, q_len, out_dim)
+        yield arguments.mask_fits(self.attn_mask, query, batch, heads, q_len, kv_len)
+        yield from arguments.padding_fits(self.key_padding_mask, query, batch, kv_len)
+        yield arguments.numbers_fit(None, query, self.scale)
+
+
+def cross_attention_layer(
+    query: Tensor,
+    context: Tensor | tuple[Tensor, Tensor],
+    q_weight: Tensor,
+    q_bias: Tensor | None,
+    kv_weight: Tensor | None,
+    kv_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    num_heads: int,
+    *,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    residual: Tensor | None = None,
+    query_norm: Norm | None = None,
+    context_norm: Norm | None = None,
+    rms_norm: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """out_proj(attention(q_proj(query), kv_proj(context))) + residual.
+
+    Args:
+        query: (batch, q_len, query_dim), float32, bfloat16, float16 or float64.
+        context: (batch, kv_len, context_dim), of the same dtype; or, with `kv_weight` None, its
+            keys and values, each (batch, num_heads, kv_len, head_dim).
+        q_weight: (inner, query_dim), as torch.nn.Linear keeps it; inner is num_heads * head_dim.
+        q_bias: (inner,), or None.
+        kv_weight: (2 * inner, context_dim), the keys' features before the values'.
+        kv_bias: (2 * inner,), or None.
+        out_weight: (out_dim, inner).
+        out_bias: (out_dim,), or None.
+        num_heads: number of heads.
+        attn_mask: broadcastable to (batch, num_heads, q_len, kv_len): bool, True = attend, or a
+            float bias (of the query's dtype or float32) that is added to the scores.
+        key_padding_mask: bool, broadcastable to (batch, kv_len), True = ignore this position of the
+            context; what it hides is never read into a result.
+        residual: (batch, q_len, out_dim), added to the output.
+        query_norm, context_norm: `fastfusion.ops.Norm`, of the inputs before they are projected.
+        rms_norm: whether these are RMSNorms.
+        scale: factor of the scores, any finite number; 1 / sqrt(head_dim) by default.
+        backend: "cuda", "triton" or "reference" to insist on one; None chooses. Gradients are the
+            reference's. Triton's products stand around the attention that is chosen on that device.
+
+    Returns:
+        (batch, q_len, out_dim), contiguous, in the dtype of the query.
+
+    Raises:
+        TypeError: an argument is not of the type or dtype named above.
+        ValueError: shapes, devices or numbers that do not fit; the message prints them.
+        BackendUnavailableError: `backend` cannot run this call; the message says why.
+    """
+    given = Arguments(
+        query, context, q_weight, q_bias, kv_weight, kv_bias, out_weight, out_bias, num_heads,
+        attn_mask, key_padding_mask, residual, query_norm, context_norm, rms_norm, scale, backend,
+    )  # fmt: skip
+    if not _is_compiling():
+        tensors = tuple(_tensors(given).values())
+        masks = (attn_mask, key_padding_mask)
+        if has_torch_function_variadic(*tensors, *masks):
+            answer = arguments.ask_torch_function(
+                cross_attention_layer, given, _POSITIONAL, (*tensors, *masks)
+            )
+            if answer is not NotImplemented:
+                return answer
+        if _is_plain(given):
+            result = OP.attempt(backend, _call(given), False)
+            if result is not None:
+                return result
+    output: Tensor = OP.run(backend, normalize(given), False)
+    return output
+
+
+def _tensors(given: Arguments) -> dict[str, Any]:
+    """By name, those that are given, but for the masks."""
+    return layers.tensors_of(
+        query=given.query, context=given.context, q_weight=given.q_weight, q_bias=given.q_bias,
+        kv_weight=given.kv_weight, kv_bias=given.kv_bias, out_weight=given.out_weight,
+        out_bias=given.out_bias, residual=given.residual, query_norm=given.query_norm,
+        context_norm=given.context_norm,
+    )  # fmt: skip
+
+
+def _is_plain(given: Arguments) -> bool:
+    """Whether an eager call may be tried with these arguments as they came."""
+    return (
+        type(given.num_heads) is int
+        and given.num_heads > 0
+        and type(given.rms_norm) is bool
+        and type(given.attn_mask) in arguments.PLAIN
+        and (given.scale is None or type(given.scale) is float)
+        and all(
+            norm is None or layers.is_plain_norm(norm)
+            for norm in (given.query_norm, given.context_norm)
+        )
+        and (not isinstance(given.context, tuple) or len(given.context) == 2)
+    )
+
+
+def _call(given: Arguments) -> Call:
+    """Arguments as implementations take them."""
+    projected = isinstance(given.context, tuple)
+    context, key, value = (None, *given.context) if projected else (given.context, None, None)
+    (q_scale, q_shift, q_eps), (k_scale, k_shift, k_eps) = (
+        (None, None, None) if norm is None else norm
+        for norm in (given.query_norm, given.context_norm)
+    )
+    values: list[Any] = [
+        given.query, context, key, value, *given[2:8], given.residual, q_scale, q_shift, k_scale,
+        k_shift, given.attn_mask, given.key_padding_mask, given.num_heads, given.scale, q_eps,
+        k_eps, given.rms_norm,
+    ]  # fmt: skip
+    return Call(*values)
+
+
+def check(given: Arguments) -> None:
+    """Raise TypeError or ValueError for arguments that are not legal."""
+    for name in ("query_norm", "context_norm"):
+        if getattr(given, name) is not None:
+            layers.check_is_norm(name, getattr(given, name))
+    tensors = _tensors(given)
+    arguments.check_tensors(**tensors)
+    sizes = arguments.shapes(**tensors)
+    for name in ("query", "context", "q_weight", "out_weight"):
+        if getattr(given, name) is None:
+            raise TypeError(f"{name} must be a Tensor, got NoneType")
+    query, context, q_weight, out_weight = given[0], given[1], given[2], given[6]
+    batch = query.shape[0] if query.dim() else 0
+    layers.check_sequence("query", query, batch, sizes)
+    for name, weight in (("q_weight", q_weight), ("out_weight", out_weight)):
+        if weight.dim() != 2:
+            raise ValueError(f"{name} must be (features, width), got {sizes}")
+    inner, out_dim, heads = q_weight.shape[0], out_weight.shape[0], given.num_heads
+    layers.check_linear(
+        "q", q_weight, given.q_bias, inner, query.shape[2], "(inner, query_dim)", sizes
+    )
+    layers.check_heads(heads, inner, "the features of q_weight", sizes)
+    layers.check_linear(
+        "out", out_weight, given.out_bias, out_dim, inner, "(out_dim, inner)", sizes
+    )
+    if isinstance(context, tuple):
+        _check_projected(given, (batch, heads), inner // heads, sizes)
+        kv_len = context[0].shape[2]
+    else:
+        layers.check_sequence("context", context, batch, sizes)
+        kv_len, width = context.shape[1:]
+        layers.check_linear(
+            "kv", given.kv_weight, given.kv_bias, 2 * inner, width, "(2 * inner, context_dim)",
+            sizes,
+        )  # fmt: skip
+        if given.context_norm is not None:
+            layers.check_norm("context_norm", given.context_norm, width, sizes)
+    if given.query_norm is not None:
+        layers.check_norm("query_norm", given.query_norm, query.shape[2], sizes)
+    expected = (batch, query.shape[1], out_dim)
+    if given.residual is not None and tuple(given.residual.shape) != expected:
+        raise ValueError(f"residual must have the shape of the output, {expected}, got {sizes}")
+    target = (batch, heads, query.shape[1], kv_len)
+    arguments.check_attn_mask(given.attn_mask, query, target, sizes)
+    arguments.check_padding_mask(
+        "key_padding_mask", given.key_padding_mask, query, (batch, kv_len), sizes
+    )
+    arguments.check_scale(given.scale, query)
+    arguments.check_flag("rms_norm", given.rms_norm)
+
+
+def _check_projected(given: Arguments, leading: tuple[int, int], head_dim: int, sizes: str) -> None:
+    if len(given.context) != 2:
+        raise TypeError("context must be a Tensor, or a pair of keys and values")
+    for name in ("kv_weight", "kv_bias", "context_norm"):
+        if getattr(given, name) is not None:
+            raise ValueError(f"{name} must be None where context is projected already; {sizes}")
+    key, value = given.context
+    if key.dim() != 4 or tuple(key.shape) != (*leading, *key.shape[2:3], head_dim):
+        raise ValueError(
+            f"the keys of context must be {(*leading, 'kv_len', head_dim)}, got {sizes}"
+        )
+    if value.shape != key.shape:
+        raise ValueError(f"the values of context must have the shape of its keys, got {sizes}")
+
+
+def normalize(given: Arguments) -> Call:
+    """Public arguments, cast as autocast asks and checked, as every implementation takes them."""
+    dtype = arguments.autocast_dtype(arguments.device_type_of(given.query))
+    mask = arguments.autocast_mask(dtype, given.attn_mask)
+    given = layers.cast(dtype, given)._replace(attn_mask=mask)
+    if not _is_compiling():
+        check(given)
+    call = _call(given._replace(scale=arguments.number("scale", given.scale)))
+    padding = call.key_padding_mask
+    if padding is not None:
+        padding = padding.expand(call.query.shape[0], call.kv_len())
+    return call._replace(key_padding_mask=padding)
+
+
+def run_reference(call: Call, lse: bool) -> Any:
+    """The definition."""
+    acc, heads = formulas.accumulation_dtype(call.query.dtype), call.num_heads
+    query = call.query.to(acc)
+    if call.query_norm_eps is not None:
+        query = layers.normalized(
+            query, call.query_norm_weight, call.query_norm_bias, call.query_norm_eps, call.rms_norm
+        )
+    (q,) = layers.heads_of(layers.linear(query, call.q_weight, call.q_bias), 1, heads)
+    k, v = _keys_and_values(call, acc)
+    out, _ = formulas.attention(
+        None, q, k, v, call.attn_mask, call.key_padding_mask, None, 0.0, call.scale
+    )
+    out = layers.linear(layers.rows_of(out), call.out_weight, call.out_bias)
+    if call.residual is not None:
+        out = out + call.residual.to(acc)
+    return out.to(call.query.dtype)
+
+
+def _keys_and_values(call: Call, acc: torch.dtype) -> tuple[Tensor, ...]:
+    if call.context is None or call.kv_weight is None:
+        assert call.key is not None and call.value is not None
+        return call.key.to(acc), call.value.to(acc)
+    context = call.context.to(acc)
+    if call.key_padding_mask is not None:  # a NaN would get into the gradient of kv_weight
+        context = context.masked_fill(call.key_padding_mask[..., None], 0.0)
+    if call.context_norm_eps is not None:
+        context = layers.normalized(
+            context, call.context_norm_weight, call.context_norm_bias, call.context_norm_eps,
+            call.rms_norm,
+        )  # fmt: skip
+    return layers.heads_of(layers.linear(context, call.kv_weight, call.kv_bias), 2, call.num_heads)
+
+
+def _fake(call: Call) -> Tensor:
+    return call.query.new_empty(*call.query.shape[:2], call.out_weight.shape[0])
+
+
+def _flops(call: Call, backward: bool) -> int:
+    (batch, q_len, query_dim), kv_len = call.query.shape, call.kv_len()
+    out_dim, inner = call.out_weight.shape
+    products = q_len * inner * (query_dim + out_dim) + 2 * q_len * kv_len * inner
+    if call.context is not None:
+        products += 2 * kv_len * inner * call.context.shape[2]
+    return 2 * batch * products * (2 if backward else 1)
+
+
+def _attend(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Between Triton's products."""
+    return _attention.scaled_dot_product_attention(
+        query, key, value, call.attn_mask, scale=call.scale,
+        key_padding_mask=call.key_padding_mask, backend=triton.attention_inside(),
+    )  # fmt: skip
+
+
+DEFINITION = Definition(
+    "cross_attention_layer", Call, gradients=16, results=1, outputs=1, fake=_fake,
+    reference=lambda call: (run_reference(call, False),), flops=_flops,
+)  # fmt: skip
+_CUDA = cuda.CudaOp(DEFINITION)
+_TRITON = triton.layer_op(DEFINITION, "layer.fusion:cross_attention_layer", _attend)
+
+
+def _norm_widths(call: Call) -> Iterator[int]:
+    if call.query_norm_eps is not None:
+        yield call.query.shape[2]
+    if call.context_norm_eps is not None and call.context is not None:
+        yield call.context.shape[2]
+
+
+def _triton_refuses(call: Call) -> Sequence[str]:
+    return triton.refuses_layer(call, DEFINITION, _norm_widths(call))
+
+
+def _triton_path(call: Call) -> str:
+    """Which attention stands between the products."""
+    query, batch = call.query, call.query.shape[0]
+    (head_dim,), heads = call.head_dims(), call.num_heads
+    q, k = (
+        query.new_empty(1).expand(batch, heads, length, head_dim)
+        for length in (query.shape[1], call.kv_len())
+    )
+    attention = _attention.Call(
+        q, k, k, call.attn_mask, call.key_padding_mask, None, 0.0, False, False, call.scale, False
+    )
+    chosen = _attention.OP.select(triton.attention_inside(), attention).backend
+    return f"products in Triton, attention on {chosen}"
+
+
+def _cuda_refuses(call: Call) -> Sequence[str]:
+    reasons = [*cuda.refuses(call, DEFINITION)]
+    query, context = call.query, call.context
+    if query.is_cpu and cuda.emulated is None:
+        return reasons
+    if query.dtype == torch.float32:
+        reasons.append("float32 is left to Triton and the reference")
+    if context is None:
+        reasons.append("a context that is projected already is left to Triton and the reference")
+        return reasons
+    if max(query.shape[2], context.shape[2], call.q_weight.shape[0]) > _MAX_WIDTH:
+        reasons.append(f"widths above {_MAX_WIDTH} are left to Triton and the reference")
+    elif any(width > _MAX_NORM_WIDTH for width in _norm_widths(call)):
+        reasons.append(f"norms wider than {_MAX_NORM_WIDTH} are left to Triton and the reference")
+    return reasons
+
+
+def _cuda_waits(call: Call) -> bool:
+    """Whether the CUDA kernels leave a call that they could run to others: to Triton's where these
+    run, and long eager ones. Compiled code ignores lengths."""
+    if cuda.emulates(call):
+        return True
+    if not _is_compiling() and max(call.query.shape[1], call.kv_len()) > MAX_LENGTH:
+        return True
+    return not _triton_refuses(call)
+
+
+def inputs(
+    shape: Mapping[str, Any], dtype: torch.dtype, device: Any = None, seed: int = 0
+) -> dict[str, Any]:
+    """Keyword arguments of a legal call: tokens normally distributed, weights as in a trained
+    layer, where no part drowns in another.
+
+    Args:
+        shape: q_len, kv_len, dim, context_dim and heads; optionally batch, head_dim, out_dim, norms
+            ("layer" or "rms"), residual (a bool), projected (a bool), bias (False: none), and mask:
+            "key_padding" (the last quarter of the context of every second entry hidden), "bool",
+            "bias" (a float for each head and score) or None.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    device = torch.get_default_device() if device is None else device
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        made = torch.randn(size, generator=generator, device="cpu") * scale
+        return made.to(device=device, dtype=dtype)
+
+    batch, heads = shape.get("batch", 1), shape["heads"]
+    q_len, kv_len = shape["q_len"], shape["kv_len"]
+    dim, context_dim = shape["dim"], shape["context_dim"]
+    head_dim, out_dim = shape.get("head_dim") or dim // heads, shape.get("out_dim") or dim
+    inner, projected, has_bias = heads * head_dim, shape.get("projected"), shape.get("bias", True)
+    call: dict[str, Any] = {
+        "query": normal(batch, q_len, dim),
+        "context": normal(batch, kv_len, context_dim),
+    }
+    sizes = {"q": (inner, dim), "kv": (2 * inner, context_dim), "out": (out_dim, inner)}
+    for name, (features, width) in sizes.items():
+        call[f"{name}_weight"] = normal(features, width, scale=width**-0.5)
+        call[f"{name}_bias"] = normal(features) if has_bias else None
+    call["num_heads"] = heads
+    if projected:
+        call["context"] = tuple(normal(batch, heads, kv_len, head_dim) for _ in range(2))
+        call["kv_weight"] = call["kv_bias"] = None
+    if shape.get("norms"):
+        call["rms_norm"] = shape["norms"] == "rms"
+        call["query_norm"] = Norm(normal(dim), normal(dim), 1e-5)
+        if not projected:
+            call["context_norm"] = Norm(normal(context_dim), normal(context_dim), 1e-3)
+    if shape.get("residual"):
+        call["residual"] = normal(batch, q_len, out_dim)
+    mask = shape.get("mask")
+    if mask == "key_padding":
+        hidden = torch.zeros(batch, kv_len, dtype=torch.bool, device="cpu")
+        hidden[::2, kv_len - kv_len // 4 :] = True
+        call["key_padding_mask"] = hidden.to(device)
+    elif mask == "bool":
+        shown = torch.rand(q_len, kv_len, generator=generator, device="cpu") > 0.2
+        call["attn_mask"] = shown.to(device)
+    elif mask == "bias":
+        call["attn_mask"] = normal(1, heads, q_len, kv_len)
+    elif mask is not None:
+        raise ValueError(f"mask must be key_padding, bool, bias or None, got {mask!r}")
+    return call
+
+
+def cost(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
+    """Floating-point operations of the products, and bytes read and written once."""
+    batch, heads = shape.get("batch", 1), shape["heads"]
+    q_len, kv_len = shape["q_len"], shape["kv_len"]
+    dim, context_dim = shape["dim"], shape["context_dim"]
+    head_dim, out_dim = shape.get("head_dim") or dim // heads, shape.get("out_dim") or dim
+    inner = heads * head_dim
+    products = q_len * inner * (dim + out_dim) + 2 * q_len * kv_len * inner
+    elements = inner * (dim + out_dim + 1) + out_dim
+    tokens = q_len * (dim + out_dim) + (q_len * out_dim if shape.get("residual") else 0)
+    if shape.get("projected"):
+        tokens += 2 * kv_len * inner
+    else:
+        products += 2 * kv_len * inner * context_dim
+        elements += 2 * inner * (context_dim + 1)
+        tokens += kv_len * context_dim
+    return 2 * batch * products, (elements + batch * tokens) * dtype.itemsize
+
+
+OP = Op(
+    name="cross_attention_layer",
+    arguments=Arguments,
+    check=check,
+    normalize=normalize,
+    definition=DEFINITION,
+    inputs=inputs,
+    cost=cost,
+    ranks=(3,),
+    implementations=(
+        Implementation(
+            "cuda", _CUDA, _cuda_refuses, differentiable=False, checks=True,
+            on_request=_cuda_waits, path=_CUDA.path,
+        ),
+        Implementation(
+            "triton", _TRITON, _triton_refuses, differentiable=False,
+            on_request=triton.interprets, path=_triton_path,
+        ),
+        Implementation("reference", run_reference, never_refuses),
+    ),
+)  # fmt: skip
