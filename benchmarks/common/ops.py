@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fastfusion as ff
 
@@ -67,6 +68,23 @@ SUITES = {
         plain="torch",
         others={"torch": peers.linear},
     ),
+    "cross_attention_layer": Suite(
+        op="cross_attention_layer",
+        group="cross_attention",
+        results=1,
+        plain="linear + unfused",
+        others={"linear + sdpa": peers.linear_sdpa, "linear + unfused": peers.linear_unfused},
+    ),
+    "cross_modal_layer": Suite(
+        op="cross_modal_layer",
+        group="cross_modal",
+        results=2,
+        plain="layer + unfused",
+        others={
+            "layer + two sdpa": peers.layer_two_sdpa,
+            "layer + unfused": peers.layer_two_unfused,
+        },
+    ),
 }
 
 
@@ -87,7 +105,7 @@ def as_tuple(results: Any) -> tuple[Tensor, ...]:
 
 def floating(call: dict[str, Any]) -> list[Tensor]:
     """The tensors of a call that have a gradient, in the order of its arguments."""
-    return [t for t in call.values() if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for t in tree_leaves(call) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def with_gradients(call: Call, leaves: Sequence[Tensor], seeds: Sequence[Tensor]) -> Call:
@@ -101,11 +119,14 @@ def with_gradients(call: Call, leaves: Sequence[Tensor], seeds: Sequence[Tensor]
 
 def double_call(call: dict[str, Any]) -> dict[str, Any]:
     """The same call in float64, on its own leaves."""
-    return {
-        name: value.detach().double() if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for name, value in call.items()
-    }  # fmt: skip
+
+    def double(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().double()
+        return value
+
+    doubled: dict[str, Any] = tree_map(double, call)
+    return doubled
 
 
 def expected_results(op: Any, call: dict[str, Any], count: int, backward: bool) -> tuple[Any, Any]:

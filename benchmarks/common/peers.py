@@ -169,3 +169,83 @@ def two_unfused(call: Arguments) -> Callable[[], tuple[Tensor, Tensor]]:
         return torch.softmax(by_rows, -1) @ value, torch.softmax(by_columns, -1) @ query_value
 
     return run
+
+
+def _heads(projected: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """(batch, heads, length, head_dim) of each part of a projection."""
+    return projected.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _rows(attended: Tensor) -> Tensor:
+    return attended.transpose(1, 2).flatten(2)
+
+
+def _cross_attention(call: Arguments, attend: Callable[..., Tensor]) -> Callable[[], Tensor]:
+    """Linear layers of torch around `attend(query, key, value)`; norms and residual are not in the
+    shapes that are measured."""
+    heads, query, context = call["num_heads"], call["query"], call["context"]
+    q, kv, out = ((call[f"{n}_weight"], call[f"{n}_bias"]) for n in ("q", "kv", "out"))
+
+    def run() -> Tensor:
+        (rows,) = _heads(F.linear(query, *q), 1, heads)
+        key, value = _heads(F.linear(context, *kv), 2, heads)
+        return F.linear(_rows(attend(rows, key, value)), *out)
+
+    return run
+
+
+def linear_sdpa(call: Arguments) -> Callable[[], Tensor]:
+    """The cross-attention layer as linear layers around torch's SDPA."""
+    return _cross_attention(
+        call, partial(F.scaled_dot_product_attention, attn_mask=attend_mask(call))
+    )
+
+
+def linear_unfused(call: Arguments) -> Callable[[], Tensor]:
+    """The same around the unfused formula."""
+    bias = additive(attend_mask(call), call["query"].dtype)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return unfused_formula(query, key, value, bias, query.shape[-1] ** -0.5)
+
+    return _cross_attention(call, attend)
+
+
+def _cross_modal(call: Arguments, both: Adapter) -> Callable[[], tuple[Tensor, ...]]:
+    """Linear layers and norms of torch around both directions by another peer."""
+    names = ("visual", "text")
+    tokens, weights = [call[n] for n in names], [call[f"{n}_weights"] for n in names]
+    heads, activate, first = call["num_heads"], ACTIVATIONS[call["activation"]], call["norm_first"]
+    paddings = {
+        "query_padding_mask": call.get("visual_padding_mask"),
+        "key_padding_mask": call.get("text_padding_mask"),
+    }
+
+    def norm(x: Tensor, norm: Any, wanted: bool) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], *norm) if wanted else x
+
+    def run() -> tuple[Tensor, ...]:
+        (query, query_value), (key, value) = (
+            _heads(F.linear(norm(x, w.norm1, first), w.in_weight, w.in_bias), 2, heads)
+            for x, w in zip(tokens, weights, strict=True)
+        )
+        given = {"query": query, "key": key, "value": value, "query_value": query_value}
+        results = []
+        for x, w, found in zip(tokens, weights, both(given | paddings)(), strict=True):
+            x = norm(x + F.linear(_rows(found), w.out_weight, w.out_bias), w.norm1, not first)
+            hidden = activate(F.linear(norm(x, w.norm2, first), w.linear1_weight, w.linear1_bias))
+            x = x + F.linear(hidden, w.linear2_weight, w.linear2_bias)
+            results.append(norm(x, w.norm2, not first))
+        return tuple(results)
+
+    return run
+
+
+def layer_two_sdpa(call: Arguments) -> Callable[[], tuple[Tensor, ...]]:
+    """The fusion layer as linear layers and norms around two calls of SDPA."""
+    return _cross_modal(call, two_sdpa)
+
+
+def layer_two_unfused(call: Arguments) -> Callable[[], tuple[Tensor, ...]]:
+    """The same around the unfused formula."""
+    return _cross_modal(call, two_unfused)

@@ -19,6 +19,8 @@ SUITES = (
     "bidirectional",
     "lengths",
     "linear",
+    "cross_attention_layer",
+    "cross_modal_layer",
     "layers",
     "models",
     "goals",
