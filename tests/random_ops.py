@@ -18,6 +18,7 @@ from random_calls import (
     draw_padding,
     fitted,
 )
+from random_encoder import EncoderLayer, Norm
 from random_layers import CrossAttentionLayer, CrossModalLayer
 from suite import Target, plain_attention
 from test_bidirectional_attention import plain_bidirectional
@@ -391,7 +392,16 @@ class Linear(Drawn):
 
 KINDS: dict[str, type[Drawn]] = {
     kind.op.name: kind
-    for kind in (Attention, Bidirectional, Varlen, Linear, CrossAttentionLayer, CrossModalLayer)
+    for kind in (
+        Attention,
+        Bidirectional,
+        Varlen,
+        Linear,
+        Norm,
+        EncoderLayer,
+        CrossAttentionLayer,
+        CrossModalLayer,
+    )
 }
 
 

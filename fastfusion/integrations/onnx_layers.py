@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastfusion.integrations import onnx
+from fastfusion.integrations.onnx_linear import _ACTIVATIONS
 
 
 def _product(op: Any, x: Any, weight: Any, bias: Any) -> Any:
@@ -123,7 +124,7 @@ def _cross_modal_layer(
         x = op.Add(t[name], product(name, "out", rows))
         x = norm(name, "norm1", x, not norm_first)
         hidden = product(name, "linear1", norm(name, "norm2", x, norm_first))
-        hidden = onnx._ACTIVATIONS[activation](op, hidden)
+        hidden = _ACTIVATIONS[activation](op, hidden)
         x = norm(name, "norm2", op.Add(x, product(name, "linear2", hidden)), not norm_first)
         results.append(onnx._cast(op, x, onnx._FLOAT, dtype))
     return tuple(results)
