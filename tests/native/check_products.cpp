@@ -1,6 +1,6 @@
-// Products, what becomes of them, the operands as they are packed, and the softmax of a block, each
-// against double or scalar code, over the vector type of an instruction set. FF_BFLOAT16 says that
-// the set multiplies bfloat16.
+// Products, what becomes of them, the operands as they are packed, the softmax of a block, and the
+// activations, each against double or scalar code, over the vector type of an instruction set.
+// FF_BFLOAT16 says that the set multiplies bfloat16.
 
 #include <string>
 
@@ -10,6 +10,7 @@
 #include "cpu/softmax/packed_weights_bfloat16.h"
 #endif
 #include "cpu/attention/decode.h"
+#include "cpu/layers/activations.h"
 #include "cpu/softmax/epilogue.h"
 #include "cpu/attention/tail_queries.h"
 
@@ -21,6 +22,7 @@ float* shared_scratch(size_t) { return nullptr; }
 
 namespace {
 
+using ff::Activation;
 using ff::Float32Math;
 using Numbers = std::vector<double>;
 using Floats = std::vector<float>;
@@ -537,6 +539,37 @@ void check_decode(Type type) {
   }
 }
 
+// An activation against double, relative to the result wherever x is.
+template <class Function>
+void check_activation(const char* name, Activation activation, double most, double most_below,
+                      const Function& exact) {
+  const auto value = [&](float x) { return Lanes(ff::activate(activation, Vec::set(x)))[0]; };
+  for (double x = -5.0; x < 10.0; x += 0.00137) {
+    const double right = exact(double(float(x))), error = std::fabs(value(float(x)) / right - 1.0);
+    expect(error <= (x < 0.0 ? most_below : most), "%s(%g): relative error %.2g", name, x, error);
+  }
+  for (const float x : {0.0f, -0.0f, 1e-45f, -1e-45f, 1e-40f, -1e-40f, 1e-30f, -1e-30f})
+    expect(std::fabs(value(x) - 0.5 * x) <= 1e-45, "%s(%g): %g", name, x, value(x));
+  for (const float x : {20.0f, 120.0f, 3e30f, kEndless})
+    expect(value(x) == x, "%s(%g): %g", name, x, value(x));
+  for (const float x : {-20.0f, -120.0f, -3e30f, -kEndless})
+    expect(std::fabs(value(x) - (x < -99.0f ? 0.0 : exact(x))) <= 1e-13, "%s(%g): %g", name, x,
+           value(x));
+  expect(std::isnan(value(kNan)), "%s(NaN) is a number", name);
+}
+
+void check_activations() {
+  const auto gelu = [](double x) { return 0.5 * x * std::erfc(-std::sqrt(0.5) * x); };
+  const auto silu = [](double x) { return x / (1.0 + std::exp(-x)); };
+  const auto gelu_tanh = [](double x) {
+    const double u = std::sqrt(8.0 / std::acos(-1.0)) * (x + 0.044715 * x * x * x);
+    return x / (1.0 + std::exp(-u));
+  };
+  check_activation("gelu", Activation::kGelu, 1.5e-7, 8e-6, gelu);
+  check_activation("gelu_tanh", Activation::kGeluTanh, 1.4e-7, 2e-6, gelu_tanh);
+  check_activation("silu", Activation::kSilu, 1.4e-7, 3e-7, silu);
+}
+
 }  // namespace
 
 int main() {
@@ -556,5 +589,6 @@ int main() {
   check_decode<ff::Float32>(Type::kFloat32);
   check_decode<ff::BFloat16>(Type::kBFloat16);
   check_decode<ff::Half>(Type::kFloat16);
+  check_activations();
   return finish("products");
 }

@@ -1,4 +1,6 @@
-// Activation functions of a register, in float32.
+// Activation functions of a register, in float32. GELU and SiLU are max(x, 0) - |x| w(-|x|), with a
+// weight w that falls from 1/2 to 0: its errors hardly count where x is positive, and where x is
+// negative nothing cancels, so that the result is as accurate as the weight.
 #pragma once
 
 #include "cpu/softmax/exponential.h"
@@ -7,58 +9,47 @@ namespace ff {
 namespace {
 
 inline Vec negative(Vec x) { return Vec::zero() - x; }
-inline Vec minimum(Vec a, Vec b) { return negative(Vec::max(negative(a), negative(b))); }
 
-inline Vec between(Vec low, Vec x, Vec high) { return Vec::max(low, minimum(x, high)); }
-
-// erf(x) as x P(x^2) / Q(x^2) by a minimax fit on |x| <= 3.9, behind which it is 1; errs by 3e-7.
-inline Vec erf(Vec x) {
-  const Vec end = Vec::set(3.9f), one = Vec::set(1.0f);
-  const Vec outside = Vec::larger(x, end), sign = between(negative(one), x, one);
-  x = between(negative(end), x, end);
-  const Vec t = x * x;
-  Vec p = Vec::set(2.0506388e-06f);
-  p = Vec::fma(p, t, Vec::set(2.8743394e-04f));
-  p = Vec::fma(p, t, Vec::set(3.8357042e-03f));
-  p = Vec::fma(p, t, Vec::set(5.2963328e-02f));
-  p = Vec::fma(p, t, Vec::set(1.9191320e-01f));
-  p = Vec::fma(p, t, Vec::set(1.1283790e+00f));
-  Vec q = Vec::set(3.8232138e-05f);
-  q = Vec::fma(q, t, Vec::set(1.1814557e-03f));
-  q = Vec::fma(q, t, Vec::set(1.5106862e-02f));
-  q = Vec::fma(q, t, Vec::set(1.1474678e-01f));
-  q = Vec::fma(q, t, Vec::set(5.0341046e-01f));
-  q = Vec::fma(q, t, one);
-  return Vec::select(outside, sign, x * p / q);
+// The normal distribution's Phi(x) for x <= 0, as 1 / (2 (1 + p(x))^16), where p is small as long
+// as Phi is large. The minimax fit on [-5, 0] errs by 2e-8 of 1 - Phi and 6e-6 of Phi; below, it
+// falls to 0 as well. 1e-7 of Phi would take two more terms and 12 % more time, and with 2^p(x) in
+// place of the power 14 %, on AVX2 33 %.
+inline Vec normal_tail(Vec x) {
+  const Vec square = x * x, one = Vec::set(1.0f);
+  Vec even = Vec::set(1.568742078e-07f), odd = Vec::set(1.135124421e-06f);
+  even = Vec::fma(even, square, Vec::set(7.640164768e-06f));
+  odd = Vec::fma(odd, square, Vec::set(-4.998276927e-05f));
+  even = Vec::fma(even, square, Vec::set(2.949137888e-05f));
+  odd = Vec::fma(odd, square, Vec::set(-3.287286730e-03f));
+  even = Vec::fma(even, square, Vec::set(2.113702148e-02f));
+  odd = Vec::fma(odd, square, Vec::set(-4.986783490e-02f));
+  Vec p = Vec::fma(even, square, odd * x);
+  for (int i = 0; i < 3; ++i) p = Vec::fma(p, p, p + p);  // (1 + p)^2 - 1
+  return Vec::set(0.5f) / Vec::fma(p, p + Vec::set(2.0f), one);
 }
 
-// 1 / (1 + exp(-x)), of exponentials that cannot overflow.
-inline Vec sigmoid(Vec x) {
-  const Vec one = Vec::set(1.0f), absolute = Vec::max(x, negative(x));
-  const Vec below = exp<Precision::kFloat32>(minimum(x, Vec::zero()));
-  return below / (one + exp<Precision::kFloat32>(negative(absolute)));
+// 1 / (1 + 2^(-x factor)), of which the exponential cannot overflow for x <= 0.
+inline Vec sigmoid(Vec x, Vec factor) {
+  const Vec power = power_of_product(x, factor);
+  return power / (Vec::set(1.0f) + power);
 }
 
-// The argument of a maximum that stays if it is NaN stands second.
+// The weight of an activation that has one.
+inline Vec weight(Activation activation, Vec x) {
+  if (activation == Activation::kGelu) return normal_tail(x);
+  if (activation == Activation::kSilu) return sigmoid(x, Vec::set(1.44269504f));
+  // (1 + tanh(u)) / 2 = sigmoid(2 u)
+  constexpr float kFactor = 2.3022082f;  // 2 sqrt(2 / pi) log2(e)
+  return sigmoid(x, Vec::fma(x * x, Vec::set(0.044715f * kFactor), Vec::set(kFactor)));
+}
+
 inline Vec activate(Activation activation, Vec x) {
-  switch (activation) {
-    case Activation::kNone:
-      return x;
-    case Activation::kRelu:
-      return Vec::max(Vec::zero(), x);
-    case Activation::kGelu: {
-      const Vec half = x * Vec::set(0.5f);
-      return Vec::fma(half, erf(x * Vec::set(0.70710678f)), half);
-    }
-    case Activation::kGeluTanh: {
-      // 0.5 x (1 + tanh(u)) = x sigmoid(2 u)
-      const Vec cubic = Vec::fma(x * x, Vec::set(0.044715f * 1.5957691f), Vec::set(1.5957691f));
-      return x * sigmoid(x * cubic);
-    }
-    case Activation::kSilu:
-      return x * sigmoid(x);
-  }
-  __builtin_unreachable();
+  if (activation == Activation::kNone) return x;
+  const Vec above = Vec::max(Vec::zero(), x);  // NaN stays, as the second
+  if (activation == Activation::kRelu) return above;
+  // -|x|, bounded where all weights are 0: infinity times 0 would be NaN.
+  const Vec size = Vec::max((x - above) - above, Vec::set(-200.0f));
+  return Vec::fma(size, weight(activation, size), above);
 }
 
 }  // namespace
