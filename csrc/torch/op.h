@@ -131,7 +131,7 @@ template <auto kKernel>
 std::string signature() {
   std::string inputs;
   Arguments arguments(&inputs);
-  Call<kKernel>{arguments};
+  static_cast<void>(Call<kKernel>{arguments});
   return "(" + inputs + ") -> " + text(static_cast<typename Call<kKernel>::Result*>(nullptr));
 }
 

@@ -48,9 +48,11 @@ inline uint16_t float_to_half(float value) {
 }
 
 struct Vec {
-  using Native = float __attribute__((vector_size(16), aligned(4), may_alias));
-  using Integers = int32_t __attribute__((vector_size(16), aligned(4), may_alias));
-  using Doubles = double __attribute__((vector_size(32), aligned(8), may_alias));
+  // Behind the type, clang passes over `aligned` and stores whole vectors where floats may lie.
+  using Native __attribute__((vector_size(16), aligned(4), may_alias)) = float;
+  using Integers __attribute__((vector_size(16), aligned(4), may_alias)) = int32_t;
+  using Doubles __attribute__((vector_size(32), aligned(8), may_alias)) = double;
+  static_assert(alignof(Native) == alignof(float));
   static constexpr int kLanes = 4;
   static constexpr int kRegisters = 16;
   Native v;
