@@ -128,7 +128,10 @@ inline void linear_int8(const Linear& p, ParallelFor parallel) {
   auto* offsets = reinterpret_cast<int32_t*>(memory + most);
   auto* numbers = reinterpret_cast<int8_t*>(memory + 2 * most);
   const auto quantize = [](int64_t begin, int64_t end, const void* context) {
-    const auto& [p, rows] = *static_cast<const Int8Round*>(context);
+    // clang 14 lets no lambda see a structured binding.
+    const auto& round = *static_cast<const Int8Round*>(context);
+    const Linear& p = round.p;
+    const QuantizedRows& rows = round.rows;
     with_type(p.type, [&](auto kind) {
       using T = decltype(kind);
       const auto* x = static_cast<const typename T::Element*>(p.x) + rows.first * p.x_row;
