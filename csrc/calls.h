@@ -152,23 +152,6 @@ struct AttentionForward : Attention {
   Type out_type() const { return sums ? Type::kFloat32 : type; }
 };
 
-// A Transformer encoder layer: self-attention and a feed-forward network, each with a residual and
-// a norm, of sequences (batch, length, width).
-struct EncoderLayer {
-  AttentionForward attention;  // its shapes, masks and scale; the layer gives it memory
-  int64_t width, hidden;       // of the tokens, and between linear1 and linear2
-  Type type;                   // of tokens, biases and norms
-  const void* x;
-  int64_t x_row;  // rows are at one stride
-  Weight in_proj, out_proj, linear1, linear2;
-  Norm norm1, norm2;
-  bool norm_first;
-  Activation activation;
-  void* out;  // contiguous
-
-  bool* out_of_memory;
-};
-
 struct AttentionBackward : Attention {
   View grad_out;  // (B, H, Lq, Dv)
   LseGradient grad_lse;
@@ -194,6 +177,63 @@ struct BidirectionalBackward : Bidirectional {
   LseGradient grad_lse_q, grad_lse_k;
   MutableView grad_query, grad_key, grad_value, grad_query_value;
   MaskGradient grad_mask;
+};
+
+// A Transformer encoder layer: self-attention and a feed-forward network, each with a residual and
+// a norm, of sequences (batch, length, width).
+struct EncoderLayer {
+  AttentionForward attention;  // its shapes, masks and scale; the layer gives it memory
+  int64_t width, hidden;       // of the tokens, and between linear1 and linear2
+  Type type;                   // of tokens, biases and norms
+  const void* x;
+  int64_t x_row;  // rows are at one stride
+  Weight in_proj, out_proj, linear1, linear2;
+  Norm norm1, norm2;
+  bool norm_first;
+  Activation activation;
+  void* out;  // contiguous
+
+  bool* out_of_memory;
+};
+
+// out_proj(attention(q_proj(norm(query)), kv_proj(norm(context)))) + residual; norms, residual and,
+// where keys and values are given, kv_proj are left out. Keys stand before values in kv_proj.
+struct CrossAttentionLayer {
+  AttentionForward attention;  // its shapes, masks and scale; the layer gives it memory
+  int64_t query_dim, context_dim, out_dim;
+  Type type;  // of tokens, biases and norms
+  const void* query;
+  int64_t query_row;
+  const void* context = nullptr;  // none: attention has the keys and values
+  int64_t context_row = 0;
+  Weight q_proj, kv_proj, out_proj;
+  const Norm *query_norm = nullptr, *context_norm = nullptr;
+  const void* residual = nullptr;
+  int64_t residual_row = 0;
+  void* out;  // contiguous
+
+  bool* out_of_memory;
+};
+
+// One of the two sequences of a CrossModalLayer.
+struct FusionStream {
+  int64_t length, width, hidden;
+  const void* x;
+  int64_t x_row;
+  Weight in_proj, out_proj, linear1, linear2;  // in_proj: what scores are made of, then values
+  Norm norm1, norm2;
+  void* out;  // contiguous
+};
+
+// Attention between two sequences both ways, and a feed-forward network for each.
+struct CrossModalLayer {
+  BidirectionalForward attention;  // its shapes, masks and scale; the layer gives it memory
+  Type type;
+  FusionStream streams[2];  // queries, keys
+  bool norm_first;
+  Activation activation;
+
+  bool* out_of_memory;
 };
 
 }  // namespace ff

@@ -80,6 +80,51 @@ struct CrossAttentionLayerInputs {
   bool rms_norm = from.flag("rms_norm");
 };
 
+// One of the two sequences of a CrossModalLayer.
+struct StreamInputs {
+  Arguments& from;
+  const char* const* names;
+  Tensor in_weight = from.tensor(names[0]);
+  MaybeTensor in_bias = from.maybe_tensor(names[1]);
+  Tensor out_weight = from.tensor(names[2]);
+  MaybeTensor out_bias = from.maybe_tensor(names[3]);
+  Tensor linear1_weight = from.tensor(names[4]);
+  MaybeTensor linear1_bias = from.maybe_tensor(names[5]);
+  Tensor linear2_weight = from.tensor(names[6]);
+  MaybeTensor linear2_bias = from.maybe_tensor(names[7]);
+  MaybeTensor norm1_weight = from.maybe_tensor(names[8]);
+  MaybeTensor norm1_bias = from.maybe_tensor(names[9]);
+  MaybeTensor norm2_weight = from.maybe_tensor(names[10]);
+  MaybeTensor norm2_bias = from.maybe_tensor(names[11]);
+};
+
+constexpr const char* kVisualNames[] = {
+    "visual_in_weight",      "visual_in_bias",      "visual_out_weight",     "visual_out_bias",
+    "visual_linear1_weight", "visual_linear1_bias", "visual_linear2_weight", "visual_linear2_bias",
+    "visual_norm1_weight",   "visual_norm1_bias",   "visual_norm2_weight",   "visual_norm2_bias"};
+constexpr const char* kTextNames[] = {
+    "text_in_weight",      "text_in_bias",      "text_out_weight",     "text_out_bias",
+    "text_linear1_weight", "text_linear1_bias", "text_linear2_weight", "text_linear2_bias",
+    "text_norm1_weight",   "text_norm1_bias",   "text_norm2_weight",   "text_norm2_bias"};
+
+struct CrossModalLayerInputs {
+  Arguments& from;
+  Tensor visual = from.tensor("visual");
+  Tensor text = from.tensor("text");
+  StreamInputs visual_weights{from, kVisualNames};
+  StreamInputs text_weights{from, kTextNames};
+  MaybeTensor attn_mask = from.maybe_tensor("attn_mask");
+  MaybeTensor visual_padding_mask = from.maybe_tensor("visual_padding_mask");
+  MaybeTensor text_padding_mask = from.maybe_tensor("text_padding_mask");
+  int64_t num_heads = from.integer("num_heads");
+  int64_t activation = from.integer("activation");
+  bool norm_first = from.flag("norm_first");
+  double visual_norm1_eps = from.number("visual_norm1_eps");
+  double visual_norm2_eps = from.number("visual_norm2_eps");
+  double text_norm1_eps = from.number("text_norm1_eps");
+  double text_norm2_eps = from.number("text_norm2_eps");
+};
+
 struct LinearInputs {
   Arguments& from;
   Tensor input = from.tensor("input");

@@ -7,7 +7,8 @@
 
 namespace {
 
-// Tensors of a call as rows and weights, kept alive; what kernels cannot read where it is is copied.
+// Tensors of a call as rows and weights, kept alive; what kernels cannot read where it is is
+// copied.
 class LayerOperands {
  public:
   explicit LayerOperands(const Tensor& input) : input_(input) {
@@ -113,9 +114,7 @@ class LayerOperands {
   }
 
   const Tensor& contiguous(const Tensor& t) { return t.is_contiguous() ? t : copy(t); }
-  const Tensor& copy(const Tensor& t) {
-    return copies_.emplace_back(torch::stable::contiguous(t));
-  }
+  const Tensor& copy(const Tensor& t) { return copies_.emplace_back(torch::stable::contiguous(t)); }
 
   const Tensor& input_;
   std::list<Tensor> copies_;

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from fastfusion.backends import cuda, triton
+from fastfusion.backends import cpu, cuda, triton
 from fastfusion.core import arguments, layers
 from fastfusion.core import reference as formulas
 from fastfusion.core.layers import Norm
@@ -388,6 +388,7 @@ DEFINITION = Definition(
     "cross_attention_layer", Call, gradients=16, results=1, outputs=1, fake=_fake,
     reference=lambda call: (run_reference(call, False),), flops=_flops,
 )  # fmt: skip
+_CPU = cpu.forward_op(DEFINITION)
 _CUDA = cuda.CudaOp(DEFINITION)
 _TRITON = triton.layer_op(DEFINITION, "layer.fusion:cross_attention_layer", _attend)
 
@@ -443,6 +444,14 @@ def _cuda_waits(call: Call) -> bool:
     if not _is_compiling() and max(call.query.shape[1], call.kv_len()) > MAX_LENGTH:
         return True
     return not _triton_refuses(call)
+
+
+def _cpu_refuses(call: Call) -> Sequence[str]:
+    return cpu.refuses_gradient(call, DEFINITION)
+
+
+def _cpu_path(call: Call) -> str:
+    return f"{cpu.isa()}, one call, weights in place{cpu.products(call.query.dtype)}"
 
 
 def inputs(
@@ -539,6 +548,9 @@ OP = Op(
         Implementation(
             "triton", _TRITON, _triton_refuses, differentiable=False,
             on_request=triton.interprets, path=_triton_path,
+        ),
+        Implementation(
+            "cpu", _CPU, _cpu_refuses, differentiable=False, checks=True, path=_cpu_path
         ),
         Implementation("reference", run_reference, never_refuses),
     ),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from fastfusion.backends import triton
+from fastfusion.backends import cpu, triton
 from fastfusion.core import arguments, layers
 from fastfusion.core import reference as formulas
 from fastfusion.core.layers import Norm
@@ -424,6 +424,7 @@ DEFINITION = Definition(
     "cross_modal_layer", Call, gradients=27, results=2, outputs=2, fake=_fake,
     reference=lambda call: run_reference(call, False), flops=_flops,
 )  # fmt: skip
+_CPU = cpu.forward_op(DEFINITION)
 _TRITON = triton.layer_op(DEFINITION, "layer.fusion:cross_modal_layer", _attend)
 
 
@@ -448,6 +449,14 @@ def _triton_path(call: Call) -> str:
     attention = _attention(call, query, key, key, query)
     chosen = _bidirectional.OP.select(triton.attention_inside(), attention).backend
     return f"products in Triton, attention on {chosen}"
+
+
+def _cpu_refuses(call: Call) -> Sequence[str]:
+    return cpu.refuses_gradient(call, DEFINITION)
+
+
+def _cpu_path(call: Call) -> str:
+    return f"{cpu.isa()}, one call, weights in place{cpu.products(call.visual.dtype)}"
 
 
 def inputs(
@@ -534,6 +543,9 @@ OP = Op(
         Implementation(
             "triton", _TRITON, _triton_refuses, differentiable=False,
             on_request=triton.interprets, path=_triton_path,
+        ),
+        Implementation(
+            "cpu", _CPU, _cpu_refuses, differentiable=False, checks=True, path=_cpu_path
         ),
         Implementation("reference", run_reference, never_refuses),
     ),

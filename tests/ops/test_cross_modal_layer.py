@@ -100,6 +100,11 @@ def test_a_sample_alone_has_the_same_bits(target: Target) -> None:
             assert torch.equal(result[0], other[i])
 
 
+def prefix(target: Target) -> str:
+    """Of the names of a backend's ops."""
+    return "" if target.backend == "cpu" else f"{target.backend}_"
+
+
 @kernels
 def test_compiled_and_exported(target: Target) -> None:
     """Without gradients the graph holds the kernel's op."""
@@ -117,12 +122,12 @@ def test_compiled_and_exported(target: Target) -> None:
         program = torch.export.export(Module(), inputs)
         for run in (compiled, program.module()):
             assert all(map(torch.equal, run(*inputs), expected))
-    assert f"fastfusion.{target.backend}_cross_modal_layer_forward" in str(program.graph)
+    assert f"fastfusion.{prefix(target)}cross_modal_layer_forward" in str(program.graph)
 
 
 @kernels
 def test_opcheck(target: Target) -> None:
-    op = getattr(torch.ops.fastfusion, f"{target.backend}_cross_modal_layer_forward").default
+    op = getattr(torch.ops.fastfusion, f"{prefix(target)}cross_modal_layer_forward").default
     for more in ({}, {"mask": "both_padding", "norm_first": True, "bias": False}):
         torch.library.opcheck(op, tuple(OP.call(**nested(small(**more)))))
 

@@ -5,6 +5,7 @@
 #include "cpu/bidirectional/backward.h"
 #include "cpu/bidirectional/forward.h"
 #include "cpu/gemm/peak.h"
+#include "cpu/layers/cross_layers.h"
 #include "cpu/layers/encoder_layer.h"
 
 namespace ff {
@@ -27,6 +28,8 @@ constexpr KernelTable table(const char* isa) {
           linear<HalfMath>,
           norm,
           encoder_layer<HalfMath>,
+          cross_attention_layer<HalfMath>,
+          cross_modal_layer<HalfMath>,
           peak_operations<HalfMath>,
           convert};
 }

@@ -135,8 +135,8 @@ struct LinearTask {
     const int64_t first = index * kLinearFeatures, left = p.features - first;
     const int64_t features = left < kLinearFeatures ? left : kLinearFeatures;
     const Block block{{p.features, nullptr}, first, features};
-    const auto weight =
-        Packing<Math>::rows(matrix(p.weight.data, p.weight.type, p.weight.row), block, p.width, copy);
+    const auto weight = Packing<Math>::rows(matrix(p.weight.data, p.weight.type, p.weight.row),
+                                            block, p.width, copy);
     with_type(p.type, [&](auto kind) {
       const LinearEpilogue<decltype(kind)> epilogue{p};
       for (int64_t i = 0; i < rows.panels(); ++i) panel(epilogue, weight, first, features, i);
@@ -176,8 +176,8 @@ struct LinearTask {
   }
 
   // How far apart the rows of W are that a tile of so many takes: each goes on with its neighbours
-  // in the next tiles. Rows side by side share pages, in which nobody guesses the lines of more than
-  // one: 4.7 MB in rows of 1.5 KB come at 11 GB/s, and at 20 from pages of their own.
+  // in the next tiles. Rows side by side share pages, in which nobody guesses the lines of more
+  // than one: 4.7 MB in rows of 1.5 KB come at 11 GB/s, and at 20 from pages of their own.
   static int64_t rows_apart(int64_t features, int64_t tile, int64_t row) {
     const int64_t apart = (features + tile - 1) / tile;
     const bool compete = apart * row * int64_t(sizeof(typename Math::Element)) % 4096 == 0;

@@ -1,0 +1,114 @@
+// Cross-attention with its projections, and the fusion of two sequences (calls.h), in one call
+// each.
+#pragma once
+
+#include "cpu/attention/attention.h"
+#include "cpu/bidirectional/forward.h"
+#include "steps.h"
+
+namespace ff {
+namespace {
+
+template <class HalfMath>
+void cross_attention_layer(const CrossAttentionLayer& p, ParallelFor parallel) {
+  const LayerSteps<HalfMath> steps{p.type, p.out_of_memory, parallel};
+  AttentionForward attention = p.attention;
+  const int64_t dim = attention.head_dim, inner = attention.heads * dim;
+  const LayerRows query{p.query, attention.batch, attention.q_len, p.query_dim, p.query_row};
+  const LayerRows context{p.context, attention.batch, attention.kv_len, p.context_dim,
+                          p.context_row};
+  if (query.count() == 0) return;
+  const int64_t of_query = steps.bytes(query.count(), inner);
+  const int64_t of_context = p.context ? steps.bytes(context.count(), 2 * inner) : 0;
+  const int64_t normed = (p.query_norm ? steps.bytes(query.count(), p.query_dim) : 0) +
+                         (p.context_norm ? steps.bytes(context.count(), p.context_dim) : 0);
+  char* memory = steps.memory(2 * of_query + of_context + normed);
+  if (!memory) return;
+  char *const queries = memory, *const attended = memory + of_query;
+  char *const keys = attended + of_query, *const norms = keys + of_context;
+
+  const LayerRows asking = p.query_norm ? steps.normalize(*p.query_norm, query, norms) : query;
+  attention.query = steps.heads(steps.product(p.q_proj, asking, inner, queries), 0, inner, dim);
+  if (p.context && context.count() > 0) {
+    char* const into = norms + (p.query_norm ? steps.bytes(query.count(), p.query_dim) : 0);
+    const LayerRows asked =
+        p.context_norm ? steps.normalize(*p.context_norm, context, into) : context;
+    const LayerRows both = steps.product(p.kv_proj, asked, 2 * inner, keys);
+    attention.key = steps.heads(both, 0, inner, dim);
+    attention.value = steps.heads(both, 1, inner, dim);
+  }
+  attention.out = steps.joined(attended, attention.q_len, inner, dim);
+  if (!*p.out_of_memory) attention_forward<HalfMath>(attention, parallel);
+
+  const LayerRows gathered = steps.side_by_side(query, attended, inner);
+  const LayerRows residual{p.residual, query.batch, query.length, p.out_dim, p.residual_row};
+  steps.product(p.out_proj, gathered, p.out_dim, p.out, p.residual ? &residual : nullptr);
+}
+
+// What a stream of a CrossModalLayer has in memory.
+template <class HalfMath>
+struct StreamSteps {
+  const LayerSteps<HalfMath>& steps;
+  const CrossModalLayer& p;
+  const FusionStream& stream;
+  int64_t inner;
+
+  LayerRows x() const {
+    return {stream.x, p.attention.batch, stream.length, stream.width, stream.x_row};
+  }
+  int64_t widest() const {
+    const int64_t columns = 2 * inner > stream.hidden ? 2 * inner : stream.hidden;
+    return steps.bytes(x().count(), columns);
+  }
+  int64_t of_heads() const { return steps.bytes(x().count(), inner); }
+  int64_t of_tokens() const { return steps.bytes(x().count(), stream.width); }
+  int64_t bytes() const { return widest() + of_heads() + 2 * of_tokens(); }
+
+  char* attended(char* memory) const { return memory + widest(); }
+
+  // What scores are made of, and values.
+  LayerRows project(char* memory) const {
+    char* const normed = attended(memory) + of_heads();
+    const LayerRows scored = p.norm_first ? steps.normalize(stream.norm1, x(), normed) : x();
+    return steps.product(stream.in_proj, scored, 2 * inner, memory);
+  }
+
+  // The output, from what the heads have gathered.
+  void finish(char* memory) const {
+    char *const normed = attended(memory) + of_heads(), *const sum = normed + of_tokens();
+    const LayerRows gathered = steps.side_by_side(x(), attended(memory), inner), tokens = x();
+    LayerRows y = steps.product(stream.out_proj, gathered, stream.width, sum, &tokens);
+    if (!p.norm_first) y = steps.normalize(stream.norm1, y, sum);
+    const LayerRows fed = p.norm_first ? steps.normalize(stream.norm2, y, normed) : y;
+    const LayerRows hidden =
+        steps.product(stream.linear1, fed, stream.hidden, memory, nullptr, p.activation);
+    const LayerRows out = steps.product(stream.linear2, hidden, stream.width, stream.out, &y);
+    if (!p.norm_first) steps.normalize(stream.norm2, out, stream.out);
+  }
+};
+
+template <class HalfMath>
+void cross_modal_layer(const CrossModalLayer& p, ParallelFor parallel) {
+  const LayerSteps<HalfMath> steps{p.type, p.out_of_memory, parallel};
+  BidirectionalForward attention = p.attention;
+  const int64_t dim = attention.head_dim, inner = attention.heads * dim;
+  const StreamSteps<HalfMath> queries{steps, p, p.streams[0], inner};
+  const StreamSteps<HalfMath> keys{steps, p, p.streams[1], inner};
+  char* memory = steps.memory(queries.bytes() + keys.bytes());
+  if (!memory) return;
+  char* const behind = memory + queries.bytes();
+
+  const LayerRows of_queries = queries.project(memory), of_keys = keys.project(behind);
+  attention.query = steps.heads(of_queries, 0, inner, dim);
+  attention.query_value = steps.heads(of_queries, 1, inner, dim);
+  attention.key = steps.heads(of_keys, 0, inner, dim);
+  attention.value = steps.heads(of_keys, 1, inner, dim);
+  attention.out_q = steps.joined(queries.attended(memory), attention.q_len, inner, dim);
+  attention.out_k = steps.joined(keys.attended(behind), attention.kv_len, inner, dim);
+  if (!*p.out_of_memory) bidirectional_forward<HalfMath>(attention, parallel);
+  queries.finish(memory);
+  keys.finish(behind);
+}
+
+}  // namespace
+}  // namespace ff

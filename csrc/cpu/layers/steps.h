@@ -1,0 +1,83 @@
+// The steps of whole layers: norms and products of rows, and the memory between them.
+//
+// Steps hand over numbers of the layer's type, as modules do: bits are those of the ops called one
+// after the other.
+#pragma once
+
+#include "linear.h"
+#include "norm.h"
+
+namespace ff {
+namespace {
+
+inline int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
+
+// Rows of a layer, in sequences.
+struct LayerRows {
+  const void* data;
+  int64_t batch, length, width, row;
+
+  int64_t count() const { return batch * length; }
+};
+
+template <class HalfMath>
+struct LayerSteps {
+  Type type;
+  bool* out_of_memory;
+  ParallelFor parallel;
+
+  // Bytes of a matrix, so that the next one is aligned.
+  int64_t bytes(int64_t rows, int64_t columns) const {
+    return (rows * columns * size_of(type) + 63) / 64 * 64;
+  }
+
+  // Memory for all steps.
+  char* memory(int64_t bytes) const {
+    auto* found = reinterpret_cast<char*>(layer_scratch(size_t(bytes / 4)));
+    if (!found) *out_of_memory = true;
+    return found;
+  }
+
+  // Rows side by side in memory.
+  static LayerRows side_by_side(const LayerRows& like, const void* data, int64_t width) {
+    return {data, like.batch, like.length, width, width};
+  }
+
+  LayerRows normalize(const Norm& norm, const LayerRows& x, void* out) const {
+    NormRows call;
+    call.rows = x.count(), call.width = x.width, call.type = type, call.norm = norm;
+    call.x = x.data, call.x_row = x.row;
+    call.out = out, call.out_row = x.width;
+    ff::norm(call, parallel);
+    return side_by_side(x, out, x.width);
+  }
+
+  LayerRows product(const Weight& weight, const LayerRows& x, int64_t features, void* out,
+                    const LayerRows* residual = nullptr,
+                    Activation activation = Activation::kNone) const {
+    Linear call;
+    call.rows = x.count(), call.length = x.length;
+    call.width = x.width, call.features = features;
+    call.type = type, call.weight = weight, call.activation = activation;
+    call.x = x.data, call.x_row = x.row;
+    if (residual) call.residual = residual->data, call.residual_row = residual->row;
+    call.out = out, call.out_row = features;
+    call.out_of_memory = out_of_memory;
+    if (!*out_of_memory) linear<HalfMath>(call, parallel);
+    return side_by_side(x, out, features);
+  }
+
+  // The heads of the index-th of the parts, each `width` wide, that stand side by side in rows.
+  View heads(const LayerRows& rows, int64_t index, int64_t width, int64_t head_dim) const {
+    const auto* data = static_cast<const char*>(rows.data) + index * width * size_of(type);
+    return {data, rows.length * rows.row, head_dim, rows.row, 1};
+  }
+
+  // Where heads of `width` numbers in all write theirs, side by side.
+  static MutableView joined(void* out, int64_t length, int64_t width, int64_t head_dim) {
+    return {out, length * width, head_dim, width, 1};
+  }
+};
+
+}  // namespace
+}  // namespace ff
