@@ -145,7 +145,7 @@ def results_of(
     ):
         # A softmax does not see what is added to all scores of a row: the gradient is noise.
         wanted.remove("attn_mask")
-    if 0.0 < abs(float(call["scale"] or 0.0)) < torch.finfo(torch.float32).tiny:
+    if 0.0 < abs(float(call.get("scale") or 0.0)) < torch.finfo(torch.float32).tiny:
         # A gradient times a subnormal number has no bits left but luck, the formula's as well.
         wanted = [name for name in wanted if name not in ("query", "key")]
     results, gradients = evaluate(lambda **kw: run(**kw)[:count], call, wanted, drawn.weighed)
