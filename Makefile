@@ -41,10 +41,11 @@ OMP_NUM_THREADS=1 exec $$python -m fastfusion.benchmarks.$(MODULE_$@) $(ARGS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test asan emulate lint format bench bench-check kernels cuda gpu gpu-prebuild tune build wheel clean
+.PHONY: help demo example test asan emulate lint format bench bench-check kernels cuda gpu gpu-prebuild tune build wheel clean
 
 help:
 	@echo "make demo     answer questions about images, and compare with stock torch"
+	@echo "make example  a C++ program that answers them without Python and torch: build/example/encoder"
 	@echo "make test     run the tests"
 	@echo "make emulate  run the CPU kernels on other processors in QEMU: Arm, and x86-64 without AVX-512"
 	@echo "make asan     run the C++ and emulated CUDA kernels' tests with sanitizers of memory and undefined behaviour"
@@ -83,6 +84,30 @@ cuda: $(VENV)/install.stamp
 
 demo: build
 	@$(BIN)/python -m fastfusion demo
+
+# Needs nothing but a C++ compiler, which may be one for another machine: CXX=aarch64-linux-gnu-g++. The kernels have
+# the flags of setup.py, but that the scalar ones, which hardly a machine takes, are to be small before all; they throw
+# nothing. GCC warns of operands that are not set on purpose.
+EXAMPLE := build/example
+EXAMPLE_FLAGS := -std=c++20 -O2 -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra \
+	-Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option -Icsrc
+KERNEL_FLAGS := -fno-exceptions -fno-asynchronous-unwind-tables -c csrc/examples/kernels.cpp
+MACHINE = $(shell $(CXX) -dumpmachine)
+SETS = scalar $(if $(findstring x86_64,$(MACHINE)),avx2 avx512) $(if $(findstring aarch64,$(MACHINE)),neon)
+SET_scalar := -Os -DFF_SCALAR
+SET_avx2 := -O3 -mavx2 -mfma -mf16c
+SET_avx512 := -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c
+SET_neon := -O3
+
+example: $(EXAMPLE)/encoder
+	@echo "$<: $$(wc -c <$<) bytes, static"
+
+$(EXAMPLE)/encoder: Makefile csrc/calls.h $(filter csrc/cpu/% csrc/examples/%,$(CPP))
+	@mkdir -p $(EXAMPLE)
+	@echo "compiling the kernels of $(EXAMPLE) (about a minute of one core)"
+	@$(foreach set,$(SETS),$(CXX) $(EXAMPLE_FLAGS) $(SET_$(set)) $(KERNEL_FLAGS) -o $(EXAMPLE)/$(set).o &&) true
+	@$(CXX) $(EXAMPLE_FLAGS) -static -s -Wl,--gc-sections csrc/examples/encoder.cpp csrc/cpu/dispatch.cpp \
+		$(SETS:%=$(EXAMPLE)/%.o) -o $@
 
 # One thread per process: the processes share the cores already.
 test: build
