@@ -13,7 +13,7 @@ import fastfusion as ff
 from ..common import gate, ops, peers
 from ..common.ops import Call, as_tuple, expected_results, floating, spec, with_gradients
 from ..common.results import OURS, REFERENCE
-from . import compiled, libraries, runtimes
+from . import compiled, libraries, narrow, runtimes
 from .results import Row
 from .settings import Settings
 from .timing import measure
@@ -27,6 +27,12 @@ ATTENTION: dict[str, peers.Adapter] = {
 SUITES = {
     **ops.SUITES,
     **{name: replace(ops.SUITES[name], others=ATTENTION) for name in ("attention", "lengths")},
+}
+# Of ops that take narrow weights, the peers beside these.
+NARROW = {
+    "linear": {
+        weights: {**ops.SUITES["linear"].others, **more} for weights, more in narrow.LINEAR.items()
+    }
 }
 
 
@@ -44,7 +50,12 @@ def run_shape(suite: str, shape: dict[str, Any], settings: Settings) -> Row:
     about, backward = SUITES[suite], settings.backward
     op, public = spec(about.op), getattr(ff, about.op)
     call = op.inputs(shape, settings.dtype, "cpu", 0)
+    ours, cosines = call, None
     row = Row(suite, shape, settings.dtype_name, backward, cold=settings.cold)
+    if settings.weights is not None:
+        about = replace(about, others=NARROW[suite][settings.weights])
+        shape = {**shape, "weights": narrow.NAMES[settings.weights]}
+        ours, cosines = op.inputs(shape, settings.dtype, "cpu", 0), row.cosines
     if not backward:
         row.flops, row.moved = op.cost(shape, settings.dtype)
 
@@ -52,7 +63,7 @@ def run_shape(suite: str, shape: dict[str, Any], settings: Settings) -> Row:
     leaves = floating(call)
     for leaf in leaves:
         leaf.requires_grad_(backward)
-    calls: dict[str, Call] = {OURS: partial(public, **call)}
+    calls: dict[str, Call] = {OURS: partial(public, **ours)}
     for name, adapter in about.others.items():
         if not settings.wants(name) and name != about.plain:
             continue
@@ -65,16 +76,16 @@ def run_shape(suite: str, shape: dict[str, Any], settings: Settings) -> Row:
             row.skipped[name] = str(why)
         except Exception as error:
             row.problems[name] = crash(error)
-    explanation = ff.explain(public, **call)
+    explanation = ff.explain(public, **ours)
     row.path, row.how = explanation.chosen, explanation.path
     if row.path != REFERENCE and settings.wants(REFERENCE):
-        calls[REFERENCE] = partial(public, **call, backend=REFERENCE)
+        calls[REFERENCE] = partial(public, **ours, backend=REFERENCE)
     if backward:
         calls = {name: with_gradients(run, leaves, seeds) for name, run in calls.items()}
 
     with torch.inference_mode(not backward):
         plain = as_tuple(calls[about.plain]())
-        problems, right = judge(calls, expected, plain, backward)
+        problems, right = judge(calls, expected, plain, backward, cosines)
         row.problems |= problems
         if not settings.wants(about.plain):
             right.pop(about.plain, None)
@@ -107,13 +118,26 @@ def crash(error: Exception) -> str:
 
 
 def judge(
-    calls: dict[str, Call], expected: Sequence[Tensor], plain: Sequence[Tensor], gradients: bool
+    calls: dict[str, Call],
+    expected: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    gradients: bool,
+    cosines: dict[str, float] | None = None,
 ) -> tuple[dict[str, str], dict[str, Call]]:
-    """Splits calls into the problems of some and the others, which may be timed."""
+    """Splits calls into the problems of some and the others, which may be timed.
+
+    Given `cosines`, to be filled, the rule of narrow weights holds.
+    """
     problems, right = {}, {}
     for name, run in calls.items():
         try:
-            wrong = gate.verdict(as_tuple(run()), expected, plain, gradients)
+            found = as_tuple(run())
+            if cosines is None:
+                wrong = gate.verdict(found, expected, plain, gradients)
+            else:
+                wrong = gate.verdict_of_cosine(found, expected)
+                if wrong is None:
+                    cosines[name] = gate.least_cosine(found, expected)
         except Exception as error:
             problems[name] = crash(error)
             continue

@@ -10,8 +10,8 @@ import torch
 from ..common import shapes
 from ..common.command import Parser, UsageError
 from ..common.results import REFERENCE
-from . import cells, layers, models, own
-from .settings import Settings
+from . import cells, layers, models, narrow, own
+from .settings import NARROW, Settings
 
 SUITES = (
     "overhead",
@@ -26,10 +26,11 @@ SUITES = (
     "goals",
 )
 WITHOUT_SHAPES = ("overhead", "goals")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "float64", *NARROW)
+# Suites that take narrow weights.
+WITH_WEIGHTS = ("linear", "layers", "models")
 # A quick run leaves out what takes longer than about a tenth of a second per call.
 QUICK_FLOPS = 5e9
-OF_MODULES = ("torch.nn", "no fast path", "compiled")
 # Options that describe a shape of one's own, and what they are called in shapes.json.
 OWN = {
     "q": "q_len", "k": "kv_len", "heads": "heads", "kv_heads": "kv_heads", "dim": "head_dim",
@@ -40,7 +41,8 @@ OWN = {
 def peers() -> list[str]:
     """Every peer of every suite."""
     of_ops = [name for about in cells.SUITES.values() for name in about.others]
-    return list(dict.fromkeys([*of_ops, *OF_MODULES, REFERENCE]))
+    of_narrow = [name for some in narrow.LINEAR.values() for name in some]
+    return list(dict.fromkeys([*of_ops, *of_narrow, *layers.OTHERS, REFERENCE]))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
     names = f"{', '.join(SUITES)}; default all"
     add("suite", nargs="?", metavar="suite", choices=SUITES, help=names)
     add("--shape", help="measure this shape only (names: benchmarks/shapes.json)")
-    add("--dtype", choices=DTYPES, default="float32", metavar="DTYPE")
+    about = "of inputs and weights; int8, bf16w: inputs float32, our linear layers quantised"
+    add("--dtype", choices=DTYPES, default="float32", metavar="DTYPE", help=about)
     add("--threads", default="1", help="threads of torch, or several counts: 1,2; default 1")
     add("--rounds", type=int, help="times that everything is timed, default 20")
     add("--backward", action="store_true", help="time forward and backward")
@@ -162,6 +165,21 @@ def _check_modules(options: argparse.Namespace) -> None:
         raise UsageError(str(error)) from None
 
 
+def _check_weights(options: argparse.Namespace) -> None:
+    if options.dtype not in NARROW:
+        return
+    if options.device != "cpu":
+        raise UsageError(f"--dtype {options.dtype} is for the CPU")
+    if options.backward:
+        raise UsageError(f"--dtype {options.dtype} is for inference, without --backward")
+    wrong = [name for name in options.suites if name not in WITH_WEIGHTS]
+    if options.suite is None and options.own is None and options.model is None:
+        options.suites = list(WITH_WEIGHTS)
+    elif wrong and options.model is None:
+        names = ", ".join(WITH_WEIGHTS)
+        raise UsageError(f"--dtype {options.dtype} is for {names}, not for {wrong[0]}")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The options, checked.
 
@@ -180,6 +198,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.suites = [options.suite] if options.suite else list(SUITES)
     if options.own is not None:
         options.suites = [options.suite or "attention"]
+    _check_weights(options)
     if options.shape is not None:
         options.suites = [name for name in options.suites if name not in WITHOUT_SHAPES]
         try:
@@ -190,7 +209,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise UsageError(f"suite {options.suite} has no shape {options.shape}")
         options.suites = found
     options.settings = Settings(
-        dtype=getattr(torch, options.dtype),
+        dtype=getattr(torch, "float32" if options.dtype in NARROW else options.dtype),
+        weights=NARROW.get(options.dtype),
         backward=options.backward,
         rounds=options.rounds,
         min_time=1e-3 if options.quick else 5e-3,

@@ -17,14 +17,14 @@ from ..common.peers import Arguments, Skipped
 SOME = ("lxmert_text_to_image", "lxmert_image_to_text", "vit_b16", "qformer", "self_256")
 
 
-def _require_compiler() -> None:
+def require_compiler() -> None:
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):
         raise Skipped("needs a C++ compiler")
 
 
 def compiled_formula(call: Arguments) -> Callable[[], Tensor]:
     """The unfused formula under torch.compile, once per shape."""
-    _require_compiler()
+    require_compiler()
     torch.compiler.reset()  # every shape is another program, and they are limited in number
     return peers.compiled_formula(call)
 
@@ -33,7 +33,7 @@ def flex(call: Arguments) -> Callable[[], Tensor]:
     """FlexAttention under torch.compile; key padding and causality as its block mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    _require_compiler()
+    require_compiler()
     if call.get("attn_mask") is not None:
         raise Skipped("a mask tensor would be read score by score")
     query, key = call["query"], call["key"]

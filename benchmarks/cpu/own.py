@@ -92,6 +92,8 @@ def run(ours: str, other: str, inputs: str, settings: Settings) -> Row:
     row = Row("own", {"name": ours, "against": other, "inputs": inputs}, settings.dtype_name,
               settings.backward, cold=settings.cold)  # fmt: skip
     tensors = [t.to(settings.dtype) for t in tensors]
+    if settings.weights is not None and isinstance(first, nn.Linear):
+        raise ValueError(f"{ours} returned a torch.nn.Linear, which is not quantised in place")
     compare_modules(row, second.to(settings.dtype), first.to(settings.dtype), tensors, forward,
                     settings, name=other)  # fmt: skip
     return row

@@ -14,6 +14,7 @@ from typing import Any
 from ..common.plots import pyplot
 from ..common.results import OURS, REFERENCE
 from .results import merged, read
+from .roofline import COMPUTED_IN
 
 Document = dict[str, Any]
 Rows = list[dict[str, Any]]
@@ -89,7 +90,7 @@ def roofline(axes: Any, document: Document, rows: Rows) -> None:
         axes.scatter(x, y, s=18, color=color, label=dtype)
         for row, a, b in zip(own, x, y, strict=True):
             axes.annotate(f" {row['shape']['name']}", (a, b), size=5)
-        peak = ceilings["operations"].get("float32" if dtype == "float16" else dtype)
+        peak = ceilings["operations"].get(COMPUTED_IN.get(dtype, dtype))
         if peak:
             axes.axhline(peak / 1e9, color=color, linewidth=1)
             axes.annotate(f"{dtype} products", (min(x), peak / 1e9), size=7, va="bottom")

@@ -16,7 +16,7 @@ class Row:
     """One shape: our time, and how many times as long each other implementation takes.
 
     Attributes:
-        suite: "attention", "bidirectional" or "layers".
+        suite: its name in the command.
         shape: its entry in shapes.json.
         path: the backend that ran, where the op can tell.
         times: seconds per call, by implementation.
@@ -29,7 +29,9 @@ class Row:
         problems: why an implementation has no time: wrong, or crashed.
         skipped: why a peer took no part.
         flops: floating-point operations of one call, None where nobody has counted them.
+        float_flops: those of them that are in float32 beside narrower weights.
         moved: bytes of inputs and outputs.
+        cosines: with narrow weights, the lowest of a token with float64, by implementation.
         share: of what the machine can do at most (roofline.py), None where that is unknown.
     """
 
@@ -48,7 +50,9 @@ class Row:
     problems: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     flops: int | None = None
+    float_flops: int = 0
     moved: int | None = None
+    cosines: dict[str, float] = field(default_factory=dict)
     share: float | None = None
 
     def add(self, measurement: Measurement) -> None:
@@ -80,6 +84,8 @@ def table(rows: list[Row]) -> str:
     width = max(len(row.shape["name"]) for row in rows)
     head = f"{'':5}{'shape':<{width}}  {'fastfusion us':>26}  {'of peak':>7}  {'path':<9}"
     widths = [max(len(name), 5 if many else 18) for name in peers]
+    narrow = any(row.cosines for row in rows)
+    head += f"  {'cosine':>7}" if narrow else ""
     closest = f"  {'the closest':<32}" if many else ""
     columns = zip(peers, widths, strict=True)
     lines = [head + closest + "".join(f"  {name:>{size}}" for name, size in columns)]
@@ -92,6 +98,7 @@ def table(rows: list[Row]) -> str:
         lines.append(
             f"{label:5}{row.shape['name']:<{width}}  {_time_cell(row.times.get(OURS)):>26}"
             f"  {'' if row.share is None else f'{row.share:.0%}':>7}  {row.path or '':<9}"
+            + (f"  {_cosine_cell(row.cosines.get(OURS)):>7}" if narrow else "")
             + (f"  {_closest_cell(row):<32}" if many else "")
             + cells
         )
@@ -99,9 +106,11 @@ def table(rows: list[Row]) -> str:
     for name in peers:
         ratios = [row.ratios[name] for row in rows if name in row.ratios]
         mean = geometric_mean(ratio.median for ratio in ratios)
+        cosines = [row.cosines[name] for row in rows if name in row.cosines]
+        about = f", cosine >= {_cosine_cell(min(cosines))}" if cosines else ""
         lines.append(
             f"{'':5}{name}: geometric mean {mean:.2f} over {len(ratios)} shape(s), "
-            f"lost {sum(map(slower, ratios))}"
+            f"lost {sum(map(slower, ratios))}{about}"
         )
     reasons = Counter((name, why) for row in rows for name, why in row.skipped.items())
     for (name, why), count in reasons.items():
@@ -119,6 +128,11 @@ def _ratio_cell(ratio: Spread | None, short: bool = False) -> str:
     if ratio is None:
         return "-"
     return f"{ratio.median:.2f}" if short else in_words(ratio, 1, 2)
+
+
+def _cosine_cell(cosine: float | None) -> str:
+    # Rounded down: 1 would say that nothing was rounded.
+    return "" if cosine is None else f"{math.floor(1e5 * cosine) / 1e5:.5f}"
 
 
 def _closest_cell(row: Row) -> str:

@@ -14,6 +14,8 @@ from fastfusion.backends import library
 
 from .timing import measure
 
+# The dtype in which the kernels compute, where that is another one.
+COMPUTED_IN = {"float16": "float32", "bf16w": "bfloat16"}
 COPIED = 1 << 27  # bytes, several times the largest cache
 
 
@@ -30,18 +32,20 @@ class Machine:
     bandwidth: float
 
     def peak(self, dtype: str) -> float | None:
-        """Operations per second in which the kernels compute a dtype; None without kernels.
+        """Operations per second in which the kernels compute a dtype; None without kernels."""
+        return self.operations.get(COMPUTED_IN.get(dtype, dtype))
 
-        float16 is computed in float32.
+    def share(
+        self, flops: int, moved: int, dtype: str, seconds: float, cold: bool, float_flops: int = 0
+    ) -> float | None:
+        """Time at the ceilings over the time taken; inputs in cache have the first one only.
+
+        `float_flops` of the operations are in float32.
         """
-        return self.operations.get("float32" if dtype == "float16" else dtype)
-
-    def share(self, flops: int, moved: int, dtype: str, seconds: float, cold: bool) -> float | None:
-        """Time at the ceilings over the time taken; inputs in cache have the first one only."""
-        peak = self.peak(dtype)
-        if peak is None:
+        peak, float_peak = self.peak(dtype), self.peak("float32")
+        if peak is None or float_peak is None:
             return None
-        least = flops / peak
+        least = (flops - float_flops) / peak + float_flops / float_peak
         return max(least, moved / self.bandwidth if cold else 0.0) / seconds
 
 

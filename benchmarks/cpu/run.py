@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..common import machine
+from ..common import gate, machine
 from ..common.command import UsageError
 from ..common.ops import flops
 from ..common.results import OURS, Goal
@@ -102,10 +102,15 @@ class Run:
             self.rows += measured
             if measured:
                 direction = "forward and backward" if settings.backward else "forward"
+                direction += ", cold" if settings.cold else ""
+                if settings.weights is not None:
+                    direction += (
+                        f", inputs float32, right from a cosine of {gate.LEAST_COSINE} of each "
+                        "token with float64 on"
+                    )
                 print(
-                    f"\n{suite}, {settings.dtype_name}, {direction}"
-                    f"{', cold' if settings.cold else ''}: our time (quartiles), and how many "
-                    "times as long the others take"
+                    f"\n{suite}, {settings.dtype_name}, {direction}: our time (quartiles), and "
+                    "how many times as long the others take"
                 )
                 print(table(measured), flush=True)
 
@@ -113,7 +118,9 @@ class Run:
         """The row with its share of the peak."""
         if row.flops is not None and row.moved is not None and OURS in row.times:
             seconds = row.times[OURS].median
-            row.share = self.ceilings.share(row.flops, row.moved, row.dtype, seconds, row.cold)
+            row.share = self.ceilings.share(
+                row.flops, row.moved, row.dtype, seconds, row.cold, row.float_flops
+            )
         return row
 
     def judge(self, sections: Iterable[tuple[str, list[Goal]]]) -> None:

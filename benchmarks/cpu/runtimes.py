@@ -30,7 +30,7 @@ def _scale(call: Arguments) -> float:
     return call["query"].shape[-1] ** -0.5 if scale is None else scale
 
 
-def _openvino_tensor(tensor: Tensor) -> Any:
+def openvino_tensor(tensor: Tensor) -> Any:
     """A contiguous tensor's memory as OpenVINO takes it; NumPy has no bfloat16."""
     import openvino
 
@@ -56,23 +56,32 @@ def openvino(call: Arguments) -> Callable[[], Tensor]:
         raise Skipped(f"has no {inputs[0].dtype}".replace("torch.", ""))
     mask, causal = mask_or_causal(call)
     inputs += [] if mask is None else [mask.contiguous()]
-    tensors = [_openvino_tensor(t) for t in inputs]
-    parameters = [opset13.parameter(list(t.shape), t.element_type) for t in tensors]
+    types = [openvino_tensor(t).element_type for t in inputs]
+    parameters = [
+        opset13.parameter(list(t.shape), kind) for t, kind in zip(inputs, types, strict=True)
+    ]
     node = opset13.scaled_dot_product_attention(
         *parameters, causal=causal,
         **({"scale": opset13.constant(call["scale"])} if call.get("scale") is not None else {}),
     )  # fmt: skip
-    options = {
-        "INFERENCE_PRECISION_HINT": hints[inputs[0].dtype],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    model = openvino.Core().compile_model(openvino.Model([node], parameters), "CPU", options)
-    request = model.create_infer_request()
-    for index, tensor in enumerate(tensors):
-        request.set_input_tensor(index, tensor)
+    model = openvino.Model([node], parameters)
     out = torch.empty(*inputs[0].shape[:3], inputs[2].shape[3], dtype=inputs[0].dtype)
-    request.set_output_tensor(0, _openvino_tensor(out))
+    return openvino_call(model, inputs, out, {"INFERENCE_PRECISION_HINT": hints[out.dtype]})
+
+
+def openvino_call(
+    model: Any, inputs: list[Tensor], out: Tensor, options: Arguments
+) -> Callable[[], Tensor]:
+    """A call of an OpenVINO model on the memory of `inputs` and `out`."""
+    import openvino
+
+    options = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY", **options
+    }  # fmt: skip
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    for index, tensor in enumerate(inputs):
+        request.set_input_tensor(index, openvino_tensor(tensor))
+    request.set_output_tensor(0, openvino_tensor(out))
 
     def run() -> Tensor:
         assert inputs  # whose memory the request reads
@@ -87,16 +96,13 @@ def _onnx_session(
 ) -> Callable[[], None]:
     """A call of one ONNX node on the memory of `inputs` and `out`; None stands for no input."""
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         from onnx import TensorProto, helper
     except ImportError:
         raise Skipped("not installed (pip install onnx onnxruntime)") from None
-    import numpy
-
     if out.dtype != torch.float32:
         raise Skipped("its attention on CPUs is float32 alone")
-    kinds = {torch.float32: (TensorProto.FLOAT, numpy.float32),
-             torch.bool: (TensorProto.BOOL, numpy.bool_)}  # fmt: skip
+    kinds = {torch.float32: TensorProto.FLOAT, torch.bool: TensorProto.BOOL}
     given = {f"input{i}": t for i, t in enumerate(inputs) if t is not None}
     domain = {} if node == "Attention" else {"domain": "com.microsoft"}
     graph = helper.make_graph(
@@ -110,22 +116,29 @@ def _onnx_session(
             )  # fmt: skip
         ],
         "attention",
-        [helper.make_tensor_value_info(n, kinds[t.dtype][0], t.shape) for n, t in given.items()],
+        [helper.make_tensor_value_info(n, kinds[t.dtype], t.shape) for n, t in given.items()],
         [helper.make_tensor_value_info("out", TensorProto.FLOAT, out.shape)],
     )
     versions = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=versions, ir_version=11)
+    return onnx_call(model.SerializeToString(), given, out)
+
+
+def onnx_call(model: bytes | str, given: dict[str, Tensor], out: Tensor) -> Callable[[], None]:
+    """A call of an ONNX model, its bytes or its file, on the memory of `given` and `out`."""
+    import numpy
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     for name, tensor in given.items():
-        binding.bind_input(
-            name, "cpu", 0, kinds[tensor.dtype][1], list(tensor.shape), tensor.data_ptr()
-        )
-    binding.bind_output("out", "cpu", 0, numpy.float32, list(out.shape), out.data_ptr())
+        kind = numpy.bool_ if tensor.dtype == torch.bool else numpy.float32
+        binding.bind_input(name, "cpu", 0, kind, list(tensor.shape), tensor.data_ptr())
+    output = session.get_outputs()[0].name
+    binding.bind_output(output, "cpu", 0, numpy.float32, list(out.shape), out.data_ptr())
 
     def run() -> None:
         assert given  # whose memory the session reads

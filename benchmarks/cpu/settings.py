@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+# What --dtype calls weights that are narrower than float32 inputs, and what ff.quantize does.
+NARROW = {"int8": "int8", "bf16w": "bf16"}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -16,6 +19,7 @@ class Settings:
         min_time: seconds that one timing should take; faster calls run in a loop.
         cold: single calls, each after the caches were overwritten.
         peers: the names to time, None for those that take no minutes.
+        weights: of our linear layers where they are narrower: "int8" or "bf16".
     """
 
     dtype: torch.dtype = torch.float32
@@ -24,6 +28,7 @@ class Settings:
     min_time: float = 5e-3
     cold: bool = False
     peers: tuple[str, ...] | None = None
+    weights: str | None = None
 
     def wants(self, peer: str) -> bool:
         """Whether a peer is to be timed."""
@@ -31,5 +36,8 @@ class Settings:
 
     @property
     def dtype_name(self) -> str:
-        """The dtype without "torch."."""
+        """The dtype without "torch."; of narrow weights what --dtype calls them."""
+        for name, weights in NARROW.items():
+            if weights == self.weights:
+                return name
         return str(self.dtype).removeprefix("torch.")
