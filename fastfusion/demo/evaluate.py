@@ -1,5 +1,6 @@
 """Accuracy over a split, and the latency of models side by side."""
 
+import copy
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fastfusion.demo.data import Split, drawn
 from fastfusion.demo.model import GRID, EasyVQA, QuestionOnly
+from fastfusion.quantization import QuantizationReport, quantize
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -44,6 +46,14 @@ def predict(model: EasyVQA, split: Split, tokens: Tensor, chunk: int = 50) -> Te
 def predict_from_question(model: QuestionOnly, split: Split, tokens: Tensor) -> Tensor:
     """As :func:`predict`, without looking at the images."""
     return model(tokens).argmax(dim=1)[split.text_index]
+
+
+def quantized(
+    model: EasyVQA, weights: str, sample: tuple[Tensor, Tensor]
+) -> tuple[EasyVQA, QuantizationReport]:
+    """A copy of a model with narrower weights, and how its layers did on a sample of its inputs."""
+    narrow = copy.deepcopy(model)
+    return narrow, quantize(narrow, weights, example_inputs=sample)
 
 
 def accuracy(predicted: Tensor, split: Split) -> float:

@@ -1,5 +1,6 @@
 """What ``python -m fastfusion demo`` prints, and the picture it draws."""
 
+import math
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -14,6 +15,7 @@ from fastfusion.demo.evaluate import (
     latencies,
     predict,
     predict_from_question,
+    quantized,
     shape_tokens,
     to_float,
 )
@@ -31,6 +33,7 @@ EXAMPLES = {
     "what is the red shape?": ("red", "shape"),
     "is no teal shape present?": ("no", "teal"),
 }
+SOME_IMAGES = 100  # whose questions every variant answers
 SAMPLE = 256  # questions for the comparison with stock torch and for the attention's statistics
 
 
@@ -50,7 +53,7 @@ def show(output: Path, checkpoint_path: Path | None = None) -> None:
     with torch.inference_mode():
         predicted = _accuracy(checkpoint, checkpoint.model, split, tokens)
         examples = _examples(checkpoint, split, predicted)
-        _beside_stock(checkpoint, checkpoint.model, split, tokens)
+        _side_by_side(checkpoint, checkpoint.model, split, tokens, predicted)
         _picture(checkpoint, checkpoint.model, split, tokens, predicted, examples, output)
 
 
@@ -106,24 +109,73 @@ def _spread(split: Split, count: int) -> list[int]:
     return [place * len(split) // count for place in range(count)]
 
 
-def _beside_stock(checkpoint: Checkpoint, model: EasyVQA, split: Split, tokens: Tensor) -> None:
+def _side_by_side(
+    checkpoint: Checkpoint, model: EasyVQA, split: Split, tokens: Tensor, predicted: Tensor
+) -> None:
+    """The model beside its twin of stock torch.nn, and its copies with narrower weights."""
     stock = EasyVQA(checkpoint.config, StockVQATransformer)
     stock.load_state_dict(model.state_dict(), strict=True)
-    stock.eval()
-    images, words = _pairs(split, tokens, _spread(split, SAMPLE))
-    difference = (model(images, words) - stock(images, words)).abs().max().item()
-    print("\nthe same model built from stock torch.nn, with the same weights")
-    print(f"  largest difference of the logits of {SAMPLE} questions: {difference:.1e}")
-    threads = torch.get_num_threads()
-    print(f"  latency, median of interleaved rounds, {threads} thread(s)")
-    for batch in (1, 8):
-        pair = _pairs(split, tokens, _spread(split, batch))
-        times = latencies({"ours": partial(model, *pair), "stock": partial(stock, *pair)})
-        ours, theirs = 1e3 * times["ours"], 1e3 * times["stock"]
-        print(
-            f"    batch {batch}: fastfusion {ours:.2f} ms, stock torch.nn {theirs:.2f} ms "
-            f"(stock / fastfusion = {theirs / ours:.2f})"
+    sample = _pairs(split, tokens, _spread(split, SAMPLE))
+    models = {"stock torch.nn": stock.eval(), "fastfusion": model}
+    cosines = {}
+    for weights in ("bf16", "int8"):
+        name = f"fastfusion {weights}"
+        models[name], report = quantized(model, weights, _pairs(split, tokens, _spread(split, 32)))
+        cosines[name] = min(layer.cosine or 0.0 for layer in report.quantized)
+    some = split.head(SOME_IMAGES)
+    logits = {name: each(*sample) for name, each in models.items()}
+    answers = {
+        name: predicted[: len(some)] if each is model else predict(each, some, tokens)
+        for name, each in models.items()
+    }
+    pairs = {batch: _pairs(split, tokens, _spread(split, batch)) for batch in (1, 8)}
+    times = {
+        batch: latencies(
+            {name: partial(each, *pair) for name, each in models.items()}
+            | {"stem": partial(model.stem, pair[0])},
+            rounds=30,
         )
+        for batch, pair in pairs.items()
+    }
+
+    print(
+        f"\nthe same weights in stock torch.nn, in float32, and as bfloat16 and 8-bit integers "
+        f"(ff.quantize), {torch.get_num_threads()} thread(s)"
+    )
+    print(
+        f"  {'':<15}  {'batch 1':>16}  {'batch 8':>16}  {'accuracy':>8}  {'difference':>10}  "
+        f"{'MB':>5}  layers' cosine"
+    )
+    plain = logits["stock torch.nn"]
+    for name, each in models.items():
+        cells = [
+            f"{1e3 * time[name]:6.2f} ms {time['stock torch.nn'] / time[name]:5.2f}x"
+            for time in times.values()
+        ]
+        difference = (logits[name] - plain).abs().max().item()
+        cosine = f">= {math.floor(1e5 * cosines[name]) / 1e5:.5f}" if name in cosines else ""
+        print(
+            f"  {name:<15}  {cells[0]:>16}  {cells[1]:>16}  {accuracy(answers[name], some):>8.2%}  "
+            f"{difference:>10.1e}  {_megabytes(each):>5.2f}  {cosine}".rstrip()
+        )
+    print(
+        f"  latency: median of interleaved rounds; accuracy: of the same {len(some):,} questions; "
+        f"difference: the largest of the logits of {SAMPLE} questions, which reach "
+        f"{plain.abs().max().item():.0f}"
+    )
+    one = times[1]
+    ours = one["fastfusion"]
+    print(
+        f"  what made the difference, batch 1: fused layers {one['stock torch.nn'] / ours:.2f}x, "
+        f"their products in bfloat16 another {ours / one['fastfusion bf16']:.2f}x or in integers "
+        f"{ours / one['fastfusion int8']:.2f}x; the image stem's convolutions, "
+        f"{1e3 * one['stem']:.2f} ms, are the same in all"
+    )
+
+
+def _megabytes(model: torch.nn.Module) -> float:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
 
 
 def _picture(

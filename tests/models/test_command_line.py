@@ -111,9 +111,19 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert number(r"accuracy on the whole test split: ([\d.]+)%") >= 99.5
     assert 60 < number(r"question-only model: ([\d.]+)%") < 70
     assert "9,673" in printed
-    assert number(r"largest difference of the logits of \d+ questions: ([\d.e+-]+)") >= 0
-    for batch in (1, 8):
-        assert number(rf"batch {batch}: fastfusion +([\d.]+) ms") > 0
+    rows = {}
+    for name in ("stock torch.nn", "fastfusion", "fastfusion bf16", "fastfusion int8"):
+        time = r"([\d.]+) ms +[\d.]+x"
+        found = re.search(rf"  {name} +{time} +{time} +([\d.]+)% +([\d.e+-]+) +([\d.]+)", printed)
+        assert found is not None, printed
+        rows[name] = [float(cell) for cell in found.groups()]
+        assert rows[name][0] > 0 and rows[name][1] > 0
+        assert abs(rows[name][2] - rows["stock torch.nn"][2]) <= 0.3
+    assert rows["stock torch.nn"][3] == 0 < rows["fastfusion int8"][3]
+    assert rows["fastfusion int8"][4] < rows["fastfusion bf16"][4] < rows["fastfusion"][4]
+    cosines = re.findall(r">= ([\d.]+)", printed)
+    assert len(cosines) == 2 and min(map(float, cosines)) >= 0.999
+    assert number(r"what made the difference, batch 1: fused layers ([\d.]+)x") > 0
     assert printed.count("(true: ") == 6
     assert str(picture) in printed
 
