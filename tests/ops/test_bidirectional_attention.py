@@ -193,6 +193,15 @@ class TestBidirectionalAttention(AttentionSuite):
     slow_scale_cases = ("few_keys", "bias")
     bool_cases = ("padding", "bool_mask")
 
+    def test_gradients_of_nearly_equal_weights(self, threaded_target: Target) -> None:
+        """Weights that differ by a rounding or two: long sums would drop what tells them apart, an
+        error that all weights of a row share."""
+        call = self.op.inputs(shape(16, 256), torch.float32) | {"scale": 1e-7}
+        _, gradients = self.evaluate(
+            lambda **kw: threaded_target.call(type(self).function, **kw, return_lse=True), call
+        )
+        self.compare_gradients(threaded_target, call, gradients)
+
     def test_same_bits_alone_and_in_a_batch(
         self, native_target: Target, dtype: torch.dtype
     ) -> None:

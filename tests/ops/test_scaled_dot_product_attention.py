@@ -137,6 +137,15 @@ class TestScaledDotProductAttention(AttentionSuite):
     slow_scale_cases = ("dead_rows", "bias")
     bool_cases = ("few_dead_rows", "rest_of_two", "padding", "bool_mask")
 
+    def test_gradients_of_nearly_equal_weights(self, threaded_target: Target) -> None:
+        """Weights that differ by a rounding or two: long sums would drop what tells them apart, an
+        error that all weights of a row share."""
+        call = self.op.inputs(shape(16, 256), torch.float32) | {"scale": 1e-7}
+        _, gradients = self.evaluate(
+            lambda **kw: threaded_target.call(type(self).function, **kw, return_lse=True), call
+        )
+        self.compare_gradients(threaded_target, call, gradients)
+
     @pytest.mark.parametrize("kv_len", [300, 1100])
     def test_same_bits_alone_and_in_a_batch(
         self, kv_len: int, native_target: Target, dtype: torch.dtype

@@ -207,16 +207,19 @@ class BackwardTask {
       mask_scores(scores, block, unit, maximum_);
       unit = 1.0f;
     }
-    online_softmax<Float32Math, Base::kE>(block, columns, unit, maximum_, nullptr, to.scores,
-                                          tile.statistics);
+    online_softmax<Float32Math, Base::kE, true>(block, columns, unit, maximum_, nullptr, to.scores,
+                                                tile.statistics);
     for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
       Vec::load(tile.statistics.maximum + lane).store(to.maxima + lane);
-      FourSums sum;
-      for (int64_t j = 0; j < block.count; ++j)
-        sum.part[j % 4] = Vec::fma(Vec::load(to.scores + j * columns + lane),
-                                   Vec::load(to.grad_scores + j * columns + lane), sum.part[j % 4]);
-      Vec::fma(Vec::load(tile.weighted + lane), Vec::load(tile.statistics.rescale + lane),
-               sum.total())
+      Vec sum[1];
+      add_short_chains(
+          block.count,
+          [&](int64_t j, Vec(&part)[1]) __attribute__((always_inline)) {
+            const int64_t e = j * columns + lane;
+            part[0] = Vec::fma(Vec::load(to.scores + e), Vec::load(to.grad_scores + e), part[0]);
+          },
+          sum);
+      Vec::fma(Vec::load(tile.weighted + lane), Vec::load(tile.statistics.rescale + lane), sum[0])
           .store(tile.weighted + lane);
     }
   }

@@ -51,15 +51,18 @@ inline void add_row_sums(const Scores& s, const Block& block, float unit, const 
                          const SideStatistics& queries) {
   for (int64_t lane = 0; lane < s.columns; lane += Vec::kLanes) {
     const Vec offset = finite(Vec::load(queries.maximum + lane));
-    FourSums sum, weighted;
-    for (int64_t j = 0; j < block.count; ++j) {
-      const int64_t e = j * s.columns + lane;
-      const Vec weight = exponential(Vec::load(s.data + e), unit, offset);
-      sum.part[j % 4] = sum.part[j % 4] + weight;
-      weighted.part[j % 4] = Vec::fma(weight, Vec::load(grads + e), weighted.part[j % 4]);
-    }
-    (Vec::load(queries.sum + lane) + sum.total()).store(queries.sum + lane);
-    (Vec::load(queries.weighted + lane) + weighted.total()).store(queries.weighted + lane);
+    Vec sums[2];
+    add_short_chains(
+        block.count,
+        [&](int64_t j, Vec(&part)[2]) __attribute__((always_inline)) {
+          const int64_t e = j * s.columns + lane;
+          const Vec weight = exponential(Vec::load(s.data + e), unit, offset);
+          part[0] = part[0] + weight;
+          part[1] = Vec::fma(weight, Vec::load(grads + e), part[1]);
+        },
+        sums);
+    (Vec::load(queries.sum + lane) + sums[0]).store(queries.sum + lane);
+    (Vec::load(queries.weighted + lane) + sums[1]).store(queries.weighted + lane);
   }
 }
 
@@ -76,12 +79,19 @@ inline void add_column_sums(const Scores& s, const Block& block, float unit, con
       if (r >= count) continue;
       const int64_t at = (first + r) * s.columns;
       const Vec offset = finite(Vec::set(keys.maximum[first + r]));
+      Vec sum = Vec::zero(), weighted = Vec::zero();
+      const auto end_chain = [&] {
+        sums[r] = sums[r] + sum, weighted_sums[r] = weighted_sums[r] + weighted;
+        sum = weighted = Vec::zero();
+      };
       for_lanes(s, last, [&](int64_t lane, const auto& select) {
+        if (lane % (kShortChain / 4 * kLanes) == 0) end_chain();
         const Vec score = Vec::load(s.data + at + lane);
         const Vec weight = select(exponential(score, unit, offset), Vec::zero());
-        sums[r] = sums[r] + weight;
-        weighted_sums[r] = Vec::fma(weight, Vec::load(grads + at + lane), weighted_sums[r]);
+        sum = sum + weight;
+        weighted = Vec::fma(weight, Vec::load(grads + at + lane), weighted);
       });
+      end_chain();
     }
     const auto add = [&](float* total, const Vec* parts) {
       (Vec::load(total + first, count) + Vec::totals(parts)).store(total + first, count);
