@@ -98,6 +98,10 @@ def test_json_holds_everything(tmp_path: Path) -> None:
         (["overhead", "--shape", "vit_b16"], "suite overhead has no shape vit_b16"),
         (["--dtype", "float8"], "'float32', 'bfloat16', 'float16', 'float64'"),
         (["everything"], "'overhead', 'attention', 'bidirectional', 'lengths', 'linear', "),
+        (["attention", "--dtype", "int8"], "--dtype int8 is for linear, layers, models, not for"),
+        (["--dtype", "bf16w", "--q", "3", "--k", "5"], "for linear, layers, models, not for atten"),
+        (["layers", "--dtype", "int8", "--backward"], "is for inference, without --backward"),
+        (["layers", "--dtype", "int8", "--device", "cuda"], "--dtype int8 is for the CPU"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--threads", "1,two"], "--threads must be at least 1, got 1,two"),
@@ -113,6 +117,30 @@ def test_bad_command_lines(
     assert captured.out == ""
     assert message in captured.err
     assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bf16w"])
+def test_narrow_weights_say_how_they_are_judged(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parse(["--dtype", dtype]).suites == ["linear", "layers", "models"]
+    file = tmp_path / "result.json"
+    tiny = ["--shape", "fusion_64", "--rounds", "1", "--quick", "--peers", "torch.nn"]
+    outputs = ["--json", str(file), "--plots", str(tmp_path)]
+    assert main(["layers", "--dtype", dtype, *tiny, *outputs]) == 0
+    printed = capsys.readouterr().out
+    assert f"layers, {dtype}, forward, inputs float32" in printed
+    assert "a cosine of 0.999 of each token" in printed
+    assert "4/4 " in printed and ", cosine >= 0.9999" in printed
+    (only,) = json.loads(file.read_text())["rows"]
+    assert only["dtype"] == dtype and only["share"] > 0
+    assert only["cosines"]["fastfusion"] >= 0.999
+    assert (tmp_path / "roofline.png").is_file()
+
+
+def test_goals_of_layers_are_asked_for_by_name() -> None:
+    assert "layer-goals" not in parse([]).suites
+    assert parse(["layer-goals"]).suites == ["layer-goals"]
 
 
 def test_more_threads_run_pinned_in_processes_of_their_own(
@@ -187,6 +215,7 @@ MODULES = """
 from torch import nn
 import fastfusion.nn
 
+def linear(): return nn.Linear(16, 16)
 def stock(): return nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
 def ours(): return fastfusion.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
 def wrong(): return nn.Sequential(stock(), nn.LayerNorm(16, elementwise_affine=False), nn.ReLU())
@@ -208,6 +237,11 @@ def test_modules_of_your_own(
     if not backward:
         assert main([*names, "my_modules:wrong", *common]) == 1
         assert "WRONG" in capsys.readouterr().out
+        assert main([*names, "my_modules:stock", *common, "--dtype", "int8"]) == 0
+        assert "cosine >= 0.99" in capsys.readouterr().out
+        linear = ["--model", "my_modules:linear", "--against", "my_modules:linear"]
+        assert main([*linear, *common, "--dtype", "int8"]) == 2
+        assert "torch.nn.Linear, which is not quantised in place" in capsys.readouterr().err
     assert main([*names, "my_modules:number", *common]) == 2
     assert "my_modules:number returned int, not a module" in capsys.readouterr().err
     assert main([*names, "my_modules:nothing", *common]) == 2

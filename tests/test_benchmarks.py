@@ -15,9 +15,12 @@ from fastfusion.benchmarks.common.timing import Spread
 from fastfusion.benchmarks.cpu import cells as ops
 from fastfusion.benchmarks.cpu import (
     compiled,
+    exported,
+    layer_goals,
     layers,
     libraries,
     models,
+    narrow,
     overhead,
     results,
     roofline,
@@ -145,6 +148,18 @@ def test_gate_takes_zero_for_zero() -> None:
     assert gate.verdict([zero + 1e-6], [zero.double()], [zero]) is not None
 
 
+def test_gate_of_narrow_weights_takes_the_cosine_of_each_token() -> None:
+    exact = torch.randn(2, 3, 64, dtype=torch.float64)
+    assert gate.verdict_of_cosine([3 * exact.float()], [exact]) is None
+    one_wrong = exact.clone()
+    one_wrong[1, 2] += 0.1 * torch.randn(64, dtype=torch.float64)
+    assert "a token has cosine 0.99" in str(gate.verdict_of_cosine([one_wrong], [exact]))
+    assert gate.least_cosine([one_wrong], [exact]) < gate.LEAST_COSINE
+    one_wrong[1, 2, 0] = torch.nan
+    assert gate.verdict_of_cosine([one_wrong], [exact]) is not None
+    assert "shape" in str(gate.verdict_of_cosine([exact[:1]], [exact]))
+
+
 # ---- shapes and peers
 
 
@@ -208,6 +223,95 @@ def test_layers_agree(group: str, backward: bool) -> None:
     row = layers.run_shape(group, shape, settings)
     assert row.problems == {}
     assert set(row.times) == {"fastfusion", "torch.nn"} | (set() if backward else {"no fast path"})
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+WIDE = {
+    "name": "small", "batch": 2, "length": 4, "q_len": 4, "kv_len": 6, "dim": 64,
+    "context_dim": 96, "heads": 2, "ffn": 128,
+}  # fmt: skip
+NARROW = {"bf16": "bf16w", "int8": "int8"}
+
+
+@pytest.mark.parametrize("weights", NARROW)
+@pytest.mark.parametrize("group", layers.GROUPS)
+def test_layers_with_narrow_weights_agree(group: str, weights: str) -> None:
+    made = layers.run_shape(group, WIDE, Settings(rounds=1, min_time=0.0, weights=weights))
+    assert made.problems == {}
+    assert made.dtype == NARROW[weights] and made.path == f"4/4 {weights}"
+    more = {"torch.nn bfloat16"} if weights == "bf16" else set()
+    assert set(made.times) == {"fastfusion", "torch.nn"} | more == set(made.cosines)
+    assert min(made.cosines.values()) >= gate.LEAST_COSINE
+    assert set(made.skipped) == {*exported.RUNTIMES, layers.FROZEN}
+    assert made.flops is not None and made.flops > made.float_flops > 0
+
+
+@pytest.mark.parametrize("weights", NARROW)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_linear_with_narrow_weights_agrees(weights: str, activation: str | None) -> None:
+    shape = {
+        "name": "small", "batch": 2, "length": 3, "width": 64, "features": 96,
+        "activation": activation, "residual": activation is None,
+    }  # fmt: skip
+    made = ops.run_shape("linear", shape, Settings(rounds=1, min_time=0.0, weights=weights))
+    assert made.problems == {} == made.skipped
+    assert {"fastfusion", "torch", *narrow.LINEAR[weights]} <= set(made.times)
+    assert made.cosines.keys() == made.times.keys()
+
+
+def test_narrow_weights_that_are_wrong_print_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize = ff.quantize
+
+    def wrong(module: Any, weights: str) -> Any:
+        report = quantize(module, weights)
+        module.linear2.weight_scale[:8] *= 2
+        return report
+
+    monkeypatch.setattr(ff, "quantize", wrong)
+    settings = Settings(rounds=1, min_time=0.0, weights="int8", peers=("torch.nn",))
+    made = layers.run_shape("encoder_layer", WIDE, settings)
+    assert (
+        made.times == {} and "WRONG, so not timed: a token has cos" in made.problems["fastfusion"]
+    )
+
+
+def test_a_layer_without_narrow_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match="no layer takes int8 weights"):
+        layers.narrow(torch.nn.TransformerEncoderLayer(16, 2, 32), "int8")
+
+
+@pytest.mark.parametrize("weights", [None, *NARROW])
+@pytest.mark.parametrize("name", exported.RUNTIMES)
+def test_runtimes_of_layers_agree_or_say_why_not(name: str, weights: str | None) -> None:
+    settings = Settings(rounds=1, min_time=0.0, weights=weights, peers=(name,))
+    group = "encoder_layer" if weights == "int8" else "cross_attention"
+    made = layers.run_shape(group, WIDE, settings)
+    assert made.problems == {}
+    assert (name in made.times) != (name in made.skipped)
+    if name in made.skipped:
+        assert made.skipped[name].startswith(("not installed", "has no bfloat16"))
+
+
+def test_runtimes_of_layers_take_what_they_can() -> None:
+    def reason(peer: str, name: str = exported.SOME[0], **given: Any) -> str:
+        return str(layers.left_out(peer, {"name": name}, Settings(**given)))
+
+    assert reason("litert") == "None" == reason("litert", weights="int8")
+    assert "takes seconds per shape" in reason("litert", "tiny_4")
+    assert reason("litert", "tiny_4", peers=("litert",)) == "None"
+    assert "float32" in reason("litert", dtype=torch.bfloat16)
+    assert "gradients" in reason("litert", backward=True)
+    assert "--peers" in reason(layers.FROZEN)
+    assert reason(layers.FROZEN, peers=(layers.FROZEN,), dtype=torch.bfloat16) == "None"
+    known = {shape["name"] for group in layers.GROUPS for shape in shapes.select(group)}
+    assert set(exported.SOME) <= known
+
+
+def test_a_frozen_layer_agrees() -> None:
+    settings = Settings(rounds=1, min_time=0.0, weights="bf16", peers=(layers.FROZEN,))
+    made = layers.run_shape("encoder_layer", WIDE, settings)
+    assert made.problems == {} == made.skipped
+    assert layers.FROZEN in made.times
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -318,6 +422,35 @@ def test_goals_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len([name for name in unmeasured if "OpenVINO" not in name]) == 6
 
 
+def test_goals_of_layers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every section, on small layers."""
+    names = iter(exported.SOME)
+    some = [("encoder_layer", WIDE | {"name": next(names)}) for _ in range(4)]
+    some.append(("cross_attention", WIDE | {"name": next(names)}))
+
+    def select(group: str, name: str) -> list[Any]:
+        return [shape for kind, shape in some if kind == group and shape["name"] in (name, "all")]
+
+    tiny = shapes.select("encoder_layer", "tiny_4")
+    monkeypatch.setattr(
+        layer_goals.shapes, "select",
+        lambda group, name: tiny if name == "tiny_4" else select(group, name),
+    )  # fmt: skip
+    monkeypatch.setattr(layer_goals, "memory", lambda: [])
+    monkeypatch.setattr(layer_goals, "threads", lambda effort: [])
+    effort = cpu_goals.Effort(rounds=1, min_time=0.0, most=1e8)
+    machine = roofline.Machine(dict.fromkeys(("float32", "bfloat16", "int8"), 1e12), 1e10)
+    sections = dict(layer_goals.run(effort, machine))
+    assert len(sections) == 15
+    found = {f"{about}: {goal.name}": goal for about, some in sections.items() for goal in some}
+    unmeasured = [name for name, goal in found.items() if goal.value is None]
+    assert all("tokens, 768" in name or "best peer" in name for name in unmeasured), unmeasured
+    assert found["layers, int8: torch.nn in float32, 20 tokens"].limit == 8
+    for name, goal in found.items():
+        if "same bits" in name or "answers lost" in name or "lowest cosine" in name:
+            assert goal.met, str(goal)
+
+
 # ---- overhead
 
 
@@ -402,6 +535,8 @@ def test_a_share_takes_the_lower_ceiling() -> None:
     assert machine.share(50, 20, "float32", 4.0, cold=False) == 0.125
     assert machine.share(50, 20, "float32", 4.0, cold=True) == 0.5
     assert machine.share(50, 20, "bfloat16", 4.0, cold=True) is None
+    both = roofline.Machine({"float32": 100.0, "int8": 400.0}, bandwidth=10.0)
+    assert both.share(500, 20, "int8", 4.0, cold=False, float_flops=100) == 0.5
 
 
 def test_cold_calls_follow_an_eviction() -> None:

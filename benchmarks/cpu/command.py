@@ -24,8 +24,11 @@ SUITES = (
     "layers",
     "models",
     "goals",
+    "layer-goals",
 )
-WITHOUT_SHAPES = ("overhead", "goals")
+WITHOUT_SHAPES = ("overhead", "goals", "layer-goals")
+# What takes minutes, and is run by name only.
+BY_NAME = ("layer-goals",)
 DTYPES = ("float32", "bfloat16", "float16", "float64", *NARROW)
 # Suites that take narrow weights.
 WITH_WEIGHTS = ("linear", "layers", "models")
@@ -49,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     result = Parser(prog="python -m fastfusion bench", description=__doc__)
     add = result.add_argument
-    names = f"{', '.join(SUITES)}; default all"
+    names = f"{', '.join(SUITES)}; default all but {', '.join(BY_NAME)}"
     add("suite", nargs="?", metavar="suite", choices=SUITES, help=names)
     add("--shape", help="measure this shape only (names: benchmarks/shapes.json)")
     about = "of inputs and weights; int8, bf16w: inputs float32, our linear layers quantised"
@@ -195,7 +198,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     _check_outputs(options)
     _check_modules(options)
     options.own = own_shape(options)
-    options.suites = [options.suite] if options.suite else list(SUITES)
+    everything = [name for name in SUITES if name not in BY_NAME]
+    options.suites = [options.suite] if options.suite else everything
     if options.own is not None:
         options.suites = [options.suite or "attention"]
     _check_weights(options)

@@ -82,9 +82,9 @@ class Layer:
 
     @cached_property
     def out(self) -> Tensor:
-        """Memory for the result."""
+        """Memory for the result, contiguous, as that of attention in torch.nn is not."""
         with torch.no_grad():
-            return torch.empty_like(self.forward(self.module, self.inputs)())
+            return torch.empty(self.forward(self.module, self.inputs)().shape)
 
     @cached_property
     def onnx(self) -> Any:

@@ -98,7 +98,7 @@ def table(rows: list[Row]) -> str:
         lines.append(
             f"{label:5}{row.shape['name']:<{width}}  {_time_cell(row.times.get(OURS)):>26}"
             f"  {'' if row.share is None else f'{row.share:.0%}':>7}  {row.path or '':<9}"
-            + (f"  {_cosine_cell(row.cosines.get(OURS)):>7}" if narrow else "")
+            + (f"  {cosine_cell(row.cosines.get(OURS)):>7}" if narrow else "")
             + (f"  {_closest_cell(row):<32}" if many else "")
             + cells
         )
@@ -107,7 +107,7 @@ def table(rows: list[Row]) -> str:
         ratios = [row.ratios[name] for row in rows if name in row.ratios]
         mean = geometric_mean(ratio.median for ratio in ratios)
         cosines = [row.cosines[name] for row in rows if name in row.cosines]
-        about = f", cosine >= {_cosine_cell(min(cosines))}" if cosines else ""
+        about = f", cosine >= {cosine_cell(min(cosines))}" if cosines else ""
         lines.append(
             f"{'':5}{name}: geometric mean {mean:.2f} over {len(ratios)} shape(s), "
             f"lost {sum(map(slower, ratios))}{about}"
@@ -130,8 +130,8 @@ def _ratio_cell(ratio: Spread | None, short: bool = False) -> str:
     return f"{ratio.median:.2f}" if short else in_words(ratio, 1, 2)
 
 
-def _cosine_cell(cosine: float | None) -> str:
-    # Rounded down: 1 would say that nothing was rounded.
+def cosine_cell(cosine: float | None) -> str:
+    """Rounded down: 1 would say that nothing was rounded."""
     return "" if cosine is None else f"{math.floor(1e5 * cosine) / 1e5:.5f}"
 
 

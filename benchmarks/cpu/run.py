@@ -20,6 +20,7 @@ from . import (
     cells,
     compare,
     goals,
+    layer_goals,
     layers,
     models,
     overhead,
@@ -83,6 +84,10 @@ class Run:
             elif suite == "goals":
                 settings = options.settings
                 self.judge(goals.run(settings.rounds, settings.min_time, options.most))
+            elif suite == "layer-goals":
+                settings = options.settings
+                effort = goals.Effort(settings.rounds, settings.min_time, options.most)
+                self.judge(layer_goals.run(effort, self.ceilings))
             else:
                 self.cells(suite, list(plan(suite, options)))
 

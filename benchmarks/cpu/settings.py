@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 # What --dtype calls weights that are narrower than float32 inputs, and what ff.quantize does.
-NARROW = {"int8": "int8", "bf16w": "bf16"}
+NARROW = {"bf16w": "bf16", "int8": "int8"}
 
 
 @dataclass(frozen=True)
