@@ -46,7 +46,8 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-// Whoever has the products of bfloat16 has those of integers: Cooper Lake and later, Zen 4 and later.
+// Whoever has the products of bfloat16 has those of integers: Cooper Lake and later, Zen 4 and
+// later.
 bool has_avx512bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("avx512vnni");
