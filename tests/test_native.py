@@ -58,7 +58,7 @@ class TestInstructionSets:
     @pytest.mark.parametrize("check", EMULATE["CHECKS"])
     @pytest.mark.parametrize("isa", native.isas(runnable=True) if native is not None else [])
     def test_parts_of_the_kernels(self, isa: str, check: str, tmp_path: Path) -> None:
-        """Operations of the vector type, exponentials, products and packing against scalar code."""
+        """The vector type, exponentials, products, packing and masks against scalar code."""
         compiler = BUILD["find_compiler"]()
         if compiler is None:
             pytest.skip("no C++ compiler")

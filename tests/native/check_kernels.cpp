@@ -315,7 +315,7 @@ struct Packed {
   }
 };
 
-void check_integers(const LinearCase& c, Type type, const char* about) {
+void check_linear_int8(const LinearCase& c, Type type, const char* about) {
   std::mt19937 random(1);
   const Tensor x(type, 1, 1, c.rows, c.width, &random), bias(type, 1, 1, 1, c.features, &random);
   const Packed weight(c.features, c.width, &random);
@@ -440,7 +440,7 @@ int main() {
         char about[64];
         std::snprintf(about, sizeof about, "%s, case %d, type %d,", isa, number, int(type));
         check(c, type, about);
-        check_integers(c, type, about);
+        check_linear_int8(c, type, about);
       }
       ++number;
     }

@@ -27,7 +27,7 @@ TARGETS = {
 
 
 # tests/native/check_<name>.cpp, of one instruction set each.
-CHECKS = ("vector", "products")
+CHECKS = ("vector", "parts")
 
 
 def build_check(name: str, compiler: list[str], architecture: str, isa: str, folder: Path) -> Path:

@@ -98,7 +98,7 @@ def test_the_kernels_take_them() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_integers(shape: Any, dtype: torch.dtype) -> None:
+def test_int8(shape: Any, dtype: torch.dtype) -> None:
     call = operands(*shape, dtype, "int8")
     assert_right(call)
     assert_right({k: call[k] for k in ("input", "weight", "weight_scale")}, activation="gelu")

@@ -18,9 +18,9 @@ namespace {
 template <class HalfMath>
 const char* attention_path(const AttentionForward& p) {
   if (p.q_len <= kDecodeLength) return "one query at a time";
-  if (p.type == Type::kFloat32) return "panels of 48 queries";
+  if (p.type == Type::kFloat32) return "tiles of 48 queries";
   const bool half = narrow_products(p) && HalfMath::kDepth > 1;
-  return half ? "panels of 48 queries, bfloat16 products" : "panels of 48 queries, as float32";
+  return half ? "tiles of 48 queries, bfloat16 products" : "tiles of 48 queries, as float32";
 }
 
 inline int64_t attention_splits(const AttentionForward& p) { return KvSplits(p).count; }

@@ -1,4 +1,5 @@
-// The mask rule: which scores a mask and the diagonal hide, and what a mask adds to them.
+// The mask rule: which scores a mask and the diagonal hide, and what a mask adds to them. Keys that
+// padding hides are left out before (visible_keys in cpu/positions.h).
 //
 // Scores stand keys down and queries across, unless a function says that it has one query.
 #pragma once
