@@ -1,6 +1,6 @@
 // The parts that kernels are made of: products and their epilogues, packed operands, masks, the
-// softmax of a block, activations, 8-bit integers, each against double or scalar code, over the
-// vector type of an instruction set. FF_BFLOAT16 says that the set multiplies bfloat16.
+// softmax of a block, activations, each against double or scalar code, over the vector type of an
+// instruction set. FF_BFLOAT16 says that the set multiplies bfloat16.
 
 #include <string>
 
@@ -570,36 +570,6 @@ void check_activations() {
   check_activation("silu", Activation::kSilu, 1.4e-7, 3e-7, silu);
 }
 
-// Products of 8-bit integers: exact, to the ends of their ranges; and numbers stored as bytes.
-void check_int8() {
-  using ff::Int8Math;
-  for (int round = 0; round < 50; ++round) {
-    int8_t left[4], right[4 * kLanes];
-    for (int8_t& x : left) x = int8_t(int(random_numbers.bits() % 255) - 127);
-    for (int8_t& w : right) w = int8_t(random_numbers.bits());
-    if (round == 0) std::memset(left, -127, sizeof left), std::memset(right, 255, sizeof right);
-    Vec sum = Vec::zero();
-    const auto x = Int8Math::broadcast(left);
-    for (int i = 0; i < 3; ++i) sum = Int8Math::add_product(x, Int8Math::load(right), sum);
-    const Lanes found = Int8Math::to_float(sum, 5);
-    for (int64_t i = 0; i < kLanes; ++i) {
-      int exact = -5;
-      for (int64_t k = 0; k < 4; ++k) exact += 3 * left[k] * int(uint8_t(right[4 * i + k]));
-      expect(found[i] == float(exact), "product of integers: %g, not %d", found[i], exact);
-    }
-  }
-  Lanes numbers;
-  for (int64_t i = 0; i < kLanes; ++i) numbers[i] = float(i % 2 ? -127 + i : 127 - i);
-  for (int64_t count = 1; count <= kLanes; ++count) {
-    int8_t bytes[kLanes + 1];
-    std::memset(bytes, 99, sizeof bytes);
-    Int8Math::store(bytes, numbers, count);
-    for (int64_t i = 0; i <= kLanes; ++i)
-      expect(bytes[i] == (i < count ? int8_t(numbers[i]) : 99), "byte %d of %d", int(i),
-             int(count));
-  }
-}
-
 }  // namespace
 
 int main() {
@@ -620,6 +590,5 @@ int main() {
   check_decode<ff::BFloat16>(Type::kBFloat16);
   check_decode<ff::Half>(Type::kFloat16);
   check_activations();
-  check_int8();
   return finish("parts");
 }
