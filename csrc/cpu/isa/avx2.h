@@ -91,7 +91,7 @@ struct Vec {
     return select(Vec{_mm256_castsi256_ps(_mm256_cmpeq_epi32(set, own))}, a, b);
   }
 
-  // Bit by bit a where `bits` has ones, else b.
+  // a in the lanes whose bits are all set, else b where none is: the sign decides.
   static Vec select(Vec bits, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, bits.v)}; }
 
   // All bits set in the lanes where |a| > bound; not in those of a NaN.

@@ -1,5 +1,4 @@
-// Linear layers with weights of 8-bit integers, packed once (pack_int8 in
-// fastfusion/ops/linear.py):
+// Linear layers with weights of 8-bit integers, packed once (pack_int8 in fastfusion/core/int8.py):
 //
 //     panels of 64 features   step 0   [w00 w01 w02 w03] [w10 w11 w12 w13] .. [w63,0 .. w63,3]
 //                             step 1   [w04 w05 w06 w07] [w14 w15 w16 w17] .. [w63,4 .. w63,7]
