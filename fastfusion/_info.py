@@ -181,10 +181,15 @@ def _explain_module(
                     buffer.copy_(before)
     called = {name for name, _ in watching.rows}
     attentions = (torch.nn.MultiheadAttention, nn.CrossAttention, nn.CrossModalAttention)
+
+    def takes_part(name: str) -> bool:
+        """Whether a part called an op, or one that it is inside of did: a layer in one call."""
+        return any(name == c or c == "" or name.startswith(f"{c}.") for c in called)
+
     silent = [
         (name, None)
         for name, part in module.named_modules()
-        if isinstance(part, attentions) and name not in called
+        if isinstance(part, attentions) and not takes_part(name)
     ]
     return ModuleExplanation((*watching.rows, *silent))
 

@@ -88,8 +88,10 @@ def encoder_layer(
         attention.__dict__["num_heads"], _linear.NUMBERS[activation], own["norm_first"], is_causal,
         norm1.__dict__["eps"], norm2.__dict__["eps"],
     )  # fmt: skip
-    call = _encoder.Call._make((*tensors, *numbers))
-    result: Tensor | None = _encoder.OP.attempt(None, call, False)
+    try:
+        result: Tensor | None = _encoder.OP.fuse(_encoder.Call._make((*tensors, *numbers)))
+    except RuntimeError:
+        return None  # what does not fit is for the parts to say
     return result
 
 

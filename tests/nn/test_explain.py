@@ -74,6 +74,19 @@ def test_a_layer_op_inside_a_module_is_told() -> None:
     assert name == "" and row is not None and row.op == "cross_attention_layer"
 
 
+@torch.no_grad()
+def test_layers_of_one_call() -> None:
+    """Their attentions call nothing themselves; beside them one that is plain torch says so."""
+    layers = ff.nn.TransformerEncoder(ff.nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2)
+    model = nn.Sequential(layers, nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)).eval()
+    rows = ff.explain(model, torch.randn(2, 5, 16)).rows
+    whole = [(name, row and row.op) for name, row in rows]
+    if ff.info().backends["cpu"] is None:
+        expected = [(f"0.layers.{i}", "encoder_layer") for i in range(2)]
+        assert whole == [*expected, ("1.self_attn", None)]
+        assert all(row is not None and row.chosen == "cpu" for _, row in rows[:2])
+
+
 def test_nothing_of_the_model_changes() -> None:
     """The module runs, but its buffers and the random state are as before."""
 
