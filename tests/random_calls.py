@@ -51,6 +51,11 @@ def laid_out(tensor: Tensor, layout: str, shared: Iterable[int]) -> Tensor:
     return tensor
 
 
+def halved(length: Any) -> Any:
+    """Of a length, or of a pair of them."""
+    return length // 2 if isinstance(length, int) else tuple(n // 2 for n in length)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
     """What calls of all ops have.
@@ -136,8 +141,7 @@ class Drawn:
                 smaller = tuple(value[:i] + value[i + 1 :] for i in range(len(value)))
                 if f.name == "lengths":
                     smaller += tuple(
-                        (*value[:i], (value[i][0] // 2, value[i][1] // 2), *value[i + 1 :])
-                        for i in range(len(value))
+                        (*value[:i], halved(value[i]), *value[i + 1 :]) for i in range(len(value))
                     )
             elif f.name == "layouts":
                 smaller = tuple(

@@ -34,13 +34,17 @@ inline Vec sigmoid(Vec x, Vec factor) {
   return power / (Vec::set(1.0f) + power);
 }
 
-// The weight of an activation that has one.
+// The weight of an activation that has one. That of GELU ends where the formula does in double, as
+// 1 + erf and 1 + tanh are 0.
 inline Vec weight(Activation activation, Vec x) {
-  if (activation == Activation::kGelu) return normal_tail(x);
   if (activation == Activation::kSilu) return sigmoid(x, Vec::set(1.44269504f));
   // (1 + tanh(u)) / 2 = sigmoid(2 u)
   constexpr float kFactor = 2.3022082f;  // 2 sqrt(2 / pi) log2(e)
-  return sigmoid(x, Vec::fma(x * x, Vec::set(0.044715f * kFactor), Vec::set(kFactor)));
+  const Vec found =
+      activation == Activation::kGelu
+          ? normal_tail(x)
+          : sigmoid(x, Vec::fma(x * x, Vec::set(0.044715f * kFactor), Vec::set(kFactor)));
+  return Vec::select(Vec::larger(found, Vec::set(0x1p-54f)), found, Vec::zero());
 }
 
 inline Vec activate(Activation activation, Vec x) {
