@@ -19,6 +19,11 @@ static_assert(sizeof(Bool) == 1);
 
 enum class Type : int32_t { kFloat32, kBFloat16, kFloat16, kBool, kUInt8 };
 
+// Bytes of a number.
+constexpr int64_t size_of(Type type) {
+  return type == Type::kFloat32 ? 4 : type == Type::kBool || type == Type::kUInt8 ? 1 : 2;
+}
+
 // A (B, heads, rows, columns) operand somewhere in memory.
 struct View {
   const void* data = nullptr;
@@ -63,6 +68,10 @@ struct Attention {
 };
 
 enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+
+// How weights of 8-bit integers are packed: features side by side, numbers of each side by side;
+// and how many numbers sums of int32 hold.
+constexpr int64_t kInt8Panel = 64, kInt8Step = 4, kInt8Widest = 65536;
 
 // The weight W of a linear layer, (features, width), and its bias: rows of adjacent numbers where
 // their owner keeps them, or 8-bit integers as pack_int8 packs them, each feature's times a scale.
@@ -182,9 +191,8 @@ struct BidirectionalBackward : Bidirectional {
 // A Transformer encoder layer: self-attention and a feed-forward network, each with a residual and
 // a norm, of sequences (batch, length, width).
 struct EncoderLayer {
-  AttentionForward attention;  // its shapes, masks and scale; the layer gives it memory
+  AttentionForward attention;  // its shapes, type, masks and scale; the layer gives it memory
   int64_t width, hidden;       // of the tokens, and between linear1 and linear2
-  Type type;                   // of tokens, biases and norms
   const void* x;
   int64_t x_row;  // rows are at one stride
   Weight in_proj, out_proj, linear1, linear2;
@@ -192,16 +200,13 @@ struct EncoderLayer {
   bool norm_first;
   Activation activation;
   void* out;  // contiguous
-
-  bool* out_of_memory;
 };
 
 // out_proj(attention(q_proj(norm(query)), kv_proj(norm(context)))) + residual; norms, residual and,
 // where keys and values are given, kv_proj are left out. Keys stand before values in kv_proj.
 struct CrossAttentionLayer {
-  AttentionForward attention;  // its shapes, masks and scale; the layer gives it memory
+  AttentionForward attention;  // its shapes, type, masks and scale; the layer gives it memory
   int64_t query_dim, context_dim, out_dim;
-  Type type;  // of tokens, biases and norms
   const void* query;
   int64_t query_row;
   const void* context = nullptr;  // none: attention has the keys and values
@@ -211,8 +216,6 @@ struct CrossAttentionLayer {
   const void* residual = nullptr;
   int64_t residual_row = 0;
   void* out;  // contiguous
-
-  bool* out_of_memory;
 };
 
 // One of the two sequences of a CrossModalLayer.
@@ -227,13 +230,10 @@ struct FusionStream {
 
 // Attention between two sequences both ways, and a feed-forward network for each.
 struct CrossModalLayer {
-  BidirectionalForward attention;  // its shapes, masks and scale; the layer gives it memory
-  Type type;
-  FusionStream streams[2];  // queries, keys
+  BidirectionalForward attention;  // its shapes, type, masks and scale; the layer gives it memory
+  FusionStream streams[2];         // queries, keys
   bool norm_first;
   Activation activation;
-
-  bool* out_of_memory;
 };
 
 }  // namespace ff

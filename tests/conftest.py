@@ -31,9 +31,10 @@ if not _ON_GPU:
 
 import triton_interpreter  # noqa: E402
 from checkout import ROOT  # noqa: E402
-from suite import DEVICE, OpSuite  # noqa: E402
+from suite import DEVICE, ISAS, OpSuite  # noqa: E402
 
 import fastfusion as ff  # noqa: E402
+from fastfusion.backends import library  # noqa: E402
 
 torch.version.cuda = _cuda_version
 
@@ -43,6 +44,15 @@ EMULATED = ROOT / "build/emulated/sm80/_emulated_ops.so"
 # pytest --hypothesis-profile=default.
 hypothesis.settings.register_profile("fastfusion", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("fastfusion")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of the CPU kernels, in use while the test runs."""
+    assert library.native is not None
+    library.native.select_isa(request.param)
+    yield request.param
+    library.native.select_isa()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

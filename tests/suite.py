@@ -27,6 +27,9 @@ from fastfusion.core.op import Op
 # Where the tests run: set by conftest.py, which reads --device.
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of the CPU kernels, those that run here.
+ISAS: list[str] = library.native.isas(runnable=True) if library.native is not None else []
+needs_native = pytest.mark.skipif(not ISAS, reason="without the compiled part there is no kernel")
 # Scales, and powers of two that queries, keys and the loss are multiplied by to make of them scores
 # and gradients that float32 holds: though not in any order of multiplication.
 SCALES = {
@@ -134,9 +137,7 @@ def targets_of(op: Op) -> list[Target]:
         if implementation.backend == "cpu":
             if DEVICE != "cpu":
                 continue
-            native = library.native
-            isas = native.isas(runnable=True) if native is not None else []
-            targets += [Target("cpu", isa, implementation.differentiable) for isa in isas]
+            targets += [Target("cpu", isa, implementation.differentiable) for isa in ISAS]
         elif implementation.backend != "cuda" or cuda.unavailable() is None:
             targets.append(Target(implementation.backend, None, implementation.differentiable))
     return targets

@@ -175,9 +175,9 @@ def in_turns(a: Call, b: Call, effort: Effort) -> Measurement:
     return measure({"a": a, "b": b}, effort.rounds, effort.min_time)
 
 
-def threads(effort: Effort) -> list[Goal]:
-    """In a process of its own, whose threads keep to their cores."""
-    command = [sys.executable, "-m", "fastfusion.benchmarks.cpu.goals"]
+def threads(effort: Effort, module: str = "goals") -> list[Goal]:
+    """What a module says of threads, in a process of its own, whose threads keep to their cores."""
+    command = [sys.executable, "-m", f"fastfusion.benchmarks.cpu.{module}"]
     result = subprocess.run(
         [*command, str(effort.rounds), str(effort.min_time)],
         env=machine.pinned(2), capture_output=True, text=True, check=True,
@@ -185,16 +185,18 @@ def threads(effort: Effort) -> list[Goal]:
     return [Goal(**goal) for goal in json.loads(result.stdout)]
 
 
+def under(count: int, call: Call) -> Call:
+    """The call with so many threads."""
+
+    def timed() -> None:
+        torch.set_num_threads(count)
+        call()
+
+    return timed
+
+
 def measure_threads(rounds: int, min_time: float) -> Iterator[dict[str, Any]]:
     """One call under 1 and 2 threads, in turns."""
-
-    def under(count: int, call: Call) -> Call:
-        def timed() -> None:
-            torch.set_num_threads(count)
-            call()
-
-        return timed
-
     for dtype in ("float32", "bfloat16"):
         for q_len, kv_len in ((20, 36), (50, 50), (197, 197)):
             call = attend(inputs(shape_of(q_len, kv_len), dtype))

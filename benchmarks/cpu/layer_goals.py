@@ -23,7 +23,7 @@ from ..common import machine, ops, shapes
 from ..common.results import OURS, Goal
 from ..common.timing import Spread, geometric_mean
 from . import exported, layers, narrow
-from .goals import Effort
+from .goals import Effort, threads, under
 from .results import Row, cosine_cell
 from .roofline import COMPUTED_IN, Machine
 from .settings import NARROW, Settings
@@ -61,7 +61,7 @@ def run(effort: Effort, ceilings: Machine) -> Iterator[tuple[str, list[Goal]]]:
     for precision in PRECISIONS:
         yield f"layers, {precision}", [*whole(precision, effort, ceilings)]
     yield "layers of next to no work", [*tiny(effort)]
-    yield "layers, 2 threads against 1", threads(effort)
+    yield "layers, 2 threads against 1", threads(effort, "layer_goals")
     yield "layers, memory", [*memory()]
     yield "layers, first call after new weights", [*renewed(effort)]
     yield "layers, the same bits alone and among 8, 1 and 2 threads", [*same_bits()]
@@ -214,26 +214,8 @@ def encoder(precision: str, shape: dict[str, Any], count: int = 1) -> nn.Module:
     return made
 
 
-def threads(effort: Effort) -> list[Goal]:
-    """In a process of its own, whose threads keep to their cores."""
-    command = [sys.executable, "-m", "fastfusion.benchmarks.cpu.layer_goals"]
-    result = subprocess.run(
-        [*command, str(effort.rounds), str(effort.min_time)],
-        env=machine.pinned(2), capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return [Goal(**goal) for goal in json.loads(result.stdout)]
-
-
 def measure_threads(rounds: int, min_time: float) -> Iterator[dict[str, Any]]:
     """One layer under 1 and 2 threads, in turns."""
-
-    def under(count: int, call: Call) -> Call:
-        def timed() -> None:
-            torch.set_num_threads(count)
-            call()
-
-        return timed
-
     for precision in PRECISIONS:
         for name in ("fusion_64", "bert_20", "bert_36_b8"):
             shape = shapes.select("encoder_layer", name)[0]

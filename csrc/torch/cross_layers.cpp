@@ -22,12 +22,12 @@ Tensor cross_attention_layer_forward(const CrossAttentionLayerInputs& in) {
   LayerOperands operands(in.query);
   bool out_of_memory = false;
   ff::CrossAttentionLayer p{};
-  p.type = operands.type, p.query_dim = in.query.size(2);
+  p.query_dim = in.query.size(2);
   ff::AttentionForward& attention = p.attention;
   attention.batch = in.query.size(0), attention.q_len = in.query.size(1);
   int64_t inner;
   p.q_proj = operands.weight(in.q_weight, {}, in.q_bias, p.query_dim, &inner, "q_weight");
-  describe_heads(attention, p.type, in.num_heads, inner);
+  describe_heads(attention, operands.type, in.num_heads, inner);
   p.out_proj =
       operands.weight(in.out_weight, {}, in.out_bias, inner, &p.out_dim, "out_weight or its bias");
   if (in.context) {
@@ -77,7 +77,7 @@ Tensor cross_attention_layer_forward(const CrossAttentionLayerInputs& in) {
   const auto query = operands.matrix(in.query);
   p.query = query.data, p.query_row = query.stride;
   p.out = out.mutable_data_ptr();
-  p.out_of_memory = attention.out_of_memory = &out_of_memory;
+  attention.out_of_memory = &out_of_memory;
   ff::kernels().cross_attention_layer(p, parallel_for);
   STD_TORCH_CHECK(!out_of_memory, "fastfusion: out of memory");
   return out;
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> cross_modal_layer_forward(const CrossModalLayerInputs
   LayerOperands operands(in.visual);
   bool out_of_memory = false;
   ff::CrossModalLayer p{};
-  p.type = operands.type, p.norm_first = in.norm_first;
+  p.norm_first = in.norm_first;
   p.activation = activation_of(in.activation);
   int64_t inner = 0;
   describe_stream(p.streams[0], operands, in.visual, in.visual_weights, in.visual_norm1_eps,
@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor> cross_modal_layer_forward(const CrossModalLayerInputs
   ff::BidirectionalForward& attention = p.attention;
   attention.batch = in.visual.size(0);
   attention.q_len = in.visual.size(1), attention.kv_len = in.text.size(1);
-  describe_heads(attention, p.type, in.num_heads, inner);
+  describe_heads(attention, operands.type, in.num_heads, inner);
   attention.query_value_dim = attention.head_dim;
   describe_masks(attention, in.visual, in.attn_mask, in.text_padding_mask);
   if (in.visual_padding_mask) {
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor> cross_modal_layer_forward(const CrossModalLayerInputs
   const Tensor visual = made(p.streams[0]), text = made(p.streams[1]);
   if (visual.numel() == 0 && text.numel() == 0) return {visual, text};
   p.streams[0].out = visual.mutable_data_ptr(), p.streams[1].out = text.mutable_data_ptr();
-  p.out_of_memory = attention.out_of_memory = &out_of_memory;
+  attention.out_of_memory = &out_of_memory;
   ff::kernels().cross_modal_layer(p, parallel_for);
   STD_TORCH_CHECK(!out_of_memory, "fastfusion: out of memory");
   return {visual, text};

@@ -23,9 +23,9 @@ Tensor encoder_layer_forward(const EncoderLayerInputs& in) {
   const int64_t width = in.input.size(2);
   bool out_of_memory = false;
   ff::EncoderLayer p;
-  p.width = width, p.type = operands.type;
+  p.width = width;
   p.norm_first = in.norm_first, p.activation = activation_of(in.activation);
-  p.attention = self_attention(in, p.type, width);
+  p.attention = self_attention(in, operands.type, width);
   int64_t features;
   const auto weight = [&](const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& bias,
                           int64_t columns, int64_t rows, const char* name) {
@@ -53,7 +53,7 @@ Tensor encoder_layer_forward(const EncoderLayerInputs& in) {
   STD_TORCH_CHECK(x.rows <= INT32_MAX, "fastfusion: too long");
   p.x = x.data, p.x_row = x.stride;
   p.out = out.mutable_data_ptr();
-  p.out_of_memory = p.attention.out_of_memory = &out_of_memory;
+  p.attention.out_of_memory = &out_of_memory;
   ff::kernels().encoder_layer(p, parallel_for);
   STD_TORCH_CHECK(!out_of_memory, "fastfusion: out of memory");
   return out;

@@ -86,18 +86,17 @@ class LayerOperands {
 
   // (parts, panels, steps, 64, 4): see csrc/cpu/layers/linear_int8.h.
   ff::Weight packed(const Tensor& given, const Tensor& scale, int64_t width, const char* name) {
-    constexpr int64_t kPanel = 64, kDepth = 4, kWidest = 65536;
     check_fits(given.is_cpu() && given.scalar_type() == ScalarType::Byte && given.dim() == 5 &&
                    given.size(0) > 0 && scale.is_cpu() &&
                    scale.scalar_type() == ScalarType::Float && scale.dim() == 1 &&
-                   scale.size(0) % given.size(0) == 0 && width > 0 && width <= kWidest,
+                   scale.size(0) % given.size(0) == 0 && width > 0 && width <= ff::kInt8Widest,
                name);
     ff::Weight found;
     found.type = ff::Type::kUInt8;
     found.part_features = scale.size(0) / given.size(0);
-    check_fits(given.size(1) == (found.part_features + kPanel - 1) / kPanel &&
-                   given.size(2) == (width + kDepth - 1) / kDepth && given.size(3) == kPanel &&
-                   given.size(4) == kDepth,
+    check_fits(given.size(1) == (found.part_features + ff::kInt8Panel - 1) / ff::kInt8Panel &&
+                   given.size(2) == (width + ff::kInt8Step - 1) / ff::kInt8Step &&
+                   given.size(3) == ff::kInt8Panel && given.size(4) == ff::kInt8Step,
                name);
     found.data = contiguous(given).const_data_ptr();
     found.scales = static_cast<const float*>(contiguous(scale).const_data_ptr());

@@ -7,22 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from fastfusion.integrations import onnx
-from fastfusion.integrations.onnx_linear import _ACTIVATIONS
+from fastfusion.integrations.onnx_linear import ACTIVATIONS, normalized
 
 
 def _product(op: Any, x: Any, weight: Any, bias: Any) -> Any:
     out = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
     return out if bias is None else op.Add(out, bias)
-
-
-def _normalized(op: Any, x: Any, weight: Any, bias: Any, eps: float, rms: bool) -> Any:
-    """Not by LayerNormalization, which asks for a weight and has no twin without a mean."""
-    if not rms:
-        x = op.Sub(x, op.ReduceMean(x, [-1], keepdims=1))
-    variance = op.ReduceMean(op.Mul(x, x), [-1], keepdims=1)
-    x = op.Div(x, op.Sqrt(op.Add(variance, float(eps))))
-    x = x if weight is None else op.Mul(x, weight)
-    return x if bias is None else op.Add(x, bias)
 
 
 def _heads(op: Any, x: Any, weight: Any, parts: int, heads: int) -> tuple[Any, ...]:
@@ -65,13 +55,13 @@ def _cross_attention_layer(
     query, context, k, v = t["query"], t["context"], t["key"], t["value"]
     if query_norm_eps is not None:
         norm = t["query_norm_weight"], t["query_norm_bias"]
-        query = _normalized(op, query, *norm, query_norm_eps, rms_norm)
+        query = normalized(op, query, *norm, query_norm_eps, rms_norm)
     q = _product(op, query, t["q_weight"], t["q_bias"])
     (q,) = _heads(op, q, weights["q_weight"], 1, num_heads)
     if context is not None:
         if context_norm_eps is not None:
             norm = t["context_norm_weight"], t["context_norm_bias"]
-            context = _normalized(op, context, *norm, context_norm_eps, rms_norm)
+            context = normalized(op, context, *norm, context_norm_eps, rms_norm)
         kv = _product(op, context, t["kv_weight"], t["kv_bias"])
         k, v = _heads(op, kv, weights["kv_weight"], 2, num_heads)
     bias, visible = onnx._split(op, attn_mask)
@@ -107,7 +97,7 @@ def _cross_modal_layer(
         if not wanted:
             return x
         weights = t[f"{name}_{part}_weight"], t[f"{name}_{part}_bias"]
-        return _normalized(op, x, *weights, epsilons[f"{name}_{part}_eps"], False)
+        return normalized(op, x, *weights, epsilons[f"{name}_{part}_eps"], False)
 
     (query, visual_value), (key, text_value) = (
         _heads(op, product(name, "in", norm(name, "norm1", t[name], norm_first)),
@@ -124,7 +114,7 @@ def _cross_modal_layer(
         x = op.Add(t[name], product(name, "out", rows))
         x = norm(name, "norm1", x, not norm_first)
         hidden = product(name, "linear1", norm(name, "norm2", x, norm_first))
-        hidden = _ACTIVATIONS[activation](op, hidden)
+        hidden = ACTIVATIONS[activation](op, hidden)
         x = norm(name, "norm2", op.Add(x, product(name, "linear2", hidden)), not norm_first)
         results.append(onnx._cast(op, x, onnx._FLOAT, dtype))
     return tuple(results)

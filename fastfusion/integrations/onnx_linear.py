@@ -46,7 +46,7 @@ def _activated(
         out = op.MatMul(x, op.Transpose(_cast(op, weight, narrow, _FLOAT), perm=[1, 0]))
     if bias is not None:
         out = op.Add(out, _cast(op, bias, dtype, _FLOAT))
-    return _ACTIVATIONS[activation](op, out)
+    return ACTIVATIONS[activation](op, out)
 
 
 def _product_of_integers(op: Any, x: Any, weight: Any, scale: Any) -> Any:
@@ -78,7 +78,7 @@ def _gelu_tanh(op: Any, x: Any) -> Any:
 
 
 # In the order of fastfusion.ops.linear.
-_ACTIVATIONS: tuple[Callable[[Any, Any], Any], ...] = (
+ACTIVATIONS: tuple[Callable[[Any, Any], Any], ...] = (
     lambda op, x: x,
     lambda op, x: op.Relu(x),
     _gelu,
@@ -91,21 +91,22 @@ def _norm(
     op: Any, *, input: Any, weight: Any, bias: Any, residual: Any, eps: float, rms: bool
 ) -> tuple[Any]:
     dtype = op.dtype(input)
-    x, residual = (None if t is None else _cast(op, t, dtype, _FLOAT) for t in (input, residual))
+    x, weight, bias, residual = (
+        None if t is None else _cast(op, t, dtype, _FLOAT) for t in (input, weight, bias, residual)
+    )
     x = x if residual is None else op.Add(x, residual)
-    return (_cast(op, _normalized(op, x, dtype, weight, bias, eps, rms), _FLOAT, dtype),)
+    return (_cast(op, normalized(op, x, weight, bias, eps, rms), _FLOAT, dtype),)
 
 
-def _normalized(
-    op: Any, x: Any, dtype: int, weight: Any, bias: Any, eps: float, rms: bool = False
-) -> Any:
-    """Not by LayerNormalization, which asks for a weight and has no twin without a mean."""
+def normalized(op: Any, x: Any, weight: Any, bias: Any, eps: float, rms: bool) -> Any:
+    """Of float32. Not by LayerNormalization, which asks for a weight and has no twin without a
+    mean."""
     if not rms:
         x = op.Sub(x, op.ReduceMean(x, [-1], keepdims=1))
     squares = op.ReduceMean(op.Mul(x, x), [-1], keepdims=1)
     x = op.Div(x, op.Sqrt(op.Add(squares, float(eps))))
-    x = x if weight is None else op.Mul(x, _cast(op, weight, dtype, _FLOAT))
-    return x if bias is None else op.Add(x, _cast(op, bias, dtype, _FLOAT))
+    x = x if weight is None else op.Mul(x, weight)
+    return x if bias is None else op.Add(x, bias)
 
 
 def _encoder_layer(
@@ -129,8 +130,9 @@ def _encoder_layer(
         return _activated(op, x, dtype, weight, bias, scale, number)
 
     def norm(name: str, x: Any) -> Any:
-        weights = (parts[f"{name}_{key}"] for key in ("weight", "bias", "eps"))
-        return _normalized(op, x, dtype, *weights)
+        given = (parts[f"{name}_{key}"] for key in ("weight", "bias"))
+        weight, bias = (None if t is None else _cast(op, t, dtype, _FLOAT) for t in given)
+        return normalized(op, x, weight, bias, parts[f"{name}_eps"], False)
 
     def attend(x: Any) -> Any:
         heads = op.Reshape(linear("in_proj", x), [0, 0, 3, num_heads, -1])

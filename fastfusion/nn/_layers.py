@@ -8,23 +8,16 @@ call of 4 tokens.
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
-from fastfusion.backends import cpu
 from fastfusion.core.arguments import PLAIN
-from fastfusion.core.op import forced_backend
-from fastfusion.nn._linear import LINEAR, weights_of
+from fastfusion.nn._linear import LINEAR, runs_on_cpu, weights_of
 from fastfusion.nn._multihead import MultiheadAttention, stay_visible
 from fastfusion.nn._plain import activation_name, are_bare, has_global_hooks
 from fastfusion.ops import encoder_layer as _encoder
 from fastfusion.ops import linear as _linear
 
-_any_autocast = torch._C._is_any_autocast_enabled
 _is_grad_enabled = torch.is_grad_enabled
-_is_compiling = torch.compiler.is_compiling
-_transforms_active = torch._C._are_functorch_transforms_active
-_tracing = torch._C._get_tracing_state
 _VISIBLE = [stay_visible]
 
 
@@ -38,7 +31,7 @@ def encoder_layer(
         mask, padding: bool (True = hidden), or float.
         is_causal: whether the mask is promised to be the causal one.
     """
-    if not _runs_on_cpu(src):
+    if not runs_on_cpu(src):
         return None
     own = module.__dict__
     parts = own["_modules"]
@@ -93,23 +86,6 @@ def encoder_layer(
     except RuntimeError:
         return None  # what does not fit is for the parts to say
     return result
-
-
-def _runs_on_cpu(x: Any) -> bool:
-    """Whether the CPU kernels are what runs a layer of this input, for nobody to watch."""
-    return (
-        type(x) in PLAIN
-        and x.is_cpu
-        and x.dim() == 3
-        and x.dtype in cpu.DTYPES
-        and not _is_compiling()
-        and cpu.unavailable() is None
-        and forced_backend() in (None, "cpu")
-        and not _any_autocast()
-        and not _transforms_active()
-        and forward_ad._current_level < 0
-        and _tracing() is None
-    )
 
 
 def _self_attention(module: Any) -> tuple[Any, Any, Any] | None:

@@ -24,6 +24,9 @@ LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear, QuantizedLinear)
 # 1.6 times as long as torch's (linear_tiny_4 in float32, benchmarks/results/amd-epyc-zen4).
 _LEAST = 1 << 14
 _any_autocast = torch._C._is_any_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
+_transforms_active = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
 
 
 def project(
@@ -99,21 +102,30 @@ def _runs(input: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tens
     """
     tensors = [t for t in (input, weight, weight_scale, bias) if t is not None]
     return (
-        not torch.compiler.is_compiling()
+        runs_on_cpu(input)
         and PLAIN.issuperset(map(type, tensors))
-        and input.is_cpu
-        and input.dim() == 3
-        and cpu.unavailable() is None
-        and input.dtype in cpu.DTYPES
-        and forced_backend() in (None, "cpu")
         and (weight.dtype == input.dtype or has_own_dtype(input, weight, weight_scale))
         and (bias is None or bias.dtype == input.dtype)
         and all([t.is_cpu and not t.is_neg() for t in tensors])
         and not (torch.is_grad_enabled() and any([t.requires_grad for t in tensors]))
+    )
+
+
+def runs_on_cpu(x: Any) -> bool:
+    """Whether the CPU kernels are what runs sequences x, (batch, length, width), for nobody to
+    watch."""
+    return (
+        type(x) in PLAIN
+        and x.is_cpu
+        and x.dim() == 3
+        and x.dtype in cpu.DTYPES
+        and not _is_compiling()
+        and cpu.unavailable() is None
+        and forced_backend() in (None, "cpu")
         and not _any_autocast()
-        and not torch._C._are_functorch_transforms_active()
+        and not _transforms_active()
         and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
+        and _tracing() is None
     )
 
 

@@ -175,8 +175,8 @@ def cross_attention_layer(
         query_norm, context_norm: `fastfusion.ops.Norm`, of the inputs before they are projected.
         rms_norm: whether these are RMSNorms.
         scale: factor of the scores, any finite number; 1 / sqrt(head_dim) by default.
-        backend: "cuda", "triton" or "reference" to insist on one; None chooses. Gradients are the
-            reference's. Triton's products stand around the attention that is chosen on that device.
+        backend: "cpu", "cuda", "triton" or "reference" to insist on one; None chooses. Gradients
+            are the reference's. Triton's products stand around the attention that is chosen there.
 
     Returns:
         (batch, q_len, out_dim), contiguous, in the dtype of the query.

@@ -201,7 +201,7 @@ def cross_modal_layer(
         visual_padding_mask: bool, broadcastable to (batch, visual_len), True = text ignores this
             token; its own output means nothing.
         text_padding_mask: bool, broadcastable to (batch, text_len), True = the image ignores it.
-        backend: "triton" or "reference" to insist on one; None chooses. Gradients are the
+        backend: "cpu", "triton" or "reference" to insist on one; None chooses. Gradients are the
             reference's. Triton's products stand around the attention that is chosen on that device.
 
     Returns:

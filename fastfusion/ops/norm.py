@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from fastfusion.backends import cpu
-from fastfusion.core import arguments
+from fastfusion.core import arguments, layers
 from fastfusion.core.op import Implementation, Op, never_refuses
 from fastfusion.core.reference import accumulation_dtype
 from fastfusion.core.torch_op import Definition
@@ -156,12 +155,7 @@ def run_reference(call: Call, lse: bool) -> Any:
     x = call.input.to(acc)
     if call.residual is not None:
         x = x + call.residual.to(acc)
-    weight, bias = (None if t is None else t.to(acc) for t in (call.weight, call.bias))
-    width = call.input.shape[-1:]
-    if not call.rms:
-        return F.layer_norm(x, width, weight, bias, call.eps).to(call.input.dtype)
-    result = F.rms_norm(x, width, weight, call.eps)
-    return (result if bias is None else result + bias).to(call.input.dtype)
+    return layers.normalized(x, call.weight, call.bias, call.eps, call.rms).to(call.input.dtype)
 
 
 def _fake(call: Call) -> Tensor:

@@ -267,7 +267,8 @@ struct LinearCase {
 };
 // Rows of outer products, inner products and both; widths and features that fill no register.
 constexpr LinearCase kLinearCases[] = {{6, 1, 9, 5},      {40, 20, 33, 50}, {33, 33, 64, 7},
-                                       {130, 65, 40, 49}, {3, 3, 300, 100}, {64, 64, 17, 16}};
+                                       {130, 65, 40, 49}, {3, 3, 300, 100}, {64, 64, 17, 16},
+                                       {40, 20, 2048, 61}};
 
 void check(const LinearCase& c, Type type, const char* about) {
   std::mt19937 random(1);
@@ -382,8 +383,8 @@ void check_layer(Type type, bool norm_first, const char* about) {
   ff::AttentionForward& a = layer.attention;
   a.batch = kBatch, a.heads = a.kv_heads = kHeads, a.q_len = a.kv_len = kLength;
   a.head_dim = a.value_dim = kHead, a.type = type, a.scale = 0.3f, a.causal = true;
-  a.out_of_memory = layer.out_of_memory = &out_of_memory;
-  layer.width = kWidth, layer.hidden = kHidden, layer.type = type;
+  a.out_of_memory = &out_of_memory;
+  layer.width = kWidth, layer.hidden = kHidden;
   layer.x = x.view().data, layer.x_row = kWidth;
   layer.in_proj = of(in, nullptr), layer.out_proj = of(to, nullptr);
   layer.linear1 = of(first, nullptr), layer.linear2 = of(second, nullptr);

@@ -125,6 +125,45 @@ def test_stacks() -> None:
     assert all(torch.equal(stack(X[b : b + 1])[0], together[b]) for b in range(3))
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+@torch.no_grad()
+def test_fusion_modules(norm_first: bool) -> None:
+    """Cross-attention and fusion layers, with each kind of mask, beside their parts."""
+    torch.manual_seed(0)
+    image, words = torch.randn(2, 9, 24), torch.randn(2, 5, 16)
+    no_word, no_pair = torch.rand(2, 5) < 0.4, torch.rand(2, 1, 9, 5) < 0.4
+    attend = ff.nn.CrossAttention(24, 16, 4).eval()
+    fuse = ff.nn.CrossModalAttention(24, 16, 4, dim_feedforward=40, norm_first=norm_first).eval()
+    for layer, masks in (
+        (attend, {}), (attend, {"key_padding_mask": no_word}), (attend, {"attn_mask": no_pair}),
+        (fuse, {}), (fuse, {"text_padding_mask": no_word}), (fuse, {"attn_mask": no_pair}),
+    ):  # fmt: skip
+        row = ff.explain(layer, image, words, **masks).rows[0][1]
+        assert row is not None and row.chosen == "cpu" and row.op.endswith("_layer")
+        in_parts = copy.deepcopy(layer)
+        for part in in_parts.modules():
+            part.register_forward_hook(lambda module, given, result: None)
+        assert "_layer" not in str(ff.explain(in_parts, image, words, **masks))
+        torch.testing.assert_close(
+            layer(image, words, **masks), in_parts(image, words, **masks), rtol=1e-5, atol=2e-6
+        )
+
+
+@torch.no_grad()
+def test_negative_views() -> None:
+    """torch keeps some signs beside the numbers; they count, in whatever tensor."""
+    layer = encoder_layer()
+    for part in ("src", "linear1.weight", "norm1.bias"):
+        changed, x = copy.deepcopy(layer), X
+        if part == "src":
+            x = torch._neg_view(X)
+        else:
+            owner, name = part.split(".")
+            own = getattr(changed, owner)._parameters
+            own[name] = nn.Parameter(torch._neg_view(own[name].detach()), requires_grad=False)
+        torch.testing.assert_close(changed(x), called_in_parts(copy.deepcopy(changed))(x))
+
+
 @torch.no_grad()
 def test_weights_are_read_in_place() -> None:
     layer = encoder_layer()

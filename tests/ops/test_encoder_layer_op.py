@@ -7,15 +7,13 @@ from typing import Any
 import pytest
 import torch
 from accuracy import assert_accurate
+from suite import ISAS, needs_native
 from torch import Tensor
 
 import fastfusion as ff
-from fastfusion.backends import library
 from fastfusion.ops.encoder_layer import OP, TENSORS, run_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = library.native.isas(runnable=True) if library.native else []
-needs_native = pytest.mark.skipif(not ISAS, reason="without the compiled part there is no kernel")
 PRODUCTS = ("in_proj", "out_proj", "linear1", "linear2")
 SHAPES = [
     {"length": 1, "dim": 1, "heads": 1, "ffn": 1},
@@ -24,13 +22,6 @@ SHAPES = [
     {"length": 37, "dim": 48, "heads": 1, "ffn": 96, "activation": "silu"},
     {"batch": 2, "length": 50, "dim": 80, "heads": 2, "ffn": 33, "activation": None},
 ]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.native.select_isa(request.param)
-    yield request.param
-    library.native.select_isa()
 
 
 def in_int8(call: dict[str, Any]) -> dict[str, Any]:

@@ -1,35 +1,26 @@
 """linear: each way of each instruction set against the formula, and what closeness cannot show."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate
+from suite import ISAS, needs_native
 from torch import Tensor
 
 import fastfusion as ff
-from fastfusion.backends import library
 from fastfusion.ops.linear import ACTIVATIONS, OP
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = library.native.isas(runnable=True) if library.native else []
-needs_native = pytest.mark.skipif(not ISAS, reason="without the compiled part there is no kernel")
 # Lengths on both sides of a register, of a panel and of the ways' border; widths that fill no pair
 # and no register; features that fill no task.
 SHAPES = [
     ((1, 8), 5), ((3, 77), 97), ((2, 20, 64), 48), ((2, 37, 33), 17), ((1, 48, 130), 70),
     ((2, 3, 15, 256), 130), ((1, 300, 96), 50), ((97,), 200), ((4, 1, 768), 33),
+    ((20, 2048), 61),  # rows of W whose addresses compete in the first cache
 ]  # fmt: skip
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.native.select_isa(request.param)
-    yield request.param
-    library.native.select_isa()
 
 
 def operands(

@@ -1,29 +1,19 @@
 """norm: each instruction set against the formula, and what closeness cannot show."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_accurate
+from suite import ISAS, needs_native
 from torch import Tensor
 
 import fastfusion as ff
-from fastfusion.backends import library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = library.native.isas(runnable=True) if library.native else []
-needs_native = pytest.mark.skipif(not ISAS, reason="without the compiled part there is no kernel")
 SHAPES = [(1, 1), (3, 5), (7,), (2, 3, 16), (4, 33), (2, 2, 2, 100), (20, 768), (300, 64)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.native.select_isa(request.param)
-    yield request.param
-    library.native.select_isa()
 
 
 def operands(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ struct KvSplits {
 // A call for the keys first .. end of another, with results of its own.
 inline AttentionForward keys_of(AttentionForward p, int64_t first, int64_t end) {
   const auto skip = [&](View& view, Type type, int64_t stride) {
-    const int64_t size = type == Type::kFloat32 ? 4 : type == Type::kBool ? 1 : 2;
+    const int64_t size = size_of(type);
     if (view.data) view.data = static_cast<const char*>(view.data) + first * stride * size;
   };
   skip(p.key, p.type, p.key.row);

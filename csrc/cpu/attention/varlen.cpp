@@ -13,8 +13,6 @@
 namespace ff {
 namespace {
 
-int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : type == Type::kBool ? 1 : 2; }
-
 void advance(View& view, Type type, int64_t rows) {
   view.data = static_cast<const char*>(view.data) + rows * view.row * size_of(type);
 }

@@ -11,7 +11,7 @@ namespace {
 
 template <class HalfMath>
 void cross_attention_layer(const CrossAttentionLayer& p, ParallelFor parallel) {
-  const LayerSteps<HalfMath> steps{p.type, p.out_of_memory, parallel};
+  const LayerSteps<HalfMath> steps(p.attention, parallel);
   AttentionForward attention = p.attention;
   const int64_t dim = attention.head_dim, inner = attention.heads * dim;
   const LayerRows query{p.query, attention.batch, attention.q_len, p.query_dim, p.query_row};
@@ -38,7 +38,7 @@ void cross_attention_layer(const CrossAttentionLayer& p, ParallelFor parallel) {
     attention.value = steps.heads(both, 1, inner, dim);
   }
   attention.out = steps.joined(attended, attention.q_len, inner, dim);
-  if (!*p.out_of_memory) attention_forward<HalfMath>(attention, parallel);
+  if (!*attention.out_of_memory) attention_forward<HalfMath>(attention, parallel);
 
   const LayerRows gathered = steps.side_by_side(query, attended, inner);
   const LayerRows residual{p.residual, query.batch, query.length, p.out_dim, p.residual_row};
@@ -89,7 +89,7 @@ struct StreamSteps {
 
 template <class HalfMath>
 void cross_modal_layer(const CrossModalLayer& p, ParallelFor parallel) {
-  const LayerSteps<HalfMath> steps{p.type, p.out_of_memory, parallel};
+  const LayerSteps<HalfMath> steps(p.attention, parallel);
   BidirectionalForward attention = p.attention;
   const int64_t dim = attention.head_dim, inner = attention.heads * dim;
   const StreamSteps<HalfMath> queries{steps, p, p.streams[0], inner};
@@ -105,7 +105,7 @@ void cross_modal_layer(const CrossModalLayer& p, ParallelFor parallel) {
   attention.value = steps.heads(of_keys, 1, inner, dim);
   attention.out_q = steps.joined(queries.attended(memory), attention.q_len, inner, dim);
   attention.out_k = steps.joined(keys.attended(behind), attention.kv_len, inner, dim);
-  if (!*p.out_of_memory) bidirectional_forward<HalfMath>(attention, parallel);
+  if (!*attention.out_of_memory) bidirectional_forward<HalfMath>(attention, parallel);
   queries.finish(memory);
   keys.finish(behind);
 }

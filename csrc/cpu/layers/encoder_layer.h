@@ -17,7 +17,7 @@ namespace {
 
 template <class HalfMath>
 void encoder_layer(const EncoderLayer& p, ParallelFor parallel) {
-  const LayerSteps<HalfMath> steps{p.type, p.out_of_memory, parallel};
+  const LayerSteps<HalfMath> steps(p.attention, parallel);
   AttentionForward attention = p.attention;
   const int64_t width = p.width, length = attention.q_len;
   const LayerRows x{p.x, attention.batch, length, width, p.x_row};
@@ -36,7 +36,7 @@ void encoder_layer(const EncoderLayer& p, ParallelFor parallel) {
   attention.key = steps.heads(heads, 1, width, dim);
   attention.value = steps.heads(heads, 2, width, dim);
   attention.out = steps.joined(attended, length, width, dim);
-  if (!*p.out_of_memory) attention_forward<HalfMath>(attention, parallel);
+  if (!*attention.out_of_memory) attention_forward<HalfMath>(attention, parallel);
 
   const LayerRows gathered = steps.side_by_side(x, attended, width);
   LayerRows y = steps.product(p.out_proj, gathered, width, sum, &x);

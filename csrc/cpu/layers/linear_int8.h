@@ -16,7 +16,6 @@
 namespace ff {
 namespace {
 
-constexpr int64_t kInt8Panel = 64;   // features
 constexpr int64_t kInt8Round = 256;  // rows of x that are quantised before they are multiplied
 constexpr int64_t kInt8Rows = 48;    // of these whose sums stay in the first cache
 
@@ -66,7 +65,7 @@ struct Int8Round {
   const Linear& p;
   const QuantizedRows& rows;
 
-  int64_t steps() const { return rows.row / Int8Math::kDepth; }
+  int64_t steps() const { return rows.row / kInt8Step; }
   int64_t part_panels() const { return (p.weight.part_features + kInt8Panel - 1) / kInt8Panel; }
 };
 
@@ -87,7 +86,7 @@ struct Int8Task {
     const int64_t feature = part * p.weight.part_features + inside;
     const int64_t left = p.weight.part_features - inside;
     const int64_t count = left < kInt8Panel ? left : kInt8Panel;
-    constexpr int64_t kStep = kInt8Panel * Int8Math::kDepth;
+    constexpr int64_t kStep = kInt8Panel * kInt8Step;
     const auto* panel = static_cast<const int8_t*>(p.weight.data) + index * round.steps() * kStep;
     for (int64_t i = 0; i < rows.count; i += kInt8Rows) {
       const int64_t some = rows.count - i < kInt8Rows ? rows.count - i : kInt8Rows;
@@ -118,7 +117,8 @@ struct Int8Task {
 };
 
 inline void linear_int8(const Linear& p, ParallelFor parallel) {
-  const int64_t row = (p.width + Int8Math::kDepth - 1) / Int8Math::kDepth * Int8Math::kDepth;
+  static_assert(Int8Math::kDepth == kInt8Step);
+  const int64_t row = (p.width + kInt8Step - 1) / kInt8Step * kInt8Step;
   const int64_t most = p.rows < kInt8Round ? p.rows : kInt8Round;
   float* memory = shared_scratch(size_t(most * (2 + row / 4)));
   if (!memory) {

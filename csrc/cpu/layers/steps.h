@@ -10,8 +10,6 @@
 namespace ff {
 namespace {
 
-inline int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
-
 // Rows of a layer, in sequences.
 struct LayerRows {
   const void* data;
@@ -25,6 +23,9 @@ struct LayerSteps {
   Type type;
   bool* out_of_memory;
   ParallelFor parallel;
+
+  LayerSteps(const Attention& p, ParallelFor parallel)
+      : type(p.type), out_of_memory(p.out_of_memory), parallel(parallel) {}
 
   // Bytes of a matrix, so that the next one is aligned.
   int64_t bytes(int64_t rows, int64_t columns) const {
