@@ -437,7 +437,7 @@ def test_goals_of_layers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda group, name: tiny if name == "tiny_4" else select(group, name),
     )  # fmt: skip
     monkeypatch.setattr(layer_goals, "memory", lambda: [])
-    monkeypatch.setattr(layer_goals, "threads", lambda effort: [])
+    monkeypatch.setattr(layer_goals, "threads", lambda effort, module: [])
     effort = cpu_goals.Effort(rounds=1, min_time=0.0, most=1e8)
     machine = roofline.Machine(dict.fromkeys(("float32", "bfloat16", "int8"), 1e12), 1e10)
     sections = dict(layer_goals.run(effort, machine))
