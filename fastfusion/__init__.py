@@ -21,16 +21,24 @@ from fastfusion.ops.varlen_attention import varlen_attention
 from fastfusion import integrations, models, nn, ops  # isort: skip
 from fastfusion.nn._attention_maps import attention_maps  # isort: skip
 from fastfusion.quantization import QuantizationReport, QuantizedLayer, quantize  # isort: skip
+from fastfusion.acceleration import (  # isort: skip
+    AccelerationReport,
+    accelerate,
+    register_swap,
+    restore,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerationReport",
     "BackendUnavailableError",
     "CudaGraphed",
     "Explanation",
     "Info",
     "QuantizationReport",
     "QuantizedLayer",
+    "accelerate",
     "attention_maps",
     "bidirectional_attention",
     "cross_attention_layer",
@@ -46,6 +54,8 @@ __all__ = [
     "norm",
     "ops",
     "quantize",
+    "register_swap",
+    "restore",
     "scaled_dot_product_attention",
     "use_backend",
     "varlen_attention",

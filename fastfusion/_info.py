@@ -3,7 +3,7 @@
 import inspect
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -124,8 +124,9 @@ class ModuleExplanation:
 class Watching(TorchFunctionMode):
     """Explains every call of an op while it is on, beside the part of `module` that makes it."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, specs: Sequence[Op]) -> None:
         super().__init__()
+        self.specs = specs
         self.names = {id(part): name for name, part in module.named_modules()}
         self.rows: list[tuple[str, Explanation | None]] = []
 
@@ -140,7 +141,7 @@ class Watching(TorchFunctionMode):
                 self.rows.append((self._caller(), explanation))
             return func(*args, **kwargs)
         spec = next((spec for function, spec in ops.FUNCTIONS.items() if function is func), None)
-        if spec in (*ops.ATTENTION, *ops.LAYERS):
+        if spec is not None and spec in self.specs:
             given = inspect.signature(func).bind(*args, **kwargs)
             told = {
                 name: value
@@ -163,13 +164,14 @@ class Watching(TorchFunctionMode):
         return "?"
 
 
-def _explain_module(
-    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def explain_module(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], specs: Sequence[Op]
 ) -> ModuleExplanation:
+    """`explain` of a module, with the calls of these ops."""
     from fastfusion import nn
 
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    watching = Watching(module)
+    watching = Watching(module, specs)
     devices = {t.device for t in (*module.parameters(), *module.buffers()) if t.is_cuda}
     with torch.random.fork_rng(devices):
         try:
@@ -219,7 +221,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation | 
         ValueError: the arguments are not legal.
     """
     if isinstance(op, torch.nn.Module):
-        return _explain_module(op, args, kwargs)
+        return explain_module(op, args, kwargs, (*ops.ATTENTION, *ops.LAYERS))
     spec = next((spec for function, spec in ops.FUNCTIONS.items() if function is op), None)
     if spec is None:
         names = ", ".join(o.name for o in ops.ALL)

@@ -13,12 +13,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastfusion.core.int8 import shape_of
 from fastfusion.nn import _nested
+from fastfusion.nn._linear import AcceleratedLinear
 from fastfusion.nn._multihead import MultiheadAttention
 from fastfusion.nn._quantized import QuantizedLinear, check_weights, product
 from fastfusion.nn._transformer import TransformerEncoder, TransformerEncoderLayer
 from fastfusion.ops.linear import MAX_INT8_WIDTH
 
-_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear, AcceleratedLinear)
 _INPUTS = ("query", "key", "value")
 _SEPARATE = ("q_proj", "k_proj", "v_proj")
 # Hooks that read or write a state_dict, whose entries become others.

@@ -15,11 +15,16 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fastfusion.backends import cpu
 from fastfusion.core.arguments import PLAIN
 from fastfusion.core.op import forced_backend
-from fastfusion.nn._plain import activation_name, does_nothing, has_global_hooks, is_bare
+from fastfusion.nn._plain import (
+    activation_module_name,
+    activation_name,
+    does_nothing,
+    has_global_hooks,
+    is_bare,
+)
 from fastfusion.nn._quantized import Operands, QuantizedLinear, product
 from fastfusion.ops.linear import has_own_dtype, linear
 
-LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear, QuantizedLinear)
 # Numbers of a weight from which the kernel saves more than its call costs in Python: 32 x 32 take
 # 1.6 times as long as torch's (linear_tiny_4 in float32, benchmarks/results/amd-epyc-zen4).
 _LEAST = 1 << 14
@@ -69,6 +74,61 @@ def feed_forward(module: Any, input: Tensor, last_dropout: Any) -> Tensor | None
     hidden = linear(input, weight, bias, weight_scale=scale, activation=name)
     weight, scale, bias = others
     return linear(hidden, weight, bias, weight_scale=scale)
+
+
+class AcceleratedLinear(nn.Linear):
+    """`torch.nn.Linear` by the op, likewise: what `fastfusion.accelerate` makes of it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        own = _large_weights_of(self)
+        if own is None or not _runs(input, *own):
+            return super().forward(input)
+        return linear(input, own[0], own[2])
+
+
+class AcceleratedFeedForward(nn.Sequential):
+    """Linear, activation, Linear and dropouts behind either, in two calls likewise."""
+
+    def forward(self, input: Any) -> Any:
+        found = _feed_forward_parts([*self._modules.values()])
+        if found is None or has_global_hooks():
+            return super().forward(input)
+        first, activation, name, second, dropouts = found
+        own, others = _large_weights_of(first), _large_weights_of(second)
+        if (
+            own is None
+            or others is None
+            or not (is_linear(first) and is_linear(second) and is_bare(activation))
+            or not all(map(does_nothing, dropouts))
+            or not (_runs(input, *own) and _runs(input, *others))
+        ):
+            return super().forward(input)
+        weight, scale, bias = own
+        hidden = linear(input, weight, bias, weight_scale=scale, activation=name)
+        weight, scale, bias = others
+        return linear(hidden, weight, bias, weight_scale=scale)
+
+
+def feed_forward_of(module: nn.Module) -> type[nn.Module] | None:
+    """What `fastfusion.accelerate` makes of a Sequential; None of those that are something else."""
+    found = _feed_forward_parts([*module.children()])
+    return None if found is None else AcceleratedFeedForward
+
+
+def _feed_forward_parts(parts: list[Any]) -> tuple[Any, Any, str, Any, list[Any]] | None:
+    """Linear layer, activation and its name, linear layer, dropouts; None of anything else."""
+    dropouts = [part for part in parts if type(part) is nn.Dropout]
+    others = [part for part in parts if type(part) is not nn.Dropout]
+    if len(others) != 3 or parts[:2] != others[:2]:
+        return None
+    first, activation, second = others
+    name = activation_module_name(activation)
+    if name is None or type(first) not in LINEAR or type(second) not in LINEAR:
+        return None
+    return first, activation, name, second, dropouts
+
+
+LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear, QuantizedLinear, AcceleratedLinear)
 
 
 def weights_of(module: Any) -> Operands | None:

@@ -32,6 +32,14 @@ def settle_in(module: torch.nn.Module) -> None:
         module.register_forward_pre_hook(stay_visible)
 
 
+def move_out(module: torch.nn.Module) -> None:
+    """Undo `settle_in`."""
+    del module.__module__
+    hooks = module._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is stay_visible]:
+        del hooks[key]
+
+
 def stay_visible(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
     """A forward pre-hook that does nothing.
 

@@ -19,6 +19,7 @@ from fastfusion.core import arguments
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # torch fills these and never replaces them.
 _GLOBAL_HOOKS: list[dict[int, Any]] = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
+_ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 # torch.set_default_device, and `explain`, which describes what runs without it.
 _HARMLESS_MODES = (DeviceContext, Watching)
@@ -125,3 +126,10 @@ def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     if activation is F.relu:
         return "relu"
     return "gelu" if activation is F.gelu else None
+
+
+def activation_module_name(module: Any) -> str | None:
+    """The same for an activation that is a module."""
+    if type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    return _ACTIVATION_MODULES.get(type(module))

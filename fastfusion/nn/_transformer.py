@@ -374,7 +374,7 @@ class Transformer(nn.Transformer):
             _retag(self.decoder)
 
 
-_REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
+REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,
     nn.TransformerEncoderLayer: TransformerEncoderLayer,
     nn.TransformerEncoder: TransformerEncoder,
@@ -390,7 +390,7 @@ def _retag(module: nn.Module) -> nn.Module:
     Nothing is rebuilt: parameters, buffers, hooks and the random state stay as they are.
     """
     for part in module.modules():
-        ours = _REPLACEMENTS.get(type(part))
+        ours = REPLACEMENTS.get(type(part))
         if ours is None:
             continue
         part.__class__ = ours
