@@ -109,8 +109,15 @@ $(EXAMPLE)/encoder: Makefile csrc/calls.h $(filter csrc/cpu/% csrc/examples/%,$(
 	@$(CXX) $(EXAMPLE_FLAGS) -static -s -Wl,--gc-sections csrc/examples/encoder.cpp csrc/cpu/dispatch.cpp \
 		$(SETS:%=$(EXAMPLE)/%.o) -o $@
 
+# Those of dev stand beside them so that their versions stay.
+$(VENV)/integrations.stamp: $(VENV)/dependencies.stamp
+	@echo "installing the libraries that fastfusion.integrations serves"
+	@$(BIN)/python -m pip install -qq --group dev --group integrations
+	@$(BIN)/python -m pip install -qq --no-deps --group integrations-without-dependencies
+	@touch $@
+
 # One thread per process: the processes share the cores already.
-test: build
+test: build $(VENV)/integrations.stamp
 	@echo "building the CUDA kernels for their emulator"
 	@$(BIN)/python setup.py --quiet build_emulated
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -p no:benchmark

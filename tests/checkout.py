@@ -4,6 +4,8 @@ All others also run where the tests lie alone, beside a package that pip install
 """
 
 import runpy
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,14 @@ def need(*names: str) -> None:
     if missing:
         reason = f"is about a checkout; here is no {', '.join(missing)}"
         pytest.skip(reason, allow_module_level=True)
+
+
+def need_library(name: str) -> Any:
+    """A library that `make test` installs for the integrations; elsewhere the module is skipped
+    where it is missing."""
+    if (Path(sys.prefix) / "integrations.stamp").exists():
+        return import_module(name)
+    return pytest.importorskip(name)
 
 
 def build_script() -> dict[str, Any]:
