@@ -15,7 +15,7 @@ from fastfusion import ops
 from fastfusion._info import explain_module
 from fastfusion.acceleration import swaps
 from fastfusion.acceleration.report import AccelerationReport, LayerReport
-from fastfusion.acceleration.swaps import Swap, register_swap
+from fastfusion.acceleration.swaps import Swap, register_swap, short_name_of
 from fastfusion.acceleration.verification import (
     Example,
     arguments_of,
@@ -191,7 +191,7 @@ class _Work:
             elif made is not None:
                 self.going[name] = module, made
                 covered[name] = made
-        sources = {name: type(module).__name__ for name, (module, _) in self.going.items()}
+        sources = {name: short_name_of(type(module)) for name, (module, _) in self.going.items()}
         for module, made in self.going.values():
             swaps.enter(module, made)
         rolled_back = self._roll_back() if self.example is not None else {}
@@ -202,12 +202,12 @@ class _Work:
                 why = f"rolled back: outputs differ by {alone:.2e}, more than {bound:.2e}"
                 row = LayerReport(name, sources[name], None, why, deviation=alone)
             elif name in self.going:
-                road = None if roads is None else roads.get(name, "its parts, as before")
+                road = None if roads is None else _road(name, roads)
                 row = LayerReport(name, sources[name], str(self.going[name][1]), None, road)
             elif name in skipped:
-                row = LayerReport(name, type(module).__name__, None, skipped[name])
+                row = LayerReport(name, short_name_of(type(module)), None, skipped[name])
             elif _looks_like_attention(module) and not _is_answered_for(name, module, covered):
-                row = LayerReport(name, type(module).__name__, None, "no swap of it is known")
+                row = LayerReport(name, short_name_of(type(module)), None, "no swap of it is known")
             else:
                 continue
             self.rows.append(row)
@@ -345,6 +345,15 @@ def _take_back(model: nn.Module, name: str, owners: Mapping[str, Any]) -> None:
     owner, parameters = owners[_parent(name)]
     owner._modules.pop(name.rpartition(".")[2])
     owner._parameters.update(parameters)
+
+
+def _road(name: str, roads: Mapping[str, str]) -> str:
+    if name in roads:
+        return roads[name]
+    above = _parent(name)
+    while above and above not in roads:
+        above = _parent(above)
+    return "in the call of the layer around it" if above in roads else "as before: its parts"
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -69,7 +69,7 @@ class ClassSwap:
         return True
 
     def __str__(self) -> str:
-        return self.target.__name__
+        return short_name_of(self.target)
 
 
 class _TorchSwap(ClassSwap):
@@ -111,6 +111,16 @@ _REGISTRY: dict[str, _Entry] = {}
 def name_of(kind: type) -> str:
     """The qualified name of a class, as `register_swap` takes it."""
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def short_name_of(kind: type) -> str:
+    """A class as its users write it, more or less."""
+    names = kind.__module__.split(".")
+    if names[0] == "fastfusion":
+        public = [name for name in names if not name.startswith("_")]
+    else:
+        public = ["torch", "nn"] if names[0] == "torch" else names[:1]
+    return ".".join((*public, kind.__qualname__))
 
 
 def register_swap(

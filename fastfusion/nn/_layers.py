@@ -5,6 +5,7 @@ call to the parts. All of a layer is looked at together: part by part it took 10
 call of 4 tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fastfusion.core.arguments import PLAIN
 from fastfusion.nn._linear import LINEAR, runs_on_cpu, weights_of
 from fastfusion.nn._multihead import MultiheadAttention, stay_visible
 from fastfusion.nn._plain import activation_name, are_bare, has_global_hooks
+from fastfusion.nn._quantized import Operands
 from fastfusion.ops import encoder_layer as _encoder
 from fastfusion.ops import linear as _linear
 
@@ -37,7 +39,7 @@ def encoder_layer(
     parts = own["_modules"]
     try:
         attention, first, second = parts["self_attn"], parts["linear1"], parts["linear2"]
-        norms = norm1, norm2 = parts["norm1"], parts["norm2"]
+        norms = parts["norm1"], parts["norm2"]
         dropouts = parts["dropout"], parts["dropout1"], parts["dropout2"]
     except KeyError:
         return None
@@ -48,38 +50,60 @@ def encoder_layer(
     inside, *projections = found
     if not are_bare((first, second, *norms, *dropouts, *inside)) or has_global_hooks():
         return None
-    if type(first) not in LINEAR or type(second) not in LINEAR:
-        return None
-    for norm in norms:
-        if type(norm) is not nn.LayerNorm or len(norm.__dict__["normalized_shape"]) != 1:
-            return None
     for dropout in dropouts:
         drops = dropout.__dict__
         if type(dropout) is not nn.Dropout or (drops["training"] and drops["p"] > 0.0):
             return None
     masks = _masks(attention, src, mask, padding, is_causal)
-    if masks is None:
+    if masks is None or type(first) not in LINEAR or type(second) not in LINEAR:
         return None
+    products = (*projections, weights_of(first), weights_of(second))
+    heads, is_first = attention.__dict__["num_heads"], own["norm_first"]
+    return run_encoder_layer(src, products, norms, heads, activation, is_first, *masks)
+
+
+def run_encoder_layer(
+    src: Tensor,
+    products: Sequence[Operands | None],
+    norms: Sequence[Any],
+    num_heads: int,
+    activation: str,
+    norm_first: bool,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+) -> Tensor | None:
+    """The op on the parts of a layer, which have been found to come to their formulas, for an
+    input that `runs_on_cpu`; None where it does not take them, or gradients are asked for.
+
+    Args:
+        src: (batch, length, width).
+        products: what `weights_of` says of in_proj, out_proj, linear1 and linear2.
+        norms: modules.
+        activation: as of the op.
+        attn_mask, key_padding_mask, is_causal: as of the op.
+    """
     tensors: list[Any] = [src]
     scales = []
-    for given in (*projections, weights_of(first), weights_of(second)):
+    for given in products:
         if given is None:
             return None
         weight, scale, bias = given
         tensors += (weight, bias)
         scales.append(scale)
     for norm in norms:
+        if type(norm) is not nn.LayerNorm or len(norm.__dict__["normalized_shape"]) != 1:
+            return None
         parameters = norm.__dict__["_parameters"]
         tensors += (parameters["weight"], parameters["bias"])
-    attn_mask, key_padding_mask, is_causal = masks
     tensors += (attn_mask, key_padding_mask, *scales)
     if not PLAIN.issuperset(map(type, tensors)):
         return None
     if _is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
         return None
     numbers = (
-        attention.__dict__["num_heads"], _linear.NUMBERS[activation], own["norm_first"], is_causal,
-        norm1.__dict__["eps"], norm2.__dict__["eps"],
+        num_heads, _linear.NUMBERS[activation], norm_first, is_causal,
+        *(norm.__dict__["eps"] for norm in norms),
     )  # fmt: skip
     try:
         result: Tensor | None = _encoder.OP.fuse(_encoder.Call._make((*tensors, *numbers)))
