@@ -96,14 +96,22 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: weights were made narrower; the message names the first of them. The layers are
-            restored even so.
+        ValueError: weights were made narrower, or a layer got yet another class (a
+            parametrization, sharding); the message names the first. All others are restored.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for _, module, _ in [*swaps.swapped(model)]:
-        swaps.leave(module)
+    stuck = {}
+    for name, module, _ in [*swaps.swapped(model)]:
+        reason = swaps.leave(module)
+        if reason is not None:
+            stuck[name] = reason
     report = model.__dict__.pop("fastfusion_report", None)
+    if stuck:
+        name, reason = next(iter(stuck.items()))
+        raise ValueError(
+            f"{len(stuck)} layers could not be restored, {name or 'the model'!r} first: {reason}"
+        )
     if report is not None and report.quantization is not None and report.quantization.quantized:
         first = report.quantization.quantized[0]
         raise ValueError(
@@ -167,12 +175,12 @@ class _Work:
         self.before: list[Tensor] = []
         if self.example is not None:
             self.before = self.example.outputs()
+            self.noise = self._now()
+            if self.noise > 0.0:
+                noise = f"{self.noise:.2e}"
+                self.notes.append(f"the model itself differs by {noise} from call to call")
             self.ms_before = self.example.milliseconds()
             self.largest = largest_of(self.before)
-            again = deviation(self.before, self.example.outputs())
-            if again > 0.0:
-                self.notes.append(f"the model itself differs by {again:.2e} from call to call")
-            self.noise = again
 
     # ---- swapping
 

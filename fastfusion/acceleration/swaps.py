@@ -32,8 +32,8 @@ class Swap(Protocol):
     def enter(self, module: nn.Module) -> None:
         """Change the layer."""
 
-    def leave(self, module: nn.Module) -> None:
-        """Change it back."""
+    def leave(self, module: nn.Module) -> str | None:
+        """Change it back, or say why that cannot be done."""
 
     def covers(self, part: nn.Module) -> bool:
         """Whether attention in this part of the layer is thereby swapped."""
@@ -61,9 +61,11 @@ class ClassSwap:
         self.source = type(module)
         module.__class__ = self.target
 
-    def leave(self, module: nn.Module) -> None:
-        assert self.source is not None
+    def leave(self, module: nn.Module) -> str | None:
+        if type(module) is not self.target or self.source is None:
+            return f"it has become a {type(module).__name__} since"
         module.__class__ = self.source
+        return None
 
     def covers(self, part: nn.Module) -> bool:
         return True
@@ -79,9 +81,11 @@ class _TorchSwap(ClassSwap):
         super().enter(module)
         settle_in(module)
 
-    def leave(self, module: nn.Module) -> None:
-        move_out(module)
-        super().leave(module)
+    def leave(self, module: nn.Module) -> str | None:
+        reason = super().leave(module)
+        if reason is None:
+            move_out(module)
+        return reason
 
 
 @dataclass(frozen=True)
@@ -161,13 +165,10 @@ def register_swap(
 def swap_for(module: nn.Module) -> Swap | str | None:
     """What is registered for a layer: a swap, why there is none, or None: nobody knows it."""
     kind = type(module)
-    entry = _REGISTRY.get(name_of(kind))
-    if entry is not None:
-        return entry.make(module)
-    for base in kind.__mro__[1:]:
+    for base in kind.__mro__:
         entry = _REGISTRY.get(name_of(base))
-        if entry is not None and entry.subclasses:
-            return entry.make(module)
+        if entry is not None and (base is kind or entry.subclasses):
+            return "its forward was replaced" if "forward" in vars(module) else entry.make(module)
     return None
 
 
@@ -182,12 +183,13 @@ def enter(module: nn.Module, swap: Swap) -> None:
     module.__dict__[_IN_FORCE] = swap
 
 
-def leave(module: nn.Module) -> bool:
-    """Undo the swap that a layer is under; whether there was one."""
-    swap: Swap | None = module.__dict__.pop(_IN_FORCE, None)
-    if swap is not None:
-        swap.leave(module)
-    return swap is not None
+def leave(module: nn.Module) -> str | None:
+    """Undo the swap that a layer is under, if any, or say why that cannot be done."""
+    swap = in_force(module)
+    reason = None if swap is None else swap.leave(module)
+    if reason is None:
+        module.__dict__.pop(_IN_FORCE, None)
+    return reason
 
 
 def swapped(model: nn.Module) -> Iterator[tuple[str, nn.Module, Swap]]:
