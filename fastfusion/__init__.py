@@ -18,7 +18,7 @@ from fastfusion.ops.norm import norm
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastfusion.ops.varlen_attention import varlen_attention
 
-from fastfusion import integrations, models, nn, ops  # isort: skip
+from fastfusion import data, integrations, models, nn, ops  # isort: skip
 from fastfusion.nn._attention_maps import attention_maps  # isort: skip
 from fastfusion.quantization import QuantizationReport, QuantizedLayer, quantize  # isort: skip
 from fastfusion.acceleration import (  # isort: skip
@@ -44,6 +44,7 @@ __all__ = [
     "cross_attention_layer",
     "cross_modal_layer",
     "cuda_graph",
+    "data",
     "encoder_layer",
     "explain",
     "info",
