@@ -21,6 +21,7 @@ from fastfusion.ops.varlen_attention import varlen_attention
 from fastfusion import data, integrations, models, nn, ops  # isort: skip
 from fastfusion.nn._attention_maps import attention_maps  # isort: skip
 from fastfusion.quantization import QuantizationReport, QuantizedLayer, quantize  # isort: skip
+from fastfusion.statistics import AttentionStatistics, attention_statistics  # isort: skip
 from fastfusion.acceleration import (  # isort: skip
     AccelerationReport,
     accelerate,
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccelerationReport",
+    "AttentionStatistics",
     "BackendUnavailableError",
     "CudaGraphed",
     "Explanation",
@@ -40,6 +42,7 @@ __all__ = [
     "QuantizedLayer",
     "accelerate",
     "attention_maps",
+    "attention_statistics",
     "bidirectional_attention",
     "cross_attention_layer",
     "cross_modal_layer",
