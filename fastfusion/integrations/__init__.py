@@ -1,8 +1,10 @@
 """What other tools need to know of the ops; a module for each, imported when the tool is.
 
 - `onnx`: torch's exporters to ONNX.
+- `transformers`: attention and layers of its models.
 """
 
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -21,7 +23,20 @@ on_import(
 on_import("torch.onnx", lambda exporter: _onnx().register_symbolics(exporter))
 
 
+def _transformers(modeling_utils: Any) -> None:
+    """A version that cannot be served says so, and is as it would be without us."""
+    try:
+        import_module("fastfusion.integrations.transformers")
+    except ImportError as error:
+        warnings.warn(str(error), stacklevel=2)
+
+
+on_import("transformers.modeling_utils", _transformers)
+
+
 def __getattr__(name: str) -> Any:
     if name == "onnx":
         return _onnx()
+    if name == "transformers":
+        return import_module("fastfusion.integrations.transformers")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

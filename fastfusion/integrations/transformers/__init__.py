@@ -1,0 +1,24 @@
+"""transformers (>= 5): attention by name, and layers for `fastfusion.accelerate`.
+
+    model = AutoModel.from_pretrained(name, attn_implementation="fastfusion")   # attention alone
+    model = fastfusion.accelerate(model)                                        # layers as well
+
+It is imported with transformers, or by hand before the first.
+"""
+
+from fastfusion.acceleration.swaps import register_swap
+from fastfusion.integrations.transformers._interface import (
+    NAME,
+    attention,
+    attention_mask,
+    register,
+)
+
+__all__ = ["NAME", "attention", "attention_mask", "register"]
+
+register()
+register_swap(
+    "transformers.modeling_utils.PreTrainedModel",
+    "fastfusion.integrations.transformers._models:interface_swap",
+    subclasses=True,
+)
