@@ -84,21 +84,49 @@ struct Weight {
   const void* bias = nullptr;     // (features), of the type of x
 };
 
+// Some weights of the same width and number of features, whose outputs stand side by side.
+struct Weights {
+  Weight each[3];
+  int64_t count = 1;
+
+  // Whether one product can read them all.
+  bool are_alike() const {
+    for (int64_t i = 1; i < count; ++i)
+      if (each[i].type != each[0].type || each[i].part_features != each[0].part_features)
+        return false;
+    return true;
+  }
+};
+
 // out = activation(x W^T + bias) + residual; columns of all matrices are adjacent.
 struct Linear {
-  int64_t rows, length;  // rows of x, in sequences of `length`, 1 at least
-  int64_t width, features;
-  Type type;  // of everything but the weight, to whose type x is rounded first
+  int64_t rows, length;     // rows of x, in sequences of `length`, 1 at least
+  int64_t width, features;  // of each weight
+  Type type;                // of everything but the weight, to whose type x is rounded first
   const void* x;
   int64_t x_row;
   Weight weight;
+  const Weight* beside = nullptr;  // more weights like it: see Weights
+  int64_t count = 1;               // with them
   Activation activation = Activation::kNone;
-  const void* residual = nullptr;  // (rows, features)
+  const void* residual = nullptr;  // (rows, count * features)
   int64_t residual_row = 0;
-  void* out;  // (rows, features)
+  void* out;  // (rows, count * features)
   int64_t out_row;
 
   bool* out_of_memory;
+
+  // The call with the index-th of its weights alone.
+  Linear part(int64_t index) const {
+    Linear one = *this;
+    one.count = 1;
+    if (index == 0) return one;
+    const int64_t before = index * features * size_of(type);
+    one.weight = beside[index - 1];
+    if (residual) one.residual = static_cast<const char*>(residual) + before;
+    one.out = static_cast<char*>(out) + before;
+    return one;
+  }
 };
 
 // Layer norm, (x - mean) / sqrt(variance + eps) * weight + bias, or RMS norm, which has no mean.
@@ -194,8 +222,9 @@ struct EncoderLayer {
   AttentionForward attention;  // its shapes, type, masks and scale; the layer gives it memory
   int64_t width, hidden;       // of the tokens, and between linear1 and linear2
   const void* x;
-  int64_t x_row;  // rows are at one stride
-  Weight in_proj, out_proj, linear1, linear2;
+  int64_t x_row;    // rows are at one stride
+  Weights in_proj;  // of queries, keys and values: one for all, or three
+  Weight out_proj, linear1, linear2;
   Norm norm1, norm2;
   bool norm_first;
   Activation activation;

@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from random_calls import Built, Drawn, draw_common, draw_length, draw_mask, draw_padding, fitted
 from suite import Target, plain_attention
@@ -93,7 +94,8 @@ class EncoderLayer(Drawn):
 
     Attributes:
         ffn: features between linear1 and linear2.
-        biases: whether each of the four products has one.
+        separate: whether key and value have weights of their own.
+        biases: whether each of the products has one.
         affine: whether the norms have weights and biases.
     """
 
@@ -101,7 +103,8 @@ class EncoderLayer(Drawn):
     length: int = 3
     batch: int = 1
     ffn: int = 5
-    biases: tuple[bool, ...] = (False,) * 4
+    separate: bool = False
+    biases: tuple[bool, ...] = (False,) * 6
     affine: bool = False
     norm_first: bool = False
     activation: str | None = None
@@ -112,7 +115,8 @@ class EncoderLayer(Drawn):
     op = OPS["encoder_layer"]
     function = staticmethod(encoder_layer)
     operands = (
-        "input", *(f"{name}_{kind}" for name in ("in_proj", "out_proj", "linear1", "linear2")
+        "input", *(f"{name}_{kind}" for name in ("in_proj", "k_proj", "v_proj", "out_proj",
+                                                 "linear1", "linear2")
                    for kind in ("weight", "bias")),
         "norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", "attn_mask", "key_padding_mask",
     )  # fmt: skip
@@ -128,7 +132,10 @@ class EncoderLayer(Drawn):
             return F.layer_norm(x, x.shape[-1:], call[f"{name}_weight"], call[f"{name}_bias"])
 
         def attend(x: Tensor) -> Tensor:
-            heads = linear("in_proj", x).unflatten(-1, (3, call["num_heads"], -1)).unbind(2)
+            apart = "k_proj_weight" in call
+            names = ("in_proj", "k_proj", "v_proj") if apart else ("in_proj",)
+            heads = torch.cat([linear(name, x) for name in names], -1)
+            heads = heads.unflatten(-1, (3, call["num_heads"], -1)).unbind(2)
             masks = {n: call[n] for n in ("attn_mask", "key_padding_mask") if n in call}
             q, k, v = (t.transpose(1, 2) for t in heads)
             out = plain_attention(q, k, v, **masks, is_causal=call["is_causal"])[0]
@@ -149,8 +156,10 @@ class EncoderLayer(Drawn):
         width = self.kv_heads * self.head_dim
         built.operand("input", self.batch, self.length, width)
         sizes = {"in_proj": (3 * width, width), "out_proj": (width, width)}
+        if self.separate:
+            sizes |= dict.fromkeys(("in_proj", "k_proj", "v_proj"), (width, width))
         sizes |= {"linear1": (self.ffn, width), "linear2": (width, self.ffn)}
-        for (name, (features, columns)), biased in zip(sizes.items(), self.biases, strict=True):
+        for (name, (features, columns)), biased in zip(sizes.items(), self.biases, strict=False):
             power = -round(columns.bit_length() / 2)
             built.operand(f"{name}_weight", features, columns, power=power)
             built.option(f"{name}_bias", None)
@@ -179,7 +188,8 @@ class EncoderLayer(Drawn):
             batch=batch,
             length=lengths[0],
             ffn=rng.choice((1, 4, 33, 64, 150)),
-            biases=tuple(rng.random() < 0.7 for _ in range(4)),
+            separate=rng.random() < 0.3,
+            biases=tuple(rng.random() < 0.7 for _ in range(6)),
             affine=rng.random() < 0.7,
             norm_first=rng.random() < 0.5,
             activation=rng.choice(tuple(ACTIVATIONS)),

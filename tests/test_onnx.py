@@ -293,12 +293,17 @@ def test_linear(tmp_path: Path) -> None:
 
 def encoder_calls(t: dict[str, Tensor]) -> list[Tensor]:
     x, weights = t["x"], {n: v for n, v in t.items() if n not in ("x", "hidden")}
+    parts = [weights[f"in_proj_{kind}"].chunk(3) for kind in ("weight", "bias")]
+    apart = dict(weights, in_proj_weight=parts[0][0], in_proj_bias=parts[1][0])
+    apart |= {"k_proj_weight": parts[0][1], "k_proj_bias": None}
+    apart |= {"v_proj_weight": parts[0][2], "v_proj_bias": parts[1][2]}
     masks = {"key_padding_mask": t["hidden"], "is_causal": True}
     return [
         ff.norm(x, t["norm1_weight"], t["norm1_bias"], residual=2.0 * x),
         ff.norm(x, t["norm1_weight"], rms=True),
         ff.encoder_layer(x, **weights, num_heads=2, activation="gelu"),
         ff.encoder_layer(x, **weights, num_heads=2, norm_first=True, **masks),
+        ff.encoder_layer(x, **apart, num_heads=2),
     ]
 
 

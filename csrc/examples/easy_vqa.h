@@ -172,7 +172,7 @@ class Model {
     ff::EncoderLayer call{};
     call.width = width, call.hidden = hidden;
     const std::string attention = name + "self_attn.";
-    call.in_proj =
+    call.in_proj.each[0] =
         read_layer(file, attention + "in_proj_weight", attention + "in_proj_bias", width, 3 * width)
             .weight;
     call.out_proj = read_layer(file, attention + "out_proj", width, width).weight;

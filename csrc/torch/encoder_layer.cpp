@@ -33,8 +33,19 @@ Tensor encoder_layer_forward(const EncoderLayerInputs& in) {
     check_fits(rows < 0 || features == rows, name);
     return found;
   };
-  p.in_proj = weight(in.in_proj_weight, in.in_proj_scale, in.in_proj_bias, width, 3 * width,
-                     "in_proj_weight or its bias");
+  check_fits(bool(in.k_proj_weight) == bool(in.v_proj_weight), "k_proj_weight or v_proj_weight");
+  p.in_proj.count = in.k_proj_weight ? 3 : 1;
+  p.in_proj.each[0] = weight(in.in_proj_weight, in.in_proj_scale, in.in_proj_bias, width,
+                             3 / p.in_proj.count * width, "in_proj_weight or its bias");
+  if (in.k_proj_weight) {
+    p.in_proj.each[1] = weight(*in.k_proj_weight, in.k_proj_scale, in.k_proj_bias, width, width,
+                               "k_proj_weight or its bias");
+    p.in_proj.each[2] = weight(*in.v_proj_weight, in.v_proj_scale, in.v_proj_bias, width, width,
+                               "v_proj_weight or its bias");
+  } else {
+    check_fits(!in.k_proj_bias && !in.v_proj_bias && !in.k_proj_scale && !in.v_proj_scale,
+               "k_proj_weight or v_proj_weight");
+  }
   p.out_proj = weight(in.out_proj_weight, in.out_proj_scale, in.out_proj_bias, width, width,
                       "out_proj_weight or its bias");
   p.linear1 = weight(in.linear1_weight, in.linear1_scale, in.linear1_bias, width, -1,

@@ -150,6 +150,10 @@ struct EncoderLayerInputs {
   Tensor input = from.tensor("input");
   Tensor in_proj_weight = from.tensor("in_proj_weight");
   MaybeTensor in_proj_bias = from.maybe_tensor("in_proj_bias");
+  MaybeTensor k_proj_weight = from.maybe_tensor("k_proj_weight");
+  MaybeTensor k_proj_bias = from.maybe_tensor("k_proj_bias");
+  MaybeTensor v_proj_weight = from.maybe_tensor("v_proj_weight");
+  MaybeTensor v_proj_bias = from.maybe_tensor("v_proj_bias");
   Tensor out_proj_weight = from.tensor("out_proj_weight");
   MaybeTensor out_proj_bias = from.maybe_tensor("out_proj_bias");
   Tensor linear1_weight = from.tensor("linear1_weight");
@@ -163,6 +167,8 @@ struct EncoderLayerInputs {
   MaybeTensor attn_mask = from.maybe_tensor("attn_mask");
   MaybeTensor key_padding_mask = from.maybe_tensor("key_padding_mask");
   MaybeTensor in_proj_scale = from.maybe_tensor("in_proj_scale");
+  MaybeTensor k_proj_scale = from.maybe_tensor("k_proj_scale");
+  MaybeTensor v_proj_scale = from.maybe_tensor("v_proj_scale");
   MaybeTensor out_proj_scale = from.maybe_tensor("out_proj_scale");
   MaybeTensor linear1_scale = from.maybe_tensor("linear1_scale");
   MaybeTensor linear2_scale = from.maybe_tensor("linear2_scale");

@@ -134,10 +134,17 @@ def _encoder_layer(
         weight, bias = (None if t is None else _cast(op, t, dtype, _FLOAT) for t in given)
         return normalized(op, x, weight, bias, parts[f"{name}_eps"], False)
 
-    def attend(x: Any) -> Any:
-        heads = op.Reshape(linear("in_proj", x), [0, 0, 3, num_heads, -1])
+    def heads_of(name: str, x: Any, count: int) -> list[Any]:
+        heads = op.Reshape(linear(name, x), [0, 0, count, num_heads, -1])
         heads = op.Transpose(heads, perm=[2, 0, 3, 1, 4])
-        query, key, value = (op.Gather(heads, part, axis=0) for part in range(3))
+        return [op.Gather(heads, part, axis=0) for part in range(count)]
+
+    def attend(x: Any) -> Any:
+        if parts["k_proj_weight"] is None:
+            query, key, value = heads_of("in_proj", x, 3)
+        else:
+            names = ("in_proj", "k_proj", "v_proj")
+            query, key, value = (heads_of(name, x, 1)[0] for name in names)
         bias, visible = _split(op, attn_mask)
         if is_causal:
             visible = _and(op, visible, _causal(op, query, key, None))

@@ -21,6 +21,7 @@ from fastfusion.ops import linear as _linear
 
 _is_grad_enabled = torch.is_grad_enabled
 _VISIBLE = [stay_visible]
+TOGETHER: Operands = (None, None, None)  # type: ignore[assignment]
 
 
 def encoder_layer(
@@ -47,7 +48,7 @@ def encoder_layer(
     found = _self_attention(attention)
     if activation is None or found is None:
         return None
-    inside, *projections = found
+    inside, in_proj, out_proj = found
     if not are_bare((first, second, *norms, *dropouts, *inside)) or has_global_hooks():
         return None
     for dropout in dropouts:
@@ -57,7 +58,7 @@ def encoder_layer(
     masks = _masks(attention, src, mask, padding, is_causal)
     if masks is None or type(first) not in LINEAR or type(second) not in LINEAR:
         return None
-    products = (*projections, weights_of(first), weights_of(second))
+    products = (in_proj, TOGETHER, TOGETHER, out_proj, weights_of(first), weights_of(second))
     heads, is_first = attention.__dict__["num_heads"], own["norm_first"]
     return run_encoder_layer(src, products, norms, heads, activation, is_first, *masks)
 
@@ -78,7 +79,8 @@ def run_encoder_layer(
 
     Args:
         src: (batch, length, width).
-        products: what `weights_of` says of in_proj, out_proj, linear1 and linear2.
+        products: what `weights_of` says of in_proj, k_proj, v_proj (`TOGETHER` where in_proj is all
+            three), out_proj, linear1 and linear2.
         norms: modules.
         activation: as of the op.
         attn_mask, key_padding_mask, is_causal: as of the op.

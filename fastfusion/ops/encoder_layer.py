@@ -5,7 +5,8 @@
     y = x + attend(norm1(x))                      y = norm1(x + attend(x))
     result = y + feed_forward(norm2(y))           result = norm2(y + feed_forward(y))
 
-    attend(x)       = out_proj(attention(query, key, value)), the three side by side in in_proj(x)
+    attend(x)       = out_proj(attention(query, key, value)), the three side by side in in_proj(x),
+                      or from a projection each
     feed_forward(x) = linear2(activation(linear1(x)))
 
 What one step hands to the next is rounded to the dtype of the input, as between modules: the CPU
@@ -57,6 +58,12 @@ class Arguments(NamedTuple):
     out_proj_scale: Any = None
     linear1_scale: Any = None
     linear2_scale: Any = None
+    k_proj_weight: Any = None
+    k_proj_bias: Any = None
+    k_proj_scale: Any = None
+    v_proj_weight: Any = None
+    v_proj_bias: Any = None
+    v_proj_scale: Any = None
     backend: Any = None
 
 
@@ -67,8 +74,12 @@ class Call(NamedTuple):
     """What an implementation takes; csrc/torch has its twin."""
 
     input: Tensor  # (batch, length, width)
-    in_proj_weight: Tensor  # (3 * width, width), or packed in three parts
+    in_proj_weight: Tensor  # (3 * width, width), or the query's alone; or packed
     in_proj_bias: Tensor | None
+    k_proj_weight: Tensor | None  # (width, width), or packed
+    k_proj_bias: Tensor | None
+    v_proj_weight: Tensor | None
+    v_proj_bias: Tensor | None
     out_proj_weight: Tensor  # (width, width), or packed
     out_proj_bias: Tensor | None
     linear1_weight: Tensor  # (hidden, width), or packed
@@ -82,6 +93,8 @@ class Call(NamedTuple):
     attn_mask: Tensor | None  # broadcasts to (batch, num_heads, length, length)
     key_padding_mask: Tensor | None  # (batch, length)
     in_proj_scale: Tensor | None  # of packed weights
+    k_proj_scale: Tensor | None
+    v_proj_scale: Tensor | None
     out_proj_scale: Tensor | None
     linear1_scale: Tensor | None
     linear2_scale: Tensor | None
@@ -93,7 +106,7 @@ class Call(NamedTuple):
     norm2_eps: float
 
     def linear(self, name: str, x: Tensor, residual: Tensor | None = None) -> _linear.Call:
-        """The call of one of the four linear layers; linear1 has the activation."""
+        """The call of one of the linear layers; linear1 has the activation."""
         weight, bias, scale = (getattr(self, f"{name}_{s}") for s in ("weight", "bias", "scale"))
         activation = self.activation if name == "linear1" else 0
         return _linear.Call(x, weight, bias, residual, scale, activation)
@@ -102,6 +115,11 @@ class Call(NamedTuple):
         """The call of one of the two norms."""
         weight, bias, eps = (getattr(self, f"{name}_{s}") for s in ("weight", "bias", "eps"))
         return _norm.Call(x, weight, bias, None, eps, False)
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The linear layers of query, key and value."""
+        return _projections(self)
 
     @property
     def hidden(self) -> int:
@@ -115,9 +133,11 @@ class Call(NamedTuple):
         batch, length, width = x.shape
         yield self.num_heads > 0
         yield width % self.num_heads == 0
+        yield (self.k_proj_weight is None) == (self.v_proj_weight is None)
+        if self.k_proj_weight is None:
+            yield all(getattr(self, name) is None for name in _SEPARATE)
         given = x.new_empty(batch, length, self.hidden)
-        for name, features in (("in_proj", 3 * width), ("out_proj", width), ("linear1", None),
-                               ("linear2", width)):  # fmt: skip
+        for name, features in _features(self.projections, width):
             call = self.linear(name, given if name == "linear2" else x)
             yield from call.conditions()
             yield features is None or call.features == features
@@ -154,6 +174,12 @@ def encoder_layer(
     out_proj_scale: Tensor | None = None,
     linear1_scale: Tensor | None = None,
     linear2_scale: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    k_proj_bias: Tensor | None = None,
+    k_proj_scale: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    v_proj_bias: Tensor | None = None,
+    v_proj_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Self-attention and feed-forward with their residuals and norms: `nn.TransformerEncoderLayer`
@@ -164,12 +190,13 @@ def encoder_layer(
     Args:
         input: (batch, length, width), float32, bfloat16, float16 or float64.
         in_proj_weight, in_proj_bias: (3 * width, width) and (3 * width,): query, key and value.
+            Beside `k_proj_weight` the query's alone, (width, width) and (width,).
         out_proj_weight, out_proj_bias: (width, width) and (width,).
         linear1_weight, linear1_bias: (hidden, width) and (hidden,).
         linear2_weight, linear2_bias: (width, hidden) and (width,).
         norm1_weight, norm1_bias, norm2_weight, norm2_bias: (width,), or None.
         num_heads: of which width is a multiple.
-        activation: as of `linear`.
+        activation: as of `linear`: "relu", "gelu", "gelu_tanh", "silu" or None.
         norm_first: norms before attention and feed-forward, else behind the residuals.
         norm1_eps, norm2_eps: added to the variance.
         attn_mask: as of `scaled_dot_product_attention`: bool (True = attend) or float (added),
@@ -177,7 +204,10 @@ def encoder_layer(
         key_padding_mask: bool (batch, length), True = ignore the key.
         is_causal: token i sees the tokens up to i.
         in_proj_scale, out_proj_scale, linear1_scale, linear2_scale: of weights that are packed, as
-            `weight_scale` of `linear`; in_proj in three parts.
+            `weight_scale` of `linear`; in_proj in three parts, or in one.
+        k_proj_weight, k_proj_bias, k_proj_scale, v_proj_weight, v_proj_bias, v_proj_scale: of key
+            and value, where in_proj is the query's alone: weights (width, width), both or neither,
+            and biases (width,), of which each may be missing. The same bits as side by side.
         backend: "cpu" or "reference" to insist on one; None chooses. Gradients are the reference's.
 
     Returns:
@@ -193,7 +223,7 @@ def encoder_layer(
         linear1_bias, linear2_weight, linear2_bias, norm1_weight, norm1_bias, norm2_weight,
         norm2_bias, num_heads, activation, norm_first, norm1_eps, norm2_eps, attn_mask,
         key_padding_mask, is_causal, in_proj_scale, out_proj_scale, linear1_scale, linear2_scale,
-        backend,
+        k_proj_weight, k_proj_bias, k_proj_scale, v_proj_weight, v_proj_bias, v_proj_scale, backend,
     )  # fmt: skip
     if not torch.compiler.is_compiling():
         tensors = tuple(getattr(given, name) for name in TENSORS)
@@ -210,7 +240,19 @@ def encoder_layer(
 
 
 TENSORS = Call._fields[: Call._fields.index("num_heads")]
-_PRODUCTS = ("in_proj", "out_proj", "linear1", "linear2")
+# Of the weights that stand beside the query's.
+_SEPARATE = ("k_proj_bias", "k_proj_scale", "v_proj_bias", "v_proj_scale")
+
+
+def _projections(given: Any) -> tuple[str, ...]:
+    return ("in_proj",) if given.k_proj_weight is None else ("in_proj", "k_proj", "v_proj")
+
+
+def _features(projections: tuple[str, ...], width: Any) -> Iterator[tuple[str, Any]]:
+    """The linear layers, and how many features each has; of linear1 any number."""
+    for name in projections:
+        yield name, 3 // len(projections) * width
+    yield from (("out_proj", width), ("linear1", None), ("linear2", width))
 
 
 def _has_plain_options(given: Arguments) -> bool:
@@ -248,9 +290,13 @@ def check(given: Arguments) -> None:
         raise TypeError(f"num_heads must be an int, got {type(heads).__name__}")
     if heads < 1 or width % heads:
         raise ValueError(f"num_heads must divide the width, got {heads} and {sizes}")
+    if (given.k_proj_weight is None) != (given.v_proj_weight is None):
+        raise ValueError("k_proj_weight and v_proj_weight must both be given, or neither")
+    for name in _SEPARATE if given.k_proj_weight is None else ():
+        if getattr(given, name) is not None:
+            raise ValueError(f"{name} must be None without {name[:6]}_weight")
     hidden = width
-    for name, expected in (("in_proj", 3 * width), ("out_proj", width), ("linear1", None),
-                           ("linear2", width)):  # fmt: skip
+    for name, expected in _features(_projections(given), width):
         weight, bias, scale = (getattr(given, f"{name}_{s}") for s in ("weight", "bias", "scale"))
         x = given.input.new_empty(0, hidden if name == "linear2" else width)
         activation = given.activation if name == "linear1" else None
@@ -316,7 +362,8 @@ def run_reference(call: Call, lse: bool) -> Any:
         return result
 
     x = call.input
-    heads = linear("in_proj", norm("norm1", x) if call.norm_first else x)
+    scored = norm("norm1", x) if call.norm_first else x
+    heads = torch.cat([linear(name, scored) for name in call.projections], -1)
     query, key, value = (
         part.transpose(1, 2) for part in heads.unflatten(-1, (3, call.num_heads, -1)).unbind(2)
     )
@@ -347,7 +394,7 @@ def _flops(call: Call, backward: bool) -> int:
 
 
 DEFINITION = Definition(
-    "encoder_layer", Call, gradients=14, results=1, outputs=1, fake=_fake,
+    "encoder_layer", Call, gradients=18, results=1, outputs=1, fake=_fake,
     reference=lambda call: (run_reference(call, False),), flops=_flops,
 )  # fmt: skip
 _CPU = cpu.forward_op(DEFINITION)
@@ -358,7 +405,8 @@ def _cpu_refuses(call: Call) -> Sequence[str]:
 
 
 def _cpu_path(call: Call) -> str:
-    ways = {_linear.cpu_path(call.linear(name, call.input)) for name in _PRODUCTS}
+    names = (*call.projections, "out_proj", "linear1", "linear2")
+    ways = {_linear.cpu_path(call.linear(name, call.input)) for name in names}
     return f"{cpu.isa()}, one call, {', '.join(sorted(ways))}"
 
 
@@ -369,7 +417,8 @@ def inputs(
 
     Args:
         shape: length, dim, heads and ffn, as in shapes.json; optionally batch, activation,
-            norm_first and is_causal (bools), and padding, the fraction of hidden keys.
+            norm_first and is_causal (bools), separate (a bool: weights of key and value apart), and
+            padding, the fraction of hidden keys.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     device = torch.get_default_device() if device is None else device
@@ -381,6 +430,8 @@ def inputs(
     batch, length, width = shape.get("batch", 1), shape["length"], shape["dim"]
     call: dict[str, Any] = {"input": normal(batch, length, width), "num_heads": shape["heads"]}
     sizes = {"in_proj": (3 * width, width), "out_proj": (width, width)}
+    if shape.get("separate"):
+        sizes |= dict.fromkeys(("in_proj", "k_proj", "v_proj"), (width, width))
     sizes |= {"linear1": (shape["ffn"], width), "linear2": (width, shape["ffn"])}
     for name, (features, columns) in sizes.items():
         call[f"{name}_weight"] = normal(features, columns, scale=columns**-0.5)

@@ -386,7 +386,7 @@ void check_layer(Type type, bool norm_first, const char* about) {
   a.out_of_memory = &out_of_memory;
   layer.width = kWidth, layer.hidden = kHidden;
   layer.x = x.view().data, layer.x_row = kWidth;
-  layer.in_proj = of(in, nullptr), layer.out_proj = of(to, nullptr);
+  layer.in_proj.each[0] = of(in, nullptr), layer.out_proj = of(to, nullptr);
   layer.linear1 = of(first, nullptr), layer.linear2 = of(second, nullptr);
   layer.norm1 = layer.norm2 = {scale.view().data, nullptr, 1e-5f};
   layer.norm_first = norm_first, layer.activation = ff::Activation::kSilu;

@@ -15,29 +15,45 @@ from fastfusion.ops.encoder_layer import OP, TENSORS, run_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PRODUCTS = ("in_proj", "out_proj", "linear1", "linear2")
+SEPARATE = ("in_proj", "k_proj", "v_proj")
 SHAPES = [
     {"length": 1, "dim": 1, "heads": 1, "ffn": 1},
     {"batch": 2, "length": 5, "dim": 12, "heads": 3, "ffn": 7},
     {"batch": 3, "length": 20, "dim": 64, "heads": 4, "ffn": 150, "activation": "relu"},
     {"length": 37, "dim": 48, "heads": 1, "ffn": 96, "activation": "silu"},
     {"batch": 2, "length": 50, "dim": 80, "heads": 2, "ffn": 33, "activation": None},
-]
+    {"batch": 2, "length": 21, "dim": 72, "heads": 2, "ffn": 60, "activation": "gelu_tanh",
+     "separate": True},
+]  # fmt: skip
 
 
 def in_int8(call: dict[str, Any]) -> dict[str, Any]:
     """The call with weights of 8-bit integers."""
     packed = dict(call)
-    for name in PRODUCTS:
-        parts = 3 if name == "in_proj" else 1
+    for name in products(call):
+        parts = 3 if name == "in_proj" and "k_proj_weight" not in call else 1
         weight, scale = ff.ops.pack_int8(call[f"{name}_weight"].float(), parts)
         packed |= {f"{name}_weight": weight, f"{name}_scale": scale}
     return packed
 
 
+def products(call: dict[str, Any]) -> tuple[str, ...]:
+    return (*PRODUCTS, "k_proj", "v_proj") if "k_proj_weight" in call else PRODUCTS
+
+
 def in_bfloat16(call: dict[str, Any]) -> dict[str, Any]:
     """The call with weights of bfloat16."""
-    weights = {f"{name}_weight": call[f"{name}_weight"].bfloat16() for name in PRODUCTS}
+    weights = {f"{name}_weight": call[f"{name}_weight"].bfloat16() for name in products(call)}
     return call | weights
+
+
+def separate(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with weights of key and value apart from the query's."""
+    apart = dict(call)
+    for kind in ("weight", "bias"):
+        parts = call[f"in_proj_{kind}"].chunk(3)
+        apart |= {f"{n}_{kind}": p for n, p in zip(SEPARATE, parts, strict=True)}
+    return apart
 
 
 def by_ops(call: dict[str, Any]) -> Tensor:
@@ -56,7 +72,8 @@ def by_ops(call: dict[str, Any]) -> Tensor:
         return ff.norm(x, getattr(c, f"{name}_weight"), getattr(c, f"{name}_bias"), backend="cpu")
 
     x, first = c.input, c.norm_first
-    heads = linear("in_proj", norm("norm1", x) if first else x)
+    scored = norm("norm1", x) if first else x
+    heads = torch.cat([linear(name, scored) for name in c.projections], -1)
     q, k, v = (t.transpose(1, 2) for t in heads.unflatten(-1, (3, c.num_heads, -1)).unbind(2))
     out = ff.scaled_dot_product_attention(
         q, k, v, c.attn_mask, is_causal=c.is_causal, key_padding_mask=c.key_padding_mask,
@@ -113,6 +130,27 @@ class TestKernel:
                 low = in_bfloat16(call)
                 assert torch.equal(ff.encoder_layer(**low, backend="cpu"), by_ops(low))
 
+    def test_separate_projections(self, isa: str) -> None:
+        """The bits of one weight, whatever each of the three is, and views without a copy."""
+        for dtype, shape in itertools.product(DTYPES, SHAPES[1:4]):
+            call = OP.inputs(shape, dtype)
+            expected = ff.encoder_layer(**call, backend="cpu")
+            assert torch.equal(ff.encoder_layer(**separate(call), backend="cpu"), expected)
+            apart, whole = in_int8(separate(call)), in_int8(call)
+            expected = ff.encoder_layer(**whole, backend="cpu")
+            assert torch.equal(ff.encoder_layer(**apart, backend="cpu"), expected)
+            apart["k_proj_bias"] = None
+            whole["in_proj_bias"] = call["in_proj_bias"].clone()
+            whole["in_proj_bias"].chunk(3)[1].zero_()
+            expected = ff.encoder_layer(**whole, backend="cpu")
+            assert torch.equal(ff.encoder_layer(**apart, backend="cpu"), expected)
+            apart["v_proj_weight"] = call["in_proj_weight"].chunk(3)[2]
+            apart["v_proj_scale"] = None
+            if dtype == torch.float32:
+                apart["in_proj_weight"] = call["in_proj_weight"].chunk(3)[0].half()
+                apart["in_proj_scale"] = None
+            assert torch.equal(ff.encoder_layer(**apart, backend="cpu"), by_ops(apart))
+
     def test_bits_depend_on_nothing_but_the_sequence(self, isa: str) -> None:
         shape = {"batch": 9, "dim": 48, "heads": 2, "ffn": 200}
         for dtype, length in itertools.product((torch.float32, torch.bfloat16), (1, 5, 20, 50)):
@@ -146,12 +184,14 @@ class TestKernel:
 class TestTorch:
     def test_opcheck(self) -> None:
         call = OP.inputs({"length": 5, "dim": 8, "heads": 2, "ffn": 12}, torch.float32)
-        for given in (call, in_int8(call), *masks(call)):
+        for given in (call, in_int8(call), separate(call), in_int8(separate(call)), *masks(call)):
             op = torch.ops.fastfusion.encoder_layer_forward.default
             torch.library.opcheck(op, tuple(OP.call(**given)))
 
-    def test_compile_export_gradients_and_vmap(self) -> None:
+    @pytest.mark.parametrize("apart", [False, True])
+    def test_compile_export_gradients_and_vmap(self, apart: bool) -> None:
         call = OP.inputs({"length": 20, "dim": 16, "heads": 2, "ffn": 24}, torch.float32)
+        call = separate(call) if apart else call
         tensors = {n: call[n] for n in TENSORS if n in call}
         options = {n: v for n, v in call.items() if n not in tensors}
         expected = ff.encoder_layer(**call)
@@ -218,6 +258,23 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"is_causal": None}, TypeError, "is_causal must be a bool"),
     ({"attn_mask": torch.ones(4, 5)}, ValueError, "attn_mask must broadcast"),
     ({"key_padding_mask": torch.ones(2, 5)}, TypeError, "key_padding_mask must be bool"),
+    ({"k_proj_weight": torch.ones(8, 8)}, ValueError, "k_proj_weight and v_proj_weight must both"),
+    ({"v_proj_bias": torch.ones(8)}, ValueError, "v_proj_bias must be None without v_proj_weight"),
+    (
+        {"k_proj_weight": torch.ones(8, 8), "v_proj_weight": torch.ones(8, 8)},
+        ValueError,
+        "in_proj_weight must have 8 features, got 24",
+    ),
+    (
+        separate(CALL) | {"v_proj_weight": torch.ones(8, 7)},
+        ValueError,
+        r"v_proj: weight must be \(features, width\)",
+    ),
+    (
+        separate(CALL) | {"k_proj_weight": torch.ones(9, 8), "k_proj_bias": None},
+        ValueError,
+        "k_proj_weight must have 8 features, got 9",
+    ),
     ({"backend": "gpu"}, ValueError, "backend must be one of"),
 ]
 

@@ -125,6 +125,11 @@ struct LinearTask {
   const LinearRows<Math>& rows;
   float *sums, *copy;
 
+  // Tasks of each weight.
+  static int64_t count(const Linear& p) {
+    return (p.features + kLinearFeatures - 1) / kLinearFeatures;
+  }
+
   bool allocate() {
     const bool in_place = Math::kDepth > 1 ? p.width % 2 == 0 : p.weight.type == Type::kFloat32;
     return carve(p.out_of_memory, {{&sums, padded(kLinearFeatures) * kLinearPanel},
@@ -132,13 +137,14 @@ struct LinearTask {
   }
 
   void run(int64_t index) {
-    const int64_t first = index * kLinearFeatures, left = p.features - first;
+    const Linear own = p.part(index / count(p));
+    const int64_t first = index % count(p) * kLinearFeatures, left = p.features - first;
     const int64_t features = left < kLinearFeatures ? left : kLinearFeatures;
     const Block block{{p.features, nullptr}, first, features};
-    const auto weight = Packing<Math>::rows(matrix(p.weight.data, p.weight.type, p.weight.row),
-                                            block, p.width, copy);
+    const Slice rows_of_weight = matrix(own.weight.data, own.weight.type, own.weight.row);
+    const auto weight = Packing<Math>::rows(rows_of_weight, block, p.width, copy);
     with_type(p.type, [&](auto kind) {
-      const LinearEpilogue<decltype(kind)> epilogue{p};
+      const LinearEpilogue<decltype(kind)> epilogue{own};
       for (int64_t i = 0; i < rows.panels(); ++i) panel(epilogue, weight, first, features, i);
       for (int64_t i = 0; i * kLinearPanel < rows.inner.count; ++i)
         inner(epilogue, weight, first, features, i);
@@ -249,8 +255,8 @@ void linear_round(const LinearRound<Math>& round, ParallelFor parallel) {
   const double inner = double(rows.inner.count) * double(p.width);
   // Transposing a number takes about as long as eight products.
   run(parallel, rows.panels(), 16.0 * outer, transpose, round);
-  run(parallel, (p.features + kLinearFeatures - 1) / kLinearFeatures,
-      2.0 * (outer + inner) * double(p.features), multiply, round);
+  run(parallel, p.count * LinearTask<Math>::count(p),
+      2.0 * (outer + inner) * double(p.count * p.features), multiply, round);
 }
 
 // x in the type of the weight, in `memory` where it has another.

@@ -67,6 +67,8 @@ struct Int8Round {
 
   int64_t steps() const { return rows.row / kInt8Step; }
   int64_t part_panels() const { return (p.weight.part_features + kInt8Panel - 1) / kInt8Panel; }
+  // Of each weight.
+  int64_t panels() const { return p.features / p.weight.part_features * part_panels(); }
 };
 
 // A panel of features of the rows of a round.
@@ -81,28 +83,30 @@ struct Int8Task {
   bool allocate() { return carve(p.out_of_memory, {{&sums, kInt8Rows * kInt8Panel}}); }
 
   void run(int64_t index) {
+    const Linear own = p.part(index / round.panels());
+    index %= round.panels();
     const int64_t part = index / round.part_panels();
     const int64_t inside = index % round.part_panels() * kInt8Panel;
     const int64_t feature = part * p.weight.part_features + inside;
     const int64_t left = p.weight.part_features - inside;
     const int64_t count = left < kInt8Panel ? left : kInt8Panel;
     constexpr int64_t kStep = kInt8Panel * kInt8Step;
-    const auto* panel = static_cast<const int8_t*>(p.weight.data) + index * round.steps() * kStep;
+    const auto* panel = static_cast<const int8_t*>(own.weight.data) + index * round.steps() * kStep;
     for (int64_t i = 0; i < rows.count; i += kInt8Rows) {
       const int64_t some = rows.count - i < kInt8Rows ? rows.count - i : kInt8Rows;
       multiply(LeftRows<Int8Math>{rows.numbers + i * rows.row, rows.row},
                Right<Int8Math>{panel, kStep}, some, padded(count), round.steps(),
                Store{sums, kInt8Panel});
-      with_type(p.type, [&](auto kind) { finish<decltype(kind)>(i, some, feature, count); });
+      with_type(p.type, [&](auto kind) { finish<decltype(kind)>(own, i, some, feature, count); });
     }
   }
 
  private:
   // From integer sums to the output.
   template <class T>
-  void finish(int64_t first, int64_t some, int64_t feature, int64_t count) {
-    const LinearEpilogue<T> epilogue{p};
-    const float* scales = p.weight.scales + feature;
+  void finish(const Linear& own, int64_t first, int64_t some, int64_t feature, int64_t count) {
+    const LinearEpilogue<T> epilogue{own};
+    const float* scales = own.weight.scales + feature;
     for (int64_t f = 0; f < count; f += Vec::kLanes) {
       const int64_t lanes = count - f < Vec::kLanes ? count - f : Vec::kLanes;
       const Vec scale = Float32::load(scales + f, lanes);
@@ -151,9 +155,9 @@ inline void linear_int8(const Linear& p, ParallelFor parallel) {
     const Int8Round round{p, rows};
     const double size = double(count) * double(p.width);
     run(parallel, count, 16.0 * size, quantize, round);
-    const int64_t parts = p.features / p.weight.part_features;
     // A product of integers takes a quarter of the time of one of float32.
-    run(parallel, parts * round.part_panels(), 0.5 * size * double(p.features), multiply, round);
+    run(parallel, p.count * round.panels(), 0.5 * size * double(p.count * p.features), multiply,
+        round);
   }
 }
 

@@ -56,15 +56,20 @@ struct LayerSteps {
   LayerRows product(const Weight& weight, const LayerRows& x, int64_t features, void* out,
                     const LayerRows* residual = nullptr,
                     Activation activation = Activation::kNone) const {
-    Linear call;
-    call.rows = x.count(), call.length = x.length;
-    call.width = x.width, call.features = features;
-    call.type = type, call.weight = weight, call.activation = activation;
-    call.x = x.data, call.x_row = x.row;
+    Linear call = linear_call(weight, x, features, out, features);
+    call.activation = activation;
     if (residual) call.residual = residual->data, call.residual_row = residual->row;
-    call.out = out, call.out_row = features;
-    call.out_of_memory = out_of_memory;
     if (!*out_of_memory) linear<HalfMath>(call, parallel);
+    return side_by_side(x, out, features);
+  }
+
+  // Of weights side by side, of so many features in all.
+  LayerRows product(const Weights& weights, const LayerRows& x, int64_t features, void* out) const {
+    Linear call = linear_call(weights.each[0], x, features / weights.count, out, features);
+    call.beside = weights.each + 1, call.count = weights.count;
+    const bool alike = weights.are_alike();
+    for (int64_t i = 0; i < (alike ? 1 : call.count) && !*out_of_memory; ++i)
+      linear<HalfMath>(alike ? call : call.part(i), parallel);
     return side_by_side(x, out, features);
   }
 
@@ -77,6 +82,19 @@ struct LayerSteps {
   // Where heads of `width` numbers in all write theirs, side by side.
   static MutableView joined(void* out, int64_t length, int64_t width, int64_t head_dim) {
     return {out, length * width, head_dim, width, 1};
+  }
+
+ private:
+  Linear linear_call(const Weight& weight, const LayerRows& x, int64_t features, void* out,
+                     int64_t out_row) const {
+    Linear call;
+    call.rows = x.count(), call.length = x.length;
+    call.width = x.width, call.features = features;
+    call.type = type, call.weight = weight;
+    call.x = x.data, call.x_row = x.row;
+    call.out = out, call.out_row = out_row;
+    call.out_of_memory = out_of_memory;
+    return call;
   }
 };
 
