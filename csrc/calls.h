@@ -67,7 +67,7 @@ struct Attention {
   bool* out_of_memory;  // set where a thread finds no scratch memory: the results are then void
 };
 
-enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu, kQuickGelu };
 
 // How weights of 8-bit integers are packed: features side by side, numbers of each side by side;
 // and how many numbers sums of int32 hold.

@@ -24,6 +24,7 @@ from fastfusion.core.on_import import on_import
 from fastfusion.integrations.onnx import translations
 from fastfusion.ops import pack_int8
 from fastfusion.ops.encoder_layer import OP as ENCODER
+from fastfusion.ops.linear import ACTIVATIONS
 
 HEADS, WIDTH, LONGEST = 4, 16, 12
 EXPORTED = (3, 5, 7)
@@ -267,7 +268,7 @@ def test_the_torchscript_exporter(tmp_path: Path) -> None:
 
 def linear_calls(t: dict[str, Tensor]) -> list[Tensor]:
     x, weight, bias = t["x"], t["weight"], t["bias"]
-    kinds = (None, "relu", "gelu", "gelu_tanh", "silu")
+    kinds = tuple(ACTIVATIONS)
     return [ff.linear(x, weight, bias, activation=a, residual=t["residual"]) for a in kinds]
 
 

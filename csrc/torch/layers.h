@@ -120,7 +120,7 @@ class LayerOperands {
 };
 
 inline ff::Activation activation_of(int64_t number) {
-  check_fits(number >= 0 && number <= int64_t(ff::Activation::kSilu), "activation");
+  check_fits(number >= 0 && number <= int64_t(ff::Activation::kQuickGelu), "activation");
   return ff::Activation(number);
 }
 

@@ -84,6 +84,7 @@ ACTIVATIONS: tuple[Callable[[Any, Any], Any], ...] = (
     _gelu,
     _gelu_tanh,
     lambda op, x: op.Mul(x, op.Sigmoid(x)),
+    lambda op, x: op.Mul(x, op.Sigmoid(op.Mul(x, 1.702))),
 )
 
 

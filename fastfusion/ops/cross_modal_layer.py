@@ -194,7 +194,8 @@ def cross_modal_layer(
         text: (batch, text_len, text_dim), of the same dtype.
         visual_weights, text_weights: `fastfusion.ops.StreamWeights`, of one embed_dim.
         num_heads: number of heads, a divisor of embed_dim.
-        activation: of the feed-forward parts: "relu", "gelu", "gelu_tanh", "silu" or None.
+        activation: of the feed-forward parts: "relu", "gelu", "gelu_tanh", "silu", "quick_gelu" or
+            None.
         norm_first: norm before attention and feed-forward instead of after them.
         attn_mask: broadcastable to (batch, num_heads, visual_len, text_len): bool, True = these two
             attend to each other, or a float bias of the scores that both directions share.

@@ -196,7 +196,7 @@ def encoder_layer(
         linear2_weight, linear2_bias: (width, hidden) and (width,).
         norm1_weight, norm1_bias, norm2_weight, norm2_bias: (width,), or None.
         num_heads: of which width is a multiple.
-        activation: as of `linear`: "relu", "gelu", "gelu_tanh", "silu" or None.
+        activation: as of `linear`: "relu", "gelu", "gelu_tanh", "silu", "quick_gelu" or None.
         norm_first: norms before attention and feed-forward, else behind the residuals.
         norm1_eps, norm2_eps: added to the variance.
         attn_mask: as of `scaled_dot_product_attention`: bool (True = attend) or float (added),

@@ -1,7 +1,8 @@
 """A linear layer with what follows it: y = activation(x W^T + bias) + residual.
 
-The activations are those of torch.nn.functional: relu, gelu (exact, or with its approximation by
-tanh; Hendrycks and Gimpel, 2016) and silu. Sums are rounded once, at the end.
+The activations are those of torch.nn.functional, relu, gelu (exact, or with its approximation by
+tanh) and silu, and quick_gelu, x sigmoid(1.702 x), CLIP's approximation of GELU (both: Hendrycks
+and Gimpel, "Gaussian Error Linear Units", 2016). Sums are rounded once, at the end.
 
 On the CPU the weight is read where its owner keeps it, (features, width): no packed copy of it has
 to be made, kept or brought up to date.
@@ -40,6 +41,7 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
@@ -143,7 +145,7 @@ def linear(
             NaN.
         bias: (features,), of the dtype of the input.
         weight_scale: (features,), float32, of a packed weight.
-        activation: "relu", "gelu", "gelu_tanh", "silu" or None.
+        activation: "relu", "gelu", "gelu_tanh", "silu", "quick_gelu" or None.
         residual: (..., length, features), added behind the activation.
         backend: "cpu" or "reference" to insist on one; None chooses. Gradients are the reference's,
             whose products are torch's own.

@@ -561,6 +561,7 @@ void check_activation(const char* name, Activation activation, double most, doub
 void check_activations() {
   const auto gelu = [](double x) { return 0.5 * x * std::erfc(-std::sqrt(0.5) * x); };
   const auto silu = [](double x) { return x / (1.0 + std::exp(-x)); };
+  const auto quick_gelu = [](double x) { return x / (1.0 + std::exp(-1.702 * x)); };
   const auto gelu_tanh = [](double x) {
     const double u = std::sqrt(8.0 / std::acos(-1.0)) * (x + 0.044715 * x * x * x);
     return x / (1.0 + std::exp(-u));
@@ -568,6 +569,7 @@ void check_activations() {
   check_activation("gelu", Activation::kGelu, 1.5e-7, 8e-6, gelu);
   check_activation("gelu_tanh", Activation::kGeluTanh, 1.4e-7, 2e-6, gelu_tanh);
   check_activation("silu", Activation::kSilu, 1.4e-7, 3e-7, silu);
+  check_activation("quick_gelu", Activation::kQuickGelu, 1.4e-7, 3e-7, quick_gelu);
 }
 
 }  // namespace

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastfusion as ff
 from fastfusion.backends import triton
 from fastfusion.ops.cross_modal_layer import OP
+from fastfusion.ops.linear import ACTIVATIONS
 
 SMALL = {
     "batch": 2, "q_len": 9, "kv_len": 7, "dim": 24, "context_dim": 40, "heads": 2, "ffn": 20,
@@ -256,8 +257,7 @@ def test_bad_input(change: dict[str, Any], error: Any, match: str, backend: str 
 
 
 def test_the_reference_is_the_formula() -> None:
-    activations = (None, "relu", "gelu", "gelu_tanh", "silu")
-    for activation, norm_first in itertools.product(activations, (False, True)):
+    for activation, norm_first in itertools.product(ACTIVATIONS, (False, True)):
         shape = SMALL | {"activation": activation, "norm_first": norm_first, "mask": "bias"}
         call = flat(OP.inputs(shape, torch.float64))
         results = cross_modal_layer(**call, backend="reference")

@@ -22,7 +22,7 @@ SHAPES = [
     {"batch": 3, "length": 20, "dim": 64, "heads": 4, "ffn": 150, "activation": "relu"},
     {"length": 37, "dim": 48, "heads": 1, "ffn": 96, "activation": "silu"},
     {"batch": 2, "length": 50, "dim": 80, "heads": 2, "ffn": 33, "activation": None},
-    {"batch": 2, "length": 21, "dim": 72, "heads": 2, "ffn": 60, "activation": "gelu_tanh",
+    {"batch": 2, "length": 21, "dim": 72, "heads": 2, "ffn": 60, "activation": "quick_gelu",
      "separate": True},
 ]  # fmt: skip
 

@@ -1,5 +1,5 @@
-// Activation functions of a register, in float32. GELU and SiLU are max(x, 0) - |x| w(-|x|), with a
-// weight w that falls from 1/2 to 0: its errors hardly count where x is positive, and where x is
+// Activation functions of a register, in float32. GELUs and SiLU are max(x, 0) - |x| w(-|x|), with
+// a weight w that falls from 1/2 to 0: its errors hardly count where x is positive, and where x is
 // negative nothing cancels, so that the result is as accurate as the weight.
 #pragma once
 
@@ -38,6 +38,7 @@ inline Vec sigmoid(Vec x, Vec factor) {
 // 1 + erf and 1 + tanh are 0.
 inline Vec weight(Activation activation, Vec x) {
   if (activation == Activation::kSilu) return sigmoid(x, Vec::set(1.44269504f));
+  if (activation == Activation::kQuickGelu) return sigmoid(x, Vec::set(2.45546696f));
   // (1 + tanh(u)) / 2 = sigmoid(2 u)
   constexpr float kFactor = 2.3022082f;  // 2 sqrt(2 / pi) log2(e)
   const Vec found =
