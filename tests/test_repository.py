@@ -12,7 +12,7 @@ from checkout import ROOT, need
 import fastfusion as ff
 
 need(".ci/run", "setup.py", "csrc")
-FOLDERS = ("fastfusion", "kernels", "csrc", "benchmarks", "tests", ".ci")
+FOLDERS = ("fastfusion", "kernels", "csrc", "benchmarks", "tests", "examples", ".ci")
 TEXT = {".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".toml"}
 PINNED = re.compile(r"^([A-Za-z0-9_.-]+)==(\S+)$")
 
