@@ -441,6 +441,7 @@ def _compiled() -> nn.Module:
         (lambda: nn.ModuleList([torch.fx.symbolic_trace(nn.ReLU())]), "model.0 is a .*traced"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_models_that_it_refuses(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         ff.accelerate(make())

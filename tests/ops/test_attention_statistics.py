@@ -1,6 +1,10 @@
 """attention_statistics against the weights themselves, in float64."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,3 +214,28 @@ def test_under_autocast_and_compile() -> None:
 def test_bad_input(options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ff.attention_statistics(Q, K, **options)
+
+
+@pytest.mark.skipif(library.native is None, reason="the reference has an L x L tensor")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak")
+@pytest.mark.parametrize("what", ["mass", "entropy", "topk"])
+def test_memory_is_linear_in_length(what: str) -> None:
+    """In a process of its own, 4 heads of 4,096 x 4,096 (268 MB of weights): 10 MB at most, most
+    of it the scores of some rows."""
+    script = f"""
+import fastfusion as ff, torch
+from pathlib import Path
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+torch.set_num_threads(1)
+query, key = torch.randn(2, 1, 4, 4096, 32)
+ff.attention_statistics(query[:, :, :512], key, what="{what}")
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+ff.attention_statistics(query, key, what="{what}")
+print(peak() - before)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    printed = subprocess.check_output([sys.executable, "-c", script], env=environment, text=True)
+    assert int(printed) <= 10e6
