@@ -13,6 +13,7 @@ from fastfusion.integrations.transformers._interface import (
     attention_mask,
     register,
 )
+from fastfusion.integrations.transformers._structures import ENCODER_LAYERS
 
 __all__ = ["NAME", "attention", "attention_mask", "register"]
 
@@ -22,3 +23,5 @@ register_swap(
     "fastfusion.integrations.transformers._models:interface_swap",
     subclasses=True,
 )
+for _name, (_path, _) in ENCODER_LAYERS.items():
+    register_swap(f"{_path}.{_name}", "fastfusion.integrations.transformers.layers:encoder_layer")

@@ -68,6 +68,10 @@ def _computes_itself(kind: type) -> bool:
     )
 
 
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module)
+
+
 def package_uses_interface(config_class: type) -> bool:
     """Whether all attention in the models of a configuration's package is the interface's, so that
     nobody but the attention function reads the masks that are made for it."""
@@ -79,9 +83,7 @@ def package_uses_interface(config_class: type) -> bool:
         if not name.startswith(f"{package}.modeling_"):
             continue
         for kind in vars(module).values():
-            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-                continue
-            if kind.__module__ == name:
+            if _is_layer(kind) and kind.__module__ == name:
                 if _computes_itself(kind):
                     return False
                 found = found or _calls_interface(kind)

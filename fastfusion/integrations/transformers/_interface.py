@@ -27,6 +27,7 @@ _USED = ("eager_mask", "sdpa_mask", "causal_mask_function", "bidirectional_mask_
 
 _is_compiling = torch.compiler.is_compiling
 _collector: Any = None  # transformers' record of what the caller wants to see
+_recorder: Any = None  # the code of the hooks that fill it
 _paged_cache: type | None = None
 _masks: Any = None  # transformers.masking_utils
 _reads_bool: dict[type, bool] = {}  # by class of configuration
@@ -40,7 +41,7 @@ def register() -> None:
     Raises:
         ImportError: transformers is missing, or older than 5.0.
     """
-    global _collector, _paged_cache, _masks
+    global _collector, _masks, _paged_cache, _recorder
     try:
         from transformers import masking_utils, modeling_utils
         from transformers.integrations import sdpa_attention
@@ -55,11 +56,13 @@ def register() -> None:
             f"interface it extends: {error}"
         ) from error
     try:
-        from transformers.utils.output_capturing import _active_collector
+        from transformers.utils import output_capturing
 
-        _collector = _active_collector
-    except ImportError:
-        _collector = None
+        _collector = output_capturing._active_collector
+        inner = output_capturing.install_output_capuring_hook.__code__.co_consts
+        _recorder = {c.co_name: c for c in inner if hasattr(c, "co_name")}["output_capturing_hook"]
+    except (ImportError, AttributeError, KeyError):
+        _collector = _recorder = None
     _masks = masking_utils
     _paged_cache = getattr(sdpa_attention, "PagedAttentionCache", None)
     functions.register(NAME, attention)
@@ -207,6 +210,15 @@ def collected() -> Mapping[str, Any]:
     if _collector is None or (_is_compiling() and not _collector.compiling):
         return {}
     return _collector.get() or {}
+
+
+def recorded_by(hook: Any) -> str | None:
+    """What a hook of transformers' records, None of any other hook."""
+    code = getattr(hook, "__code__", None)
+    if code is None or code is not _recorder:
+        return None
+    name: str = hook.__closure__[code.co_freevars.index("key")].cell_contents
+    return name
 
 
 def _eager(

@@ -1,0 +1,252 @@
+"""Encoder layers of transformers in one call: what `fastfusion.accelerate` makes of them.
+
+Each is a subclass of the layer that it stands for and has its name: `layers.BertLayer` is a
+`transformers.models.bert.modeling_bert.BertLayer`. They are made when they are asked for.
+
+A layer is one call of `fastfusion.encoder_layer` where calling its parts comes to that formula and
+nothing else: in evaluation without gradients, without adapters, hooks or replaced parts, and unless
+attention weights are wanted. Everywhere else it runs as it did.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfusion.integrations.transformers import _interface
+from fastfusion.integrations.transformers._activations import activation_of
+from fastfusion.integrations.transformers._structures import ENCODER_LAYERS, TESTED, Structure
+from fastfusion.nn._layers import run_encoder_layer
+from fastfusion.nn._linear import LINEAR, runs_on_cpu, weights_of
+from fastfusion.nn._plain import has_global_hooks
+
+# What may stand in a call of a layer and changes nothing in it.
+_NO_MATTER = frozenset(("is_causal", "output_hidden_states", "return_dict", "use_cache"))
+# Of attention: under these names no mask, and a module that says it is causal, mean a causal mask;
+# eager code takes no mask for none.
+_RESOLVING = frozenset((_interface.NAME, "sdpa"))
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    if name not in ENCODER_LAYERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    path, structure = ENCODER_LAYERS[name]
+    made = _encoder_layer(getattr(import_module(path), name), structure)
+    globals()[name] = made
+    return made
+
+
+def encoder_layer(layer: nn.Module) -> type[nn.Module]:
+    """The class that takes the place of a layer's."""
+    made: type[nn.Module] = globals().get(type(layer).__name__) or __getattr__(type(layer).__name__)
+    return made
+
+
+def _encoder_layer(source: Any, structure: Structure) -> type[nn.Module]:
+    """A subclass of `source` that runs the op where it may."""
+    parts = _Parts(structure, source.__module__)
+    proof = _Proof(source)
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if not proof.failed:
+            result = parts.run(self, hidden_states, attention_mask, args, kwargs)
+            if result is not None:
+                if proof.given:
+                    return result
+                theirs = source.forward(self, hidden_states, attention_mask, *args, **kwargs)
+                return proof.judge(result, theirs)
+        return source.forward(self, hidden_states, attention_mask, *args, **kwargs)
+
+    members = {
+        "forward": forward,
+        "__module__": __name__,
+        "__doc__": f"`{source.__module__}.{source.__qualname__}` in one call.",
+    }
+    return type(source.__name__, (source,), members)
+
+
+class _Parts:
+    """Reads the parts of a layer, and runs the op on them."""
+
+    def __init__(self, structure: Structure, module: str) -> None:
+        place = structure.place
+        self.structure = structure
+        self.tree = structure.tree
+        first, activation, second = structure.feed_forward
+        self.linear = [place(name) for name in (*structure.projections, first, second)]
+        self.norms = [place(name) for name in structure.norms]
+        self.dropouts = [place(name) for name in structure.dropouts]
+        self.activation, self.attention = place(activation), place(structure.attention)
+        leaves = {*self.linear, *self.norms, *self.dropouts, self.activation}
+        # Modules whose code lies between that of the parts.
+        self.around = [i for i in range(1, len(structure.names)) if i not in leaves]
+        self.unset = [(place(name), attribute) for name, attribute in structure.unset]
+        self.modules = (module, __name__)
+
+    def run(
+        self,
+        layer: Any,
+        x: Any,
+        mask: Tensor | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Tensor | None:
+        """The op, or None where the layer's forward may mean more."""
+        if not runs_on_cpu(x):
+            return None
+        for value in args:
+            if value is not None:
+                return None
+        for name, value in kwargs.items():
+            if value is not None and value is not False and name not in _NO_MATTER:
+                return None
+        found = self._find(layer)
+        if found is None or has_global_hooks() or not are_bare(found[1:]):
+            return None
+        attention = found[self.attention]
+        activation = activation_of(found[self.activation])
+        if activation is None or _interface.wants_weights(kwargs):
+            return None
+        heads = attention.__dict__[self.structure.heads]
+        length, width = x.shape[1:]
+        if width % heads or attention.__dict__[self.structure.scaling] != (width // heads) ** -0.5:
+            return None
+        causal: Any = False
+        if mask is None:
+            causal = kwargs.get("is_causal")
+            if causal is None:
+                causal = getattr(attention, "is_causal", True)
+            implementation = attention.config._attn_implementation
+            if implementation not in _RESOLVING:
+                if implementation != "eager":
+                    return None
+                causal = False
+            causal = bool(causal) and length > 1
+        mask, padding = _masks(mask, x)
+        products = [weights_of(found[place]) for place in self.linear]
+        norms = [found[place] for place in self.norms]
+        result = run_encoder_layer(
+            x, products, norms, heads, activation, self.structure.norm_first, mask, padding, causal
+        )
+        if result is not None and x.dtype == torch.float16 and self.structure.clamp is not None:
+            result = _clamped(result, self.structure.clamp == "always")
+        return result
+
+    def _find(self, layer: Any) -> list[Any] | None:
+        """The modules of `Structure.names`, if each is what the formula takes it for."""
+        own = layer.__dict__
+        if own["training"]:
+            return None
+        found = [layer]
+        try:
+            for parent, name in self.tree:
+                found.append(found[parent].__dict__["_modules"][name])
+            for place in self.linear:
+                if type(found[place]) not in LINEAR:
+                    return None
+            for place in self.around:
+                module = found[place]
+                if module.__dict__["training"] or type(module).__module__ not in self.modules:
+                    return None
+            for place in self.dropouts:
+                module = found[place].__dict__
+                if type(found[place]) is not nn.Dropout or (module["training"] and module["p"]):
+                    return None
+        except (AttributeError, KeyError):
+            return None
+        for place, attribute in self.unset:
+            if found[place].__dict__[attribute]:
+                return None
+        for name in self.structure.absent:
+            if own["_modules"].get(name) is not None:
+                return None
+        return found
+
+
+def are_bare(modules: Sequence[Any]) -> bool:
+    """Whether calling these modules runs the forward of their class and nothing else; recorders of
+    transformers that are to record nothing count for nothing."""
+    for module in modules:
+        own = module.__dict__
+        if own["_forward_hooks"] and not _are_idle(own["_forward_hooks"]):
+            return False
+        if (
+            own["_forward_pre_hooks"]
+            or own["_backward_pre_hooks"]
+            or own["_backward_hooks"]
+            or "forward" in own
+        ):
+            return False
+    return True
+
+
+def _are_idle(hooks: Mapping[int, Any]) -> bool:
+    """Whether these hooks are recorders that nobody reads now."""
+    wanted = _interface.collected()
+    for hook in hooks.values():
+        name = _interface.recorded_by(hook)
+        if name is None or name in wanted:
+            return False
+    return True
+
+
+def _masks(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """attn_mask and key_padding_mask of the op."""
+    if mask is None:
+        return None, None
+    if mask.dtype == torch.bool and mask.dim() == 4:
+        batch, heads, length, _ = mask.shape
+        if heads == 1 and (length == 1 or mask.stride(2) == 0) and batch == x.shape[0]:
+            return None, ~mask[:, 0, 0]
+    elif mask.dtype not in (torch.bool, torch.float32):
+        mask = mask.to(x.dtype)
+    return mask, None
+
+
+def _clamped(x: Tensor, always: bool) -> Tensor:
+    """As encoder layers keep float16 finite."""
+    if not always and torch.isfinite(x).all():
+        return x
+    largest = torch.finfo(torch.float16).max - 1000
+    return torch.clamp(x, min=-largest, max=largest)
+
+
+class _Proof:
+    """Whether a class computes what the op does: known of the version that was tested; of others
+    the first result is compared with the class's own."""
+
+    def __init__(self, source: type) -> None:
+        import transformers
+
+        self.source, self.version = source, transformers.__version__
+        self.given = self.version.startswith(f"{TESTED}.")
+        self.failed = False
+
+    def judge(self, ours: Tensor, theirs: Any) -> Any:
+        """The result to return."""
+        if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
+            self.failed = True
+        elif theirs.numel() and bool(theirs.isfinite().all()) and bool(ours.isfinite().all()):
+            # Twice what bfloat16 rounds to; another formula is further away.
+            share = 1e-3 if theirs.dtype == torch.float32 else 2e-2
+            apart = float((ours.float() - theirs.float()).abs().max())
+            self.failed = apart > share * float(theirs.float().abs().max())
+            self.given = not self.failed
+        if self.failed:
+            warnings.warn(
+                f"transformers {self.version} computes {self.source.__qualname__} otherwise than "
+                f"{TESTED}, for which fastfusion was written: it runs as it did",
+                stacklevel=4,
+            )
+        return theirs
