@@ -164,6 +164,7 @@ class _Work:
         self.rows: list[LayerReport] = []
         self.notes: list[str] = []
         self.going: dict[str, tuple[nn.Module, Swap]] = {}
+        self.callers: set[str] = set()  # of ops on the example inputs
         self.bytes_before = _memory(model)
         self.quantization: QuantizationReport | None = None
         self.example = None if example_inputs is None else Example(model, example_inputs)
@@ -214,8 +215,13 @@ class _Work:
                 row = LayerReport(name, sources[name], str(self.going[name][1]), None, road)
             elif name in skipped:
                 row = LayerReport(name, short_name_of(type(module)), None, skipped[name])
-            elif _looks_like_attention(module) and not _is_answered_for(name, module, covered):
-                row = LayerReport(name, short_name_of(type(module)), None, "no swap of it is known")
+            elif _looks_like_attention(module):
+                why = "no swap of it is known"
+                if _is_answered_for(name, module, covered):
+                    if roads is None or _took_part(name, self.callers):
+                        continue
+                    why = "what was swapped around it did not come to it on the example inputs"
+                row = LayerReport(name, short_name_of(type(module)), None, why)
             else:
                 continue
             self.rows.append(row)
@@ -227,7 +233,7 @@ class _Work:
         return parent is not None and (_is_ours(parent) or type(parent) in swaps.REPLACEMENTS)
 
     def _roads(self) -> dict[str, str] | None:
-        """What ran in each swapped layer on the example inputs."""
+        """What ran in each swapped layer on the example inputs, and in no swapped part of it."""
         if self.example is None:
             return None
         with self.example.quietly():
@@ -237,15 +243,14 @@ class _Work:
         for name, explanation in rows:
             if explanation is None or explanation.chosen is None:
                 continue
+            self.callers.add(name)
             text = f"{explanation.op}: {explanation.chosen}"
             if explanation.path:
                 text += f" ({explanation.path})"
-            while True:
-                if name in self.going and text not in found.setdefault(name, []):
-                    found[name].append(text)
-                if not name:
-                    break
+            while name and name not in self.going:
                 name = _parent(name)
+            if name in self.going and text not in found.setdefault(name, []):
+                found[name].append(text)
         return {name: "; ".join(texts) for name, texts in found.items()}
 
     # ---- proof
@@ -358,10 +363,14 @@ def _take_back(model: nn.Module, name: str, owners: Mapping[str, Any]) -> None:
 def _road(name: str, roads: Mapping[str, str]) -> str:
     if name in roads:
         return roads[name]
-    above = _parent(name)
-    while above and above not in roads:
+    if any(other.startswith(f"{name}." if name else "") for other in roads):
+        return "in the calls of its parts"
+    above = name
+    while above:
         above = _parent(above)
-    return "in the call of the layer around it" if above in roads else "as before: its parts"
+        if "_layer: " in roads.get(above, ""):
+            return "in the call of the layer around it"
+    return "as before: its parts"
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -379,6 +388,14 @@ def _is_answered_for(name: str, module: nn.Module, covered: Mapping[str, Any]) -
             return False
         name = _parent(name)
     return False
+
+
+def _took_part(name: str, callers: set[str]) -> bool:
+    """Whether a layer, one in it or one around it has called an op."""
+    return any(
+        f"{name}.".startswith(f"{caller}." if caller else "") or caller.startswith(f"{name}.")
+        for caller in callers
+    )
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
