@@ -45,7 +45,7 @@ def encoder_layer(
     except KeyError:
         return None
     activation = activation_name(module.activation)
-    found = _self_attention(attention)
+    found = self_attention(attention)
     if activation is None or found is None:
         return None
     inside, in_proj, out_proj = found
@@ -114,9 +114,9 @@ def run_encoder_layer(
     return result
 
 
-def _self_attention(module: Any) -> tuple[Any, Any, Any] | None:
+def self_attention(module: Any, batch_first: bool = True) -> tuple[Any, Any, Any] | None:
     """The parts of a self-attention, and weight, scale and bias of in_proj and of out_proj; None
-    of one that does more than its formula without its parts."""
+    of one that does more than its formula without its parts, or has its batches elsewhere."""
     if type(module) is not MultiheadAttention:
         return None
     own = module.__dict__
@@ -127,7 +127,8 @@ def _self_attention(module: Any) -> tuple[Any, Any, Any] | None:
         or own["_backward_hooks"]
         or "forward" in own
         or own.get("_recorders")
-        or not (own["batch_first"] and own["_qkv_same_embed_dim"])
+        or own["batch_first"] != batch_first
+        or not own["_qkv_same_embed_dim"]
         or own["add_zero_attn"]
         or (own["training"] and own["dropout"] > 0.0)
     ):

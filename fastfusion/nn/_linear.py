@@ -38,15 +38,15 @@ def project(
     input: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """`product`, by the op where its CPU kernel is what runs."""
-    if weight.numel() >= _LEAST and _runs(input, weight, weight_scale, bias):
+    if weight.numel() >= _LEAST and runs(input, weight, weight_scale, bias):
         return linear(input, weight, bias, weight_scale=weight_scale)
     return product(input, weight, weight_scale, bias)
 
 
 def apply(module: Any, input: Tensor) -> Tensor:
     """`module(input)`, likewise."""
-    own = _large_weights_of(module)
-    if own is not None and is_linear(module) and _runs(input, *own) and not has_global_hooks():
+    own = large_weights_of(module)
+    if own is not None and is_linear(module) and runs(input, *own) and not has_global_hooks():
         weight, scale, bias = own
         return linear(input, weight, bias, weight_scale=scale)
     result: Tensor = module(input)
@@ -58,7 +58,7 @@ def feed_forward(module: Any, input: Tensor, last_dropout: Any) -> Tensor | None
     more than its formula."""
     parts = module.__dict__["_modules"]
     first, second = parts.get("linear1"), parts.get("linear2")
-    own, others = _large_weights_of(first), _large_weights_of(second)
+    own, others = large_weights_of(first), large_weights_of(second)
     if own is None or others is None:
         return None
     name = activation_name(module.activation)
@@ -68,7 +68,7 @@ def feed_forward(module: Any, input: Tensor, last_dropout: Any) -> Tensor | None
         return None
     if not (does_nothing(module.dropout) and does_nothing(last_dropout)):
         return None
-    if not (_runs(input, *own) and _runs(input, *others)):
+    if not (runs(input, *own) and runs(input, *others)):
         return None
     weight, scale, bias = own
     hidden = linear(input, weight, bias, weight_scale=scale, activation=name)
@@ -80,8 +80,8 @@ class AcceleratedLinear(nn.Linear):
     """`torch.nn.Linear` by the op, likewise: what `fastfusion.accelerate` makes of it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        own = _large_weights_of(self)
-        if own is None or not _runs(input, *own):
+        own = large_weights_of(self)
+        if own is None or not runs(input, *own):
             return super().forward(input)
         return linear(input, own[0], own[2])
 
@@ -94,13 +94,13 @@ class AcceleratedFeedForward(nn.Sequential):
         if found is None or has_global_hooks():
             return super().forward(input)
         first, activation, name, second, dropouts = found
-        own, others = _large_weights_of(first), _large_weights_of(second)
+        own, others = large_weights_of(first), large_weights_of(second)
         if (
             own is None
             or others is None
             or not (is_linear(first) and is_linear(second) and is_bare(activation))
             or not all(map(does_nothing, dropouts))
-            or not (_runs(input, *own) and _runs(input, *others))
+            or not (runs(input, *own) and runs(input, *others))
         ):
             return super().forward(input)
         weight, scale, bias = own
@@ -149,12 +149,12 @@ def weights_of(module: Any) -> Operands | None:
     return buffers["packed"], buffers["weight_scale"], parameters["bias"]
 
 
-def _large_weights_of(module: Any) -> Operands | None:
+def large_weights_of(module: Any) -> Operands | None:
     own = weights_of(module)
     return None if own is None or own[0].numel() < _LEAST else own
 
 
-def _runs(input: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None) -> bool:
+def runs(input: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None) -> bool:
     """Whether the CPU kernel takes these and nobody would see the difference.
 
     The input has to be (batch, length, width): of packed tokens the op would not know the sequences

@@ -7,6 +7,7 @@ It is imported with transformers, or by hand before the first.
 """
 
 from fastfusion.acceleration.swaps import register_swap
+from fastfusion.integrations.transformers import _cross_modal
 from fastfusion.integrations.transformers._interface import (
     NAME,
     attention,
@@ -25,3 +26,4 @@ register_swap(
 )
 for _name, (_path, _) in ENCODER_LAYERS.items():
     register_swap(f"{_path}.{_name}", "fastfusion.integrations.transformers.layers:encoder_layer")
+_cross_modal.register()
