@@ -30,6 +30,8 @@ _NO_MATTER = frozenset(("is_causal", "output_hidden_states", "return_dict", "use
 # Of attention: under these names no mask, and a module that says it is causal, mean a causal mask;
 # eager code takes no mask for none.
 _RESOLVING = frozenset((_interface.NAME, "sdpa"))
+# Modules of a layer; those around the parts have the code that lies between them.
+_LINEAR, _DROPOUT, _AROUND, _OTHER = range(4)
 
 
 def __getattr__(name: str) -> type[nn.Module]:
@@ -86,11 +88,11 @@ class _Parts:
         first, activation, second = structure.feed_forward
         self.linear = [place(name) for name in (*structure.projections, first, second)]
         self.norms = [place(name) for name in structure.norms]
-        self.dropouts = [place(name) for name in structure.dropouts]
         self.activation, self.attention = place(activation), place(structure.attention)
-        leaves = {*self.linear, *self.norms, *self.dropouts, self.activation}
-        # Modules whose code lies between that of the parts.
-        self.around = [i for i in range(1, len(structure.names)) if i not in leaves]
+        kinds = dict.fromkeys(self.linear, _LINEAR)
+        kinds |= dict.fromkeys((*self.norms, self.activation), _OTHER)
+        kinds |= {place(name): _DROPOUT for name in structure.dropouts}
+        self.kinds = [kinds.get(i, _AROUND) for i in range(1, len(structure.names))]
         self.unset = [(place(name), attribute) for name, attribute in structure.unset]
         self.modules = (module, __name__)
 
@@ -112,7 +114,7 @@ class _Parts:
             if value is not None and value is not False and name not in _NO_MATTER:
                 return None
         found = self._find(layer)
-        if found is None or has_global_hooks() or not are_bare(found[1:]):
+        if found is None or has_global_hooks():
             return None
         attention = found[self.attention]
         activation = activation_of(found[self.activation])
@@ -127,7 +129,7 @@ class _Parts:
             causal = kwargs.get("is_causal")
             if causal is None:
                 causal = getattr(attention, "is_causal", True)
-            implementation = attention.config._attn_implementation
+            implementation = _implementation(attention.__dict__["config"])
             if implementation not in _RESOLVING:
                 if implementation != "eager":
                     return None
@@ -144,25 +146,35 @@ class _Parts:
         return result
 
     def _find(self, layer: Any) -> list[Any] | None:
-        """The modules of `Structure.names`, if each is what the formula takes it for."""
+        """The modules of `Structure.names`, if calling each comes to what the formula takes it for:
+        nobody watches but transformers' recorders that are to record nothing."""
         own = layer.__dict__
         if own["training"]:
             return None
         found = [layer]
         try:
-            for parent, name in self.tree:
-                found.append(found[parent].__dict__["_modules"][name])
-            for place in self.linear:
-                if type(found[place]) not in LINEAR:
+            for (parent, name), kind in zip(self.tree, self.kinds, strict=True):
+                module = found[parent].__dict__["_modules"][name]
+                its = module.__dict__
+                if (
+                    its["_forward_pre_hooks"]
+                    or its["_backward_pre_hooks"]
+                    or its["_backward_hooks"]
+                    or "forward" in its
+                    or (its["_forward_hooks"] and not _are_idle(its["_forward_hooks"]))
+                ):
                     return None
-            for place in self.around:
-                module = found[place]
-                if module.__dict__["training"] or type(module).__module__ not in self.modules:
+                if kind == _LINEAR:
+                    if type(module) not in LINEAR:
+                        return None
+                elif kind == _AROUND:
+                    if its["training"] or type(module).__module__ not in self.modules:
+                        return None
+                elif kind == _DROPOUT and (
+                    type(module) is not nn.Dropout or (its["training"] and its["p"])
+                ):
                     return None
-            for place in self.dropouts:
-                module = found[place].__dict__
-                if type(found[place]) is not nn.Dropout or (module["training"] and module["p"]):
-                    return None
+                found.append(module)
         except (AttributeError, KeyError):
             return None
         for place, attribute in self.unset:
@@ -174,21 +186,11 @@ class _Parts:
         return found
 
 
-def are_bare(modules: Sequence[Any]) -> bool:
-    """Whether calling these modules runs the forward of their class and nothing else; recorders of
-    transformers that are to record nothing count for nothing."""
-    for module in modules:
-        own = module.__dict__
-        if own["_forward_hooks"] and not _are_idle(own["_forward_hooks"]):
-            return False
-        if (
-            own["_forward_pre_hooks"]
-            or own["_backward_pre_hooks"]
-            or own["_backward_hooks"]
-            or "forward" in own
-        ):
-            return False
-    return True
+def _implementation(config: Any) -> str | None:
+    """`config._attn_implementation`, for which configurations walk through Python three times."""
+    own = object.__getattribute__(config, "__dict__")
+    name: str | None = own["_attn_implementation_internal"]
+    return name
 
 
 def _are_idle(hooks: Mapping[int, Any]) -> bool:
