@@ -478,6 +478,12 @@ def test_a_backbone_without_attention() -> None:
     other = ff.accelerate(copy.deepcopy(model), example_inputs=inputs)
     assert_same(model, other, inputs)
     assert not other.fastfusion_report.kept
+    with torch.no_grad():
+        a, b = (m(**inputs, output_attentions=True) for m in (other, model))
+    for field in ("encoder_attentions", "decoder_attentions", "cross_attentions"):
+        assert len(a[field]) == len(b[field]) == 2
+        for x, y in zip(a[field], b[field], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_that_was_not_reached_is_named() -> None:

@@ -21,6 +21,8 @@ LAYERS = {
         "_bridgetower",
         "BridgeTowerTextLayer BridgeTowerBertCrossLayer BridgeTowerResidualAttention",
     ),
+    "conditional_detr.modeling_conditional_detr": ("_detr", "ConditionalDetrEncoderLayer"),
+    "detr.modeling_detr": ("_detr", "DetrEncoderLayer DetrDecoderLayer"),
     "flava.modeling_flava": ("_single_stream", "FlavaSelfAttention FlavaLayer"),
     "grounding_dino.modeling_grounding_dino": (
         "_grounding_dino",
