@@ -23,13 +23,13 @@ def _attend(
 ) -> Tensor:
     """norm(attention + residual), of inputs that have their positions."""
     dim = attention.head_dim
-    heads = [
+    q, k, v = [
         _steps.linear(projection, x).unflatten(-1, (-1, dim)).transpose(1, 2)
         for projection, x in (
             (attention.q_proj, query), (attention.k_proj, key), (attention.v_proj, value),
         )
     ]  # fmt: skip
-    out = _steps.attend(*heads, mask, attention.scaling)
+    out = _steps.attend(q, k, v, mask, attention.scaling)
     return _steps.norm(norm, _steps.linear(attention.o_proj, out, residual=residual))
 
 
