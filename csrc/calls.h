@@ -240,10 +240,36 @@ struct CrossAttentionLayer {
   int64_t query_row;
   const void* context = nullptr;  // none: attention has the keys and values
   int64_t context_row = 0;
-  Weight q_proj, kv_proj, out_proj;
+  Weight q_proj;
+  Weights kv_proj;  // one for both, or one each
+  Weight out_proj;
   const Norm *query_norm = nullptr, *context_norm = nullptr;
   const void* residual = nullptr;
   int64_t residual_row = 0;
+  void* out;  // contiguous
+};
+
+// A Transformer decoder layer: self-attention, attention to a memory, and a feed-forward network,
+// each with a residual and a norm.
+struct DecoderLayer {
+  AttentionForward attention;  // its shapes, type, masks and scale; the layer gives it memory
+  int64_t width, hidden;       // of the tokens, and between linear1 and linear2
+  const void* x;
+  int64_t x_row;    // rows are at one stride
+  Weights in_proj;  // of queries, keys and values: one for all, or three
+  Weight out_proj, linear1, linear2;
+  Norm norm1, norm2, norm3;  // of the three in turn
+  bool norm_first;
+  Activation activation;
+
+  // Keys and values (B, H, kv_len, head_dim): of `past` tokens before x, behind which the layer
+  // writes those of x. No data: there are no others.
+  MutableView key_cache, value_cache;
+  int64_t past = 0;
+
+  bool has_memory = false;
+  CrossAttentionLayer to_memory;  // its weights, context and attention
+
   void* out;  // contiguous
 };
 

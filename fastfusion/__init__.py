@@ -12,6 +12,7 @@ from fastfusion.core.op import BackendUnavailableError, Explanation, use_backend
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
 from fastfusion.ops.cross_attention_layer import cross_attention_layer
 from fastfusion.ops.cross_modal_layer import cross_modal_layer
+from fastfusion.ops.decoder_layer import decoder_layer
 from fastfusion.ops.encoder_layer import encoder_layer
 from fastfusion.ops.linear import linear
 from fastfusion.ops.norm import norm
@@ -48,6 +49,7 @@ __all__ = [
     "cross_modal_layer",
     "cuda_graph",
     "data",
+    "decoder_layer",
     "encoder_layer",
     "explain",
     "info",

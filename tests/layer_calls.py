@@ -20,9 +20,15 @@ from fastfusion.ops.linear import ACTIVATIONS
 Call = dict[str, Any]
 TUPLES: dict[str, Callable[..., Any]] = {
     "context": lambda *pair: pair,
+    "memory": lambda *pair: pair,
+    "cache": lambda *pair: pair,
+    "norms": lambda *norms: norms,
+    "self_attn": ff.ops.AttentionWeights,
+    "cross_attn": ff.ops.AttentionWeights,
+    "feed_forward": ff.ops.FeedForwardWeights,
     "visual_weights": ff.ops.StreamWeights,
     "text_weights": ff.ops.StreamWeights,
-} | dict.fromkeys(("query_norm", "context_norm", "norm1", "norm2"), ff.ops.Norm)
+} | dict.fromkeys(("query_norm", "context_norm", "norm1", "norm2", "0", "1", "2"), ff.ops.Norm)
 
 
 def flat(call: Call) -> Call:

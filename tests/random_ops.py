@@ -18,6 +18,7 @@ from random_calls import (
     draw_padding,
     fitted,
 )
+from random_decoder import DecoderLayer
 from random_encoder import EncoderLayer, Norm
 from random_layers import CrossAttentionLayer, CrossModalLayer
 from suite import Target, plain_attention
@@ -399,6 +400,7 @@ KINDS: dict[str, type[Drawn]] = {
         Linear,
         Norm,
         EncoderLayer,
+        DecoderLayer,
         CrossAttentionLayer,
         CrossModalLayer,
     )

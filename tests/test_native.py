@@ -189,11 +189,13 @@ def test_calls_of_python_and_cpp_are_twins() -> None:
     """The library defines its ops by itself, so that programs without Python find them."""
     seen = set()
     for op in torch_op.ALL:
-        for found in (getattr(op, name, None) for name in ("graph", "raw", "forward", "out")):
+        for name in ("graph", "raw", "forward", "out", "cached"):
+            found = getattr(op, name, None)
             if found is not None:
-                arguments = str(found._schema).partition("(")[2].partition(")")[0]
-                assert arguments == op.definition.schema(), found
+                arguments = str(found._schema).partition("(")[2].rpartition(") ->")[0]
+                assert arguments == op.definition.schema(writes=name == "cached"), found
                 seen.add(found._schema.name.removeprefix("fastfusion::"))
     assert seen >= {"attention", "bidirectional_out", "varlen_forward", "linear_forward"}
+    assert seen >= {"decoder_layer_forward", "decoder_layer_cached"}
     if ff.backends.cuda.emulated is not None:
         assert "cuda_cross_attention_layer_forward" in seen

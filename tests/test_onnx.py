@@ -23,6 +23,7 @@ from fastfusion.core import layers
 from fastfusion.core.on_import import on_import
 from fastfusion.integrations.onnx import translations
 from fastfusion.ops import pack_int8
+from fastfusion.ops.decoder_layer import OP as DECODER
 from fastfusion.ops.encoder_layer import OP as ENCODER
 from fastfusion.ops.linear import ACTIVATIONS
 
@@ -327,6 +328,50 @@ def test_norms_and_encoder_layers(tmp_path: Path) -> None:
             assert_right(model, module, inputs(*sizes))
 
 
+def decoder_calls(t: dict[str, Tensor]) -> list[Tensor]:
+    x, memory = t["x"], t["memory"]
+
+    def parts(name: str) -> dict[str, Tensor]:
+        return {n.partition(".")[2]: v for n, v in t.items() if n.startswith(name)}
+
+    own, cross = (ff.ops.AttentionWeights(**parts(n)) for n in ("self_attn", "cross_attn"))
+    norms = tuple(ff.ops.Norm(**parts(f"norm{i}")) for i in range(3))
+    feed = ff.ops.FeedForwardWeights(**parts("feed_forward"))
+    given = {"self_attn": own, "feed_forward": feed, "norms": norms, "num_heads": 2}
+    masks = {"memory_padding_mask": t["hidden"], "is_causal": True}
+    pair = ff.ops.project_memory(memory, cross, 2)
+    return [
+        ff.decoder_layer(x, **given | {"norms": norms[:2]}, activation="quick_gelu"),
+        ff.decoder_layer(x, **given, memory=memory, cross_attn=cross, **masks),
+        ff.decoder_layer(x, **given, memory=pair, cross_attn=cross, norm_first=True),
+    ]
+
+
+@torch.no_grad()
+def test_decoder_layers() -> None:
+    def inputs(batch: int, length: int) -> dict[str, Tensor]:
+        hidden = torch.arange(length + 2).expand(batch, length + 2) >= length
+        sizes = {"x": (batch, length, 8), "memory": (batch, length + 2, 8)}
+        return {"hidden": hidden, **{n: torch.randn(size) for n, size in sizes.items()}, **weights}
+
+    shape = {"length": 1, "dim": 8, "heads": 2, "ffn": 12, "memory": 1}
+    call = DECODER.inputs(shape, torch.float32)
+    parts = {n: call[n] for n in ("self_attn", "cross_attn", "feed_forward")}
+    parts |= {f"norm{i}": norm for i, norm in enumerate(call["norms"])}
+    weights = {
+        f"{name}.{field}": value
+        for name, part in parts.items()
+        for field, value in part._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    axes = {"hidden": {0: B, 1: S}, "x": {0: B, 1: L}, "memory": {0: B, 1: S}}
+    first = inputs(2, 5)
+    module = Module(list(first), decoder_calls)
+    program = export(module, first, axes | dict.fromkeys(weights), optimize=False)
+    for sizes in ((4, 9), (1, 1)):
+        assert_right(program.model_proto.SerializeToString(), module, inputs(*sizes))
+
+
 def layer_weights(op: Any, *tokens: str) -> dict[str, Any]:
     """Arguments of a layer but for its tokens and its form."""
     shape = {"q_len": 1, "kv_len": 1, "dim": 24, "context_dim": 16, "heads": 2, "ffn": 20}
@@ -450,7 +495,8 @@ def test_translations_of_every_op() -> None:
         translations(17)
     table = translations()
     names = [schema.name for schema in torch._C._jit_get_all_schemas()]
-    others = ("_backward", "_path", "_capability", "_gradient")
+    # What writes to a cache is no operator of ONNX.
+    others = ("_backward", "_path", "_capability", "_gradient", "_cached")
     forward = {n for n in names if n.startswith("fastfusion::") and not n.endswith(others)}
     assert {op._schema.name for op in table} == forward
     for opset in (18, 20, 23):

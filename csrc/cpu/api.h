@@ -35,6 +35,7 @@ struct KernelTable {
   void (*linear)(const Linear&, ParallelFor);
   void (*norm)(const NormRows&, ParallelFor);
   void (*encoder_layer)(const EncoderLayer&, ParallelFor);
+  void (*decoder_layer)(const DecoderLayer&, ParallelFor);
   void (*cross_attention_layer)(const CrossAttentionLayer&, ParallelFor);
   void (*cross_modal_layer)(const CrossModalLayer&, ParallelFor);
   // Does products of a type and nothing else; returns how many floating-point operations.

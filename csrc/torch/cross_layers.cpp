@@ -10,13 +10,6 @@ void check_sequence(const Tensor& t, const Tensor& query, const char* name) {
              name);
 }
 
-// The heads of an attention over `inner` features.
-void describe_heads(ff::Attention& p, ff::Type type, int64_t heads, int64_t inner) {
-  check_fits(heads > 0 && inner > 0 && inner % heads == 0, "num_heads");
-  p.heads = p.kv_heads = heads, p.head_dim = p.value_dim = inner / heads;
-  p.type = type, p.causal = false;
-}
-
 Tensor cross_attention_layer_forward(const CrossAttentionLayerInputs& in) {
   check_sequence(in.query, in.query, "query");
   LayerOperands operands(in.query);
@@ -35,8 +28,8 @@ Tensor cross_attention_layer_forward(const CrossAttentionLayerInputs& in) {
     check_fits(bool(in.kv_weight) && !in.key && !in.value, "context");
     attention.kv_len = in.context->size(1), p.context_dim = in.context->size(2);
     int64_t features;
-    p.kv_proj = operands.weight(*in.kv_weight, {}, in.kv_bias, p.context_dim, &features,
-                                "kv_weight or its bias");
+    p.kv_proj.each[0] = operands.weight(*in.kv_weight, {}, in.kv_bias, p.context_dim, &features,
+                                        "kv_weight or its bias");
     check_fits(features == 2 * inner, "kv_weight");
     const auto context = operands.matrix(*in.context);
     p.context = context.data, p.context_row = context.stride;
@@ -44,11 +37,7 @@ Tensor cross_attention_layer_forward(const CrossAttentionLayerInputs& in) {
     check_fits(in.key && in.value && !in.kv_weight && in.key->dim() == 4, "key");
     attention.kv_len = in.key->size(2);
     for (const MaybeTensor* t : {&in.key, &in.value})
-      check_fits((*t)->is_cpu() && (*t)->scalar_type() == in.query.scalar_type() &&
-                     (*t)->dim() == 4 && (*t)->size(0) == attention.batch &&
-                     (*t)->size(1) == attention.heads && (*t)->size(2) == attention.kv_len &&
-                     (*t)->size(3) == attention.head_dim,
-                 "key or value");
+      check_heads(**t, in.query, attention, attention.kv_len, "key or value");
     attention.key = view(*in.key), attention.value = view(*in.value);
   }
   STD_TORCH_CHECK(attention.q_len <= INT32_MAX && attention.kv_len <= INT32_MAX,

@@ -6,12 +6,10 @@ namespace {
 
 // Self-attention of the heads of `in`.
 ff::AttentionForward self_attention(const EncoderLayerInputs& in, ff::Type type, int64_t width) {
-  check_fits(in.num_heads > 0 && width % in.num_heads == 0, "num_heads");
   ff::AttentionForward p{};
-  p.batch = in.input.size(0), p.heads = p.kv_heads = in.num_heads;
-  p.q_len = p.kv_len = in.input.size(1);
-  p.head_dim = p.value_dim = width / in.num_heads;
-  p.type = type, p.causal = in.is_causal;
+  describe_heads(p, type, in.num_heads, width);
+  p.batch = in.input.size(0), p.q_len = p.kv_len = in.input.size(1);
+  p.causal = in.is_causal;
   describe_scale(p, std::nullopt);
   describe_masks(p, in.input, in.attn_mask, in.key_padding_mask);
   return p;
@@ -26,34 +24,16 @@ Tensor encoder_layer_forward(const EncoderLayerInputs& in) {
   p.width = width;
   p.norm_first = in.norm_first, p.activation = activation_of(in.activation);
   p.attention = self_attention(in, operands.type, width);
-  int64_t features;
-  const auto weight = [&](const Tensor& weight, const MaybeTensor& scale, const MaybeTensor& bias,
-                          int64_t columns, int64_t rows, const char* name) {
-    const ff::Weight found = operands.weight(weight, scale, bias, columns, &features, name);
-    check_fits(rows < 0 || features == rows, name);
-    return found;
-  };
-  check_fits(bool(in.k_proj_weight) == bool(in.v_proj_weight), "k_proj_weight or v_proj_weight");
-  p.in_proj.count = in.k_proj_weight ? 3 : 1;
-  p.in_proj.each[0] = weight(in.in_proj_weight, in.in_proj_scale, in.in_proj_bias, width,
-                             3 / p.in_proj.count * width, "in_proj_weight or its bias");
-  if (in.k_proj_weight) {
-    p.in_proj.each[1] = weight(*in.k_proj_weight, in.k_proj_scale, in.k_proj_bias, width, width,
-                               "k_proj_weight or its bias");
-    p.in_proj.each[2] = weight(*in.v_proj_weight, in.v_proj_scale, in.v_proj_bias, width, width,
-                               "v_proj_weight or its bias");
-  } else {
-    check_fits(!in.k_proj_bias && !in.v_proj_bias && !in.k_proj_scale && !in.v_proj_scale,
-               "k_proj_weight or v_proj_weight");
-  }
-  p.out_proj = weight(in.out_proj_weight, in.out_proj_scale, in.out_proj_bias, width, width,
-                      "out_proj_weight or its bias");
-  p.linear1 = weight(in.linear1_weight, in.linear1_scale, in.linear1_bias, width, -1,
-                     "linear1_weight or its bias");
-  p.hidden = features;
+  p.in_proj = operands.projections({in.in_proj_weight, in.in_proj_scale, in.in_proj_bias},
+                                   {in.k_proj_weight, in.k_proj_scale, in.k_proj_bias},
+                                   {in.v_proj_weight, in.v_proj_scale, in.v_proj_bias}, width);
+  p.out_proj = operands.weight(in.out_proj_weight, in.out_proj_scale, in.out_proj_bias, width,
+                               width, "out_proj_weight or its bias");
+  p.linear1 = operands.weight(in.linear1_weight, in.linear1_scale, in.linear1_bias, width,
+                              &p.hidden, "linear1_weight or its bias");
   check_fits(p.hidden > 0, "linear1_weight");
-  p.linear2 = weight(in.linear2_weight, in.linear2_scale, in.linear2_bias, p.hidden, width,
-                     "linear2_weight or its bias");
+  p.linear2 = operands.weight(in.linear2_weight, in.linear2_scale, in.linear2_bias, p.hidden, width,
+                              "linear2_weight or its bias");
   p.norm1 = operands.norm(in.norm1_weight, in.norm1_bias, in.norm1_eps, width, "norm1");
   p.norm2 = operands.norm(in.norm2_weight, in.norm2_bias, in.norm2_eps, width, "norm2");
 

@@ -180,4 +180,65 @@ struct EncoderLayerInputs {
   double norm2_eps = from.number("norm2_eps");
 };
 
+// `kWrites`: whether the op writes to the caches.
+template <bool kWrites>
+struct DecoderLayerInputs {
+  Arguments& from;
+  Tensor input = from.tensor("input");
+  Tensor self_q_weight = from.tensor("self_q_weight");
+  MaybeTensor self_q_bias = from.maybe_tensor("self_q_bias");
+  MaybeTensor self_k_weight = from.maybe_tensor("self_k_weight");
+  MaybeTensor self_k_bias = from.maybe_tensor("self_k_bias");
+  MaybeTensor self_v_weight = from.maybe_tensor("self_v_weight");
+  MaybeTensor self_v_bias = from.maybe_tensor("self_v_bias");
+  Tensor self_out_weight = from.tensor("self_out_weight");
+  MaybeTensor self_out_bias = from.maybe_tensor("self_out_bias");
+  MaybeTensor cross_q_weight = from.maybe_tensor("cross_q_weight");
+  MaybeTensor cross_q_bias = from.maybe_tensor("cross_q_bias");
+  MaybeTensor cross_k_weight = from.maybe_tensor("cross_k_weight");
+  MaybeTensor cross_k_bias = from.maybe_tensor("cross_k_bias");
+  MaybeTensor cross_v_weight = from.maybe_tensor("cross_v_weight");
+  MaybeTensor cross_v_bias = from.maybe_tensor("cross_v_bias");
+  MaybeTensor cross_out_weight = from.maybe_tensor("cross_out_weight");
+  MaybeTensor cross_out_bias = from.maybe_tensor("cross_out_bias");
+  Tensor linear1_weight = from.tensor("linear1_weight");
+  MaybeTensor linear1_bias = from.maybe_tensor("linear1_bias");
+  Tensor linear2_weight = from.tensor("linear2_weight");
+  MaybeTensor linear2_bias = from.maybe_tensor("linear2_bias");
+  MaybeTensor norm1_weight = from.maybe_tensor("norm1_weight");
+  MaybeTensor norm1_bias = from.maybe_tensor("norm1_bias");
+  MaybeTensor norm2_weight = from.maybe_tensor("norm2_weight");
+  MaybeTensor norm2_bias = from.maybe_tensor("norm2_bias");
+  MaybeTensor norm3_weight = from.maybe_tensor("norm3_weight");
+  MaybeTensor norm3_bias = from.maybe_tensor("norm3_bias");
+  MaybeTensor memory = from.maybe_tensor("memory");
+  MaybeTensor memory_key = from.maybe_tensor("memory_key");
+  MaybeTensor memory_value = from.maybe_tensor("memory_value");
+  MaybeTensor memory_mask = from.maybe_tensor("memory_mask");
+  MaybeTensor attn_mask = from.maybe_tensor("attn_mask");
+  MaybeTensor key_padding_mask = from.maybe_tensor("key_padding_mask");
+  MaybeTensor memory_padding_mask = from.maybe_tensor("memory_padding_mask");
+  MaybeTensor self_q_scale = from.maybe_tensor("self_q_scale");
+  MaybeTensor self_k_scale = from.maybe_tensor("self_k_scale");
+  MaybeTensor self_v_scale = from.maybe_tensor("self_v_scale");
+  MaybeTensor self_out_scale = from.maybe_tensor("self_out_scale");
+  MaybeTensor cross_q_scale = from.maybe_tensor("cross_q_scale");
+  MaybeTensor cross_k_scale = from.maybe_tensor("cross_k_scale");
+  MaybeTensor cross_v_scale = from.maybe_tensor("cross_v_scale");
+  MaybeTensor cross_out_scale = from.maybe_tensor("cross_out_scale");
+  MaybeTensor linear1_scale = from.maybe_tensor("linear1_scale");
+  MaybeTensor linear2_scale = from.maybe_tensor("linear2_scale");
+  MaybeTensor key_cache = kWrites ? from.written("key_cache") : from.maybe_tensor("key_cache");
+  MaybeTensor value_cache =
+      kWrites ? from.written("value_cache") : from.maybe_tensor("value_cache");
+  int64_t num_heads = from.integer("num_heads");
+  int64_t past_length = from.integer("past_length");
+  int64_t activation = from.integer("activation");
+  bool norm_first = from.flag("norm_first");
+  bool is_causal = from.flag("is_causal");
+  double norm1_eps = from.number("norm1_eps");
+  double norm2_eps = from.number("norm2_eps");
+  double norm3_eps = from.number("norm3_eps");
+};
+
 }  // namespace

@@ -7,6 +7,16 @@
 
 namespace {
 
+// A weight as the inputs of an op have it.
+struct Projection {
+  const Tensor& weight;
+  const MaybeTensor &scale, &bias;
+};
+
+struct MaybeProjection {
+  const MaybeTensor &weight, &scale, &bias;
+};
+
 // Tensors of a call as rows and weights, kept alive; what kernels cannot read where it is is
 // copied.
 class LayerOperands {
@@ -69,6 +79,36 @@ class LayerOperands {
     return found;
   }
 
+  // The same of so many features.
+  ff::Weight weight(const Tensor& given, const MaybeTensor& scale, const MaybeTensor& bias,
+                    int64_t width, int64_t features, const char* name) {
+    int64_t found;
+    const ff::Weight made = weight(given, scale, bias, width, &found, name);
+    check_fits(found == features, name);
+    return made;
+  }
+
+  // Of query, key and value, each `width` wide: `all` is that of the three, or of the query alone.
+  ff::Weights projections(const Projection& all, const MaybeProjection& key,
+                          const MaybeProjection& value, int64_t width) {
+    check_fits(bool(key.weight) == bool(value.weight), "k_proj_weight or v_proj_weight");
+    ff::Weights found;
+    found.count = key.weight ? 3 : 1;
+    found.each[0] = weight(all.weight, all.scale, all.bias, width, 3 / found.count * width,
+                           "in_proj_weight or its bias");
+    found.each[1] = maybe_weight(key, width, width, "k_proj_weight or its bias");
+    found.each[2] = maybe_weight(value, width, width, "v_proj_weight or its bias");
+    return found;
+  }
+
+  // A weight that may be missing, with all that belongs to it.
+  ff::Weight maybe_weight(const MaybeProjection& given, int64_t width, int64_t features,
+                          const char* name) {
+    if (given.weight) return weight(*given.weight, given.scale, given.bias, width, features, name);
+    check_fits(!given.scale && !given.bias, name);
+    return {};
+  }
+
   ff::Norm norm(const MaybeTensor& weight, const MaybeTensor& bias, double eps, int64_t width,
                 const char* name) {
     ff::Norm found;
@@ -118,6 +158,22 @@ class LayerOperands {
   const Tensor& input_;
   std::list<Tensor> copies_;
 };
+
+// The heads of an attention over `inner` features.
+inline void describe_heads(ff::Attention& p, ff::Type type, int64_t heads, int64_t inner) {
+  check_fits(heads > 0 && inner > 0 && inner % heads == 0, "num_heads");
+  p.heads = p.kv_heads = heads, p.head_dim = p.value_dim = inner / heads;
+  p.type = type, p.causal = false;
+}
+
+// (batch, heads, length, head_dim) of an attention whose shapes are described, like its input.
+inline void check_heads(const Tensor& t, const Tensor& input, const ff::Attention& p,
+                        int64_t length, const char* name) {
+  check_fits(t.is_cpu() && t.scalar_type() == input.scalar_type() && t.dim() == 4 &&
+                 t.size(0) == p.batch && t.size(1) == p.heads && t.size(2) == length &&
+                 t.size(3) == p.head_dim,
+             name);
+}
 
 inline ff::Activation activation_of(int64_t number) {
   check_fits(number >= 0 && number <= int64_t(ff::Activation::kQuickGelu), "activation");

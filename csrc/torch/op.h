@@ -40,6 +40,10 @@ class Arguments {
   std::optional<double> maybe_number(const char* name) {
     return take<std::optional<double>>("float?", name);
   }
+  // Of an op that writes to it.
+  MaybeTensor written(const char* name) {
+    return take<MaybeTensor>(("Tensor(" + std::string(1, next_written_++) + "!)?").c_str(), name);
+  }
   // A traced program may compute it from shapes.
   int64_t integer(const char* name) { return take<int64_t>("SymInt", name); }
 
@@ -63,6 +67,7 @@ class Arguments {
 
   StableIValue* next_ = nullptr;
   std::string* schema_ = nullptr;
+  char next_written_ = 'a';
 };
 
 // Gradients of the outputs of an op; none where nothing depends on an output.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastfusion.backends import library
 from fastfusion.core.arguments import is_exporting
-from fastfusion.core.torch_op import Definition, ForwardOp, TorchOp, needs_gradient
+from fastfusion.core.torch_op import CachingOp, Definition, ForwardOp, TorchOp, needs_gradient
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _is_grad_enabled = torch.is_grad_enabled
@@ -83,4 +83,4 @@ def forward_op(definition: Definition) -> Any:
     """The op `<name>_forward` of kernels that have no gradient; None where there are none."""
     if library.cpu_unavailable is not None:
         return None
-    return ForwardOp(definition, definition.name)
+    return (CachingOp if definition.written else ForwardOp)(definition, definition.name)

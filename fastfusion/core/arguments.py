@@ -123,22 +123,23 @@ def ask_torch_function(
     return handle_torch_function(function, asked, *given[:positional], **named)
 
 
-def check_attn_mask(mask: Any, query: Tensor, target: tuple[int, ...], given: str) -> None:
+def check_attn_mask(
+    mask: Any, query: Tensor, target: tuple[int, ...], given: str, name: str = "attn_mask"
+) -> None:
     """`mask` is bool, or float to be added, and broadcasts to `target`."""
     if mask is None:
         return
     if not isinstance(mask, Tensor):
-        raise TypeError(f"attn_mask must be a Tensor or None, got {type(mask).__name__}")
-    check_dense("attn_mask", mask)
+        raise TypeError(f"{name} must be a Tensor or None, got {type(mask).__name__}")
+    check_dense(name, mask)
     if mask.dtype not in (torch.bool, query.dtype, torch.float32):
         raise TypeError(
-            f"attn_mask must be bool, float32 or of the query's dtype, {query.dtype}, "
-            f"got {mask.dtype}"
+            f"{name} must be bool, float32 or of the query's dtype, {query.dtype}, got {mask.dtype}"
         )
-    check_device("attn_mask", mask, "query", query)
+    check_device(name, mask, "query", query)
     if not broadcasts(mask, target):
         raise ValueError(
-            f"attn_mask must broadcast to {target}, got shape {tuple(mask.shape)}; {given}"
+            f"{name} must broadcast to {target}, got shape {tuple(mask.shape)}; {given}"
         )
 
 

@@ -60,6 +60,7 @@ class Definition:
         reference: a call to all outputs, in differentiable torch.
         flops: a call, and whether it is for the backward, to floating-point operations.
         folds: whether the tensors have a batch dimension, into which another one can be folded.
+        written: names of tensors that a call which has them writes to.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Definition:
     reference: Callable[[Any], tuple[Tensor, ...]]
     flops: Callable[[Any, bool], int]
     folds: bool = True
+    written: tuple[str, ...] = ()
 
     @cached_property
     def tensors(self) -> int:
@@ -78,9 +80,13 @@ class Definition:
         hints = get_type_hints(self.call).values()
         return sum(hint in (Tensor, Tensor | None) for hint in hints)
 
-    def schema(self) -> str:
+    def schema(self, writes: bool = False) -> str:
+        """The arguments; those of a call that writes have alias letters."""
         hints = get_type_hints(self.call).items()
-        return ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in hints)
+        types = {name: _SCHEMA_TYPES[hint] for name, hint in hints}
+        for letter, name in zip("abcd", self.written if writes else (), strict=False):
+            types[name] = f"Tensor({letter}!)?"
+        return ", ".join(f"{kind} {name}" for name, kind in types.items())
 
     def define(self, name: str) -> None:
         """Give the ops of a backend their schemas."""
@@ -246,6 +252,31 @@ class ForwardOp:
     def flops(self, counter: Any) -> None:
         """Say to torch.utils.flop_counter what the ops cost."""
         count_forward(counter, self.definition, *{self.forward, self.out})
+
+
+class CachingOp(ForwardOp):
+    """A kernel that comes twice: as `<name>_forward`, and as `<name>_cached`, which writes to what
+    the definition names. In graphs an op that may write means more than one that does not.
+
+    Args:
+        definition, name: as of `TorchOp`; there are no log-sum-exps.
+    """
+
+    def __init__(self, definition: Definition, name: str) -> None:
+        super().__init__(definition, name)
+        self.cached = getattr(torch.ops.fastfusion, f"{name}_cached").default
+        torch.library.register_fake(f"fastfusion::{name}_cached", definition.checked_fake)
+
+    def __call__(self, call: Any, lse: bool) -> Any:
+        writes = getattr(call, self.definition.written[0]) is not None
+        watched = _transforms_active() or (not _is_compiling() and forward_ad._current_level >= 0)
+        if writes and not watched:
+            return self.cached(*call)
+        return super().__call__(call, lse)
+
+    def flops(self, counter: Any) -> None:
+        """Say to torch.utils.flop_counter what the ops cost."""
+        count_forward(counter, self.definition, self.forward, self.cached)
 
 
 class LaunchedOp(TorchOp):

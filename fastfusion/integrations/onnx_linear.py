@@ -1,4 +1,4 @@
-"""Linear layers, norms and the encoder layer in ONNX operators, around the attention of onnx.py."""
+"""Linear layers, norms and Transformer layers in ONNX operators, around attention of onnx.py."""
 
 import math
 from collections.abc import Callable
@@ -110,6 +110,59 @@ def normalized(op: Any, x: Any, weight: Any, bias: Any, eps: float, rms: bool) -
     return x if bias is None else op.Add(x, bias)
 
 
+class _Parts:
+    """The linear layers, norms and attentions of a Transformer layer, in float32 in between.
+
+    Args:
+        input: of the layer.
+        parts: its weights, biases, scales and epsilons by name.
+        heads: of its attentions.
+        first: the activation of linear1.
+    """
+
+    def __init__(self, op: Any, input: Any, parts: dict[str, Any], heads: int, first: int) -> None:
+        self.op, self.parts, self.heads, self.first = op, parts, heads, first
+        self.dtype, self.width = op.dtype(input), _size(op, input, 2)
+
+    def linear(self, name: str, x: Any) -> Any:
+        weight, bias, scale = (self.parts[f"{name}_{key}"] for key in ("weight", "bias", "scale"))
+        number = self.first if name == "linear1" else 0
+        return _activated(self.op, x, self.dtype, weight, bias, scale, number)
+
+    def norm(self, name: str, x: Any, wanted: bool) -> Any:
+        if not wanted:
+            return x
+        given = (self.parts[f"{name}_{key}"] for key in ("weight", "bias"))
+        weight, bias = (None if t is None else _cast(self.op, t, self.dtype, _FLOAT) for t in given)
+        return normalized(self.op, x, weight, bias, self.parts[f"{name}_eps"], False)
+
+    def heads_of(self, name: str, x: Any, count: int) -> list[Any]:
+        op = self.op
+        heads = op.Reshape(self.linear(name, x), [0, 0, count, self.heads, -1])
+        heads = op.Transpose(heads, perm=[2, 0, 3, 1, 4])
+        return [op.Gather(heads, part, axis=0) for part in range(count)]
+
+    def separate(self, x: Any, *names: str) -> list[Any]:
+        """Query, key and value from the first of the layers, or from one each."""
+        if self.parts[f"{names[1]}_weight"] is None:
+            return self.heads_of(names[0], x, 3)
+        return [self.heads_of(name, x, 1)[0] for name in names]
+
+    def attend(self, name: str, heads: Any, mask: Any, padding: Any, causal: bool) -> Any:
+        """Projected by `name`."""
+        op, (query, key, value) = self.op, heads
+        bias, visible = _split(op, mask)
+        if causal:
+            visible = _and(op, visible, _causal(op, query, key, None))
+        fused = op.fused and self.dtype == _FLOAT
+        out, _ = _rows(op, query, key, value, bias, visible, padding, None, 0.0, False, fused)
+        width = op.Concat([0, 0], self.width, axis=0)
+        return self.linear(name, op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), width))
+
+    def feed_forward(self, x: Any) -> Any:
+        return self.linear("linear2", self.linear("linear1", x))
+
+
 def _encoder_layer(
     op: Any,
     *,
@@ -124,52 +177,60 @@ def _encoder_layer(
 ) -> tuple[Any]:
     """In float32 from its input to its output."""
     dtype = op.dtype(input)
-
-    def linear(name: str, x: Any) -> Any:
-        weight, bias, scale = (parts[f"{name}_{key}"] for key in ("weight", "bias", "scale"))
-        number = activation if name == "linear1" else 0
-        return _activated(op, x, dtype, weight, bias, scale, number)
-
-    def norm(name: str, x: Any) -> Any:
-        given = (parts[f"{name}_{key}"] for key in ("weight", "bias"))
-        weight, bias = (None if t is None else _cast(op, t, dtype, _FLOAT) for t in given)
-        return normalized(op, x, weight, bias, parts[f"{name}_eps"], False)
-
-    def heads_of(name: str, x: Any, count: int) -> list[Any]:
-        heads = op.Reshape(linear(name, x), [0, 0, count, num_heads, -1])
-        heads = op.Transpose(heads, perm=[2, 0, 3, 1, 4])
-        return [op.Gather(heads, part, axis=0) for part in range(count)]
-
-    def attend(x: Any) -> Any:
-        if parts["k_proj_weight"] is None:
-            query, key, value = heads_of("in_proj", x, 3)
-        else:
-            names = ("in_proj", "k_proj", "v_proj")
-            query, key, value = (heads_of(name, x, 1)[0] for name in names)
-        bias, visible = _split(op, attn_mask)
-        if is_causal:
-            visible = _and(op, visible, _causal(op, query, key, None))
-        fused = op.fused and dtype == _FLOAT
-        given = (bias, visible, key_padding_mask, None, 0.0, False, fused)
-        out, _ = _rows(op, query, key, value, *given)
-        width = op.Concat([0, 0], _size(op, x, 2), axis=0)
-        return linear("out_proj", op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), width))
-
-    def feed_forward(x: Any) -> Any:
-        return linear("linear2", linear("linear1", x))
-
+    layer = _Parts(op, input, parts, num_heads, activation)
     x = _cast(op, input, dtype, _FLOAT)
-    if norm_first:
-        x = op.Add(x, attend(norm("norm1", x)))
-        x = op.Add(x, feed_forward(norm("norm2", x)))
-    else:
-        x = norm("norm1", op.Add(x, attend(x)))
-        x = norm("norm2", op.Add(x, feed_forward(x)))
-    return (_cast(op, x, _FLOAT, dtype),)
+    heads = layer.separate(layer.norm("norm1", x, norm_first), "in_proj", "k_proj", "v_proj")
+    out = layer.attend("out_proj", heads, attn_mask, key_padding_mask, is_causal)
+    x = layer.norm("norm1", op.Add(x, out), not norm_first)
+    x = op.Add(x, layer.feed_forward(layer.norm("norm2", x, norm_first)))
+    return (_cast(op, layer.norm("norm2", x, not norm_first), _FLOAT, dtype),)
+
+
+def _decoder_layer(
+    op: Any,
+    *,
+    input: Any,
+    memory: Any,
+    memory_key: Any,
+    memory_value: Any,
+    memory_mask: Any,
+    attn_mask: Any,
+    key_padding_mask: Any,
+    memory_padding_mask: Any,
+    key_cache: Any,
+    value_cache: Any,
+    num_heads: int,
+    past_length: int,
+    activation: int,
+    norm_first: bool,
+    is_causal: bool,
+    **parts: Any,
+) -> tuple[Any]:
+    """Likewise; it has no cache, to which another op writes."""
+    dtype = op.dtype(input)
+    layer = _Parts(op, input, parts, num_heads, activation)
+    x = _cast(op, input, dtype, _FLOAT)
+    heads = layer.separate(layer.norm("norm1", x, norm_first), "self_q", "self_k", "self_v")
+    out = layer.attend("self_out", heads, attn_mask, key_padding_mask, is_causal)
+    x = layer.norm("norm1", op.Add(x, out), not norm_first)
+    if memory is not None or memory_key is not None:
+        (query,) = layer.heads_of("cross_q", layer.norm("norm2", x, norm_first), 1)
+        if memory is not None:
+            asked = _cast(op, memory, dtype, _FLOAT)
+            key, value = (layer.heads_of(name, asked, 1)[0] for name in ("cross_k", "cross_v"))
+        else:
+            key, value = (_cast(op, t, dtype, _FLOAT) for t in (memory_key, memory_value))
+        out = layer.attend(
+            "cross_out", (query, key, value), memory_mask, memory_padding_mask, False
+        )
+        x = layer.norm("norm2", op.Add(x, out), not norm_first)
+    x = op.Add(x, layer.feed_forward(layer.norm("norm3", x, norm_first)))
+    return (_cast(op, layer.norm("norm3", x, not norm_first), _FLOAT, dtype),)
 
 
 FORMULAS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "linear": _linear,
     "norm": _norm,
     "encoder_layer": _encoder_layer,
+    "decoder_layer": _decoder_layer,
 }

@@ -2,26 +2,30 @@
 
 As with linear layers (_linear.py), anything that calling a part does beside its formula leaves the
 call to the parts. All of a layer is looked at together: part by part it took 10 us, of the 25 of a
-call of 4 tokens.
+call of 4 tokens. Decoding with a cache is for the op alone: torch's modules have no such call.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastfusion.core.arguments import PLAIN
+from fastfusion.core.layers import Norm
 from fastfusion.nn._linear import LINEAR, runs_on_cpu, weights_of
 from fastfusion.nn._multihead import MultiheadAttention, stay_visible
 from fastfusion.nn._plain import activation_name, are_bare, has_global_hooks
-from fastfusion.nn._quantized import Operands
+from fastfusion.nn._quantized import Operands, part
+from fastfusion.ops import decoder_layer as _decoder
 from fastfusion.ops import encoder_layer as _encoder
 from fastfusion.ops import linear as _linear
+from fastfusion.ops._parts import AttentionWeights, FeedForwardWeights
+from fastfusion.ops._parts import project_memory as _project_memory
 
 _is_grad_enabled = torch.is_grad_enabled
 _VISIBLE = [stay_visible]
-TOGETHER: Operands = (None, None, None)  # type: ignore[assignment]
+TOGETHER: Any = (None, None, None)  # key and value, projected together with the query or before
 
 
 def encoder_layer(
@@ -36,37 +40,121 @@ def encoder_layer(
     """
     if not runs_on_cpu(src):
         return None
-    own = module.__dict__
-    parts = own["_modules"]
-    try:
-        attention, first, second = parts["self_attn"], parts["linear1"], parts["linear2"]
-        norms = parts["norm1"], parts["norm2"]
-        dropouts = parts["dropout"], parts["dropout1"], parts["dropout2"]
-    except KeyError:
+    layer = _plain_layer(module, _ENCODER_PARTS)
+    if layer is None or not layer.batch_first:
         return None
-    activation = activation_name(module.activation)
-    found = self_attention(attention)
-    if activation is None or found is None:
+    heads = layer.attentions[0].__dict__["num_heads"]
+    masks = _masks(heads, src, src.shape[1], mask, padding, is_causal)
+    if masks is None:
         return None
-    inside, in_proj, out_proj = found
-    if not are_bare((first, second, *norms, *dropouts, *inside)) or has_global_hooks():
+    attn_mask, key_padding_mask, is_causal = masks
+    in_proj, out_proj, first, second = layer.products
+    tensors, scales = _in_a_row((in_proj, TOGETHER, TOGETHER, out_proj, first, second))
+    tensors = [src, *tensors, *layer.norms, attn_mask, key_padding_mask, *scales]
+    numbers = (heads, layer.activation, module.norm_first, is_causal, *layer.epsilons)
+    return _fused(_encoder, tensors, numbers)
+
+
+def decoder_layer(
+    module: Any,
+    tgt: Tensor,
+    memory: Tensor,
+    masks: tuple[Tensor | None, Tensor | None],
+    paddings: tuple[Tensor | None, Tensor | None],
+    are_causal: tuple[bool, bool],
+) -> Tensor | None:
+    """`TransformerDecoderLayer.forward` likewise; pairs are of the target and of the memory."""
+    if not (runs_on_cpu(tgt) and runs_on_cpu(memory) and memory.shape[0] == tgt.shape[0]):
         return None
-    for dropout in dropouts:
-        drops = dropout.__dict__
-        if type(dropout) is not nn.Dropout or (drops["training"] and drops["p"] > 0.0):
-            return None
-    masks = _masks(attention, src, mask, padding, is_causal)
-    if masks is None or type(first) not in LINEAR or type(second) not in LINEAR:
+    layer = _plain_layer(module, _DECODER_PARTS)
+    if layer is None or not layer.batch_first:
         return None
-    products = (in_proj, TOGETHER, TOGETHER, out_proj, weights_of(first), weights_of(second))
-    heads, is_first = attention.__dict__["num_heads"], own["norm_first"]
-    return run_encoder_layer(src, products, norms, heads, activation, is_first, *masks)
+    heads = layer.attentions[0].__dict__["num_heads"]
+    own = _masks(heads, tgt, tgt.shape[1], masks[0], paddings[0], are_causal[0])
+    others = _masks(heads, tgt, memory.shape[1], masks[1], paddings[1], False)
+    if own is None or others is None or are_causal[1]:
+        return None
+    in_proj, out_proj, cross, cross_out, first, second = layer.products
+    query, key, value = (part(cross, i, i + 1, tgt.shape[2]) for i in range(3))
+    products = (in_proj, TOGETHER, TOGETHER, out_proj, query, key, value, cross_out, first, second)
+    tensors, scales = _in_a_row(products)
+    tensors = [
+        tgt, *tensors, *layer.norms, memory, None, None, others[0], own[0], own[1], others[1],
+        *scales, None, None,
+    ]  # fmt: skip
+    numbers = (heads, 0, layer.activation, module.norm_first, own[2], *layer.epsilons)
+    return _fused(_decoder, tensors, numbers)
+
+
+def cached_decoder_layer(
+    module: Any,
+    tgt: Tensor,
+    memory: tuple[Tensor, Tensor],
+    memory_padding: Tensor | None,
+    cache: tuple[Tensor, Tensor],
+    past_length: int,
+    padding: Tensor | None,
+) -> Tensor:
+    """What `decoder_layer` of the op does with the weights of a `TransformerDecoderLayer`.
+
+    Raises:
+        ValueError: a layer whose parts mean more than their formulas.
+    """
+    layer = _plain_layer(module, _DECODER_PARTS)
+    if layer is None:
+        raise ValueError(
+            "a layer cannot decode with a cache: a part of it is hooked or replaced, drops out in "
+            "training, or has another activation than relu and gelu"
+        )
+    heads = layer.attentions[0].__dict__["num_heads"]
+    in_proj, out_proj, cross, cross_out, first, second = layer.products
+    query = part(cross, 0, 1, tgt.shape[2])
+    products = (in_proj, TOGETHER, TOGETHER, out_proj, query, TOGETHER, TOGETHER, cross_out, first, second)
+    tensors, scales = _in_a_row(products)
+    tensors = [
+        tgt, *tensors, *layer.norms, None, *memory, None, None, padding, memory_padding, *scales,
+        *cache,
+    ]  # fmt: skip
+    numbers = (heads, past_length, layer.activation, module.norm_first, True, *layer.epsilons)
+    result: Tensor | None
+    result = _decoder.OP.attempt(None, _decoder.Call._make((*tensors, *numbers)), False)
+    if result is not None:
+        return result
+    norms = zip(layer.norms[::2], layer.norms[1::2], layer.epsilons, strict=True)
+    return _decoder.decoder_layer(
+        tgt, _weights(in_proj, out_proj),
+        FeedForwardWeights(first[0], first[2], second[0], second[2], first[1], second[1]),
+        tuple(Norm(*norm) for norm in norms), heads, memory=memory,
+        cross_attn=_weights(query, cross_out), activation=activation_name(module.activation),
+        norm_first=module.norm_first, is_causal=True, key_padding_mask=padding,
+        memory_padding_mask=memory_padding, cache=cache, past_length=past_length,
+    )  # fmt: skip
+
+
+def project_memory(module: Any, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (batch, heads, memory_len, head_dim) of a `TransformerDecoderLayer`'s memory.
+
+    Raises:
+        ValueError: as of `cached_decoder_layer`.
+    """
+    found = _attention_parts(module.multihead_attn)
+    if found is None or found[1] is None or found[2] is None:
+        raise ValueError("multihead_attn is replaced or hooked, or drops out in training")
+    heads: int = module.multihead_attn.num_heads
+    return _project_memory(memory, _weights(found[1], found[2]), heads)
+
+
+def _weights(in_proj: Operands, out_proj: Operands) -> AttentionWeights:
+    return AttentionWeights(
+        in_proj[0], in_proj[2], out_proj[0], out_proj[2], in_proj_scale=in_proj[1],
+        out_proj_scale=out_proj[1],
+    )  # fmt: skip
 
 
 def run_encoder_layer(
     src: Tensor,
     products: Sequence[Operands | None],
-    norms: Sequence[Any],
+    norms: Iterable[Any],
     num_heads: int,
     activation: str,
     norm_first: bool,
@@ -74,8 +162,9 @@ def run_encoder_layer(
     key_padding_mask: Tensor | None,
     is_causal: bool,
 ) -> Tensor | None:
-    """The op on the parts of a layer, which have been found to come to their formulas, for an
-    input that `runs_on_cpu`; None where it does not take them, or gradients are asked for.
+    """The op on the parts of a layer of any library, which have been found to come to their
+    formulas, for an input that `runs_on_cpu`; None where it does not take them, or gradients are
+    asked for.
 
     Args:
         src: (batch, length, width).
@@ -85,38 +174,164 @@ def run_encoder_layer(
         activation: as of the op.
         attn_mask, key_padding_mask, is_causal: as of the op.
     """
-    tensors: list[Any] = [src]
-    scales = []
-    for given in products:
-        if given is None:
+    found = _norms(norms)
+    if found is None or not all(products):
+        return None
+    tensors, scales = _in_a_row(products)  # type: ignore[arg-type]
+    tensors = [src, *tensors, *found[0], attn_mask, key_padding_mask, *scales]
+    numbers = (num_heads, _linear.NUMBERS[activation], norm_first, is_causal, *found[1])
+    return _fused(_encoder, tensors, numbers)
+
+
+def run_decoder_layer(
+    tgt: Tensor,
+    products: Sequence[Operands | None],
+    norms: Sequence[Any],
+    num_heads: int,
+    activation: str,
+    norm_first: bool,
+    memory: tuple[Tensor, Tensor],
+    memory_masks: tuple[Tensor | None, Tensor | None],
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    cache: tuple[Tensor, Tensor],
+    past_length: int,
+) -> Tensor | None:
+    """Likewise, of a decoder layer with its keys and values in a cache and those of its memory
+    projected.
+
+    Args:
+        tgt: (batch, length, width).
+        products: of in_proj, k_proj, v_proj, out_proj, of the query and the output of attention to
+            the memory, of linear1 and linear2.
+        memory, cache, past_length, attn_mask, is_causal: as of the op.
+        memory_masks: memory_mask and memory_padding_mask.
+    """
+    found = _norms(norms)
+    if found is None or not all(products):
+        return None
+    given = (*products[:5], TOGETHER, TOGETHER, *products[5:])
+    tensors, scales = _in_a_row(given)
+    mask, padding = memory_masks
+    tensors = [
+        tgt, *tensors, *found[0], None, *memory, mask, attn_mask, None, padding, *scales, *cache
+    ]  # fmt: skip
+    number = _linear.NUMBERS[activation]
+    numbers = (num_heads, past_length, number, norm_first, is_causal, *found[1])
+    return _fused(_decoder, tensors, numbers)
+
+
+class _Names(NamedTuple):
+    """Of a layer's attributes that are modules, beside linear1 and linear2."""
+
+    attentions: tuple[str, ...]
+    norms: tuple[str, ...]
+    dropouts: tuple[str, ...]
+
+
+_ENCODER_PARTS = _Names(("self_attn",), ("norm1", "norm2"), ("dropout", "dropout1", "dropout2"))
+_DECODER_PARTS = _Names(
+    ("self_attn", "multihead_attn"), ("norm1", "norm2", "norm3"),
+    ("dropout", "dropout1", "dropout2", "dropout3"),
+)  # fmt: skip
+
+
+class _Layer(NamedTuple):
+    """A layer whose parts come to their formulas.
+
+    Attributes:
+        activation: its number in a call.
+        products: operands of in_proj and out_proj of each attention, of linear1 and linear2.
+        norms: weight and bias of each.
+    """
+
+    attentions: list[Any]
+    batch_first: bool
+    activation: int
+    products: list[Any]
+    norms: list[Tensor | None]
+    epsilons: list[float]
+
+
+def _plain_layer(module: Any, names: _Names) -> _Layer | None:
+    parts = module.__dict__["_modules"]
+    try:
+        attentions = [parts[name] for name in names.attentions]
+        norms = [parts[name] for name in names.norms]
+        dropouts = [parts[name] for name in names.dropouts]
+        first, second = parts["linear1"], parts["linear2"]
+    except KeyError:
+        return None
+    activation = activation_name(module.activation)
+    if activation is None:
+        return None
+    batch_first, inside = True, [first, second, *norms, *dropouts]
+    products: list[Any] = []
+    for attention in attentions:
+        found = _attention_parts(attention)
+        if found is None:
             return None
-        weight, scale, bias = given
+        inside += found[0]
+        products += found[1:]
+        batch_first = batch_first and attention.__dict__["batch_first"]
+    if not are_bare(inside) or has_global_hooks():
+        return None
+    if type(first) not in LINEAR or type(second) not in LINEAR:
+        return None
+    products += (weights_of(first), weights_of(second))
+    if not all(products):
+        return None
+    found = _norms(norms)
+    if found is None:
+        return None
+    for dropout in dropouts:
+        drops = dropout.__dict__
+        if type(dropout) is not nn.Dropout or (drops["training"] and drops["p"] > 0.0):
+            return None
+    number = _linear.NUMBERS[activation]
+    return _Layer(attentions, batch_first, number, products, *found)
+
+
+def _norms(modules: Iterable[Any]) -> tuple[list[Tensor | None], list[float]] | None:
+    """Weights and biases in turn, and what is added to the variances; None of other norms."""
+    tensors: list[Tensor | None] = []
+    epsilons = []
+    for norm in modules:
+        own = norm.__dict__
+        if type(norm) is not nn.LayerNorm or len(own["normalized_shape"]) != 1:
+            return None
+        parameters = own["_parameters"]
+        tensors += (parameters["weight"], parameters["bias"])
+        epsilons.append(own["eps"])
+    return tensors, epsilons
+
+
+def _in_a_row(products: Iterable[Operands]) -> tuple[list[Any], list[Any]]:
+    """Weights and biases in turn, and the scales."""
+    tensors: list[Any] = []
+    scales = []
+    for weight, scale, bias in products:
         tensors += (weight, bias)
         scales.append(scale)
-    for norm in norms:
-        if type(norm) is not nn.LayerNorm or len(norm.__dict__["normalized_shape"]) != 1:
-            return None
-        parameters = norm.__dict__["_parameters"]
-        tensors += (parameters["weight"], parameters["bias"])
-    tensors += (attn_mask, key_padding_mask, *scales)
+    return tensors, scales
+
+
+def _fused(op: Any, tensors: list[Any], numbers: tuple[Any, ...]) -> Tensor | None:
+    """The result of an op, where nobody would see the difference."""
     if not PLAIN.issuperset(map(type, tensors)):
         return None
     if _is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
         return None
-    numbers = (
-        num_heads, _linear.NUMBERS[activation], norm_first, is_causal,
-        *(norm.__dict__["eps"] for norm in norms),
-    )  # fmt: skip
     try:
-        result: Tensor | None = _encoder.OP.fuse(_encoder.Call._make((*tensors, *numbers)))
+        result: Tensor | None = op.OP.fuse(op.Call._make((*tensors, *numbers)))
     except RuntimeError:
         return None  # what does not fit is for the parts to say
     return result
 
 
-def self_attention(module: Any, batch_first: bool = True) -> tuple[Any, Any, Any] | None:
-    """The parts of a self-attention, and weight, scale and bias of in_proj and of out_proj; None
-    of one that does more than its formula without its parts, or has its batches elsewhere."""
+def _attention_parts(module: Any) -> tuple[Any, Any, Any] | None:
+    """The parts of an attention of one width, and weight, scale and bias of in_proj and
+    of out_proj; None of one that does more than its formula without its parts."""
     if type(module) is not MultiheadAttention:
         return None
     own = module.__dict__
@@ -127,7 +342,6 @@ def self_attention(module: Any, batch_first: bool = True) -> tuple[Any, Any, Any
         or own["_backward_hooks"]
         or "forward" in own
         or own.get("_recorders")
-        or own["batch_first"] != batch_first
         or not own["_qkv_same_embed_dim"]
         or own["add_zero_attn"]
         or (own["training"] and own["dropout"] > 0.0)
@@ -149,7 +363,12 @@ def self_attention(module: Any, batch_first: bool = True) -> tuple[Any, Any, Any
 
 
 def _masks(
-    attention: Any, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
+    heads: int,
+    query: Tensor,
+    kv_len: int,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    is_causal: bool,
 ) -> tuple[Tensor | None, Tensor | None, bool] | None:
     """attn_mask, key_padding_mask and is_causal of the op; None where torch has more to say."""
     if mask is None:
@@ -157,17 +376,17 @@ def _masks(
             return None
         if padding is None:
             return None, None, False
-    batch, length, _ = src.shape
+    batch, length, _ = query.shape
     if padding is not None and not (
-        padding.dtype == torch.bool and padding.shape == (batch, length)
+        padding.dtype == torch.bool and padding.shape == (batch, kv_len)
     ):
         return None
     if mask is None:
         return None, padding, False
-    if not (mask.dtype == torch.bool or mask.dtype == src.dtype):
+    if not (mask.dtype == torch.bool or mask.dtype == query.dtype):
         return None
-    per_head = mask.shape == (batch * attention.__dict__["num_heads"], length, length)
-    if not per_head and mask.shape != (length, length):
+    per_head = mask.shape == (batch * heads, length, kv_len)
+    if not per_head and mask.shape != (length, kv_len):
         return None
     if is_causal and padding is None:  # alone, the hint stands for the mask, as in torch
         return None, None, True

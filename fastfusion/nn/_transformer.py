@@ -11,7 +11,8 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.nn.modules.transformer import _get_seq_len
 
 from fastfusion.nn import _nested
-from fastfusion.nn._layers import encoder_layer
+from fastfusion.nn._decoding import DecoderCache, decode, make_cache
+from fastfusion.nn._layers import decoder_layer, encoder_layer
 from fastfusion.nn._linear import feed_forward
 from fastfusion.nn._multihead import MultiheadAttention, settle_in
 from fastfusion.nn._tracing import be_leaf
@@ -210,9 +211,9 @@ class TransformerEncoder(nn.TransformerEncoder):
 class TransformerDecoderLayer(nn.TransformerDecoderLayer):
     """Self-attention, attention to a memory and feed-forward, as `torch.nn`'s of the same name.
 
-    Arguments, shapes, state_dict and initial weights are torch's, and so is `forward`: it calls
-    the parts, and both attentions are :class:`MultiheadAttention`. Nested targets and memories
-    work in training too.
+    Arguments, shapes, state_dict and initial weights are torch's. Every part is called, or what
+    they come to computed in one call, so hooks and replaced parts always count; both attentions are
+    :class:`MultiheadAttention`. Nested targets and memories work in training too.
     """
 
     def __init__(
@@ -257,6 +258,13 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             return _nested.around_holes(
                 tgt, lambda full: TransformerDecoderLayer.forward(self, full, *rest)
             )
+        if type(self) is TransformerDecoderLayer:
+            result = decoder_layer(
+                self, tgt, memory, (tgt_mask, memory_mask),
+                (tgt_key_padding_mask, memory_key_padding_mask), (tgt_is_causal, memory_is_causal),
+            )  # fmt: skip
+            if result is not None:
+                return result
         return super().forward(
             tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
             tgt_is_causal, memory_is_causal,
@@ -272,6 +280,13 @@ class TransformerDecoder(nn.TransformerDecoder):
 
     As in :class:`TransformerEncoder`, `tgt_is_causal=None` does not search `tgt_mask` for a causal
     one, and no mask's values are looked at.
+
+    Beyond torch's, it decodes token by token, each at the cost of one::
+
+        cache = decoder.new_cache(memory, capacity=200)
+        hidden = decoder(prompt, None, cache=cache)
+        while not done:
+            hidden = decoder(embed(next_token(hidden)), None, cache=cache)
     """
 
     def __init__(
@@ -287,30 +302,48 @@ class TransformerDecoder(nn.TransformerDecoder):
     def forward(
         self,
         tgt: Tensor,
-        memory: Tensor,
+        memory: Tensor | None,
         tgt_mask: Tensor | None = None,
         memory_mask: Tensor | None = None,
         tgt_key_padding_mask: Tensor | None = None,
         memory_key_padding_mask: Tensor | None = None,
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
+        *,
+        cache: DecoderCache | None = None,
     ) -> Tensor:
         """Pass `tgt` through all layers and the final norm.
 
         Args:
             tgt: (tgt_len, batch, d_model), (batch, tgt_len, d_model) if `batch_first`, or
                 (tgt_len, d_model).
-            memory: the same with src_len.
+            memory: the same with src_len; None with a cache, which has it.
             tgt_mask, memory_mask: (tgt_len, tgt_len) and (tgt_len, src_len), or with
                 batch * nhead in front: bool, True = must not attend, or float, added.
             tgt_key_padding_mask, memory_key_padding_mask: (batch, tgt_len) and (batch, src_len):
                 bool, True = ignore, or float, added.
             tgt_is_causal, memory_is_causal: promise that the mask is the causal one; None as
                 False.
+            cache: from `new_cache`. `tgt` are the tokens behind those that it holds, and it takes
+                them up. Each token sees those before it and itself: there are no masks but
+                `tgt_key_padding_mask`, bool (batch, all tokens so far).
 
         Returns:
             A tensor of the shape of `tgt`.
+
+        Raises:
+            ValueError: a cache that is full or does not fit, beside a memory or a mask, or in a
+                decoder whose parts are hooked or replaced, or drop out in training.
         """
+        if cache is not None:
+            given = (memory, tgt_mask, memory_mask, memory_key_padding_mask)
+            if any(t is not None for t in given) or memory_is_causal:
+                raise ValueError("with a cache, memory and masks but tgt_key_padding_mask are None")
+            self._check_decodes()
+            first: Any = self.layers[0]
+            batch_first = first.self_attn.batch_first
+            output = decode(self.layers, tgt, tgt_key_padding_mask, cache, batch_first)
+            return output if self.norm is None else self.norm(output)
         _check_rank(tgt, self.layers[0])
         if tgt.is_nested and _nested.has_holes(tgt):
             rest = (
@@ -335,6 +368,34 @@ class TransformerDecoder(nn.TransformerDecoder):
         if self.norm is not None:
             output = self.norm(output)
         return output
+
+    def new_cache(
+        self, memory: Tensor, capacity: int, memory_key_padding_mask: Tensor | None = None
+    ) -> DecoderCache:
+        """What `forward` needs to decode `capacity` tokens one after the other, with the keys and
+        values of `memory` in it.
+
+        Args:
+            memory: as of `forward`, with a batch dimension.
+            capacity: how many tokens there may be.
+            memory_key_padding_mask: bool (batch, src_len), True = ignore.
+
+        Raises:
+            TypeError, ValueError: arguments that are not as above, or a decoder with parts that are
+                hooked or replaced, or drop out in training.
+        """
+        self._check_decodes()
+        first: Any = self.layers[0]
+        batch_first = first.self_attn.batch_first
+        return make_cache(self.layers, memory, capacity, memory_key_padding_mask, batch_first)
+
+    def _check_decodes(self) -> None:
+        if len(self.layers) == 0 or any(
+            type(m) is not TransformerDecoderLayer for m in self.layers
+        ):
+            raise ValueError(
+                "a decoder with a cache must be of fastfusion.nn.TransformerDecoderLayer"
+            )
 
 
 class Transformer(nn.Transformer):

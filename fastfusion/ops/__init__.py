@@ -10,17 +10,19 @@ from fastfusion.core.op import Op
 from fastfusion.ops import bidirectional_attention as _bidirectional
 from fastfusion.ops import cross_attention_layer as _cross_attention
 from fastfusion.ops import cross_modal_layer as _cross_modal
+from fastfusion.ops import decoder_layer as _decoder
 from fastfusion.ops import encoder_layer as _encoder
 from fastfusion.ops import linear as _linear
 from fastfusion.ops import norm as _norm
 from fastfusion.ops import scaled_dot_product_attention as _attention
 from fastfusion.ops import varlen_attention as _varlen
+from fastfusion.ops._parts import AttentionWeights, FeedForwardWeights, project_memory
 from fastfusion.ops.cross_modal_layer import StreamWeights
 
 ATTENTION: tuple[Op, ...] = (_attention.OP, _bidirectional.OP, _varlen.OP)
 # Attention with the products around it.
 LAYERS: tuple[Op, ...] = (_cross_attention.OP, _cross_modal.OP)
-ALL: tuple[Op, ...] = (*ATTENTION, _linear.OP, _norm.OP, _encoder.OP, *LAYERS)
+ALL: tuple[Op, ...] = (*ATTENTION, _linear.OP, _norm.OP, _encoder.OP, _decoder.OP, *LAYERS)
 
 # The public functions, by which `explain` is asked.
 FUNCTIONS: dict[Callable[..., Any], Op] = {
@@ -30,12 +32,14 @@ FUNCTIONS: dict[Callable[..., Any], Op] = {
     _linear.linear: _linear.OP,
     _norm.norm: _norm.OP,
     _encoder.encoder_layer: _encoder.OP,
+    _decoder.decoder_layer: _decoder.OP,
     _cross_attention.cross_attention_layer: _cross_attention.OP,
     _cross_modal.cross_modal_layer: _cross_modal.OP,
 }
 
 __all__ = [
-    "ALL", "ATTENTION", "FUNCTIONS", "LAYERS", "Norm", "StreamWeights", "pack_int8", "unpack_int8",
+    "ALL", "ATTENTION", "FUNCTIONS", "LAYERS", "AttentionWeights", "FeedForwardWeights", "Norm",
+    "StreamWeights", "pack_int8", "project_memory", "unpack_int8",
 ]  # fmt: skip
 
 flops.register()

@@ -27,6 +27,15 @@ from fastfusion.core.op import Implementation, Op, never_refuses
 from fastfusion.core.torch_op import Definition
 from fastfusion.ops import linear as _linear
 from fastfusion.ops import norm as _norm
+from fastfusion.ops._parts import (
+    check_product,
+    check_separate,
+    checked,
+    normals,
+    part_of,
+    random_linear,
+    random_norm,
+)
 
 
 class Arguments(NamedTuple):
@@ -290,27 +299,15 @@ def check(given: Arguments) -> None:
         raise TypeError(f"num_heads must be an int, got {type(heads).__name__}")
     if heads < 1 or width % heads:
         raise ValueError(f"num_heads must divide the width, got {heads} and {sizes}")
-    if (given.k_proj_weight is None) != (given.v_proj_weight is None):
-        raise ValueError("k_proj_weight and v_proj_weight must both be given, or neither")
-    for name in _SEPARATE if given.k_proj_weight is None else ():
-        if getattr(given, name) is not None:
-            raise ValueError(f"{name} must be None without {name[:6]}_weight")
-    hidden = width
+    check_separate("", given)
+    x = given.input
     for name, expected in _features(_projections(given), width):
-        weight, bias, scale = (getattr(given, f"{name}_{s}") for s in ("weight", "bias", "scale"))
-        x = given.input.new_empty(0, hidden if name == "linear2" else width)
-        activation = given.activation if name == "linear1" else None
-        product = _linear.Arguments(x, weight, bias, weight_scale=scale, activation=activation)
-        _checked(name, _linear.check, product)
-        features = (weight if scale is None else scale).shape[0]
-        if expected is not None and features != expected:
-            raise ValueError(f"{name}_weight must have {expected} features, got {features}")
-        hidden = features if name == "linear1" else hidden
-    if hidden == 0:
-        raise ValueError("linear1_weight must have a feature at least, got 0")
+        options = {"activation": given.activation} if name == "linear1" else {}
+        features = check_product(name, part_of(given, name), x, expected, **options)
+        x = x.new_empty(0, features if name == "linear1" else width)
     for name in ("norm1", "norm2"):
         weight, bias, eps = (getattr(given, f"{name}_{s}") for s in ("weight", "bias", "eps"))
-        _checked(name, _norm.check, _norm.Arguments(given.input, weight, bias, eps=eps))
+        checked(name, _norm.check, _norm.Arguments(given.input, weight, bias, eps=eps))
     arguments.check_flag("norm_first", given.norm_first)
     arguments.check_flag("is_causal", given.is_causal)
     target = (batch, heads, length, length)
@@ -318,14 +315,6 @@ def check(given: Arguments) -> None:
     arguments.check_padding_mask(
         "key_padding_mask", given.key_padding_mask, given.input, (batch, length), sizes
     )
-
-
-def _checked(name: str, check: Any, given: Any) -> None:
-    """`check`, with the layer's name before the argument's."""
-    try:
-        check(given)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
 
 
 def normalize(given: Arguments) -> Call:
@@ -420,13 +409,7 @@ def inputs(
             norm_first and is_causal (bools), separate (a bool: weights of key and value apart), and
             padding, the fraction of hidden keys.
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    device = torch.get_default_device() if device is None else device
-
-    def normal(*size: int, scale: float = 1.0) -> Tensor:
-        numbers = torch.randn(size, generator=generator, device="cpu") * scale
-        return numbers.to(device=device, dtype=dtype)
-
+    normal = normals(dtype, device, seed)
     batch, length, width = shape.get("batch", 1), shape["length"], shape["dim"]
     call: dict[str, Any] = {"input": normal(batch, length, width), "num_heads": shape["heads"]}
     sizes = {"in_proj": (3 * width, width), "out_proj": (width, width)}
@@ -434,18 +417,16 @@ def inputs(
         sizes |= dict.fromkeys(("in_proj", "k_proj", "v_proj"), (width, width))
     sizes |= {"linear1": (shape["ffn"], width), "linear2": (width, shape["ffn"])}
     for name, (features, columns) in sizes.items():
-        call[f"{name}_weight"] = normal(features, columns, scale=columns**-0.5)
-        call[f"{name}_bias"] = normal(features, scale=0.1)
+        call[f"{name}_weight"], call[f"{name}_bias"] = random_linear(normal, features, columns)
     for name in ("norm1", "norm2"):
-        call[f"{name}_weight"] = 1.0 + normal(width, scale=0.1)
-        call[f"{name}_bias"] = normal(width, scale=0.1)
+        call[f"{name}_weight"], call[f"{name}_bias"], _ = random_norm(normal, width)
     call["activation"] = shape.get("activation", "gelu")
     call["norm_first"] = bool(shape.get("norm_first"))
     call["is_causal"] = bool(shape.get("is_causal"))
     if shape.get("padding"):
         hidden = int(length * shape["padding"])
         call["key_padding_mask"] = (
-            (torch.arange(length) >= length - hidden).expand(batch, length).to(device)
+            (torch.arange(length) >= length - hidden).expand(batch, length).to(call["input"].device)
         )
     return call
 

@@ -6,6 +6,7 @@
 #include "cpu/bidirectional/forward.h"
 #include "cpu/gemm/peak.h"
 #include "cpu/layers/cross_layers.h"
+#include "cpu/layers/decoder_layer.h"
 #include "cpu/layers/encoder_layer.h"
 
 namespace ff {
@@ -28,6 +29,7 @@ constexpr KernelTable table(const char* isa) {
           linear<HalfMath>,
           norm,
           encoder_layer<HalfMath>,
+          decoder_layer<HalfMath>,
           cross_attention_layer<HalfMath>,
           cross_modal_layer<HalfMath>,
           peak_operations<HalfMath>,

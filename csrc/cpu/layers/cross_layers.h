@@ -9,40 +9,64 @@
 namespace ff {
 namespace {
 
+// The steps of a CrossAttentionLayer.
+template <class HalfMath>
+struct CrossAttentionSteps {
+  const LayerSteps<HalfMath>& steps;
+  const CrossAttentionLayer& p;
+
+  int64_t inner() const { return p.attention.heads * p.attention.head_dim; }
+  LayerRows query() const {
+    return {p.query, p.attention.batch, p.attention.q_len, p.query_dim, p.query_row};
+  }
+  LayerRows context() const {
+    return {p.context, p.attention.batch, p.attention.kv_len, p.context_dim, p.context_row};
+  }
+  int64_t of_query() const { return steps.bytes(query().count(), inner()); }
+  int64_t of_context() const { return p.context ? steps.bytes(context().count(), 2 * inner()) : 0; }
+  int64_t of_query_norm() const {
+    return p.query_norm ? steps.bytes(query().count(), p.query_dim) : 0;
+  }
+  int64_t of_context_norm() const {
+    return p.context_norm ? steps.bytes(context().count(), p.context_dim) : 0;
+  }
+  int64_t bytes() const {
+    return 2 * of_query() + of_context() + of_query_norm() + of_context_norm();
+  }
+
+  // In `memory` of so many bytes. `out` may be `residual`.
+  void run(char* memory, ParallelFor parallel) const {
+    AttentionForward attention = p.attention;
+    const int64_t dim = attention.head_dim, inner = this->inner();
+    char *const queries = memory, *const attended = memory + of_query();
+    char *const keys = attended + of_query(), *const norms = keys + of_context();
+
+    const LayerRows asking =
+        p.query_norm ? steps.normalize(*p.query_norm, query(), norms) : query();
+    attention.query = steps.heads(steps.product(p.q_proj, asking, inner, queries), 0, inner, dim);
+    if (p.context && context().count() > 0) {
+      const LayerRows asked =
+          p.context_norm ? steps.normalize(*p.context_norm, context(), norms + of_query_norm())
+                         : context();
+      const LayerRows both = steps.product(p.kv_proj, asked, 2 * inner, keys);
+      attention.key = steps.heads(both, 0, inner, dim);
+      attention.value = steps.heads(both, 1, inner, dim);
+    }
+    attention.out = steps.joined(attended, attention.q_len, inner, dim);
+    if (!*attention.out_of_memory) attention_forward<HalfMath>(attention, parallel);
+
+    const LayerRows gathered = steps.side_by_side(query(), attended, inner);
+    const LayerRows residual{p.residual, query().batch, query().length, p.out_dim, p.residual_row};
+    steps.product(p.out_proj, gathered, p.out_dim, p.out, p.residual ? &residual : nullptr);
+  }
+};
+
 template <class HalfMath>
 void cross_attention_layer(const CrossAttentionLayer& p, ParallelFor parallel) {
   const LayerSteps<HalfMath> steps(p.attention, parallel);
-  AttentionForward attention = p.attention;
-  const int64_t dim = attention.head_dim, inner = attention.heads * dim;
-  const LayerRows query{p.query, attention.batch, attention.q_len, p.query_dim, p.query_row};
-  const LayerRows context{p.context, attention.batch, attention.kv_len, p.context_dim,
-                          p.context_row};
-  if (query.count() == 0) return;
-  const int64_t of_query = steps.bytes(query.count(), inner);
-  const int64_t of_context = p.context ? steps.bytes(context.count(), 2 * inner) : 0;
-  const int64_t normed = (p.query_norm ? steps.bytes(query.count(), p.query_dim) : 0) +
-                         (p.context_norm ? steps.bytes(context.count(), p.context_dim) : 0);
-  char* memory = steps.memory(2 * of_query + of_context + normed);
-  if (!memory) return;
-  char *const queries = memory, *const attended = memory + of_query;
-  char *const keys = attended + of_query, *const norms = keys + of_context;
-
-  const LayerRows asking = p.query_norm ? steps.normalize(*p.query_norm, query, norms) : query;
-  attention.query = steps.heads(steps.product(p.q_proj, asking, inner, queries), 0, inner, dim);
-  if (p.context && context.count() > 0) {
-    char* const into = norms + (p.query_norm ? steps.bytes(query.count(), p.query_dim) : 0);
-    const LayerRows asked =
-        p.context_norm ? steps.normalize(*p.context_norm, context, into) : context;
-    const LayerRows both = steps.product(p.kv_proj, asked, 2 * inner, keys);
-    attention.key = steps.heads(both, 0, inner, dim);
-    attention.value = steps.heads(both, 1, inner, dim);
-  }
-  attention.out = steps.joined(attended, attention.q_len, inner, dim);
-  if (!*attention.out_of_memory) attention_forward<HalfMath>(attention, parallel);
-
-  const LayerRows gathered = steps.side_by_side(query, attended, inner);
-  const LayerRows residual{p.residual, query.batch, query.length, p.out_dim, p.residual_row};
-  steps.product(p.out_proj, gathered, p.out_dim, p.out, p.residual ? &residual : nullptr);
+  const CrossAttentionSteps<HalfMath> cross{steps, p};
+  if (cross.query().count() == 0) return;
+  if (char* memory = steps.memory(cross.bytes())) cross.run(memory, parallel);
 }
 
 // What a stream of a CrossModalLayer has in memory.
