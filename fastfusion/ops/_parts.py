@@ -271,7 +271,10 @@ def project_memory(
             "memory must be (batch, memory_length, memory_width) and num_heads divide the width, "
             f"got {num_heads} and {arguments.shapes(memory=memory)}"
         )
-    key, value = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (key, value))
+    # A head's rows side by side, as one that is read for every token should be.
+    key, value = (
+        t.unflatten(-1, (num_heads, -1)).transpose(1, 2).contiguous() for t in (key, value)
+    )
     return key, value
 
 
