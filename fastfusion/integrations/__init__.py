@@ -1,7 +1,10 @@
 """What other tools need to know of the ops; a module for each, imported when the tool is.
 
+- `diffusers`: attention processors of its models.
 - `onnx`: torch's exporters to ONNX.
+- `timm`: blocks and attention of its models.
 - `transformers`: attention and layers of its models.
+- `xformers`: its `memory_efficient_attention`; works without xformers, too.
 """
 
 import warnings
@@ -35,8 +38,6 @@ on_import("transformers.modeling_utils", _transformers)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "onnx":
-        return _onnx()
-    if name == "transformers":
-        return import_module("fastfusion.integrations.transformers")
+    if name in ("diffusers", "onnx", "timm", "transformers", "xformers"):
+        return import_module(f"fastfusion.integrations.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
