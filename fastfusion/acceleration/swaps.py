@@ -15,6 +15,7 @@ from typing import Protocol
 
 from torch import nn
 
+from fastfusion.integrations.swaps import DIFFUSERS, TIMM
 from fastfusion.nn._linear import AcceleratedLinear, feed_forward_of
 from fastfusion.nn._multihead import move_out, settle_in
 from fastfusion.nn._transformer import REPLACEMENTS
@@ -209,3 +210,7 @@ def _torch_swap(module: nn.Module) -> Swap | None:
 _TORCH = {**REPLACEMENTS, nn.Linear: AcceleratedLinear}
 for _source in (*_TORCH, nn.Sequential):
     register_swap(_source, _torch_swap)
+for _name, _factory in TIMM.items():
+    register_swap(_name, _factory)
+for _name, _factory in DIFFUSERS.items():
+    register_swap(_name, _factory, subclasses=True)

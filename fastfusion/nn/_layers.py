@@ -15,7 +15,7 @@ from fastfusion.core.arguments import PLAIN
 from fastfusion.core.layers import Norm
 from fastfusion.nn._linear import LINEAR, runs_on_cpu, weights_of
 from fastfusion.nn._multihead import MultiheadAttention, stay_visible
-from fastfusion.nn._plain import activation_name, are_bare, has_global_hooks
+from fastfusion.nn._plain import activation_name, are_bare, has_global_hooks, is_layer_norm
 from fastfusion.nn._quantized import Operands, part
 from fastfusion.ops import decoder_layer as _decoder
 from fastfusion.ops import encoder_layer as _encoder
@@ -297,9 +297,9 @@ def _norms(modules: Iterable[Any]) -> tuple[list[Tensor | None], list[float]] | 
     tensors: list[Tensor | None] = []
     epsilons = []
     for norm in modules:
-        own = norm.__dict__
-        if type(norm) is not nn.LayerNorm or len(own["normalized_shape"]) != 1:
+        if not is_layer_norm(norm):
             return None
+        own = norm.__dict__
         parameters = own["_parameters"]
         tensors += (parameters["weight"], parameters["bias"])
         epsilons.append(own["eps"])

@@ -5,6 +5,7 @@ class in its place, autocast, a transform) leaves the call to the module. So do 
 fuses by itself, and exported programs, in which torch's own layers mean more to others.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -91,22 +92,32 @@ class AcceleratedFeedForward(nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         found = _feed_forward_parts([*self._modules.values()])
-        if found is None or has_global_hooks():
+        if found is None:
             return super().forward(input)
         first, activation, name, second, dropouts = found
-        own, others = large_weights_of(first), large_weights_of(second)
-        if (
-            own is None
-            or others is None
-            or not (is_linear(first) and is_linear(second) and is_bare(activation))
-            or not all(map(does_nothing, dropouts))
-            or not (runs(input, *own) and runs(input, *others))
-        ):
-            return super().forward(input)
-        weight, scale, bias = own
-        hidden = linear(input, weight, bias, weight_scale=scale, activation=name)
-        weight, scale, bias = others
-        return linear(hidden, weight, bias, weight_scale=scale)
+        result = two_layers(input, first, activation, name, second, dropouts)
+        return super().forward(input) if result is None else result
+
+
+def two_layers(
+    input: Any, first: Any, activation: Any, name: str, second: Any, dropouts: Iterable[Any]
+) -> Tensor | None:
+    """Linear layer, activation module, linear layer and dropouts behind either in two calls, or
+    None where they may mean more than their formulas."""
+    own, others = large_weights_of(first), large_weights_of(second)
+    if (
+        own is None
+        or others is None
+        or has_global_hooks()
+        or not (is_linear(first) and is_linear(second) and is_bare(activation))
+        or not all(map(does_nothing, dropouts))
+        or not (runs(input, *own) and runs(input, *others))
+    ):
+        return None
+    weight, scale, bias = own
+    hidden = linear(input, weight, bias, weight_scale=scale, activation=name)
+    weight, scale, bias = others
+    return linear(hidden, weight, bias, weight_scale=scale)
 
 
 def feed_forward_of(module: nn.Module) -> type[nn.Module] | None:

@@ -19,7 +19,9 @@ from fastfusion.core import arguments
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # torch fills these and never replaces them.
 _GLOBAL_HOOKS: list[dict[int, Any]] = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
-_ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+ACTIVATION_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+# Classes of other libraries whose layers are torch's layer norm, and whether this one is.
+LAYER_NORMS: dict[type, Callable[[Any], bool]] = {nn.LayerNorm: lambda module: True}
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
 # torch.set_default_device, and `explain`, which describes what runs without it.
 _HARMLESS_MODES = (DeviceContext, Watching)
@@ -113,6 +115,12 @@ def is_plain_call(
     return True
 
 
+def is_layer_norm(module: Any) -> bool:
+    """Whether the forward of this module is a layer norm over the last dimension."""
+    is_one = LAYER_NORMS.get(type(module))
+    return is_one is not None and is_one(module) and len(module.__dict__["normalized_shape"]) == 1
+
+
 def parameters(module: Any) -> tuple[Any, Any]:
     """`module.weight` and `module.bias`, of a linear layer or a norm."""
     own = module.__dict__["_parameters"]
@@ -132,4 +140,4 @@ def activation_module_name(module: Any) -> str | None:
     """The same for an activation that is a module."""
     if type(module) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-    return _ACTIVATION_MODULES.get(type(module))
+    return ACTIVATION_MODULES.get(type(module))
