@@ -9,7 +9,7 @@ from transformers.models.blip import modeling_blip as vision
 from transformers.models.blip import modeling_blip_text as text
 from transformers.models.blip_2 import modeling_blip_2 as blip_2
 
-from fastfusion.integrations.transformers import _blocks, _steps
+from fastfusion.integrations.transformers import _blocks, _few_to_many, _steps
 from fastfusion.integrations.transformers._interface import wants_weights
 
 
@@ -67,6 +67,10 @@ class BlipTextSelfAttention(text.BlipTextSelfAttention):
             return super().forward(*given, past_key_values, **kwargs)
         count = self.num_attention_heads
         query = _steps.heads(_steps.linear(self.query, hidden_states), count)
+        if encoder_hidden_states is not None and past_key_values is None:
+            out = _few_to_many.attend(query, encoder_hidden_states, self, mask)
+            if out is not None:
+                return out, None
         key, value = self._keys_and_values(hidden_states, encoder_hidden_states, past_key_values)
         return _steps.attend(query, key, value, mask), None
 

@@ -113,7 +113,7 @@ def attention(
             f'attn_implementation="{NAME}" has no paged cache; use "sdpa" for continuous batching'
         )
     q_len, kv_len = query.shape[2], key.shape[2]
-    causal: Any = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal: Any = _is_causal(module) if is_causal is None else is_causal
     causal = q_len > 1 and attention_mask is None and causal
     if type(causal) is not bool:  # tracers count lengths in tensors
         causal = bool(causal)
@@ -141,6 +141,15 @@ def attention(
         scaling, query.shape[1] != key.shape[1],
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
+
+
+def _is_causal(module: torch.nn.Module) -> Any:
+    """What a module says of itself, of which one is known to be wrong: BridgeTower's cross-modal
+    layers say that they are causal, see findings/, as only their decoder is."""
+    says = getattr(module, "is_causal", True)
+    if says and type(module).__name__ == "BridgeTowerSelfAttention":
+        return module.is_decoder
+    return says
 
 
 def attention_mask(

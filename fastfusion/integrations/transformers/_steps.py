@@ -113,8 +113,15 @@ def is_known(module: Any, x: Tensor) -> bool:
     return own is not None and type(module) in LINEAR and is_bare(module) and runs(x, *own)
 
 
+def weight_type(module: Any) -> torch.dtype:
+    """Of such a layer; uint8 of a packed one."""
+    own = weights_of(module)
+    assert own is not None
+    return own[0].dtype
+
+
 def weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
-    """Of such a layer, whose weight may be narrower than its input."""
+    """Of such a layer, in the dtype of its input."""
     if isinstance(module, QuantizedLinear):
         return module.dequantize(), module.bias
     return module.weight, module.bias
