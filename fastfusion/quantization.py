@@ -190,6 +190,7 @@ def quantize(
     modules: Any = None,
     example_inputs: Any = None,
     bound: float = 0.99,
+    tied: bool = False,
 ) -> QuantizationReport:
     """Give the linear layers of a model weights of 8-bit integers or bfloat16, in place.
 
@@ -224,6 +225,9 @@ def quantize(
             is called once, in eval mode, and layers are compared on the inputs that they get.
             Without them on random ones.
         bound: a layer whose output has a lower cosine similarity with what it was stays as it is.
+        tied: also take a layer whose weight a `torch.nn.Embedding` has too, as the last one of a
+            language model: it gets a weight of its own, and the embedding keeps the wide one. Each
+            token is faster for more memory.
 
     Returns:
         A row for each layer, and the memory of the model.
@@ -246,7 +250,7 @@ def quantize(
     args, kwargs = _arguments(example_inputs)
     before = _memory(model)
     candidates = [c for c in _candidates(model) if c.name in selected]
-    _leave_shared(model, candidates)
+    _leave_shared(model, candidates, tied)
     with torch.no_grad():
         for c in candidates:
             c.reason = c.reason or _reason(c, weights)
@@ -416,10 +420,13 @@ def _reason(candidate: _Candidate, weights: str) -> str | None:
     return None
 
 
-def _leave_shared(model: nn.Module, candidates: list[_Candidate]) -> None:
-    """Leave alone weights that something else than these layers has too."""
+def _leave_shared(model: nn.Module, candidates: list[_Candidate], tied: bool) -> None:
+    """Leave alone weights that something else than these layers, and embeddings if those may, has
+    too."""
     free = {(id(c.weight), id(c.owner)) for c in candidates if c.reason is None}
     for name, module in model.named_modules():
+        if tied and type(module) is nn.Embedding:
+            continue
         for parameter in module._parameters.values():
             for c in candidates if (id(parameter), id(module)) not in free else ():
                 if c.weight is parameter and c.reason is None:

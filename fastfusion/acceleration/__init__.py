@@ -58,11 +58,13 @@ def accelerate(
     Args:
         model: any module. Of a compiled, scripted or sharded one: its parts, before.
         weights: "bf16" or "int8" make the weights of linear layers narrower, see
-            :func:`fastfusion.quantize`: for inference only, and not to be taken back. "int8" adds
-            scales to a state_dict.
+            :func:`fastfusion.quantize` with `tied`: for inference only, and not to be taken back.
+            "int8" adds scales to a state_dict.
         example_inputs: arguments of `model`: a tuple, a dict of keyword arguments or one tensor.
             With them outputs and times before and after are compared, in eval mode; layers that
-            bring the outputs too far apart are found by bisection and left as they were.
+            bring the outputs too far apart are found by bisection and left as they were. What a
+            keyword `attention_mask` (batch, length) hides in outputs (batch, length, ...) does not
+            count.
         atol: how far apart outputs may be; by default a share of the largest output, by its dtype
             and `weights`.
         inplace: work on the model itself, else on a copy.
@@ -315,7 +317,9 @@ class _Work:
         }
         example = self.example
         with nullcontext() if example is None else example.quietly():
-            report = quantize(self.model, self.weights, example_inputs=self.example_inputs)
+            report = quantize(
+                self.model, self.weights, example_inputs=self.example_inputs, tied=True
+            )
         rows = {row.name: row for row in report.layers}
         if example is not None:
             bound = self.bound = self._limit(self.weights)

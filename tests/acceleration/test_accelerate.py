@@ -336,6 +336,48 @@ def test_a_model_that_differs_from_call_to_call_is_named() -> None:
     assert "differs by 1.00e+00 from call to call" in report.notes[0]
 
 
+def test_padding_does_not_count() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 256)
+
+        def forward(self, x: Tensor, attention_mask: Tensor, decoder_x: Any = None) -> Tensor:
+            wild = (1 - attention_mask)[:, :, None] * (type(self.linear) is not nn.Linear)
+            return self.linear(x) + 9.0 * wild
+
+    mask = (torch.arange(20).expand(2, 20) < 15).long()
+    for given, deviates in (
+        ({"attention_mask": mask}, False),
+        ({"attention_mask": mask, "decoder_x": X}, True),
+        ({"attention_mask": mask.float()}, True),
+    ):
+        report = ff.accelerate(Padded(), example_inputs={"x": X, **given}).fastfusion_report
+        assert bool(report.kept) == deviates
+
+
+def test_a_language_models_last_layer_gets_a_weight_of_its_own() -> None:
+    class Language(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(1000, 128)
+            self.head = nn.Linear(128, 1000, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.embed(ids))
+
+    model, ids = Language().eval(), torch.arange(20)[None]
+    wide, before = model.embed.weight, model.embed(ids)
+    ff.accelerate(model, weights="int8", example_inputs=ids)
+    assert model.embed.weight is wide and isinstance(model.head, ff.nn.QuantizedLinear)
+    assert torch.equal(model.embed(ids), before)
+    report = model.fastfusion_report
+    assert report.bytes_before < report.bytes_after < 1.3 * report.bytes_before
+    ff.accelerate(model := Language().eval(), weights="int8", example_inputs=ids, atol=1e-9)
+    assert model.head.weight is model.embed.weight, "taken back, and tied again"
+
+
 def test_nan_counts_where_it_is_new() -> None:
     from fastfusion.acceleration.verification import deviation
 

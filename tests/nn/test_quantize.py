@@ -253,6 +253,23 @@ class Holder(nn.Module):
         return self.b(self.a(x))
 
 
+def test_an_embedding_may_keep_the_weight() -> None:
+    def tied_to_words() -> nn.ModuleList:
+        model = nn.ModuleList([nn.Embedding(96, 70), nn.Linear(70, 96, bias=False)])
+        model[1].weight = model[0].weight
+        return model
+
+    (row,) = ff.quantize(model := tied_to_words()).layers
+    assert row.reason == "0 has the same weight" and model[1].weight is model[0].weight
+    (row,) = ff.quantize(model := tied_to_words(), tied=True).layers
+    assert row.reason is None and isinstance(model[1], ff.nn.QuantizedLinear)
+    assert model[0].weight.dtype == torch.float32
+    other = nn.ModuleList([*tied_to_words(), nn.Linear(70, 96)])
+    other[2].weight = other[1].weight
+    assert all(row.reason is None for row in ff.quantize(other, tied=True).layers)
+    assert other[1].packed is other[2].packed
+
+
 def tied() -> nn.Module:
     model = nn.ModuleDict({"a": nn.Embedding(200, 96), "b": nn.Linear(96, 200)})
     model["b"].weight = model["a"].weight
