@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastfusion info | demo | explain | bench | train``."""
+"""The command line: ``python -m fastfusion info | demo | accelerate | explain | bench | train``."""
 
 import argparse
 import sys
@@ -62,6 +62,24 @@ def _parser() -> argparse.ArgumentParser:
         "--question-only", action="store_true", help="only the baseline that sees no image"
     )
     train.add_argument("--resume", action="store_true", help="go on from OUTPUT.state")
+
+    accelerate = commands.add_parser(
+        "accelerate",
+        help="run a script with every model that it builds accelerated, without editing it",
+        usage="python -m fastfusion accelerate [--weights {bf16,int8}] [--check] SCRIPT.py ...",
+    )
+    accelerate.add_argument(
+        "--weights", choices=("bf16", "int8"), help="make the weights of linear layers narrower"
+    )
+    accelerate.add_argument(
+        "--check",
+        action="store_true",
+        help="prove on the inputs of its first call that each model computes the same",
+    )
+    accelerate.add_argument("script", type=Path, metavar="SCRIPT.py")
+    accelerate.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="...", help="of the script"
+    )
 
     # Its options are those of fastfusion.benchmarks, which main() hands over to.
     commands.add_parser("bench", help="time the ops beside their peers", add_help=False)
@@ -128,6 +146,16 @@ def _train(arguments: argparse.Namespace) -> None:
     )
 
 
+def _accelerate(arguments: argparse.Namespace) -> int:
+    from fastfusion.acceleration.script import run
+
+    script = arguments.script
+    if not script.is_file():
+        print(f"python -m fastfusion accelerate: there is no file {script}", file=sys.stderr)
+        return 2
+    return run(script, arguments.arguments, weights=arguments.weights, check=arguments.check)
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     rounds = {} if arguments.rounds is None else {"rounds": arguments.rounds}
     if arguments.model == "whisper":
@@ -153,6 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bench(argv[1:]) or 0
 
     arguments = _parser().parse_args(argv)
+    if arguments.command == "accelerate":
+        return _accelerate(arguments)
     if arguments.command == "info":
         import fastfusion as ff
 
