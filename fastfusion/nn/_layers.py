@@ -109,7 +109,8 @@ def cached_decoder_layer(
     heads = layer.attentions[0].__dict__["num_heads"]
     in_proj, out_proj, cross, cross_out, first, second = layer.products
     query = part(cross, 0, 1, tgt.shape[2])
-    products = (in_proj, TOGETHER, TOGETHER, out_proj, query, TOGETHER, TOGETHER, cross_out, first, second)
+    own, others = (in_proj, TOGETHER, TOGETHER, out_proj), (query, TOGETHER, TOGETHER, cross_out)
+    products = (*own, *others, first, second)
     tensors, scales = _in_a_row(products)
     tensors = [
         tgt, *tensors, *layer.norms, None, *memory, None, None, padding, memory_padding, *scales,
@@ -137,7 +138,7 @@ def project_memory(module: Any, memory: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: as of `cached_decoder_layer`.
     """
-    found = _attention_parts(module.multihead_attn)
+    found = attention_parts(module.multihead_attn)
     if found is None or found[1] is None or found[2] is None:
         raise ValueError("multihead_attn is replaced or hooked, or drops out in training")
     heads: int = module.multihead_attn.num_heads
@@ -268,7 +269,7 @@ def _plain_layer(module: Any, names: _Names) -> _Layer | None:
     batch_first, inside = True, [first, second, *norms, *dropouts]
     products: list[Any] = []
     for attention in attentions:
-        found = _attention_parts(attention)
+        found = attention_parts(attention)
         if found is None:
             return None
         inside += found[0]
@@ -281,15 +282,15 @@ def _plain_layer(module: Any, names: _Names) -> _Layer | None:
     products += (weights_of(first), weights_of(second))
     if not all(products):
         return None
-    found = _norms(norms)
-    if found is None:
+    own_norms = _norms(norms)
+    if own_norms is None:
         return None
     for dropout in dropouts:
         drops = dropout.__dict__
         if type(dropout) is not nn.Dropout or (drops["training"] and drops["p"] > 0.0):
             return None
     number = _linear.NUMBERS[activation]
-    return _Layer(attentions, batch_first, number, products, *found)
+    return _Layer(attentions, batch_first, number, products, *own_norms)
 
 
 def _norms(modules: Iterable[Any]) -> tuple[list[Tensor | None], list[float]] | None:
@@ -329,7 +330,7 @@ def _fused(op: Any, tensors: list[Any], numbers: tuple[Any, ...]) -> Tensor | No
     return result
 
 
-def _attention_parts(module: Any) -> tuple[Any, Any, Any] | None:
+def attention_parts(module: Any) -> tuple[Any, Any, Any] | None:
     """The parts of an attention of one width, and weight, scale and bias of in_proj and
     of out_proj; None of one that does more than its formula without its parts."""
     if type(module) is not MultiheadAttention:

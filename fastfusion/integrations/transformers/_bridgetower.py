@@ -13,7 +13,7 @@ from transformers.models.bridgetower import modeling_bridgetower as source
 
 from fastfusion.integrations.transformers import _blocks, _steps
 from fastfusion.integrations.transformers._interface import wants_weights
-from fastfusion.nn._layers import self_attention
+from fastfusion.nn._layers import attention_parts
 
 
 class BridgeTowerTextLayer(source.BridgeTowerTextLayer):
@@ -85,8 +85,8 @@ class BridgeTowerResidualAttention(source.BridgeTowerResidualAttention):
     def forward(self, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Any:
         attention, mlp = self.attn, self.mlp
         found = None
-        if attention_mask is None and self.attn_mask is None:
-            found = self_attention(attention, batch_first=False)
+        if attention_mask is None and self.attn_mask is None and not attention.batch_first:
+            found = attention_parts(attention)
         if found is not None:
             inside, in_proj, _ = found
             result = _blocks.encoder_layer(
