@@ -441,10 +441,11 @@ def test_goals_of_layers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     effort = cpu_goals.Effort(rounds=1, min_time=0.0, most=1e8)
     machine = roofline.Machine(dict.fromkeys(("float32", "bfloat16", "int8"), 1e12), 1e10)
     sections = dict(layer_goals.run(effort, machine))
-    assert len(sections) == 15
+    assert len(sections) == 16
     found = {f"{about}: {goal.name}": goal for about, some in sections.items() for goal in some}
     unmeasured = [name for name, goal in found.items() if goal.value is None]
-    assert all("tokens, 768" in name or "best peer" in name for name in unmeasured), unmeasured
+    without = ("tokens, 768", "best peer", "beside transformers")  # which need not be installed
+    assert all(any(about in name for about in without) for name in unmeasured), unmeasured
     assert found["layers, int8: torch.nn in float32, 20 tokens"].limit == 8
     for name, goal in found.items():
         if "same bits" in name or "answers lost" in name or "lowest cosine" in name:

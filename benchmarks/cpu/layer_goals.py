@@ -22,7 +22,7 @@ from fastfusion.backends import library
 from ..common import machine, ops, shapes
 from ..common.results import OURS, Goal
 from ..common.timing import Spread, geometric_mean
-from . import exported, layers, narrow
+from . import decoding, exported, layers, narrow
 from .goals import Effort, threads, under
 from .results import Row, cosine_cell
 from .roofline import COMPUTED_IN, Machine
@@ -61,6 +61,7 @@ def run(effort: Effort, ceilings: Machine) -> Iterator[tuple[str, list[Goal]]]:
     for precision in PRECISIONS:
         yield f"layers, {precision}", [*whole(precision, effort, ceilings)]
     yield "layers of next to no work", [*tiny(effort)]
+    yield "a decoder's token beside transformers, 6 layers 512 wide", [*decoding.run(effort)]
     yield "layers, 2 threads against 1", threads(effort, "layer_goals")
     yield "layers, memory", [*memory()]
     yield "layers, first call after new weights", [*renewed(effort)]
