@@ -414,6 +414,32 @@ void check_layer(Type type, bool norm_first, const char* about) {
   bool same = !out_of_memory;
   for (size_t i = 0; i < whole.exact.size(); ++i) same = same && whole.value(i) == steps.value(i);
   if (!same) ++failures, std::printf("%s encoder layer: not the bits of its steps\n", about);
+
+  // Without a memory a decoder layer is the same; with a cache it reads keys and values there.
+  ff::DecoderLayer decoder{};
+  decoder.attention = a, decoder.width = kWidth, decoder.hidden = kHidden;
+  decoder.x = layer.x, decoder.x_row = kWidth, decoder.in_proj = layer.in_proj;
+  decoder.out_proj = layer.out_proj, decoder.linear1 = layer.linear1;
+  decoder.linear2 = layer.linear2, decoder.norm1 = decoder.norm3 = layer.norm1;
+  decoder.norm_first = norm_first, decoder.activation = layer.activation;
+  for (const bool cached : {false, true}) {
+    Tensor result = empty(kWidth), keys = empty(kWidth), values = empty(kWidth);
+    decoder.out = result.out().data;
+    if (cached) {
+      decoder.key_cache = {keys.out().data, kLength * kWidth, kHead, kWidth, 1};
+      decoder.value_cache = {values.out().data, kLength * kWidth, kHead, kWidth, 1};
+    }
+    ff::kernels().decoder_layer(decoder, serial);
+    same = !out_of_memory;
+    for (size_t i = 0; i < result.exact.size(); ++i) {
+      same = same && result.value(i) == whole.value(i);
+      if (!cached) continue;
+      const size_t row = i / kWidth * 3 * kWidth + i % kWidth;
+      same = same && keys.value(i) == heads.value(row + kWidth);
+      same = same && values.value(i) == heads.value(row + 2 * kWidth);
+    }
+    if (!same) ++failures, std::printf("%s decoder layer: not the encoder's bits\n", about);
+  }
 }
 
 }  // namespace
