@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkout import ROOT, build_script
 
 import fastfusion as ff
 from fastfusion.backends import library
 from fastfusion.core import torch_op
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
 EMULATE = runpy.run_path(str(ROOT / "tests/native/emulate.py"), run_name="checks")
 native = library.native
 pytestmark = pytest.mark.skipif(native is None, reason="the compiled part is not built")
@@ -59,7 +58,7 @@ class TestInstructionSets:
     @pytest.mark.parametrize("isa", native.isas(runnable=True) if native is not None else [])
     def test_parts_of_the_kernels(self, isa: str, check: str, tmp_path: Path) -> None:
         """The vector type, exponentials, products, packing and masks against scalar code."""
-        compiler = BUILD["find_compiler"]()
+        compiler = build_script()["find_compiler"]()
         if compiler is None:
             pytest.skip("no C++ compiler")
         program = EMULATE["build_check"](check, compiler, platform.machine(), isa, tmp_path)
@@ -143,7 +142,7 @@ assert resident() - before < 24 << 20, "a large call keeps its memory"
 
 def test_tasks_of_a_mask_gradient(tmp_path: Path) -> None:
     """Of 3 entries with 4 heads: one for each slice, entry, head, and one where all share sums."""
-    compiler = BUILD["find_compiler"]()
+    compiler = build_script()["find_compiler"]()
     if compiler is None:
         pytest.skip("no C++ compiler")
     library, program = Path(ff.__file__).parent, tmp_path / "check_tasks"

@@ -6,6 +6,7 @@ of the wider set in narrower code, or before the choice, would stop it. Before c
 what the kernels are made of, one program for each instruction set.
 """
 
+import functools
 import platform
 import runpy
 import shlex
@@ -14,9 +15,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
 # Architecture: compiler, emulator, and its processors, each beside the best set that must run.
 TARGETS = {
     "x86_64": ("x86_64-linux-gnu-g++", "qemu-x86_64", {"max": "avx2", "Nehalem": "scalar"}),
@@ -30,14 +31,20 @@ TARGETS = {
 CHECKS = ("vector", "parts")
 
 
+@functools.cache
+def flags() -> dict[str, Any]:
+    """The names of setup.py."""
+    return runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
+
+
 def build_check(name: str, compiler: list[str], architecture: str, isa: str, folder: Path) -> Path:
     """A check of what the kernels of an instruction set are made of. Not optimised: an instruction
     means the same, and it compiles in a third of the time."""
-    flags = [*shlex.split(BUILD["ISA_FLAGS"][architecture][isa]), "-O0"]
+    own = [*shlex.split(flags()["ISA_FLAGS"][architecture][isa]), "-O0"]
     defines = [f'-DFF_SIMD="cpu/isa/{isa}.h"', *["-DFF_BFLOAT16"] * isa.endswith("bf16")]
     source = str(ROOT / f"tests/native/check_{name}.cpp")
     program = folder / f"check_{name}_{isa}"
-    command = [*compiler, *BUILD["COMPILE_FLAGS"], *flags, *defines, source, "-o", str(program)]
+    command = [*compiler, *flags()["COMPILE_FLAGS"], *own, *defines, source, "-o", str(program)]
     subprocess.run(command, cwd=ROOT, check=True)
     return program
 
@@ -56,13 +63,13 @@ def build(architecture: str, compiler: str) -> Path:
     """The check, linked with the kernels of every instruction set of the architecture."""
     folder = ROOT / "build/emulated" / architecture
     folder.mkdir(parents=True, exist_ok=True)
-    rows = BUILD["ISA_FLAGS"][architecture]
-    sources = {**BUILD["cpu_sources"](rows), "tests/native/check_kernels.cpp": []}
+    rows = flags()["ISA_FLAGS"][architecture]
+    sources = {**flags()["cpu_sources"](rows), "tests/native/check_kernels.cpp": []}
 
     def compile_one(item: tuple[str, list[str]]) -> Path:
-        source, flags = item
+        source, own = item
         target = folder / f"{Path(source).stem}.o"
-        command = [compiler, *BUILD["COMPILE_FLAGS"], *flags, "-c", source, "-o", str(target)]
+        command = [compiler, *flags()["COMPILE_FLAGS"], *own, "-c", source, "-o", str(target)]
         subprocess.run(command, cwd=ROOT, check=True)
         return target
 
@@ -75,7 +82,7 @@ def build(architecture: str, compiler: str) -> Path:
 
 def sets_until(architecture: str, best: str) -> list[str]:
     """The instruction sets of a processor, of which one is the best."""
-    sets = list(BUILD["ISA_FLAGS"][architecture])
+    sets = list(flags()["ISA_FLAGS"][architecture])
     return sets[: sets.index(best) + 1]
 
 

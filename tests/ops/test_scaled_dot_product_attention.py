@@ -121,6 +121,8 @@ CASES = [
     Case("dropout_all", "p = 1 drops everything", shape(5, 9), {"dropout_p": 1.0}),
     Case("one_sign", "long sums of one sign", shape(
         3, 4500, 8, batch=1, heads=6), edit=one_sign, in_triton={"heads": 2}),
+    *(Case(f"nearly_equal{name}", "weights that differ by a rounding or two, which long sums drop",
+           shape(q, 250), {"scale": 1e-7}, one_sign) for name, q in (("", 16), ("_tail", 19))),
     Case("no_queries", "empty", shape(0, 7)),
     Case("no_keys", "empty: 0 and -inf", shape(7, 0)),
     Case("no_batch", "empty", shape(7, 5, batch=0)),

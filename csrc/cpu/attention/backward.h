@@ -207,8 +207,8 @@ class BackwardTask {
       mask_scores(scores, block, unit, maximum_);
       unit = 1.0f;
     }
-    online_softmax<Float32Math, Base::kE, true>(block, columns, unit, maximum_, nullptr, to.scores,
-                                                tile.statistics);
+    online_softmax<Float32Math, Base::kE>(block, columns, unit, maximum_, nullptr, to.scores,
+                                          tile.statistics);
     for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
       Vec::load(tile.statistics.maximum + lane).store(to.maxima + lane);
       Vec sum[1];

@@ -110,30 +110,34 @@ class ForwardTask {
               const Right<Math>& value) {
     const QueryTile& tile = tile_[i];
     const int64_t columns = tile.columns;
-    const bool first = block.first == 0;
     if (tile.tail) {
       attend_tail(key, query_[i], block.count, Packing<Math>::steps(p_.head_dim), columns, base_,
                   scaling_.unit, maximum_, scores_, tile.statistics);
     } else {
       weigh(b, i, block, key);
     }
-    const auto weights = PackedWeights<Math>::by_query(scores_, columns);
-    if (transposed_) {
-      multiply(LeftColumns<Math>{value.data, value.step}, {weights.data, weights.step},
-               p_.value_dim, columns, Packing<Math>::steps(block.count),
-               RescaleColumns{out_of(i), columns, tile.statistics.rescale, first});
-      return;
-    }
-    const auto product = [&](const auto& epilogue) {
-      multiply(weights, value, tile.queries.count, value_columns_,
-               Packing<Math>::steps(block.count), epilogue);
+    const bool ends = block.first + block.count == tile.visible;
+    const auto add = [&](int64_t from, int64_t some, bool last) {
+      const auto weights = steps_from(from, PackedWeights<Math>::by_query(scores_, columns));
+      const auto values = steps_from(from, value);
+      const bool first = block.first + from == 0;
+      if (transposed_) {
+        multiply(LeftColumns<Math>{values.data, values.step}, {weights.data, weights.step},
+                 p_.value_dim, columns, some,
+                 RescaleColumns{out_of(i), columns, tile.statistics.rescale, first});
+        return;
+      }
+      const auto product = [&](const auto& epilogue) {
+        multiply(weights, values, tile.queries.count, value_columns_, some, epilogue);
+      };
+      if (!direct(tile) || !ends || !last) {
+        product(Rescale{out_of(i), value_columns_, tile.statistics.rescale, first});
+        return;
+      }
+      store_product<Math>(p_.out, p_.out_type(), b, tile.h, tile.queries, p_.value_dim,
+                          tile.statistics, first ? nullptr : out_of(i), maximum_, product);
     };
-    if (!direct(tile) || block.first + block.count < tile.visible) {
-      product(Rescale{out_of(i), value_columns_, tile.statistics.rescale, first});
-      return;
-    }
-    store_product<Math>(p_.out, p_.out_type(), b, tile.h, tile.queries, p_.value_dim,
-                        tile.statistics, first ? nullptr : out_of(i), maximum_, product);
+    sum_in_parts<Math>(Packing<Math>::steps(block.count), columns, tile.statistics, add);
   }
 
   // The weights of a block, in the place of the scores; the statistics move on.

@@ -116,7 +116,9 @@ void tail_softmax(int64_t count, float unit, const float* maximum, float* scores
   constexpr int64_t kTile = kLanes / R * Math::kDepth;
   const int64_t registers = (count + kTile - 1) / kTile * Math::kDepth;
   FourSums sum;
+  Vec total = Vec::zero();
   for (int64_t v = 0; v < registers; v += Math::kDepth) {
+    if (v % kShortChain == 0) total = total + sum.total(), sum = {};
     Vec weights[Math::kDepth];
     for (int64_t k = 0; k < Math::kDepth; ++k) {
       const Vec score = Vec::load(scores + (v + k) * kLanes);
@@ -126,7 +128,7 @@ void tail_softmax(int64_t count, float unit, const float* maximum, float* scores
     }
     PackedWeights<Math>::store(scores, v, kLanes, weights, Math::kDepth);
   }
-  const Vec total = fold<R>(sum.total(), [](Vec a, Vec b) { return a + b; });
+  total = fold<R>(total + sum.total(), [](Vec a, Vec b) { return a + b; });
   now.store(s.maximum);
   rescale.store(s.rescale);
   Vec::fma(Vec::load(s.sum), rescale, total).store(s.sum);

@@ -88,11 +88,12 @@ inline void key_softmax(const Scores& s, const Block& block, float unit, const f
     finite(now).store(offsets);
     Vec sums[kLanes];
     for (int64_t r = 0; r < kLanes; ++r) {
-      Vec sum = Vec::zero();
+      Vec sum = Vec::zero(), total = Vec::zero();
       if (r < count) {
         const int64_t at = (first + r) * s.columns;
         const Vec offset = Vec::set(offsets[r]);
         for_lanes(s, last, [&](int64_t lane, const auto& select) {
+          if (lane % (kShortChain / 4 * kLanes) == 0) total = total + sum, sum = Vec::zero();
           const Vec score = Vec::load(s.data + at + lane);
           Vec weight = exponential<PackedWeights<Math>::kPrecision, kBase>(score, unit, offset);
           weight = select(weight, Vec::zero());
@@ -101,7 +102,7 @@ inline void key_softmax(const Scores& s, const Block& block, float unit, const f
           PackedWeights<Math>::store_row(weights + at, lane, weight);
         });
       }
-      sums[r] = sum;
+      sums[r] = total + sum;
     }
     const Vec before = Vec::load(keys.sum + first, count);
     Vec::fma(before, rescale, Vec::totals(sums)).store(keys.sum + first, count);
@@ -235,18 +236,23 @@ class BidirectionalTask {
     const auto softmax =
         base_ == Base::kTwo ? key_softmax<Math, Base::kTwo> : key_softmax<Math, Base::kE>;
     softmax(scores, block, unit, p_.dropout ? factor_ : nullptr, weights_, keys);
-    const auto product = [&](const auto& epilogue) {
-      multiply(PackedWeights<Math>::by_key(weights_, scores.columns), query_value_[i], block.count,
-               query_value_columns_, Packing<Math>::steps(scores.queries.count), epilogue);
-    };
     float* outs = key_outs_ + place * query_value_columns_;
-    const bool first = scores.queries.first == 0;
-    if (keys_direct_ && scores.queries.first + scores.queries.count == visible_queries_) {
-      store_product<Math>(p_.out_k, p_.type, scores.b, scores.h, block, p_.query_value_dim, keys,
-                          first ? nullptr : outs, inverse_, product);
-    } else {
-      product(Rescale{outs, query_value_columns_, keys.rescale, first});
-    }
+    const bool ends = scores.queries.first + scores.queries.count == visible_queries_;
+    const auto add = [&](int64_t from, int64_t some, bool last) {
+      const auto weights = steps_from(from, PackedWeights<Math>::by_key(weights_, scores.columns));
+      const auto product = [&](const auto& epilogue) {
+        multiply(weights, steps_from(from, query_value_[i]), block.count, query_value_columns_,
+                 some, epilogue);
+      };
+      const bool first = scores.queries.first + from == 0;
+      if (keys_direct_ && ends && last) {
+        store_product<Math>(p_.out_k, p_.type, scores.b, scores.h, block, p_.query_value_dim, keys,
+                            first ? nullptr : outs, inverse_, product);
+      } else {
+        product(Rescale{outs, query_value_columns_, keys.rescale, first});
+      }
+    };
+    sum_in_parts<Math>(Packing<Math>::steps(scores.queries.count), block.count, keys, add);
   }
 
   void attend_keys(const Scores& scores, const Block& block, const Right<Math>& value, float unit,

@@ -178,6 +178,10 @@ LeftRows<Math> steps_from(int64_t s, const LeftRows<Math>& a) {
   return {a.data + s * Math::kDepth, a.row};
 }
 template <class Math>
+LeftColumns<Math> steps_from(int64_t s, const LeftColumns<Math>& a) {
+  return {a.data + s * a.step, a.step};
+}
+template <class Math>
 Right<Math> steps_from(int64_t s, const Right<Math>& b) {
   return {b.data + s * b.step, b.step};
 }

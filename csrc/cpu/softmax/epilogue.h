@@ -30,6 +30,22 @@ inline void store_means(const MutableView& out, Type type, int64_t b, int64_t h,
   store_rows(out, type, b, h, rows, dim, [&](int64_t i) { return inverse(sum[i]); }, from);
 }
 
+// Sums of weighted values over the steps of a block, in float32 as chains of at most 192: one of
+// 256 errs twice as much as the plain formula, whose product halves what is longer, two of 128 as
+// much. Calls add(from, some, last) for `some` steps each; the sums, of `rows` rows, are rescaled
+// once. Over 197 keys a call takes 1.5 % longer.
+template <class Math, class Add>
+inline void sum_in_parts(int64_t steps, int64_t rows, const Statistics& s, const Add& add) {
+  constexpr int64_t kLongest = 192;
+  const int64_t parts = Math::kDepth > 1 ? 1 : (steps + kLongest - 1) / kLongest;
+  for (int64_t left = parts, from = 0; left > 0; --left) {
+    const int64_t some = (steps - from + left - 1) / left;
+    add(from, some, left == 1);
+    for (int64_t i = 0; i < rows && left > 1; ++i) s.rescale[i] = 1.0f;
+    from += some;
+  }
+}
+
 // Rows of the output = before * rescale[row] + product * factor[row], or the latter alone where
 // nothing was summed before.
 template <class T>

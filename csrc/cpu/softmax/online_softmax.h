@@ -16,11 +16,10 @@ struct FourSums {
   Vec total() const { return (part[0] + part[1]) + (part[2] + part[3]); }
 };
 
-// Keys after which the sums of a backward pass begin new chains. Of 256 weights that differ by a
-// rounding or two, as scores times 1e-7 do, chains of 64 drop what tells them apart, and all
-// gradients of the row err by 4.5e-7, three times the plain formula's error. A forward's chains
-// stay longer: its product with the values loses as much.
-constexpr int64_t kShortChain = 32;
+// Keys after which sums begin new chains. Of 256 weights that differ by a rounding or two, as
+// scores times 1e-7 do, chains of 64 drop what tells them apart, and outputs and gradients of the
+// row err by 4.5e-7 all together, three times the plain formula's error.
+constexpr int64_t kShortChain = 64;
 
 // Sums over keys: term(j, part) adds what key j is worth to the N numbers of a part.
 template <int N, class Term>
@@ -51,7 +50,7 @@ struct Statistics {
 
 // base ^ (unit * score - offset) of one register of queries, over the scores and times the factors
 // of dropout; returns the sums over the keys.
-template <class Math, Base kBase, bool kDropout, bool kShort>
+template <class Math, Base kBase, bool kDropout>
 inline Vec weigh(int64_t count, int64_t columns, float unit, Vec offset, const float* dropout,
                  float* scores) {
   FourSums sum;
@@ -70,18 +69,18 @@ inline Vec weigh(int64_t count, int64_t columns, float unit, Vec offset, const f
     PackedWeights<Math>::store(scores, j, columns, weights, some);
   };
   int64_t j = 0;
-  for (; kShort && j + kShortChain < count; total = total + sum.total(), sum = {})
+  for (; j + kShortChain < count; total = total + sum.total(), sum = {})
     for (const int64_t end = j + kShortChain; j < end; j += 4) step(j, 4);
   for (; j + 4 <= count; j += 4) step(j, 4);
   if (j < count) step(j, count - j);
-  return kShort ? total + sum.total() : sum.total();
+  return total + sum.total();
 }
 
 // One step of the online softmax of Milakov and Gimelshein (2018). The block's scores become
 // base ^ (S - m') as the left operand of the product with the values, times the factors of dropout
 // if there are any; the statistics move on, and rescale = base ^ (m - m') is what earlier sums have
 // to be multiplied by. `maximum` holds that of the block, in units.
-template <class Math, Base kBase, bool kShort = false>
+template <class Math, Base kBase>
 inline void online_softmax(const Block& block, int64_t columns, float unit, const float* maximum,
                            const float* dropout, float* scores, const Statistics& s) {
   for (int64_t lane = 0; lane < columns; lane += Vec::kLanes) {
@@ -89,8 +88,7 @@ inline void online_softmax(const Block& block, int64_t columns, float unit, cons
     const Vec now = Vec::max(Vec::load(maximum + lane) * Vec::set(unit), before);
     now.store(s.maximum + lane);
     const Vec offset = finite(now);
-    const auto weigh_lane =
-        dropout ? weigh<Math, kBase, true, kShort> : weigh<Math, kBase, false, kShort>;
+    const auto weigh_lane = dropout ? weigh<Math, kBase, true> : weigh<Math, kBase, false>;
     const Vec sum = weigh_lane(block.count, columns, unit, offset, dropout + lane, scores + lane);
     const bool first = block.first == 0;
     const Vec rescale =
