@@ -1,10 +1,13 @@
 """Generation of accelerated models: the same tokens, with every cache that transformers has."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from suite import DEVICE
+from torch import Tensor
 from transformers_cases import (
     ENDLESS,
     IDS,
@@ -14,19 +17,21 @@ from transformers_cases import (
     SEQ2SEQ,
     TEXT,
     WHISPER,
+    Lora,
     build,
     tr,
     twin,
 )
 
 import fastfusion as ff
+from fastfusion.integrations.transformers import _decoders
 
 CAUSAL = {"input_ids": IDS, "attention_mask": LEFT}
 
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "BART": (
         tr.BartForConditionalGeneration,
-        tr.BartConfig(**SEQ2SEQ, **ENDLESS, forced_eos_token_id=None),
+        tr.BartConfig(**SEQ2SEQ, **ENDLESS, forced_eos_token_id=None, scale_embedding=True),
         {"input_ids": IDS, "attention_mask": RIGHT},
     ),
     "Marian": (
@@ -77,8 +82,27 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+# Models whose decoder layers are one call behind the first tokens.
+IN_ONE_CALL = ("BART", "Marian", "Whisper")
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each call of a decoder layer that comes so far, whether the op ran."""
+    seen: list[bool] = []
+
+    def spy(self: Any, *args: Any) -> Any:
+        result = original(self, *args)
+        seen.append(result is not None)
+        return result
+
+    original = _decoders._Parts.decode
+    monkeypatch.setattr(_decoders._Parts, "decode", spy)
+    return seen
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_the_same_tokens(name: str) -> None:
+def test_the_same_tokens(name: str, ran: list[bool]) -> None:
     model_class, config, inputs = MODELS[name]
     model = build(model_class, config)
     model.generation_config.eos_token_id = None
@@ -91,10 +115,123 @@ def test_the_same_tokens(name: str) -> None:
         options = {**options, "max_new_tokens": 6, "do_sample": False, "no_repeat_ngram_size": 1}
         expected = model.generate(**inputs, **options)
         assert all(len({*row[-6:].tolist()}) == 6 for row in expected)
+        del ran[:]
         assert torch.equal(accelerated.generate(**inputs, **options), expected), way
+        if DEVICE == "cpu" and name in IN_ONE_CALL and way != "no cache":
+            assert ran == [False] * 2 + [True] * 10
         if way == "greedy":
             named = twin(model, "fastfusion")
             assert torch.equal(named.generate(**inputs, **options), expected)
+
+
+class Decoding:
+    """A model and its cache, given tokens by hand."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.states = model.get_encoder()(input_ids=IDS, attention_mask=RIGHT)
+        self.cache = tr.EncoderDecoderCache(tr.DynamicCache(), tr.DynamicCache())
+
+    def __call__(self, *tokens: int, mask: Tensor | None = None) -> Tensor:
+        """Logits for the tokens, the same for both sequences."""
+        ids = torch.tensor([tokens, tokens])
+        with torch.no_grad():
+            output = self.model(
+                encoder_outputs=self.states, attention_mask=RIGHT, decoder_input_ids=ids,
+                past_key_values=self.cache, use_cache=True, decoder_attention_mask=mask,
+            )  # fmt: skip
+        return output.logits
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Decoding, Decoding]]:
+    """A model as it was and accelerated, behind the same first token."""
+    model_class, config, _ = MODELS["BART"]
+    model = build(model_class, config)
+    with torch.no_grad():
+        found = Decoding(model), Decoding(ff.accelerate(copy.deepcopy(model)))
+    for each in found:
+        each(1)
+    yield found
+
+
+def agree(pair: tuple[Decoding, Decoding], *tokens: int, mask: Tensor | None = None) -> None:
+    expected, actual = (each(*tokens, mask=mask) for each in pair)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_caches_may_be_changed_between_tokens(
+    pair: tuple[Decoding, Decoding], ran: list[bool]
+) -> None:
+    agree(pair, 5)
+    agree(pair, 6)
+    for each in pair:  # a token is taken back
+        each.cache.crop(-1)
+    agree(pair, 7)
+    for each in pair:  # both sequences go on from the second
+        each.cache.reorder_cache(torch.tensor([1, 1]))
+    agree(pair, 8)
+    agree(pair, 9, 10)
+    lengths = {each.cache.get_seq_length() for each in pair}
+    assert lengths == {6} and ran == [True] * 10
+    for a, b in zip(*(each.cache.self_attention_cache.layers for each in pair), strict=True):
+        torch.testing.assert_close(a.keys, b.keys, rtol=1e-4, atol=1e-5)
+
+
+def test_more_tokens_than_there_was_room_for(
+    pair: tuple[Decoding, Decoding], ran: list[bool]
+) -> None:
+    for token in range(3, 3 + 2 * _decoders._SPARE - 20):
+        agree(pair, token)
+    assert all(ran)
+
+
+def test_what_others_hold_of_a_cache_stays(pair: tuple[Decoding, Decoding]) -> None:
+    """Two that go on from the same tokens do not disturb each other."""
+    agree(pair, 5)
+    layers = [each.cache.self_attention_cache.layers[0] for each in pair]
+    kept = [layer.keys for layer in layers]
+    copies = [k.clone() for k in kept]
+    forks = copy.deepcopy(pair[0].cache), copy.deepcopy(pair[1].cache)
+    agree(pair, 6)
+    for each, fork in zip(pair, forks, strict=True):
+        each.cache = fork
+    agree(pair, 11)
+    for each in pair:
+        each.cache.crop(-1)
+    agree(pair, 12)
+    for now, before in zip(kept, copies, strict=True):
+        assert torch.equal(now, before)
+
+
+def test_what_was_changed_in_a_decoder_layer_stays_in_force(
+    pair: tuple[Decoding, Decoding], ran: list[bool]
+) -> None:
+    for each in pair:
+        torch.manual_seed(0)
+        layer = each.model.get_decoder().layers[0]
+        layer.fc1 = Lora(layer.fc1)
+    agree(pair, 5)
+    for each in pair:
+        layer = each.model.get_decoder().layers[1]
+        layer.encoder_attn.register_forward_pre_hook(lambda module, args: None)
+    agree(pair, 6)
+    assert ran == [False, True, False, False]
+
+
+def test_gradients_of_a_later_token(pair: tuple[Decoding, Decoding], ran: list[bool]) -> None:
+    grads = []
+    for each in pair:
+        output = each.model(
+            encoder_outputs=each.states, decoder_input_ids=torch.tensor([[5], [5]]),
+            past_key_values=each.cache, use_cache=True,
+        )  # fmt: skip
+        output.logits.square().sum().backward()
+        grads.append(each.model.get_decoder().layers[0].fc1.weight.grad)
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+    assert not any(ran)
+    for each in pair:
+        assert each.cache.get_seq_length() == 2
 
 
 def test_scores_and_weights_of_generation() -> None:

@@ -53,8 +53,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         seen.append(result is not None)
         return result
 
-    original = layers._Parts.run
-    monkeypatch.setattr(layers._Parts, "run", spy)
+    original = layers.Parts.run
+    monkeypatch.setattr(layers.Parts, "run", spy)
     return seen
 
 

@@ -14,7 +14,7 @@ from fastfusion.integrations.transformers._interface import (
     attention_mask,
     register,
 )
-from fastfusion.integrations.transformers._structures import ENCODER_LAYERS
+from fastfusion.integrations.transformers._structures import DECODER_LAYERS, ENCODER_LAYERS
 
 __all__ = ["NAME", "attention", "attention_mask", "register"]
 
@@ -24,6 +24,6 @@ register_swap(
     "fastfusion.integrations.transformers._models:interface_swap",
     subclasses=True,
 )
-for _name, (_path, _) in ENCODER_LAYERS.items():
-    register_swap(f"{_path}.{_name}", "fastfusion.integrations.transformers.layers:encoder_layer")
+for _name, (_path, _) in (ENCODER_LAYERS | DECODER_LAYERS).items():
+    register_swap(f"{_path}.{_name}", "fastfusion.integrations.transformers.layers:swap_of")
 _cross_modal.register()

@@ -1,10 +1,10 @@
-"""Where encoder layers of transformers keep what `fastfusion.encoder_layer` takes.
+"""Where layers of transformers keep what `fastfusion.encoder_layer` and `decoder_layer` take.
 
 Layers of one family differ in the names of their classes alone; the table holds those whose code
 was compared with the family's, in the version `TESTED`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,12 +19,13 @@ class Structure:
         attention: knows the number of heads, the scale, and the configuration.
         projections: linear layers of query, key, value and output.
         feed_forward: linear layer, activation, linear layer.
-        norms: layer norms, of attention and of the feed-forward.
+        norms: layer norms, of attention, of attention to a memory and of the feed-forward.
         norm_first: whether they come before these, else behind the residuals.
         dropouts: modules, which have to be idle.
         heads, scaling: attributes of the attention.
         absent: modules that a layer may have and that the op has not.
         unset: attributes that change the way of computing, with the module that has them.
+        memory: attention to a memory, and linear layers of its query and output; () of encoders.
         clamp: of float16 results to finite numbers: "always", "infinite" (where there is one that
             is not finite) or None.
     """
@@ -39,6 +40,7 @@ class Structure:
     scaling: str = "scaling"
     absent: tuple[str, ...] = ()
     unset: tuple[tuple[str, str], ...] = ()
+    memory: tuple[str, ...] = ()
     clamp: str | None = None
 
     @cached_property
@@ -46,7 +48,8 @@ class Structure:
         """All modules of which something is read, the layer itself ("") first, then each behind
         the one that it lies in."""
         leaves = (
-            self.attention, *self.projections, *self.feed_forward, *self.norms, *self.dropouts,
+            self.attention, *self.projections, *self.memory, *self.feed_forward, *self.norms,
+            *self.dropouts,
             *(name for name, _ in self.unset),
         )  # fmt: skip
         found = dict.fromkeys(way for name in leaves for way in _ways(name))
@@ -134,6 +137,17 @@ def _bart(norm_first: bool, clamp: str) -> Structure:
     )
 
 
+def _bart_decoder(norm_first: bool) -> Structure:
+    return Structure(
+        "self_attn",
+        _inside("self_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
+        ("fc1", "activation_fn", "fc2"),
+        ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+        norm_first=norm_first,
+        memory=("encoder_attn", *_inside("encoder_attn", "q_proj", "out_proj")),
+    )
+
+
 def _wav2vec2(norm_first: bool) -> Structure:
     inside = ("intermediate_dense", "intermediate_act_fn", "output_dense")
     return Structure(
@@ -147,7 +161,7 @@ def _wav2vec2(norm_first: bool) -> Structure:
     )
 
 
-_FAMILIES = (
+_ENCODERS = (
     (
         _BERT,
         """bert.BertLayer bert_generation.BertGenerationLayer camembert.CamembertLayer
@@ -193,14 +207,35 @@ _FAMILIES = (
     ),
 )  # fmt: skip
 
+_DECODERS = (
+    (
+        _bart_decoder(norm_first=True),
+        """blenderbot.BlenderbotDecoderLayer m2m_100.M2M100DecoderLayer mbart.MBartDecoderLayer
+        pegasus.PegasusDecoderLayer pegasus_x.PegasusXDecoderLayer
+        pp_formulanet.PPFormulaNetDecoderLayer whisper.WhisperDecoderLayer""",
+    ),
+    (
+        _bart_decoder(norm_first=False),
+        """bart.BartDecoderLayer blenderbot_small.BlenderbotSmallDecoderLayer
+        marian.MarianDecoderLayer plbart.PLBartDecoderLayer""",
+    ),
+)  # fmt: skip
+
 # Where a package has models of more than one kind.
 _PACKAGES = {"data2vec_text": "data2vec", "data2vec_audio": "data2vec"}
 
-# By the name of the class: the module that has it, and its structure.
-ENCODER_LAYERS: dict[str, tuple[str, Structure]] = {}
-for _structure, _classes in _FAMILIES:
-    for _name in _classes.split():
-        _model, _, _class = _name.partition(".")
-        _package = _PACKAGES.get(_model, _model)
-        _path = f"transformers.models.{_package}.modeling_{_model}"
-        ENCODER_LAYERS[_class] = _path, _structure
+Table = dict[str, tuple[str, Structure]]
+
+
+def _table(families: Iterable[tuple[Structure, str]]) -> Table:
+    """By the name of the class: the module that has it, and its structure."""
+    found = {}
+    for structure, classes in families:
+        for name in classes.split():
+            model, _, kind = name.partition(".")
+            package = _PACKAGES.get(model, model)
+            found[kind] = f"transformers.models.{package}.modeling_{model}", structure
+    return found
+
+
+ENCODER_LAYERS, DECODER_LAYERS = _table(_ENCODERS), _table(_DECODERS)

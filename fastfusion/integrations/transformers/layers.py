@@ -1,17 +1,18 @@
-"""Encoder layers of transformers in one call: what `fastfusion.accelerate` makes of them.
+"""Layers of transformers in one call: what `fastfusion.accelerate` makes of them.
 
 Each is a subclass of the layer that it stands for and has its name: `layers.BertLayer` is a
 `transformers.models.bert.modeling_bert.BertLayer`. They are made when they are asked for.
 
-A layer is one call of `fastfusion.encoder_layer` where calling its parts comes to that formula and
-nothing else: in evaluation without gradients, without adapters, hooks or replaced parts, and unless
-attention weights are wanted. Everywhere else it runs as it did.
+An encoder layer is one call of `fastfusion.encoder_layer` where calling its parts comes to that
+formula and nothing else: in evaluation without gradients, without adapters, hooks or replaced
+parts, and unless attention weights are wanted. Everywhere else it runs as it did. So does a decoder
+layer that is given tokens behind others in a cache (_decoders.py).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -20,7 +21,12 @@ from torch import Tensor, nn
 
 from fastfusion.integrations.transformers import _interface
 from fastfusion.integrations.transformers._activations import activation_of
-from fastfusion.integrations.transformers._structures import ENCODER_LAYERS, TESTED, Structure
+from fastfusion.integrations.transformers._structures import (
+    DECODER_LAYERS,
+    ENCODER_LAYERS,
+    TESTED,
+    Structure,
+)
 from fastfusion.nn._layers import run_encoder_layer
 from fastfusion.nn._linear import LINEAR, runs_on_cpu, weights_of
 from fastfusion.nn._plain import has_global_hooks
@@ -29,29 +35,51 @@ from fastfusion.nn._plain import has_global_hooks
 _NO_MATTER = frozenset(("is_causal", "output_hidden_states", "return_dict", "use_cache"))
 # Of attention: under these names no mask, and a module that says it is causal, mean a causal mask;
 # eager code takes no mask for none.
-_RESOLVING = frozenset((_interface.NAME, "sdpa"))
+RESOLVING = frozenset((_interface.NAME, "sdpa"))
 # Modules of a layer; those around the parts have the code that lies between them.
 _LINEAR, _DROPOUT, _AROUND, _OTHER = range(4)
 
 
 def __getattr__(name: str) -> type[nn.Module]:
-    if name not in ENCODER_LAYERS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    path, structure = ENCODER_LAYERS[name]
-    made = _encoder_layer(getattr(import_module(path), name), structure)
-    globals()[name] = made
+    for table, make in ((ENCODER_LAYERS, _encoder_forward), (DECODER_LAYERS, _decoder_forward)):
+        if name in table:
+            path, structure = table[name]
+            source: Any = getattr(import_module(path), name)
+            members = {
+                "forward": make(source, structure),
+                "__module__": __name__,
+                "__doc__": f"`{source.__module__}.{source.__qualname__}` in one call.",
+            }
+            made = globals()[name] = type(name, (source,), members)
+            return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def swap_of(layer: nn.Module) -> type[nn.Module] | str:
+    """The class that takes the place of a layer's, or why there is none."""
+    name = type(layer).__name__
+    if name in DECODER_LAYERS and not is_tested():
+        return f"its code is known of transformers {TESTED}"
+    made: type[nn.Module] = globals().get(name) or __getattr__(name)
     return made
 
 
-def encoder_layer(layer: nn.Module) -> type[nn.Module]:
-    """The class that takes the place of a layer's."""
-    made: type[nn.Module] = globals().get(type(layer).__name__) or __getattr__(type(layer).__name__)
-    return made
+def is_tested() -> bool:
+    """Whether the structures are those of the transformers that is here."""
+    import transformers
+
+    return transformers.__version__.startswith(f"{TESTED}.")
 
 
-def _encoder_layer(source: Any, structure: Structure) -> type[nn.Module]:
-    """A subclass of `source` that runs the op where it may."""
-    parts = _Parts(structure, source.__module__)
+def _decoder_forward(source: Any, structure: Structure) -> Callable[..., Any]:
+    from fastfusion.integrations.transformers._decoders import forward_of
+
+    return forward_of(source, structure)
+
+
+def _encoder_forward(source: Any, structure: Structure) -> Callable[..., Any]:
+    """The forward of a subclass of `source` that runs the op where it may."""
+    parts = Parts(structure, source.__module__)
     proof = _Proof(source)
 
     def forward(
@@ -70,15 +98,18 @@ def _encoder_layer(source: Any, structure: Structure) -> type[nn.Module]:
                 return proof.judge(result, theirs)
         return source.forward(self, hidden_states, attention_mask, *args, **kwargs)
 
-    members = {
-        "forward": forward,
-        "__module__": __name__,
-        "__doc__": f"`{source.__module__}.{source.__qualname__}` in one call.",
-    }
-    return type(source.__name__, (source,), members)
+    return forward
 
 
-class _Parts:
+def do_not_matter(kwargs: Mapping[str, Any]) -> bool:
+    """Whether what a layer was given besides changes nothing in it."""
+    for name, value in kwargs.items():
+        if value is not None and value is not False and name not in _NO_MATTER:
+            return False
+    return True
+
+
+class Parts:
     """Reads the parts of a layer, and runs the op on them."""
 
     def __init__(self, structure: Structure, module: str) -> None:
@@ -86,7 +117,8 @@ class _Parts:
         self.structure = structure
         self.tree = structure.tree
         first, activation, second = structure.feed_forward
-        self.linear = [place(name) for name in (*structure.projections, first, second)]
+        linear = (*structure.projections, *structure.memory[1:], first, second)
+        self.linear = [place(name) for name in linear]
         self.norms = [place(name) for name in structure.norms]
         self.activation, self.attention = place(activation), place(structure.attention)
         kinds = dict.fromkeys(self.linear, _LINEAR)
@@ -107,35 +139,30 @@ class _Parts:
         """The op, or None where the layer's forward may mean more."""
         if not runs_on_cpu(x):
             return None
-        for value in args:
-            if value is not None:
-                return None
-        for name, value in kwargs.items():
-            if value is not None and value is not False and name not in _NO_MATTER:
-                return None
-        found = self._find(layer)
+        if any([value is not None for value in args]) or not do_not_matter(kwargs):
+            return None
+        found = self.find(layer)
         if found is None or has_global_hooks():
             return None
         attention = found[self.attention]
         activation = activation_of(found[self.activation])
         if activation is None or _interface.wants_weights(kwargs):
             return None
-        heads = attention.__dict__[self.structure.heads]
-        length, width = x.shape[1:]
-        if width % heads or attention.__dict__[self.structure.scaling] != (width // heads) ** -0.5:
+        heads = self.heads_of(attention, x)
+        if heads is None:
             return None
         causal: Any = False
         if mask is None:
             causal = kwargs.get("is_causal")
             if causal is None:
                 causal = getattr(attention, "is_causal", True)
-            implementation = _implementation(attention.__dict__["config"])
-            if implementation not in _RESOLVING:
+            implementation = implementation_of(attention.__dict__["config"])
+            if implementation not in RESOLVING:
                 if implementation != "eager":
                     return None
                 causal = False
-            causal = bool(causal) and length > 1
-        mask, padding = _masks(mask, x)
+            causal = bool(causal) and x.shape[1] > 1
+        mask, padding = masks_of(mask, x)
         products = [weights_of(found[place]) for place in self.linear]
         norms = [found[place] for place in self.norms]
         result = run_encoder_layer(
@@ -145,7 +172,15 @@ class _Parts:
             result = _clamped(result, self.structure.clamp == "always")
         return result
 
-    def _find(self, layer: Any) -> list[Any] | None:
+    def heads_of(self, attention: Any, x: Tensor) -> int | None:
+        """How many heads an attention has; None where they have another scale than the op's."""
+        own, width = attention.__dict__, x.shape[2]
+        count: int = own[self.structure.heads]
+        if width % count or own[self.structure.scaling] != (width // count) ** -0.5:
+            return None
+        return count
+
+    def find(self, layer: Any) -> list[Any] | None:
         """The modules of `Structure.names`, if calling each comes to what the formula takes it for:
         nobody watches but transformers' recorders that are to record nothing."""
         own = layer.__dict__
@@ -186,7 +221,7 @@ class _Parts:
         return found
 
 
-def _implementation(config: Any) -> str | None:
+def implementation_of(config: Any) -> str | None:
     """`config._attn_implementation`, for which configurations walk through Python three times."""
     own = object.__getattribute__(config, "__dict__")
     name: str | None = own["_attn_implementation_internal"]
@@ -203,7 +238,7 @@ def _are_idle(hooks: Mapping[int, Any]) -> bool:
     return True
 
 
-def _masks(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def masks_of(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """attn_mask and key_padding_mask of the op."""
     if mask is None:
         return None, None
@@ -229,11 +264,7 @@ class _Proof:
     the first result is compared with the class's own."""
 
     def __init__(self, source: type) -> None:
-        import transformers
-
-        self.source, self.version = source, transformers.__version__
-        self.given = self.version.startswith(f"{TESTED}.")
-        self.failed = False
+        self.source, self.given, self.failed = source, is_tested(), False
 
     def judge(self, ours: Tensor, theirs: Any) -> Any:
         """The result to return."""
@@ -247,8 +278,8 @@ class _Proof:
             self.given = not self.failed
         if self.failed:
             warnings.warn(
-                f"transformers {self.version} computes {self.source.__qualname__} otherwise than "
-                f"{TESTED}, for which fastfusion was written: it runs as it did",
+                f"{self.source.__module__} computes {self.source.__qualname__} otherwise than in "
+                f"transformers {TESTED}, after which fastfusion was written: it runs as it did",
                 stacklevel=4,
             )
         return theirs
