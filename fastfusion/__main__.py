@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastfusion info | demo | accelerate | explain | bench | train``."""
+"""The command line: ``python -m fastfusion info | demo | accelerate | models | bench | ...``."""
 
 import argparse
 import sys
@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 
     # Its options are those of fastfusion.benchmarks, which main() hands over to.
     commands.add_parser("bench", help="time the ops beside their peers", add_help=False)
+
+    # Likewise those of fastfusion.benchmarks.cpu.accelerated.
+    commands.add_parser("models", help="what accelerate does to whole models", add_help=False)
 
     explain = commands.add_parser("explain", help="which implementation a call would take, and why")
     explain.add_argument("--op", choices=OPS, default=OPS[0])
@@ -179,6 +182,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastfusion.benchmarks.__main__ import main as bench
 
         return bench(argv[1:]) or 0
+    if argv[:1] == ["models"]:
+        from fastfusion.benchmarks.cpu.accelerated import main as models
+
+        return models(argv[1:])
 
     arguments = _parser().parse_args(argv)
     if arguments.command == "accelerate":

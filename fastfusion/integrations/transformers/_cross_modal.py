@@ -57,6 +57,11 @@ def register() -> None:
         f"{__name__}:eager_bridgetower",
         subclasses=True,
     )
+    for name in ("BridgeTowerSelfAttention", "BridgeTowerCrossAttention"):
+        register_swap(
+            f"transformers.models.bridgetower.modeling_bridgetower.{name}",
+            f"{__name__}:attention_of_bridgetower",
+        )
 
 
 def swap_of(layer: nn.Module) -> type[nn.Module] | str:
@@ -79,3 +84,9 @@ def swap_of(layer: nn.Module) -> type[nn.Module] | str:
 def eager_bridgetower(model: nn.Module) -> str:
     """Why the attention of BridgeTower is not taken to the interface."""
     return "its cross-modal attention says that it is causal and is not; its layers are swapped"
+
+
+def attention_of_bridgetower(attention: nn.Module) -> str | None:
+    """Likewise of a part, but for those of layers that are one call."""
+    is_cross_modal = attention.is_causal or type(attention).__name__.endswith("CrossAttention")
+    return "its models return its weights, asked or not" if is_cross_modal else None
