@@ -338,10 +338,13 @@ def unread(module: nn.Module, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
     return vision, text
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("words", "pixels"), [(5, 40), (40, 20)])
-def test_fusion_both_ways(words: int, pixels: int) -> None:
+def test_fusion_both_ways(words: int, pixels: int, dtype: torch.dtype) -> None:
     """On the side of the text or of the image, whichever is shorter."""
     module, tensors = fusion(words, pixels, batch=2)
+    module = module.to(dtype)
+    tensors = [t.to(dtype) if t.is_floating_point() else t for t in tensors]
     tensors[2][1, -4:] = True
     tensors[3][1, -2:] = True
     with torch.no_grad():

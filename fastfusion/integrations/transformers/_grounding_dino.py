@@ -133,7 +133,8 @@ def _projected_on_text(
     keys = _steps.heads(_steps.linear(module.text_proj, text), count)
     values = _steps.heads(_steps.linear(module.values_text_proj, text), count)
     if query_bias is not None:
-        biases = (keys * query_bias.unflatten(0, (count, 1, -1))).sum(-1).unsqueeze(2) * scale
+        biases = keys.float() * query_bias.float().unflatten(0, (count, 1, -1))
+        biases = biases.sum(-1).unsqueeze(2) * scale
     if value_bias is not None and vision_mask is not None:  # a word that sees no pixel gathers 0
         value_bias = value_bias * ~vision_mask.all(1)[:, None, None]
     tokens = vision[:, None]
