@@ -8,6 +8,7 @@
 
 from fastfusion._cuda_graph import CudaGraphed, cuda_graph
 from fastfusion._info import Info, explain, info
+from fastfusion.core.export_mode import export_mode
 from fastfusion.core.op import BackendUnavailableError, Explanation, use_backend
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
 from fastfusion.ops.cross_attention_layer import cross_attention_layer
@@ -52,6 +53,7 @@ __all__ = [
     "decoder_layer",
     "encoder_layer",
     "explain",
+    "export_mode",
     "info",
     "integrations",
     "linear",

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfusion.core import arguments
+from fastfusion.core import reference as formulas
 
 
 class Norm(NamedTuple):
@@ -119,11 +120,13 @@ def sequence_fits(tensor: Tensor, batch: Any, length: Any, width: Any) -> Iterat
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(
+        x, formulas.cast(weight, x.dtype), None if bias is None else formulas.cast(bias, x.dtype)
+    )
 
 
 def normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> Any:
-    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    weight, bias = (None if t is None else formulas.cast(t, x.dtype) for t in (weight, bias))
     if not rms:
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     x = F.rms_norm(x, x.shape[-1:], weight, eps)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from fastfusion.core.arguments import autocast_dtype
+from fastfusion.core.export_mode import is_plain
 from fastfusion.core.torch_op import Definition
 
 _any_autocast = torch._C._is_any_autocast_enabled
@@ -61,8 +62,9 @@ def use_backend(backend: str | None) -> Iterator[None]:
 
 
 def forced_backend() -> str | None:
-    """The backend that `use_backend` or ``FASTFUSION_BACKEND`` asks for, None if automatic."""
-    return _forced
+    """The backend that `use_backend` or ``FASTFUSION_BACKEND`` asks for, None if automatic; in
+    `export_mode` the reference."""
+    return "reference" if is_plain() else _forced
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ class Op:
     def select(self, backend: str | None, call: Any) -> Implementation:
         """The first implementation that accepts a call, or the one that was asked for."""
         wanted = _forced if backend is None else _validated(backend)
+        if is_plain():
+            wanted = "reference"
         if wanted is None:
             for implementation in self.implementations:
                 if not implementation.refuses(call) and not (

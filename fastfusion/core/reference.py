@@ -12,10 +12,17 @@ from torch import Tensor
 
 from fastfusion.core import philox
 from fastfusion.core.arguments import softmax_scale
+from fastfusion.core.export_mode import is_plain
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    """torch.promote_types(dtype, torch.float32), which a program would hold as an operator."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which a program would hold where it does nothing, and an assertion."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def hide(tensor: Tensor, padding_mask: Tensor | None) -> Tensor:
@@ -39,13 +46,13 @@ def masked_scores(
     the batch.
     """
     acc = accumulation_dtype(query.dtype)
-    scores = (query.to(acc) @ key.to(acc).transpose(-1, -2)) * scale
+    scores = (cast(query, acc) @ cast(key, acc).transpose(-1, -2)) * scale
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask.expand(scores.shape), -math.inf)
         else:
             # Cast first: the gradient is then reduced before it is rounded to 16 bits.
-            scores = scores + attn_mask.to(acc).expand(scores.shape)
+            scores = scores + cast(attn_mask, acc).expand(scores.shape)
     if diagonal is not None:
         if isinstance(diagonal, Tensor):
             diagonal = diagonal[:, None, None, None]
@@ -61,8 +68,14 @@ def diagonal_of(is_causal: bool, bottom_right: bool, q_len: int, kv_len: int) ->
     return (kv_len - q_len if bottom_right else 0) if is_causal else None
 
 
-def safe_softmax(scores: Tensor, dim: int) -> Tensor:
-    """Softmax along `dim`; a slice of -inf alone gives 0."""
+def safe_softmax(scores: Tensor, dim: int, is_masked: bool = True) -> Tensor:
+    """Softmax along `dim`; a slice of -inf alone gives 0.
+
+    Without a mask no finite numbers make one: programs for others are spared the four operators,
+    which few of their backends run where they run the softmax.
+    """
+    if not is_masked and is_plain():
+        return torch.softmax(scores, dim)
     dead = (scores == -math.inf).all(dim, keepdim=True)
     return torch.softmax(scores.masked_fill(dead, 0.0), dim).masked_fill(dead, 0.0)
 
@@ -118,9 +131,10 @@ def attention(
     key = _grouped(hide(key, key_padding_mask), heads)
     value = _grouped(hide(value, key_padding_mask), heads)
     scores = masked_scores(query, key, attn_mask, key_padding_mask, diagonal, scale)
-    probabilities = safe_softmax(scores, -1)
+    masks = (attn_mask, key_padding_mask, diagonal)
+    probabilities = safe_softmax(scores, -1, any(mask is not None for mask in masks))
     factor = dropout_factor(probabilities, seed, dropout_p, philox.ROW_STREAM)
     if factor is not None:
         probabilities = probabilities * factor
-    out = rows_outside((probabilities @ value.to(acc)).to(query.dtype))
+    out = rows_outside(cast(probabilities @ cast(value, acc), query.dtype))
     return out, lambda: log_sum_exp(scores, -1)

@@ -286,17 +286,22 @@ def run_reference(call: Call, lse: bool) -> tuple[Tensor, ...]:
         rows = scores.masked_fill(call.key_padding_mask[:, None, None, :], -torch.inf)
     if call.query_padding_mask is not None:
         columns = scores.masked_fill(call.query_padding_mask[:, None, :, None], -torch.inf)
-    to_keys, to_queries = formulas.safe_softmax(rows, -1), formulas.safe_softmax(columns, -2)
+    is_masked = call.attn_mask is not None or call.is_causal
+    to_keys = formulas.safe_softmax(rows, -1, is_masked or call.key_padding_mask is not None)
+    to_queries = formulas.safe_softmax(
+        columns, -2, is_masked or call.query_padding_mask is not None
+    )
     row_factor = formulas.dropout_factor(to_keys, call.seed, call.dropout_p, philox.ROW_STREAM)
     column_factor = formulas.dropout_factor(
         to_queries, call.seed, call.dropout_p, philox.COLUMN_STREAM
     )
     if row_factor is not None and column_factor is not None:
         to_keys, to_queries = to_keys * row_factor, to_queries * column_factor
-    value = formulas.hide(call.value, call.key_padding_mask).to(acc)
-    query_value = formulas.hide(call.query_value, call.query_padding_mask).to(acc)
-    out_q = formulas.rows_outside((to_keys @ value).to(query.dtype))
-    out_k = formulas.rows_outside((to_queries.transpose(-1, -2) @ query_value).to(query.dtype))
+    value = formulas.cast(formulas.hide(call.value, call.key_padding_mask), acc)
+    query_value = formulas.cast(formulas.hide(call.query_value, call.query_padding_mask), acc)
+    out_q = formulas.rows_outside(formulas.cast(to_keys @ value, query.dtype))
+    to_queries = to_queries.transpose(-1, -2)
+    out_k = formulas.rows_outside(formulas.cast(to_queries @ query_value, query.dtype))
     if lse:
         return out_q, out_k, formulas.log_sum_exp(rows, -1), formulas.log_sum_exp(columns, -2)
     return out_q, out_k

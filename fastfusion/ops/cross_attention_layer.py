@@ -332,7 +332,7 @@ def normalize(given: Arguments) -> Call:
 def run_reference(call: Call, lse: bool) -> Any:
     """The definition."""
     acc, heads = formulas.accumulation_dtype(call.query.dtype), call.num_heads
-    query = call.query.to(acc)
+    query = formulas.cast(call.query, acc)
     if call.query_norm_eps is not None:
         query = layers.normalized(
             query, call.query_norm_weight, call.query_norm_bias, call.query_norm_eps, call.rms_norm
@@ -344,15 +344,15 @@ def run_reference(call: Call, lse: bool) -> Any:
     )
     out = layers.linear(layers.rows_of(out), call.out_weight, call.out_bias)
     if call.residual is not None:
-        out = out + call.residual.to(acc)
-    return out.to(call.query.dtype)
+        out = out + formulas.cast(call.residual, acc)
+    return formulas.cast(out, call.query.dtype)
 
 
 def _keys_and_values(call: Call, acc: torch.dtype) -> tuple[Tensor, ...]:
     if call.context is None or call.kv_weight is None:
         assert call.key is not None and call.value is not None
-        return call.key.to(acc), call.value.to(acc)
-    context = call.context.to(acc)
+        return formulas.cast(call.key, acc), formulas.cast(call.value, acc)
+    context = formulas.cast(call.context, acc)
     if call.key_padding_mask is not None:  # a NaN would get into the gradient of kv_weight
         context = context.masked_fill(call.key_padding_mask[..., None], 0.0)
     if call.context_norm_eps is not None:

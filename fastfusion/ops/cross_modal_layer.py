@@ -356,7 +356,7 @@ def run_reference(call: Call, lse: bool) -> tuple[Tensor, ...]:
     acc = formulas.accumulation_dtype(dtype)
     streams = call.streams()
     activate = tuple(ACTIVATIONS.values())[call.activation]
-    tokens = [call.visual.to(acc), call.text.to(acc)]
+    tokens = [formulas.cast(call.visual, acc), formulas.cast(call.text, acc)]
 
     def norm(place: int, of: Sequence[Tensor], epsilons: tuple[float, float]) -> list[Tensor]:
         return [
@@ -374,7 +374,7 @@ def run_reference(call: Call, lse: bool) -> tuple[Tensor, ...]:
         inner = activate(layers.linear(x, s.linear1_weight, s.linear1_bias))
         tokens[i] = tokens[i] + layers.linear(inner, s.linear2_weight, s.linear2_bias)
     tokens = tokens if call.norm_first else norm(10, tokens, call.second_eps())
-    return tokens[0].to(dtype), tokens[1].to(dtype)
+    return formulas.cast(tokens[0], dtype), formulas.cast(tokens[1], dtype)
 
 
 def _attend_by_formula(

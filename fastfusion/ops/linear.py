@@ -31,7 +31,7 @@ from fastfusion.backends import cpu
 from fastfusion.core import arguments
 from fastfusion.core.int8 import LEAST, LIMIT, ZERO, pack_int8, shape_of, unpacked
 from fastfusion.core.op import Implementation, Op, never_refuses
-from fastfusion.core.reference import accumulation_dtype
+from fastfusion.core.reference import accumulation_dtype, cast
 from fastfusion.core.torch_op import LIBRARY, Definition, needs_gradient
 
 # In the order of csrc/calls.h.
@@ -316,33 +316,33 @@ def run_reference(call: Call, lse: bool) -> Any:
     """The definition."""
     acc = accumulation_dtype(call.input.dtype)
     activate = tuple(ACTIVATIONS.values())[call.activation]
-    bias = None if call.bias is None else call.bias.to(acc)
+    bias = None if call.bias is None else cast(call.bias, acc)
     if call.weight_scale is None:
         input = call.input
         if has_own_dtype(input, call.weight, None):
-            input = input.to(call.weight.dtype)
-        result = F.linear(input.to(acc), call.weight.to(acc), bias)
+            input = cast(input, call.weight.dtype)
+        result = F.linear(cast(input, acc), cast(call.weight, acc), bias)
     else:
         result = _product_of_integers(call, acc)
         result = result if bias is None else result + bias
     result = activate(result)
     if call.residual is not None:
-        result = result + call.residual.to(acc)
-    return result.to(call.input.dtype)
+        result = result + cast(call.residual, acc)
+    return cast(result, call.input.dtype)
 
 
 def _product_of_integers(call: Call, acc: torch.dtype) -> Tensor:
     """input @ weight^T of 8-bit integers, scaled; the sums are exact in float64."""
     weight, scale = call.weight, call.weight_scale
     assert scale is not None
-    x = call.input.detach().to(acc)
+    x = cast(call.input.detach(), acc)
     largest = x.abs().amax(-1, keepdim=True)
     limit = torch.full_like(largest, LIMIT)  # 127 / x of a number is rounded twice in torch
     inverse = torch.where(largest < LEAST, 0.0, limit / largest)
     numbers = (x * inverse).round().clamp(-LIMIT, LIMIT).double()
     rows = unpacked(weight, x.shape[-1], call.features // weight.shape[0]).double() - ZERO
-    scales = torch.where(largest.isfinite(), largest / limit, torch.nan) * scale.to(acc)
-    return (numbers @ rows.t()).to(acc) * scales
+    scales = torch.where(largest.isfinite(), largest / limit, torch.nan) * cast(scale, acc)
+    return cast(numbers @ rows.t(), acc) * scales
 
 
 def _fake(call: Call) -> Tensor:

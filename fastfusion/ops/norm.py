@@ -16,7 +16,7 @@ from torch.overrides import has_torch_function_variadic
 from fastfusion.backends import cpu
 from fastfusion.core import arguments, layers
 from fastfusion.core.op import Implementation, Op, never_refuses
-from fastfusion.core.reference import accumulation_dtype
+from fastfusion.core.reference import accumulation_dtype, cast
 from fastfusion.core.torch_op import Definition
 
 
@@ -152,10 +152,11 @@ def normalize(given: Arguments) -> Call:
 def run_reference(call: Call, lse: bool) -> Any:
     """The definition."""
     acc = accumulation_dtype(call.input.dtype)
-    x = call.input.to(acc)
+    x = cast(call.input, acc)
     if call.residual is not None:
-        x = x + call.residual.to(acc)
-    return layers.normalized(x, call.weight, call.bias, call.eps, call.rms).to(call.input.dtype)
+        x = x + cast(call.residual, acc)
+    out = layers.normalized(x, call.weight, call.bias, call.eps, call.rms)
+    return cast(out, call.input.dtype)
 
 
 def _fake(call: Call) -> Tensor:
