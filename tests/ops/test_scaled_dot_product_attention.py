@@ -71,6 +71,7 @@ CASES = [
         5, 700, mask="bias", heads=4, kv_heads=2), {"dropout_p": 0.2}, hide_all_of_one),
     Case("pieces", "keys cut into pieces, one of them hidden whole", shape(
         33, 1300, 8, value_dim=5, mask="bias", heads=2, kv_heads=1), edit=hide_a_piece),
+    Case("pieces_rest", "the last of them of two keys", shape(9, 1026, 8, heads=2)),
     Case("pieces_few", "pieces of few queries", shape(2, 1300, 8, heads=4, kv_heads=2, mask="bool"),
          edit=hide_a_piece),
     Case("past_a_panel", "tails of panels and key blocks", shape(49, 257)),

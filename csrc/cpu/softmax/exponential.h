@@ -78,10 +78,17 @@ inline bool narrow_products(const Attention& p) {
 // so would scores by large scales; and of few scores single roundings are all the error there is.
 enum class Base { kE, kTwo };
 
-inline Base base_of(const Attention& p) {
-  const bool few = p.q_len <= kDecodeLength || p.kv_len <= kDecodeLength;
+inline Base base_of(const Attention& p, bool few_keys) {
+  const bool few = p.q_len <= kDecodeLength || few_keys;
   const bool added = p.mask.data && p.mask_type != Type::kBool;
   return few || added || !ordinary(p.scale) ? Base::kE : Base::kTwo;
+}
+
+inline Base base_of(const Attention& p) { return base_of(p, p.kv_len <= kDecodeLength); }
+
+// A piece of a call (split_kv.h) has the base of the whole, be its own keys as few as they may.
+inline Base base_of(const AttentionForward& p) {
+  return base_of(p, !p.sums && p.kv_len <= kDecodeLength);
 }
 
 // What turns natural exponents into those of a base.
