@@ -46,6 +46,7 @@ def test_layers_take_it(norm_first: bool) -> None:
     decoder = ff.nn.TransformerDecoderLayer(
         128, 4, 512, activation="relu", batch_first=True, norm_first=norm_first
     ).eval()
+    decoder.norm1.register_forward_hook(lambda module, given, result: result)
     # Cross-attention projects queries, then keys and values.
     assert calls_of_the_op(lambda: decoder(X, MEMORY)) == 4 + 3
     for ours, given in ((layer, (X,)), (decoder, (X, MEMORY))):
@@ -58,7 +59,8 @@ def test_layers_take_it(norm_first: bool) -> None:
 @torch.no_grad()
 def test_quantised_layers_take_it(weights: str) -> None:
     layer, decoder = encoder_layer(), ff.nn.TransformerDecoderLayer(128, 4, 512, batch_first=True)
-    layer.norm1.register_forward_hook(lambda module, given, result: result)  # or it is one call
+    for one in (layer, decoder):  # or each is one call
+        one.norm1.register_forward_hook(lambda module, given, result: result)
     for model, given, calls in ((layer, (X,), 4), (decoder.eval(), (X, MEMORY), 4 + 3)):
         ff.quantize(model, weights)
         assert calls_of_the_op(lambda run=model, given=given: run(*given)) == calls
