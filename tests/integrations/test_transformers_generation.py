@@ -19,6 +19,7 @@ from transformers_cases import (
     WHISPER,
     Lora,
     build,
+    one_thread,  # noqa: F401
     tr,
     twin,
 )

@@ -28,6 +28,7 @@ from transformers_cases import (
     Lora,
     assert_same,
     build,
+    one_thread,  # noqa: F401
     run,
     tr,
 )

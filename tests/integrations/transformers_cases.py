@@ -1,9 +1,10 @@
 """Models of transformers, small enough to be made for every test, and how two of them compare."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import pytest
 import torch
 from accuracy import assert_accurate
 from checkout import need_library
@@ -50,6 +51,15 @@ SOUND = torch.randn(2, 1200, generator=torch.Generator().manual_seed(2))
 MEL = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(3))
 
 Inputs = Mapping[str, Any]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Two threads that wait for one another take four times as long for models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def build(model_class: Any, config: Any, attention: str = "eager", seed: int = 0) -> Any:
