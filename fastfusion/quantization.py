@@ -247,8 +247,8 @@ def quantize(
     if isinstance(bound, bool) or not isinstance(bound, int | float):
         raise TypeError(f"bound must be a number, got {bound!r}")
     selected = _selected(model, modules)
-    args, kwargs = _arguments(example_inputs)
-    before = _memory(model)
+    args, kwargs = arguments_of(() if example_inputs is None else example_inputs)
+    before = memory_of(model)
     candidates = [c for c in _candidates(model) if c.name in selected]
     _leave_shared(model, candidates, tied)
     with torch.no_grad():
@@ -271,15 +271,20 @@ def quantize(
         if c.reason is None:
             _replace(model, c)
     rows = tuple(c.row(weights) for c in candidates)
-    return QuantizationReport(rows, before, _memory(model))
+    return QuantizationReport(rows, before, memory_of(model))
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if example_inputs is None:
-        return (), {}
+def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a model.
+
+    Raises:
+        TypeError: what is neither a tuple, nor a mapping with names, nor a tensor.
+    """
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
-    if isinstance(example_inputs, Mapping):
+    if isinstance(example_inputs, Mapping) and all(
+        isinstance(name, str) for name in example_inputs
+    ):
         return (), dict(example_inputs)
     if isinstance(example_inputs, tuple | list):
         return tuple(example_inputs), {}
@@ -510,7 +515,7 @@ def _size(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
-def _memory(model: nn.Module) -> int:
-    """Of parameters and buffers, what is shared once."""
+def memory_of(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, of what is shared once."""
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     return sum(_size(t) for t in {id(t): t for t in tensors}.values())

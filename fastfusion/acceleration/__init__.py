@@ -16,15 +16,9 @@ from fastfusion._info import explain_module
 from fastfusion.acceleration import swaps
 from fastfusion.acceleration.report import AccelerationReport, LayerReport
 from fastfusion.acceleration.swaps import Swap, register_swap, short_name_of
-from fastfusion.acceleration.verification import (
-    Example,
-    arguments_of,
-    bound_for,
-    deviation,
-    largest_of,
-)
+from fastfusion.acceleration.verification import Example, bound_for, deviation, largest_of
 from fastfusion.nn._quantized import check_weights
-from fastfusion.quantization import QuantizationReport, quantize
+from fastfusion.quantization import QuantizationReport, arguments_of, memory_of, quantize
 
 __all__ = [
     "AccelerationReport",
@@ -167,7 +161,7 @@ class _Work:
         self.notes: list[str] = []
         self.going: dict[str, tuple[nn.Module, Swap]] = {}
         self.callers: set[str] = set()  # of ops on the example inputs
-        self.bytes_before = _memory(model)
+        self.bytes_before = memory_of(model)
         self.quantization: QuantizationReport | None = None
         self.example = None if example_inputs is None else Example(model, example_inputs)
         self.deviation: float | None = None
@@ -337,14 +331,14 @@ class _Work:
                 apart = self._now()
             self.deviation = apart
         self.quantization = replace(
-            report, layers=tuple(rows.values()), bytes_after=_memory(self.model)
+            report, layers=tuple(rows.values()), bytes_after=memory_of(self.model)
         )
 
     def report(self) -> AccelerationReport:
         if self.example is not None:
             self.ms_after = self.example.milliseconds()
         return AccelerationReport(
-            tuple(self.rows), self.bytes_before, _memory(self.model), self.quantization,
+            tuple(self.rows), self.bytes_before, memory_of(self.model), self.quantization,
             self.deviation, self.bound, self.largest, self.ms_before, self.ms_after,
             tuple(self.notes),
         )  # fmt: skip
@@ -383,15 +377,12 @@ def _is_ours(module: nn.Module) -> bool:
 
 def _is_answered_for(name: str, module: nn.Module, covered: Mapping[str, Any]) -> bool:
     """Whether a layer that is swapped, or one of ours, has this one as a part that it replaces."""
-    while name in covered or name:
-        if name in covered:
-            swap = covered[name]
-            if swap is None or swap.covers(module):
-                return True
+    while True:
+        if name in covered and (covered[name] is None or covered[name].covers(module)):
+            return True
         if not name:
             return False
         name = _parent(name)
-    return False
 
 
 def _took_part(name: str, callers: set[str]) -> bool:
@@ -409,9 +400,3 @@ def _looks_like_attention(module: nn.Module) -> bool:
 
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _memory(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, of what is shared once."""
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())

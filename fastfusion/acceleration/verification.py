@@ -12,31 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfusion.quantization import arguments_of
+
 # Of the largest output: float32 layers differ in the order of their sums, 12 layers 768 wide by
 # 2e-6; what is rounded to 8 bits of mantissa, by 1e-2; to 8 bits in all, by several of them.
 _BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _BOUNDS_OF_WEIGHTS = {"bf16": 5e-2, "int8": 2e-1}
 _CALLS, _SECONDS = 7, 0.6  # of a timing, whichever ends first, but three calls
-
-
-def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of the model.
-
-    Raises:
-        TypeError: what is neither a tuple, nor a mapping with names, nor a tensor.
-    """
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, Mapping) and all(
-        isinstance(name, str) for name in example_inputs
-    ):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    raise TypeError(
-        "example_inputs must be a tuple of arguments, a dict of keyword arguments or a Tensor, got "
-        f"{type(example_inputs).__name__}"
-    )
 
 
 class Example:

@@ -71,9 +71,13 @@ def feed_forward(module: Any, input: Tensor, last_dropout: Any) -> Tensor | None
         return None
     if not (runs(input, *own) and runs(input, *others)):
         return None
-    weight, scale, bias = own
-    hidden = linear(input, weight, bias, weight_scale=scale, activation=name)
-    weight, scale, bias = others
+    return _in_two_calls(input, own, name, others)
+
+
+def _in_two_calls(input: Tensor, first: Operands, activation: str, second: Operands) -> Tensor:
+    weight, scale, bias = first
+    hidden = linear(input, weight, bias, weight_scale=scale, activation=activation)
+    weight, scale, bias = second
     return linear(hidden, weight, bias, weight_scale=scale)
 
 
@@ -114,10 +118,7 @@ def two_layers(
         or not (runs(input, *own) and runs(input, *others))
     ):
         return None
-    weight, scale, bias = own
-    hidden = linear(input, weight, bias, weight_scale=scale, activation=name)
-    weight, scale, bias = others
-    return linear(hidden, weight, bias, weight_scale=scale)
+    return _in_two_calls(input, own, name, others)
 
 
 def feed_forward_of(module: nn.Module) -> type[nn.Module] | None:
