@@ -278,6 +278,22 @@ def project_memory(
     return key, value
 
 
+# ---- a layer's call as those of its parts
+
+
+def linear_call(call: Any, name: str, x: Tensor, residual: Tensor | None = None) -> _linear.Call:
+    """Of one of the linear layers; linear1 has the activation."""
+    weight, bias, scale = part_of(call, name)
+    activation = call.activation if name == "linear1" else 0
+    return _linear.Call(x, weight, bias, residual, scale, activation)
+
+
+def norm_call(call: Any, name: str, x: Tensor) -> _norm.Call:
+    """Of one of the norms."""
+    weight, bias, eps = (getattr(call, f"{name}_{s}") for s in ("weight", "bias", "eps"))
+    return _norm.Call(x, weight, bias, None, eps, False)
+
+
 # ---- numbers for `inputs`
 
 

@@ -42,6 +42,8 @@ from fastfusion.ops._parts import (
     check_memory,
     check_norms,
     heads_fit,
+    linear_call,
+    norm_call,
     normals,
     random_attention,
     random_feed_forward,
@@ -134,15 +136,10 @@ class Call(NamedTuple):
     norm3_eps: float
 
     def linear(self, name: str, x: Tensor, residual: Tensor | None = None) -> _linear.Call:
-        """The call of one of the linear layers; linear1 has the activation."""
-        weight, bias, scale = (getattr(self, f"{name}_{s}") for s in ("weight", "bias", "scale"))
-        activation = self.activation if name == "linear1" else 0
-        return _linear.Call(x, weight, bias, residual, scale, activation)
+        return linear_call(self, name, x, residual)
 
     def norm(self, name: str, x: Tensor) -> _norm.Call:
-        """The call of one of the norms."""
-        weight, bias, eps = (getattr(self, f"{name}_{s}") for s in ("weight", "bias", "eps"))
-        return _norm.Call(x, weight, bias, None, eps, False)
+        return norm_call(self, name, x)
 
     @property
     def has_memory(self) -> bool:
