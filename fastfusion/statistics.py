@@ -228,7 +228,8 @@ def _strongest(call: Call, k: int) -> tuple[Tensor, Tensor]:
     """Weights and keys (batch, heads, q_len, k).
 
     They are written to one place as they come: small results that are kept one by one leave holes
-    in the heap that the next scores do not fit into, 2 x the size of all weights at 8,192 x 8,192.
+    in the heap that the next scores do not fit into, as large as all weights in the end
+    (findings/torch-top-weights-keep-the-memory-of-all.sh).
     """
     query = call.query
     weights = query.new_empty((*query.shape[:3], k))
