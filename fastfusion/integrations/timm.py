@@ -35,6 +35,8 @@ from fastfusion.nn._plain import (
     activation_module_name,
     are_bare,
     has_global_hooks,
+    is_bare,
+    is_idle,
 )
 
 _ATTENTIONS = Subclasses(__name__, "timm")
@@ -200,14 +202,9 @@ def _in_two_calls(module: Any, x: Any) -> Tensor | None:
 
 def _is_idle(module: Any) -> bool:
     """Whether calling this part gives its input."""
-    kind = type(module)
-    if kind is nn.Dropout:
-        idle = not (module.training and module.p > 0.0)
-    elif kind is DropPath:
-        idle = not (module.training and module.drop_prob)
-    else:
-        idle = kind is nn.Identity
-    return idle and are_bare((module,))
+    if type(module) is DropPath:
+        return not (module.training and module.drop_prob) and is_bare(module)
+    return is_idle(module)
 
 
 _PLAIN_ATTENTIONS = (Attention, _ATTENTIONS.of(Attention))

@@ -62,6 +62,11 @@ def does_nothing(dropout: Any) -> bool:
     )
 
 
+def is_idle(module: Any) -> bool:
+    """Whether calling this module gives its input and shows it to nobody."""
+    return does_nothing(module) or (type(module) is nn.Identity and is_bare(module))
+
+
 def is_plain_call(
     inputs: tuple[Tensor, ...], modules: Iterable[Any], attn_mask: Tensor | None
 ) -> bool:

@@ -14,7 +14,7 @@ from fastfusion.integrations.transformers import _steps
 from fastfusion.integrations.transformers._interface import NAME
 from fastfusion.nn._layers import TOGETHER, run_encoder_layer
 from fastfusion.nn._linear import LINEAR, runs_on_cpu, weights_of
-from fastfusion.nn._plain import are_bare, has_global_hooks
+from fastfusion.nn._plain import are_bare, has_global_hooks, is_idle
 
 
 def encoder_layer(
@@ -51,7 +51,7 @@ def encoder_layer(
         return None
     if not are_bare((*linears, *norms)) or not all(map(_steps.is_quiet, around)):
         return None
-    if not all([_steps.drops_nothing(dropout) for dropout in dropouts]):
+    if not all(map(is_idle, dropouts)):
         return None
     if mask is not None and not (mask.dtype == torch.bool or mask.dtype == x.dtype):
         return None

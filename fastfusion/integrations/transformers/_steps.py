@@ -17,7 +17,7 @@ from fastfusion.integrations.transformers._activations import activation_of
 from fastfusion.integrations.transformers._interface import recorded_by
 from fastfusion.nn._linear import LINEAR, large_weights_of, runs, runs_on_cpu, weights_of
 from fastfusion.nn._plain import activation_name as _plain_name
-from fastfusion.nn._plain import has_global_hooks, is_bare
+from fastfusion.nn._plain import has_global_hooks, is_bare, is_idle
 from fastfusion.nn._quantized import QuantizedLinear
 from fastfusion.ops.linear import linear as _linear
 from fastfusion.ops.norm import norm as _norm
@@ -49,7 +49,7 @@ def passes(
     if has_global_hooks() or not all(map(is_quiet, around)):
         return False
     if not all(
-        drops_nothing(dropout)
+        is_idle(dropout)
         if isinstance(dropout, nn.Module)
         else not (layer.training and dropout > 0.0)
         for dropout in dropouts
@@ -73,16 +73,6 @@ def is_quiet(module: Any) -> bool:
     if any(own[name] for name in _HOOKS) or "forward" in own:
         return False
     return all(recorded_by(hook) is not None for hook in own["_forward_hooks"].values())
-
-
-def drops_nothing(dropout: Any) -> bool:
-    """Whether this is a dropout that changes and shows nothing."""
-    own = dropout.__dict__
-    return (
-        type(dropout) in (nn.Dropout, nn.Identity)
-        and not (own["training"] and own.get("p", 0.0) > 0.0)
-        and is_bare(dropout)
-    )
 
 
 def linear(
