@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fastfusion as ff
-from fastfusion.demo import data  # easy-vqa as tensors: pip install "fastfusion[demo]"
+from fastfusion.data import easy_vqa as data  # easy-vqa as tensors: pip install "fastfusion[demo]"
 
 
 class Model(nn.Module):

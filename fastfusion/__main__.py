@@ -1,12 +1,15 @@
 """The command line: ``python -m fastfusion info | demo | accelerate | models | bench | ...``."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-DEMOS = ("vqa", "whisper", "minilm")
+TRAINED = ("vqa",)  # fastfusion.applications.TRAINED, without importing it
+DEMOS = (*TRAINED, "whisper", "minilm")
 OPS = ("scaled_dot_product_attention", "bidirectional_attention", "varlen_attention")
 
 
@@ -34,12 +37,8 @@ def _parser() -> argparse.ArgumentParser:
         help="vqa answers questions about images (default), whisper transcribes speech, minilm "
         "embeds sentences",
     )
-    demo.add_argument(
-        "--output", type=Path, default=Path("vqa_attention.png"), help="the picture of vqa"
-    )
-    demo.add_argument(
-        "--checkpoint", type=Path, help="of vqa; default: the one that ships with the package"
-    )
+    demo.add_argument("--output", type=Path, help="the picture of a model that ships")
+    demo.add_argument("--checkpoint", type=Path, help="of that model; default: the one that ships")
     demo.add_argument(
         "--clips", type=Path, help="a folder of .wav files for whisper; default: Debian's voice"
     )
@@ -48,20 +47,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--threads", type=_positive, help="default: what torch chooses")
 
-    train = commands.add_parser("train", help="make the checkpoint of the demo")
-    train.add_argument("--output", type=Path, default=Path("easy_vqa.safetensors"))
+    train = commands.add_parser("train", help="make the checkpoint of a demo")
+    train.add_argument("model", nargs="?", choices=TRAINED, default=TRAINED[0])
+    train.add_argument("--output", type=Path, help="default: NAME.safetensors here")
     train.add_argument("--epochs", type=_positive)
-    train.add_argument(
-        "--batch-size", type=_positive, help="images, each with four of its questions"
-    )
+    train.add_argument("--batch-size", type=_positive, help="pictures, each with some texts")
     train.add_argument("--lr", type=float)
     train.add_argument("--seed", type=int)
     train.add_argument("--threads", type=_positive, help="default: what torch chooses")
-    train.add_argument("--images", type=_positive, help="use so many images of each split only")
+    train.add_argument("--limit", type=_positive, help="use so many examples of each split only")
     train.add_argument(
-        "--question-only", action="store_true", help="only the baseline that sees no image"
+        "--baseline-only", action="store_true", help="only the baseline that sees less"
     )
     train.add_argument("--resume", action="store_true", help="go on from OUTPUT.state")
+    train.add_argument(
+        "--log",
+        action="append",
+        default=[],
+        help="tensorboard:FOLDER, wandb:PROJECT or wandb-offline:PROJECT",
+    )
 
     accelerate = commands.add_parser(
         "accelerate",
@@ -133,20 +137,26 @@ def _explain(arguments: argparse.Namespace) -> object:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from fastfusion.demo.train import Settings, train
+    from fastfusion.applications import callbacks
 
+    application = _application(arguments.model)
     given = {
         name: getattr(arguments, name)
         for name in ("epochs", "batch_size", "lr", "seed")
         if getattr(arguments, name) is not None
     }
-    train(
-        arguments.output,
-        Settings(**given),
-        question_only=arguments.question_only,
+    application.train(
+        arguments.output or Path(application.CHECKPOINT.name),
+        application.Settings(**given),
+        baseline_only=arguments.baseline_only,
         resume=arguments.resume,
-        images=arguments.images,
+        limit=arguments.limit,
+        callbacks=[callbacks.parse(text) for text in arguments.log],
     )
+
+
+def _application(name: str) -> Any:
+    return importlib.import_module(f"fastfusion.applications.{name}")
 
 
 def _accelerate(arguments: argparse.Namespace) -> int:
@@ -162,17 +172,16 @@ def _accelerate(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> None:
     rounds = {} if arguments.rounds is None else {"rounds": arguments.rounds}
     if arguments.model == "whisper":
-        from fastfusion.demo import whisper
+        from fastfusion.applications import whisper
 
         whisper.show(arguments.clips, **rounds)
     elif arguments.model == "minilm":
-        from fastfusion.demo import minilm
+        from fastfusion.applications import minilm
 
         minilm.show(**rounds)
     else:
-        from fastfusion.demo.show import show
-
-        show(arguments.output, arguments.checkpoint)
+        application = _application(arguments.model)
+        application.show(arguments.output or Path(application.PICTURE), arguments.checkpoint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(ff.info())
         return 0
 
-    from fastfusion.demo.extras import MissingExtra
+    from fastfusion.core.extras import MissingExtra
 
     try:
         if arguments.command == "explain":

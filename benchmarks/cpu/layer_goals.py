@@ -335,10 +335,11 @@ def same_bits() -> Iterator[Goal]:
 
 def quality(effort: Effort) -> Iterator[Goal]:
     """Of a model that was trained, on real inputs."""
-    from fastfusion.demo import data
-    from fastfusion.demo.evaluate import accuracy, predict, quantized, to_float
-    from fastfusion.demo.extras import MissingExtra
-    from fastfusion.demo.model import Checkpoint
+    from fastfusion.applications.beside import quantized
+    from fastfusion.applications.vqa.evaluate import accuracy, predict, to_float
+    from fastfusion.applications.vqa.model import Checkpoint
+    from fastfusion.core.extras import MissingExtra
+    from fastfusion.data import easy_vqa as data
 
     names = "answers lost, points", "lowest cosine of a layer"
     try:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfusion.demo.stock import StockVQATransformer
+from fastfusion.applications.stock import stock_twin
 from fastfusion.models import VQATransformer
 
 from ..common.ops import Call
@@ -17,10 +17,10 @@ GROUP = "models"
 CLASSES = 1000
 
 
-def build(kind: type[nn.Module], shape: dict[str, Any]) -> nn.Module:
-    """The model of a shape in eval mode; equal seeds, equal weights."""
+def build(shape: dict[str, Any]) -> VQATransformer:
+    """The model of a shape in eval mode; always the same weights."""
     torch.manual_seed(0)
-    model = kind(
+    model = VQATransformer(
         shape["visual_dim"], shape["text_dim"], shape["heads"], shape["ffn"], shape["layers"],
         CLASSES,
     )  # fmt: skip
@@ -45,8 +45,8 @@ def forward(model: nn.Module, inputs: list[Tensor]) -> Call:
 def run_shape(shape: dict[str, Any], settings: Settings) -> Row:
     """Checks one model and times it."""
     row = Row("models", shape, settings.dtype_name, settings.backward, cold=settings.cold)
-    stock, ours = build(StockVQATransformer, shape), build(VQATransformer, shape)
-    ours.load_state_dict(stock.state_dict())
+    ours = build(shape)
+    stock = stock_twin(ours)
     inputs = [t.to(settings.dtype) for t in example(shape)]
     compare_modules(
         row, stock.to(settings.dtype), ours.to(settings.dtype), inputs, forward, settings

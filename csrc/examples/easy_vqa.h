@@ -1,5 +1,5 @@
-// The model of fastfusion/demo/model.py on a CPU, of one question at a time, from its checkpoint:
-// the weights are read where they lie in the file.
+// The model of fastfusion/applications/vqa/model.py on a CPU, of one question at a time, from its
+// checkpoint: the weights are read where they lie in the file.
 #pragma once
 
 #include <algorithm>
@@ -87,7 +87,7 @@ struct Config {
   std::vector<std::string> names;  // of the answers
 
   explicit Config(const File& file) {
-    if (file.metadata("format") != "fastfusion easy-vqa 1") file.fail("is of another format");
+    if (file.metadata("format") != "fastfusion easy-vqa 2") file.fail("is of another format");
     Json sizes(file.metadata("config"), file.path() + ": config");
     sizes.object([&](const std::string& key) {
       int64_t* size = key == "words"             ? &words
@@ -117,7 +117,7 @@ struct Config {
   }
 };
 
-// fastfusion.demo.model.EasyVQA of a file that stays open.
+// fastfusion.applications.vqa.model.EasyVQA of a file that stays open.
 class Model {
  public:
   Model(const Model&) = delete;  // layers know where out_of_memory_ is
@@ -131,7 +131,7 @@ class Model {
           file.numbers<float>(name + ".bias", {features}), channels * kKernel * kKernel, features));
       channels = features;
     }
-    position_ = file.numbers<float>("model.position", {kTokens, config.width});
+    position_ = file.numbers<float>("model.stem.position", {kTokens, config.width});
     words_ = file.numbers<float>("model.question.word.weight", {config.words, config.width});
     word_position_ =
         file.numbers<float>("model.question.position", {config.max_words, config.width});

@@ -1,5 +1,6 @@
 // Answers questions about images on a CPU, without Python and without torch: the model of
-// fastfusion/demo/model.py from its checkpoint, whose weights are read where they lie in the file.
+// fastfusion/applications/vqa/model.py from its checkpoint, whose weights are read where they lie
+// in the file.
 //
 //   encoder MODEL.safetensors INPUTS.safetensors [RUNS]
 //

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 import fastfusion.nn as ffnn
 from fastfusion.core.arguments import check_padding_mask, check_tensors, shapes
-from fastfusion.nn._checks import check_activation, check_sequences
+from fastfusion.models.parts import check_sizes, encoder, mean
+from fastfusion.nn._checks import check_sequences
 
 
 class VQATransformer(nn.Module):
@@ -60,28 +61,10 @@ class VQATransformer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {
-            "visual_dim": visual_dim,
-            "text_dim": text_dim,
-            "num_heads": num_heads,
-            "dim_feedforward": dim_feedforward,
-            "num_layers": num_layers,
-            "num_classes": num_classes,
-        }
-        for name, value in sizes.items():
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name in ("visual_dim", "text_dim"):
-            if sizes[name] % num_heads:
-                raise ValueError(
-                    f"{name} must be a multiple of num_heads={num_heads}, got {sizes[name]}"
-                )
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
-
-        check_activation(activation)
+        check_sizes(
+            num_heads, dropout, activation, visual_dim=visual_dim, text_dim=text_dim,
+            dim_feedforward=dim_feedforward, num_layers=num_layers, num_classes=num_classes,
+        )  # fmt: skip
         self.visual_dim, self.text_dim = visual_dim, text_dim
         shared: dict[str, Any] = {
             "dropout": dropout,
@@ -92,21 +75,9 @@ class VQATransformer(nn.Module):
             "device": device,
             "dtype": dtype,
         }
-
-        def encoder(width: int) -> nn.Module:
-            layer = ffnn.TransformerEncoderLayer(
-                width, num_heads, dim_feedforward, batch_first=True, **shared
-            )
-            # The residual stream of a norm_first encoder ends without a norm of its own.
-            norm = (
-                nn.LayerNorm(width, layer_norm_eps, bias=bias, device=device, dtype=dtype)
-                if norm_first
-                else None
-            )
-            return ffnn.TransformerEncoder(layer, num_layers, norm, enable_nested_tensor=False)
-
-        self.visual_encoder = encoder(visual_dim)
-        self.text_encoder = encoder(text_dim)
+        sizes = (num_heads, dim_feedforward, num_layers)
+        self.visual_encoder = encoder(visual_dim, *sizes, **shared)
+        self.text_encoder = encoder(text_dim, *sizes, **shared)
         self.fusion = ffnn.CrossModalAttention(
             visual_dim, text_dim, num_heads, dim_feedforward=dim_feedforward, **shared
         )
@@ -135,7 +106,7 @@ class VQATransformer(nn.Module):
         visual, text, *weights = self.fusion(
             visual, text, visual_padding_mask, text_padding_mask, need_weights
         )
-        pooled = (_mean(visual, visual_padding_mask), _mean(text, text_padding_mask))
+        pooled = (mean(visual, visual_padding_mask), mean(text, text_padding_mask))
         logits = self.output(torch.cat(pooled, dim=-1))
         return (logits, weights[1]) if need_weights else logits
 
@@ -192,13 +163,3 @@ def _checked(name: str, tokens: Tensor, width: int, padding_mask: Tensor | None)
             f"{name}_padding_mask", padding_mask, tokens, tuple(tokens.shape[:2]), given
         )
     return None if padding_mask is None else padding_mask.expand(tokens.shape[:2])
-
-
-def _mean(tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """The mean over the tokens that are not padding; 0 where all are."""
-    if padding_mask is None:
-        return tokens.sum(dim=1) / max(tokens.shape[1], 1)
-    padding_mask = padding_mask.expand(tokens.shape[:2])
-    total = tokens.masked_fill(padding_mask.unsqueeze(-1), 0.0).sum(dim=1)
-    count = (~padding_mask).sum(dim=1, keepdim=True).clamp(min=1)
-    return total / count

@@ -15,7 +15,7 @@ from checkout import need_library
 from torch import Tensor
 
 from fastfusion.__main__ import main
-from fastfusion.demo import ctranslate2, minilm, whisper
+from fastfusion.applications import ctranslate2, minilm, whisper
 
 transformers = need_library("transformers")
 tokenizers = need_library("tokenizers")

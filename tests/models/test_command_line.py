@@ -77,7 +77,7 @@ def test_missing_extra_is_one_clear_line(
     for name in [n for n in sys.modules if n.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    command = ["train", "--images", "8"] if package == "tqdm" else ["demo"]
+    command = ["train", "--limit", "8"] if package == "tqdm" else ["demo"]
     assert main([*command, "--output", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fastfusion.demo import data
-from fastfusion.demo.train import Settings, augment, batches, learning_rate
+from fastfusion.applications.training import learning_rate
+from fastfusion.applications.vqa.train import Batches, Settings, augment
+from fastfusion.data import easy_vqa as data
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +110,9 @@ def test_colour_noise_is_small(split: data.Split) -> None:
 
 def test_batches_hold_each_image_once_with_some_of_its_questions(split: data.Split) -> None:
     seen, asked = [], []
-    for images, questions, image_index in batches(
-        split, Settings(), torch.Generator().manual_seed(0)
-    ):
+    tokens = data.Vocabulary.of(split.texts).encode(split.texts)
+    all_of_it = Batches(split, tokens, Settings())
+    for images, questions, image_index in all_of_it.draw(torch.Generator().manual_seed(0)):
         assert len(images) == 32
         assert torch.equal(images[image_index], split.image_index[questions])
         available = torch.tensor([int((split.image_index == i).sum()) for i in images])
@@ -121,9 +122,11 @@ def test_batches_hold_each_image_once_with_some_of_its_questions(split: data.Spl
     assert len(seen) == 6 and len(torch.cat(seen).unique()) == 192
     assert len(torch.cat(asked).unique()) == len(torch.cat(asked)) > 700
 
-    others = next(batches(split, Settings(), torch.Generator().manual_seed(1)))[1]
+    others = next(all_of_it.draw(torch.Generator().manual_seed(1)))[1]
     assert not set(others.tolist()) <= set(asked[0].tolist())
-    few = list(batches(split.head(5), Settings(questions_per_image=99), torch.Generator()))
+    few = list(
+        Batches(split.head(5), tokens, Settings(questions_per_image=99)).draw(torch.Generator())
+    )
     assert len(few) == 1 and len(few[0][1]) == len(split.head(5)), "fewer images than a batch"
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from fastfusion.__main__ import main
-from fastfusion.demo import data
-from fastfusion.demo.evaluate import accuracy, predict, to_float
-from fastfusion.demo.model import CHECKPOINT, Checkpoint, Config, EasyVQA
-from fastfusion.demo.stock import StockVQATransformer
-from fastfusion.demo.train import Settings, fit, model_step
+from fastfusion.applications.stock import stock_twin
+from fastfusion.applications.training import fit
+from fastfusion.applications.vqa.evaluate import accuracy, predict, to_float
+from fastfusion.applications.vqa.model import CHECKPOINT, Checkpoint, Config, EasyVQA
+from fastfusion.applications.vqa.train import Batches, Settings, model_step
+from fastfusion.data import easy_vqa as data
 
-TINY = ["--images", "24", "--batch-size", "8", "--epochs", "4"]
+TINY = ["--limit", "24", "--batch-size", "8", "--epochs", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_a_few_steps_lower_the_loss(split: data.Split) -> None:
     model = EasyVQA(Config(words=len(vocabulary), answers=13, width=32, dim_feedforward=32))
     before = accuracy(predict(model.eval(), split, tokens), split)
     settings = Settings(epochs=8, batch_size=8, lr=3e-3, warmup_steps=10)
-    losses = fit(model, model_step(model, settings), split, tokens, settings)
+    losses = fit(model, model_step(model, settings), Batches(split, tokens, settings), settings)
     assert len(losses) == 8 and not model.training
     assert losses[-1] < 0.6 * losses[0]
     assert before < 0.5 < accuracy(predict(model, split, tokens), split)
@@ -62,7 +63,7 @@ def test_resuming_gives_the_same_bits(
         if done == epochs_done:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastfusion.demo.train.os.replace", interrupted)
+    monkeypatch.setattr("fastfusion.applications.training.os.replace", interrupted)
     assert main(["train", *TINY, "--output", str(parts)]) == 130
     assert "--resume" in capsys.readouterr().err
     assert not parts.exists()
@@ -86,14 +87,14 @@ def test_seeds_matter(tmp_path: Path) -> None:
     heads = []
     for name, seed in (("a", "1"), ("b", "2")):
         path = tmp_path / name
-        assert main(["train", *TINY, "--question-only", "--seed", seed, "--output", str(path)]) == 0
+        assert main(["train", *TINY, "--baseline-only", "--seed", seed, "--output", str(path)]) == 0
         heads.append(Checkpoint.load(path).question_only.output.weight)
     assert not torch.equal(*heads)
 
 
 def test_question_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "blind.safetensors"
-    assert main(["train", *TINY, "--question-only", "--output", str(path)]) == 0
+    assert main(["train", *TINY, "--baseline-only", "--output", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "question only:" in printed and "with the image" not in printed
     assert Checkpoint.load(path).model is None
@@ -152,7 +153,7 @@ def test_shipped_checkpoint_is_small_and_says_how_it_was_made(shipped: Checkpoin
     assert 0.6 < shipped.training["question_only_accuracy"] < 0.7
     # Nobody trained on fewer images, or with settings that a plain `train` would not use.
     settings = dict(shipped.training["settings"])
-    assert settings.pop("images") is None and settings.pop("question_only") is False
+    assert settings.pop("limit") is None and settings.pop("baseline_only") is False
     assert replace(Settings(), **settings) == Settings()
 
 
@@ -161,9 +162,7 @@ def test_shipped_checkpoint_answers(shipped: Checkpoint, transformer: str) -> No
     model: Callable[..., torch.Tensor] | None = shipped.model
     assert isinstance(model, EasyVQA)
     if transformer == "stock":
-        stock = EasyVQA(shipped.config, StockVQATransformer)
-        stock.load_state_dict(model.state_dict(), strict=True)
-        model = stock.eval()
+        model = stock_twin(model)
     pixels = torch.full((2, 3, 64, 64), 0.95)
     pixels[0, :, 20:40, 10:40] = torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1)
     line = torch.arange(64)
@@ -198,11 +197,10 @@ def test_shipped_checkpoint_on_test_images(shipped: Checkpoint) -> None:
 
 def test_shipped_checkpoint_in_the_stock_twin(shipped: Checkpoint) -> None:
     assert shipped.model is not None
-    stock = EasyVQA(shipped.config, StockVQATransformer)
-    stock.load_state_dict(shipped.model.state_dict(), strict=True)
+    stock = stock_twin(shipped.model)
     split = data.load("test", 20)
     some = torch.arange(0, len(split), 3)
     images = to_float(split.images[split.image_index[some]])
     words = shipped.vocabulary.encode(split.texts)[split.text_index[some]]
     with torch.inference_mode():
-        torch.testing.assert_close(shipped.model(images, words), stock.eval()(images, words))
+        torch.testing.assert_close(shipped.model(images, words), stock(images, words))

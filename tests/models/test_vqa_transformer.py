@@ -7,7 +7,7 @@ import torch
 from accuracy import assert_accurate
 
 import fastfusion as ff
-from fastfusion.demo.stock import StockVQATransformer
+from fastfusion.applications.stock import stock_twin
 from fastfusion.models import VQATransformer
 
 SIZES: dict[str, Any] = {
@@ -136,8 +136,7 @@ def test_pairs_share_encodings() -> None:
 def test_stock_twin(norm_first: bool, training: bool) -> None:
     torch.manual_seed(0)
     model = VQATransformer(**SIZES, dropout=0.0, norm_first=norm_first).train(training)
-    stock = StockVQATransformer(**SIZES, dropout=0.0, norm_first=norm_first).train(training)
-    stock.load_state_dict(model.state_dict(), strict=True)
+    stock = stock_twin(model)
     for name, module in stock.named_modules():
         assert not type(module).__module__.startswith("fastfusion.nn"), name
     results = []
@@ -175,8 +174,7 @@ def test_factory_arguments_reach_every_part() -> None:
 def test_autocast_is_as_accurate_as_stock_torch() -> None:
     torch.manual_seed(0)
     model = VQATransformer(**SIZES).eval()
-    stock = StockVQATransformer(**SIZES).eval()
-    stock.load_state_dict(model.state_dict())
+    stock = stock_twin(model)
     with torch.autocast("cpu", torch.bfloat16):
         ours, plain = (m(*features(), *padding()).reshape(1, -1) for m in (model, stock))
     exact = stock.double()(*features(dtype=torch.float64), *padding()).reshape(1, -1)
@@ -223,8 +221,8 @@ def test_export_with_dynamic_sizes() -> None:
         ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
         ({"num_classes": -1}, ValueError, "num_classes must be at least 1, got -1"),
         ({"dim_feedforward": 32.0}, TypeError, "dim_feedforward must be an int, got 32.0"),
-        ({"dropout": 1.5}, ValueError, r"dropout must lie in \[0, 1\], got 1.5"),
-        ({"dropout": float("nan")}, ValueError, r"dropout must lie in \[0, 1\], got nan"),
+        ({"dropout": 1.5}, ValueError, r"dropout must be between 0 and 1, got 1.5"),
+        ({"dropout": float("nan")}, ValueError, r"dropout must be between 0 and 1, got nan"),
     ],
 )
 def test_bad_constructor(change: dict[str, Any], error: type[Exception], text: str) -> None:

@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from fastfusion.demo.extras import require
+from fastfusion.core.extras import require
 
 IMAGE_SIZE = 64
 PADDING, UNKNOWN = "<padding>", "<unknown>"

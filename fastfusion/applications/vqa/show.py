@@ -1,6 +1,5 @@
-"""What ``python -m fastfusion demo`` prints, and the picture it draws."""
+"""What ``python -m fastfusion demo vqa`` prints, and the picture it draws."""
 
-import math
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -8,21 +7,19 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from fastfusion.demo import data
-from fastfusion.demo.data import Split
-from fastfusion.demo.evaluate import (
+from fastfusion.applications.beside import compare, medians
+from fastfusion.applications.vqa.evaluate import (
     accuracy,
-    latencies,
     predict,
     predict_from_question,
-    quantized,
     shape_tokens,
     to_float,
 )
-from fastfusion.demo.extras import check_before_work
-from fastfusion.demo.model import CHECKPOINT, Checkpoint, EasyVQA
-from fastfusion.demo.picture import Panel, draw
-from fastfusion.demo.stock import StockVQATransformer
+from fastfusion.applications.vqa.model import CHECKPOINT, Checkpoint, EasyVQA
+from fastfusion.applications.vqa.picture import Panel, draw
+from fastfusion.core.extras import check_before_work
+from fastfusion.data import easy_vqa as data
+from fastfusion.data.easy_vqa import Split
 
 # Questions of every kind, and the words whose attention the picture shows.
 EXAMPLES = {
@@ -34,7 +31,7 @@ EXAMPLES = {
     "is no teal shape present?": ("no", "teal"),
 }
 SOME_IMAGES = 100  # whose questions every variant answers
-SAMPLE = 256  # questions for the comparison with stock torch and for the attention's statistics
+SAMPLE = 256  # questions for the attention's statistics
 
 
 def show(output: Path, checkpoint_path: Path | None = None) -> None:
@@ -53,7 +50,7 @@ def show(output: Path, checkpoint_path: Path | None = None) -> None:
     with torch.inference_mode():
         predicted = _accuracy(checkpoint, checkpoint.model, split, tokens)
         examples = _examples(checkpoint, split, predicted)
-        _side_by_side(checkpoint, checkpoint.model, split, tokens, predicted)
+        _side_by_side(checkpoint.model, split, tokens)
         _picture(checkpoint, checkpoint.model, split, tokens, predicted, examples, output)
 
 
@@ -109,73 +106,25 @@ def _spread(split: Split, count: int) -> list[int]:
     return [place * len(split) // count for place in range(count)]
 
 
-def _side_by_side(
-    checkpoint: Checkpoint, model: EasyVQA, split: Split, tokens: Tensor, predicted: Tensor
-) -> None:
+def _side_by_side(model: EasyVQA, split: Split, tokens: Tensor) -> None:
     """The model beside its twin of stock torch.nn, and its copies with narrower weights."""
-    stock = EasyVQA(checkpoint.config, StockVQATransformer)
-    stock.load_state_dict(model.state_dict(), strict=True)
-    sample = _pairs(split, tokens, _spread(split, SAMPLE))
-    models = {"stock torch.nn": stock.eval(), "fastfusion": model}
-    cosines = {}
-    for weights in ("bf16", "int8"):
-        name = f"fastfusion {weights}"
-        models[name], report = quantized(model, weights, _pairs(split, tokens, _spread(split, 32)))
-        cosines[name] = min(layer.cosine or 0.0 for layer in report.quantized)
     some = split.head(SOME_IMAGES)
-    logits = {name: each(*sample) for name, each in models.items()}
-    answers = {
-        name: predicted[: len(some)] if each is model else predict(each, some, tokens)
-        for name, each in models.items()
-    }
-    pairs = {batch: _pairs(split, tokens, _spread(split, batch)) for batch in (1, 8)}
-    times = {
-        batch: latencies(
-            {name: partial(each, *pair) for name, each in models.items()}
-            | {"stem": partial(model.stem, pair[0])},
-            rounds=30,
-        )
-        for batch, pair in pairs.items()
-    }
-
-    print(
-        f"\nthe same weights in stock torch.nn, in float32, and as bfloat16 and 8-bit integers "
-        f"(ff.quantize), {torch.get_num_threads()} thread(s)"
+    pairs = {n: _pairs(split, tokens, _spread(split, n)) for n in (1, 8, 32)}
+    found = compare(
+        model,
+        {f"batch {n}": pairs[n] for n in (1, 8)},
+        pairs[32],
+        lambda each: accuracy(predict(each, some, tokens), some),
     )
+    stem = 1e3 * medians({"stem": partial(model.stem, pairs[1][0])}, 30, 5)["stem"]
+    ms = found.milliseconds["batch 1"]
+    ours = ms["fastfusion"]
     print(
-        f"  {'':<15}  {'batch 1':>16}  {'batch 8':>16}  {'accuracy':>8}  {'difference':>10}  "
-        f"{'MB':>5}  layers' cosine"
+        f"  accuracy of the same {len(some):,} questions; what made the difference, batch 1: fused "
+        f"layers {ms['stock torch.nn'] / ours:.2f}x, their products in bfloat16 another "
+        f"{ours / ms['fastfusion bf16']:.2f}x or in integers {ours / ms['fastfusion int8']:.2f}x; "
+        f"the image stem's convolutions, {stem:.2f} ms, are the same in all"
     )
-    plain = logits["stock torch.nn"]
-    for name, each in models.items():
-        cells = [
-            f"{1e3 * time[name]:6.2f} ms {time['stock torch.nn'] / time[name]:5.2f}x"
-            for time in times.values()
-        ]
-        difference = (logits[name] - plain).abs().max().item()
-        cosine = f">= {math.floor(1e5 * cosines[name]) / 1e5:.5f}" if name in cosines else ""
-        print(
-            f"  {name:<15}  {cells[0]:>16}  {cells[1]:>16}  {accuracy(answers[name], some):>8.2%}  "
-            f"{difference:>10.1e}  {_megabytes(each):>5.2f}  {cosine}".rstrip()
-        )
-    print(
-        f"  latency: median of interleaved rounds; accuracy: of the same {len(some):,} questions; "
-        f"difference: the largest of the logits of {SAMPLE} questions, which reach "
-        f"{plain.abs().max().item():.0f}"
-    )
-    one = times[1]
-    ours = one["fastfusion"]
-    print(
-        f"  what made the difference, batch 1: fused layers {one['stock torch.nn'] / ours:.2f}x, "
-        f"their products in bfloat16 another {ours / one['fastfusion bf16']:.2f}x or in integers "
-        f"{ours / one['fastfusion int8']:.2f}x; the image stem's convolutions, "
-        f"{1e3 * one['stem']:.2f} ms, are the same in all"
-    )
-
-
-def _megabytes(model: torch.nn.Module) -> float:
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
 
 
 def _picture(

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfusion.demo import ctranslate2
-from fastfusion.demo.beside import STOCK, machine, medians, megabytes, print_table, variants
-from fastfusion.demo.extras import TRANSFORMERS, MissingExtra, require
+from fastfusion.applications import ctranslate2
+from fastfusion.applications.beside import STOCK, machine, medians, megabytes, print_table, variants
+from fastfusion.core.extras import TRANSFORMERS, MissingExtra, require
 
 CLIPS = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
 SOME = (

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastfusion.demo.extras import TRANSFORMERS, require
+from fastfusion.core.extras import TRANSFORMERS, require
 
 VERSION = 6
 _DTYPES = (

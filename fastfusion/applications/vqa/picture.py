@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastfusion.demo.extras import require
-from fastfusion.demo.model import GRID
+from fastfusion.applications.vqa.model import GRID
+from fastfusion.core.extras import require
 
 BLOCKS = 2  # questions side by side
 

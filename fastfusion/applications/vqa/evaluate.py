@@ -1,16 +1,10 @@
-"""Accuracy over a split, and the latency of models side by side."""
-
-import copy
-from collections.abc import Callable
-from statistics import median
-from time import perf_counter
+"""Answers to the questions of a split, and how many are right."""
 
 import torch
 from torch import Tensor
 
-from fastfusion.demo.data import Split, drawn
-from fastfusion.demo.model import GRID, EasyVQA, QuestionOnly
-from fastfusion.quantization import QuantizationReport, quantize
+from fastfusion.applications.vqa.model import GRID, EasyVQA, QuestionOnly
+from fastfusion.data.easy_vqa import Split, drawn
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -48,27 +42,6 @@ def predict_from_question(model: QuestionOnly, split: Split, tokens: Tensor) -> 
     return model(tokens).argmax(dim=1)[split.text_index]
 
 
-def quantized(
-    model: EasyVQA, weights: str, sample: tuple[Tensor, Tensor]
-) -> tuple[EasyVQA, QuantizationReport]:
-    """A copy of a model with narrower weights, and how its layers did on a sample of its inputs."""
-    narrow = copy.deepcopy(model)
-    return narrow, quantize(narrow, weights, example_inputs=sample)
-
-
 def accuracy(predicted: Tensor, split: Split) -> float:
     """The share of right answers, from 0 to 1."""
     return (predicted == split.answer).double().mean().item()
-
-
-@torch.inference_mode()
-def latencies(calls: dict[str, Callable[[], object]], rounds: int = 40) -> dict[str, float]:
-    """The median time of every call in seconds; the calls take turns, so a disturbance hits all."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for warming_up in range(5 + rounds):
-        for name, call in calls.items():
-            start = perf_counter()
-            call()
-            if warming_up >= 5:
-                times[name].append(perf_counter() - start)
-    return {name: median(values) for name, values in times.items()}

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfusion.demo.beside import STOCK, machine, medians, megabytes, print_table, variants
-from fastfusion.demo.extras import TRANSFORMERS, require
+from fastfusion.applications.beside import STOCK, machine, medians, megabytes, print_table, variants
+from fastfusion.core.extras import TRANSFORMERS, require
 
 # A sentence, one that means the same, and one that has its words.
 TRIPLES = (

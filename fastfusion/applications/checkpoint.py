@@ -1,0 +1,57 @@
+"""Checkpoints of the applications: one safetensors file, weights as tensors, all else as JSON."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastfusion.core.extras import require
+
+FOLDER = Path(__file__).parent.parent / "models"  # of those that ship
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file holds: the weights of its networks by name, and what it says of itself."""
+
+    path: Path
+    weights: Mapping[str, Mapping[str, Tensor]]
+    metadata: Mapping[str, Any]
+
+    def fill(self, name: str, network: nn.Module) -> nn.Module:
+        """Load the weights of a network into it, and put it into eval mode."""
+        network.load_state_dict(self.weights[name])
+        return network.eval()
+
+
+def save(
+    path: Path, kind: str, networks: Mapping[str, nn.Module], metadata: Mapping[str, Any]
+) -> None:
+    """Write networks under names of their own."""
+    tensors = {
+        f"{name}.{key}": tensor.detach().contiguous()
+        for name, network in networks.items()
+        for key, tensor in network.state_dict().items()
+    }
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    path.write_bytes(require("safetensors.torch").save(tensors, {"format": kind, **texts}))
+
+
+def load(path: Path, kind: str) -> Content:
+    """Read a file that `save` has written.
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    with require("safetensors").safe_open(path, "pt") as file:
+        texts = dict(file.metadata() or {})
+        if texts.pop("format", None) != kind:
+            raise ValueError(f"{path} is not a checkpoint of this demo: no format {kind!r}")
+        weights: dict[str, dict[str, Tensor]] = {}
+        for key in file.keys():  # noqa: SIM118
+            name, _, rest = key.partition(".")
+            weights.setdefault(name, {})[rest] = file.get_tensor(key)
+    return Content(path, weights, {key: json.loads(value) for key, value in texts.items()})

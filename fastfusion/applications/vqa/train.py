@@ -1,0 +1,214 @@
+"""Training of visual question answering: ``python -m fastfusion train vqa``.
+
+A batch is some images with some of their questions (of about ten), so an image is encoded once for
+several.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfusion.applications.callbacks import Callback
+from fastfusion.applications.training import Outcome, Schedule, Training, shuffled
+from fastfusion.applications.vqa.evaluate import (
+    accuracy,
+    predict,
+    predict_from_question,
+    shape_tokens,
+    to_float,
+)
+from fastfusion.applications.vqa.model import FORMAT, Checkpoint, Config, EasyVQA, QuestionOnly
+from fastfusion.data import easy_vqa as data
+from fastfusion.data.easy_vqa import IMAGE_SIZE, Split
+
+Step = Callable[["Batch"], Outcome]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pair n asks ``questions[text_index[n]]`` about ``images[image_index[n]]``."""
+
+    images: Tensor  # float32 (images, 3, 64, 64)
+    shape: Tensor  # bool (images, 64): the tokens of the stem that see a part of the shape
+    questions: Tensor  # int64 (texts, length)
+    image_index: Tensor  # int64 (pairs,)
+    text_index: Tensor  # int64 (pairs,)
+    answer: Tensor  # int64 (pairs,)
+
+
+@dataclass(frozen=True)
+class Settings(Schedule):
+    """The schedule, batches and augmentation; a batch has ``batch_size`` images."""
+
+    questions_per_image: int = 4
+    shift: int = 8  # pixels
+    brightness: float = 0.05
+    noise: float = 0.02
+    attention_loss: float = 0.02
+
+
+def baseline_step(model: QuestionOnly) -> Step:
+    """Cross-entropy of the answers guessed from the questions."""
+
+    def step(batch: Batch) -> Outcome:
+        logits = model(batch.questions)[batch.text_index]
+        loss = nn.functional.cross_entropy(logits, batch.answer)
+        return Outcome.of(loss, logits, batch.answer)
+
+    return step
+
+
+def model_step(model: EasyVQA, settings: Settings) -> Step:
+    """Cross-entropy of the answers, and a small loss on the words' attention that misses the shape.
+
+    The second part is not needed for the answers: every token of the encoded image knows the shape,
+    and the words' attention stays spread evenly. It makes the attention point at what the answer is
+    about.
+    """
+
+    def step(batch: Batch) -> Outcome:
+        logits, attention = model(
+            batch.images, batch.questions, batch.image_index, batch.text_index, need_weights=True
+        )
+        on_shape = (attention * batch.shape[batch.image_index].unsqueeze(1)).sum(dim=2)
+        word = batch.questions[batch.text_index] != 0
+        miss = -on_shape[word].clamp(1e-6, 1.0).log().mean()
+        loss = nn.functional.cross_entropy(logits, batch.answer) + settings.attention_loss * miss
+        return Outcome.of(loss, logits, batch.answer)
+
+    return step
+
+
+def augment(
+    images: Tensor, boxes: Tensor, settings: Settings, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mirror, shift, brighten and add noise: uint8 (n, 3, 64, 64) to float32, and ``Batch.shape``.
+
+    No question speaks of a place, so mirroring and shifting keep the answers right; a shift never
+    cuts the shape (``boxes``, from :func:`~fastfusion.data.easy_vqa.shape_boxes`), so what wraps
+    around is plain background. The eight colours stay far apart under changes of a few per cent.
+    """
+    count = len(images)
+    room = torch.stack([-boxes[:, 0::2], IMAGE_SIZE - boxes[:, 1::2]]).clamp(
+        -settings.shift, settings.shift
+    )
+    low, high = room.unbind()
+    uniform = torch.rand(count, 4, generator=generator)
+    shift = low + (uniform[:, :2] * (high - low + 1)).long()
+
+    # Where every pixel of the result comes from: the shifted image, then mirrored.
+    x = y = torch.arange(IMAGE_SIZE).expand(count, -1)
+    x = torch.where(uniform[:, 2:3] < 0.5, x, IMAGE_SIZE - 1 - x)
+    x, y = ((place - shift[:, n : n + 1]) % IMAGE_SIZE for n, place in enumerate((x, y)))
+    moved = images.gather(3, x[:, None, None, :].expand_as(images))
+    moved = moved.gather(2, y[:, None, :, None].expand_as(images))
+
+    gain = 1 + settings.brightness * (2 * uniform[:, 3].view(-1, 1, 1, 1) - 1)
+    noise = settings.noise * torch.randn(moved.shape, generator=generator)
+    return to_float(moved) * gain + noise, shape_tokens(moved)
+
+
+class Batches:
+    """All images in random order, augmented, each with some of its questions, drawn at random.
+
+    Args:
+        tokens: int64 (texts, length), the encoded ``split.texts``.
+    """
+
+    def __init__(self, split: Split, tokens: Tensor, settings: Settings) -> None:
+        self.split, self.tokens, self.settings = split, tokens, settings
+        self.boxes = data.shape_boxes(split.images)
+        self.per_image = torch.bincount(split.image_index, minlength=len(split.images))
+        self.first = self.per_image.cumsum(0) - self.per_image
+
+    def __len__(self) -> int:
+        return max(1, len(self.split.images) // self.settings.batch_size)
+
+    def draw(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The numbers of a batch's images, those of its questions, and the image of each question,
+        counted in the batch."""
+        split, settings = self.split, self.settings
+        order = torch.rand(len(split), generator=generator).argsort()
+        # The questions of an image stay together, in the random order.
+        order = order[split.image_index[order].argsort(stable=True)]
+        for images in shuffled(len(split.images), settings.batch_size, generator):
+            counts = self.per_image[images].clamp(max=settings.questions_per_image)
+            image_index = torch.repeat_interleave(counts)
+            within = torch.arange(len(image_index)) - (counts.cumsum(0) - counts)[image_index]
+            yield images, order[self.first[images][image_index] + within], image_index
+
+    def __call__(self, generator: torch.Generator) -> Iterator[Batch]:
+        split = self.split
+        for images, questions, image_index in self.draw(generator):
+            pixels, shape = augment(
+                split.images[images], self.boxes[images], self.settings, generator
+            )
+            texts, text_index = split.text_index[questions].unique(return_inverse=True)
+            answer = split.answer[questions]
+            yield Batch(pixels, shape, self.tokens[texts], image_index, text_index, answer)
+
+
+def train(
+    output: Path,
+    settings: Settings,
+    *,
+    baseline_only: bool = False,
+    resume: bool = False,
+    limit: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    say: Callable[[str], None] = print,
+) -> None:
+    """Train the question-only baseline and, unless ``baseline_only``, the model; write both.
+
+    Args:
+        resume: go on from ``<output>.state``, which every epoch writes and a finished training
+            removes.
+        limit: use only so many images of each split (for a quick try).
+        callbacks: told of every epoch and of the results.
+
+    Raises:
+        FileNotFoundError, ValueError: ``resume`` without a state, or with one of other settings.
+    """
+    choices = {"baseline_only": baseline_only, "limit": limit}
+    training = Training(
+        output, settings, resume=resume, choices=choices, callbacks=callbacks, say=say
+    )
+    learning, testing = data.load("train", limit), data.load("test", limit)
+    vocabulary = data.Vocabulary.of(learning.texts)
+    tokens, test_tokens = vocabulary.encode(learning.texts), vocabulary.encode(testing.texts)
+    answers = data.answers()
+    config = Config(words=len(vocabulary), answers=len(answers))
+    say(
+        f"easy-vqa: {len(learning.images):,} images and {len(learning):,} questions to learn from, "
+        f"{len(testing.images):,} and {len(testing):,} to test with; "
+        f"{torch.get_num_threads()} thread(s)"
+    )
+    batches = Batches(learning, tokens, settings)
+
+    torch.manual_seed(settings.seed)
+    baseline = QuestionOnly(config)
+    # The words alone are learnt long before the images are.
+    short = replace(settings, epochs=math.ceil(settings.epochs / 4))
+    training.stage("question only", baseline, baseline_step(baseline), batches, short)
+    blind = accuracy(predict_from_question(baseline, testing, test_tokens), testing)
+    say(f"question only: {blind:.2%} of the test questions right")
+
+    model = None
+    results: dict[str, Any] = {
+        "question_only_accuracy": blind,
+        "question_only_method": "the text half of the model, trained in the same way for "
+        f"{short.epochs} epochs without the images",
+    }
+    if not baseline_only:
+        torch.manual_seed(settings.seed)
+        model = EasyVQA(config)
+        training.stage("model", model, model_step(model, settings), batches)
+        results["accuracy"] = accuracy(predict(model, testing, test_tokens), testing)
+        say(f"with the image: {results['accuracy']:.2%} of the test questions right")
+    made = Checkpoint(config, vocabulary, answers, model, baseline)
+    training.finish(FORMAT, made.networks(), made.metadata(), results)
