@@ -41,7 +41,7 @@ OMP_NUM_THREADS=1 exec $$python -m fastfusion.benchmarks.$(MODULE_$@) $(ARGS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo example test asan emulate lint format bench bench-check kernels cuda gpu gpu-prebuild tune build wheel clean
+.PHONY: help demo example test asan emulate lint format bench bench-check docs kernels cuda gpu gpu-prebuild tune build wheel clean
 
 help:
 	@echo "make demo     answer questions about images, and compare with stock torch"
@@ -52,6 +52,7 @@ help:
 	@echo "make lint     ruff, mypy, clang-format      make format   apply them"
 	@echo "make bench    the microbenchmarks, with a report and pictures in bench-results/ (5 minutes)"
 	@echo "make bench-check  whether two runs of a small set agree"
+	@echo "make docs     build the pages of docs/ and the docstrings: build/docs/index.html"
 	@echo "make wheel    build a wheel into dist/"
 	@echo "make kernels  compile the Triton and CUDA kernels for every GPU, and check them (ARGS=--quick: 5 minutes)"
 	@echo "make cuda     build the CUDA kernels with nvcc, also where torch cannot use them"
@@ -81,6 +82,15 @@ build: $(VENV)/install.stamp
 cuda: $(VENV)/install.stamp
 	@echo "building the native part with the CUDA kernels (the first time takes minutes)"
 	@$(BIN)/python $(BUILD) --cuda
+
+# Pages from docs/ and the docstrings; a warning is an error, and nothing is fetched.
+$(VENV)/docs.stamp: $(VENV)/dependencies.stamp
+	@$(BIN)/python -m pip install -qq --group dev --group docs
+	@touch $@
+
+docs: build $(VENV)/docs.stamp
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 demo: build
 	@$(BIN)/python -m fastfusion demo

@@ -585,7 +585,7 @@ if __name__ == "__main__":
         ],
         package_dir={f"fastfusion.{name}": name for name in MAPPED},
         package_data={
-            "fastfusion": ["py.typed"],
+            "fastfusion": ["py.typed", "*.html"],
             "fastfusion.models": ["*.safetensors"],
             "fastfusion.benchmarks": ["*.json"],
             "fastfusion.kernels.host": ["configs/*.json"],

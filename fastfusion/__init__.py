@@ -22,6 +22,7 @@ from fastfusion.ops.varlen_attention import varlen_attention
 
 from fastfusion import data, integrations, models, nn, ops  # isort: skip
 from fastfusion.nn._attention_maps import attention_maps  # isort: skip
+from fastfusion.plotting import attention_page, plot_attention  # isort: skip
 from fastfusion.quantization import QuantizationReport, QuantizedLayer, quantize  # isort: skip
 from fastfusion.statistics import AttentionStatistics, attention_statistics  # isort: skip
 from fastfusion.acceleration import (  # isort: skip
@@ -44,6 +45,7 @@ __all__ = [
     "QuantizedLayer",
     "accelerate",
     "attention_maps",
+    "attention_page",
     "attention_statistics",
     "bidirectional_attention",
     "cross_attention_layer",
@@ -61,6 +63,7 @@ __all__ = [
     "nn",
     "norm",
     "ops",
+    "plot_attention",
     "quantize",
     "register_swap",
     "restore",

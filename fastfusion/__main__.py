@@ -1,16 +1,38 @@
-"""The command line: ``python -m fastfusion info | demo | accelerate | models | bench | ...``."""
+"""The command line: ``python -m fastfusion info | demo | train | fit | bench | ...``."""
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-TRAINED = ("vqa",)  # fastfusion.applications.TRAINED, without importing it
+TRAINED = (
+    "vqa",
+    "captioning",
+    "diagnosis",
+)  # fastfusion.applications.TRAINED, without importing it
+FITTED = ("vqa", "captioning")  # fastfusion.models.BUILDERS, likewise
+PRECISIONS = ("float32", "bf16", "int8")
 DEMOS = (*TRAINED, "whisper", "minilm")
 OPS = ("scaled_dot_product_attention", "bidirectional_attention", "varlen_attention")
+
+
+_FIRST = """\
+fastfusion: fused attention, and the layers and models around it
+
+  python -m fastfusion info                     what this machine can run, and why not more
+  python -m fastfusion demo                     a trained model beside stock torch, with a picture
+  python -m fastfusion bench layers             this machine's times beside torch.nn's
+  python -m fastfusion explain --q 20 --k 36    which kernel a call would take
+  python -m fastfusion accelerate SCRIPT.py     your script with its models made faster
+  python -m fastfusion fit --budget-ms 5        a model that answers within 5 ms here
+
+In code: `import fastfusion.nn as nn` in place of `torch.nn`, or `fastfusion.accelerate(model)`.
+`python -m fastfusion --help` lists all commands, and COMMAND --help what each takes."""
 
 
 def _positive(text: str) -> int:
@@ -26,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    commands.add_parser("info", help="versions, devices and backends, and why one is missing")
+    info = commands.add_parser("info", help="versions, devices, backends, and why one is missing")
+    info.add_argument("--json", action="store_true", help="as a JSON object")
 
     demo = commands.add_parser("demo", help="real models, beside stock torch and transformers")
     demo.add_argument(
@@ -34,11 +57,17 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         choices=DEMOS,
         default=DEMOS[0],
-        help="vqa answers questions about images (default), whisper transcribes speech, minilm "
+        help="vqa answers questions about images (default), captioning writes about them, "
+        "diagnosis weighs a picture and a report (drawn ones), whisper transcribes speech, minilm "
         "embeds sentences",
     )
     demo.add_argument("--output", type=Path, help="the picture of a model that ships")
     demo.add_argument("--checkpoint", type=Path, help="of that model; default: the one that ships")
+    demo.add_argument(
+        "--page",
+        type=Path,
+        help="write a page with the attention of every layer and head, too",
+    )
     demo.add_argument(
         "--clips", type=Path, help="a folder of .wav files for whisper; default: Debian's voice"
     )
@@ -58,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--limit", type=_positive, help="use so many examples of each split only")
     train.add_argument(
         "--baseline-only", action="store_true", help="only the baseline that sees less"
+    )
+    train.add_argument(
+        "--data", type=Path, help="vqa on VQA v2.0: its official files, and features/ of its images"
     )
     train.add_argument("--resume", action="store_true", help="go on from OUTPUT.state")
     train.add_argument(
@@ -90,6 +122,19 @@ def _parser() -> argparse.ArgumentParser:
 
     # Likewise those of fastfusion.benchmarks.cpu.accelerated.
     commands.add_parser("models", help="what accelerate does to whole models", add_help=False)
+
+    fit = commands.add_parser("fit", help="find a model that answers within a latency here")
+    fit.add_argument("model", nargs="?", choices=FITTED, default=FITTED[0])
+    fit.add_argument("--budget-ms", type=float, required=True, help="for one call")
+    fit.add_argument("--visual-len", type=_positive, default=36, help="visual tokens")
+    fit.add_argument("--text-len", type=_positive, default=20, help="words")
+    fit.add_argument("--batch", type=_positive, default=1)
+    fit.add_argument("--classes", type=_positive, default=1000, help="or words of a vocabulary")
+    fit.add_argument(
+        "--precision", choices=PRECISIONS, action="append", help="default: all that there are"
+    )
+    fit.add_argument("--threads", type=_positive, default=1)
+    fit.add_argument("--output", type=Path, default=Path("fit.json"))
 
     explain = commands.add_parser("explain", help="which implementation a call would take, and why")
     explain.add_argument("--op", choices=OPS, default=OPS[0])
@@ -145,6 +190,20 @@ def _train(arguments: argparse.Namespace) -> None:
         for name in ("epochs", "batch_size", "lr", "seed")
         if getattr(arguments, name) is not None
     }
+    if arguments.data is not None:
+        from fastfusion.applications.vqa import official
+
+        if arguments.model != "vqa" or arguments.baseline_only:
+            raise ValueError("--data is for vqa, and has no baseline")
+        official.train(
+            arguments.output or Path("vqa_v2.safetensors"),
+            arguments.data,
+            official.Settings(**given),
+            resume=arguments.resume,
+            limit=arguments.limit,
+            callbacks=[callbacks.parse(text) for text in arguments.log],
+        )
+        return
     application.train(
         arguments.output or Path(application.CHECKPOINT.name),
         application.Settings(**given),
@@ -153,6 +212,14 @@ def _train(arguments: argparse.Namespace) -> None:
         limit=arguments.limit,
         callbacks=[callbacks.parse(text) for text in arguments.log],
     )
+
+
+def _fit(arguments: argparse.Namespace) -> None:
+    from fastfusion.fitting import Shape, show
+
+    shape = Shape(arguments.visual_len, arguments.text_len, arguments.batch, arguments.classes)
+    precisions = arguments.precision or PRECISIONS
+    show(arguments.model, shape, arguments.budget_ms, arguments.output, precisions)
 
 
 def _application(name: str) -> Any:
@@ -182,6 +249,11 @@ def _demo(arguments: argparse.Namespace) -> None:
     else:
         application = _application(arguments.model)
         application.show(arguments.output or Path(application.PICTURE), arguments.checkpoint)
+        if arguments.page is not None:
+            from fastfusion.plotting import attention_page
+
+            attention_page(arguments.page, *application.example(arguments.checkpoint))
+            print(f"page with the attention of every layer and head: {arguments.page.resolve()}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,13 +268,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return models(argv[1:])
 
+    if not argv:
+        print(_FIRST)
+        return 0
     arguments = _parser().parse_args(argv)
     if arguments.command == "accelerate":
         return _accelerate(arguments)
     if arguments.command == "info":
         import fastfusion as ff
 
-        print(ff.info())
+        found = ff.info()
+        print(json.dumps(asdict(found), indent=2) if arguments.json else found)
         return 0
 
     from fastfusion.core.extras import MissingExtra
@@ -217,6 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.set_num_threads(arguments.threads)
         if arguments.command == "train":
             _train(arguments)
+        elif arguments.command == "fit":
+            _fit(arguments)
         else:
             _demo(arguments)
     except (MissingExtra, ValueError, OSError) as error:

@@ -316,7 +316,7 @@ class CudaGraphed(nn.Module):
 def cuda_graph(
     module: nn.Module, *example_inputs: Any, clone_outputs: bool = True, **example_kwargs: Any
 ) -> CudaGraphed:
-    """`module` with its forward captured into a CUDA graph, for inference at fixed shapes.
+    """`module` with its forward captured into a CUDA graph, for inference at fixed shapes::
 
         model = Model().cuda().eval()
         fast = ff.cuda_graph(model, words, regions, key_padding_mask=padding)

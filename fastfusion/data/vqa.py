@@ -10,7 +10,7 @@ question. Answers that at least nine questions have for their most frequent one 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,34 @@ def read(questions: str | Path, annotations: str | Path | None = None) -> list[Q
     return found
 
 
+def from_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Question, Any]]:
+    """Questions and their images out of rows, one at a time, as the Hugging Face package `datasets`
+    and others give them.
+
+    Args:
+        rows: with ``question`` and ``image``, which is passed on as it is; where the row has them,
+            ``question_id`` and ``image_id`` (otherwise its place), ``answers`` (texts, or mappings
+            with ``answer``), ``multiple_choice_answer``, ``answer_type`` and ``question_type``.
+
+    Raises:
+        ValueError: a row without question or image.
+    """
+    for place, row in enumerate(rows):
+        missing = [key for key in ("question", "image") if key not in row]
+        if missing:
+            raise ValueError(f"row {place} has no {', '.join(missing)}; it has {sorted(row)}")
+        given = row.get("answers") or ()
+        answers = tuple(a if isinstance(a, str) else a["answer"] for a in given)
+        most = row.get("multiple_choice_answer")
+        if most is None and answers:
+            most = Counter(answers).most_common(1)[0][0]
+        question = Question(
+            row.get("question_id", place), row.get("image_id", place), row["question"], answers,
+            most, row.get("answer_type") or "", row.get("question_type") or "",
+        )  # fmt: skip
+        yield question, row["image"]
+
+
 def _rows(path: str | Path, name: str, needed: Sequence[str]) -> list[dict[str, Any]]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -376,3 +404,78 @@ def read_features(path: str | Path) -> Tensor:
             f"{path} must hold numbers (regions, width), got {tensor.dtype} {tuple(tensor.shape)}"
         )
     return tensor.float()
+
+
+# As torchvision, timm and transformers normalise pictures of ImageNet.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def extract_features(
+    images: Iterable[str | Path],
+    folder: str | Path,
+    backbone: Callable[[Tensor], Any],
+    *,
+    size: int = 224,
+    mean: Sequence[float] = _MEAN,
+    std: Sequence[float] = _STD,
+    batch_size: int = 16,
+) -> int:
+    """Write features of images, as :func:`read_features` reads them: ``folder/<image's name>.npy``.
+
+    Args:
+        images: files that Pillow reads.
+        folder: made if it is missing; an image whose file is there already is left out.
+        backbone: from float32 (n, 3, size, size) to a feature map (n, width, rows, columns), tokens
+            (n, regions, width), or an object with these as ``last_hidden_state`` or ``features``:
+            torchvision's and timm's ``forward_features``, a model of transformers. Called in
+            inference mode as it is, so call `eval()` on it before.
+        size: to which pictures are resized, both ways.
+        mean, std: of each channel, subtracted from and divided out of numbers from 0 to 1.
+        batch_size: pictures in a call.
+
+    Returns:
+        How many files were written.
+
+    Raises:
+        ValueError: features of another form.
+        ImportError: Pillow is not installed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = [p for p in map(Path, images) if not (folder / f"{p.stem}.npy").exists()]
+    shift, scale = (torch.tensor(tuple(each)).view(-1, 1, 1) for each in (mean, std))
+    for first in range(0, len(todo), batch_size):
+        some = todo[first : first + batch_size]
+        pictures = torch.stack([(_picture(path, size) - shift) / scale for path in some])
+        with torch.inference_mode():
+            features = _regions(backbone(pictures))
+        for path, row in zip(some, features, strict=True):
+            _save(folder / f"{path.stem}.npy", row)
+    return len(todo)
+
+
+def _picture(path: Path, size: int) -> Tensor:
+    import numpy
+    from PIL import Image
+
+    with Image.open(path) as image:
+        pixels = numpy.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+
+
+def _regions(output: Any) -> Tensor:
+    for name in ("last_hidden_state", "features"):
+        output = getattr(output, name, output)
+    if not isinstance(output, Tensor) or output.dim() not in (3, 4):
+        form = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            "backbone must return a feature map (n, width, rows, columns) or tokens (n, regions, "
+            f"width), got {form}"
+        )
+    return output.flatten(2).transpose(1, 2) if output.dim() == 4 else output
+
+
+def _save(path: Path, features: Tensor) -> None:
+    import numpy
+
+    numpy.save(path, features.float().numpy(), allow_pickle=False)

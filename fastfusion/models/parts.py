@@ -56,6 +56,7 @@ class TokenEmbedding(nn.Module):
     def __init__(self, words: int, width: int, max_length: int) -> None:
         super().__init__()
         check_counts(words=words, width=width, max_length=max_length)
+        self.max_length = max_length
         self.word = nn.Embedding(words, width, padding_idx=PADDING)
         self.position = nn.Parameter(torch.empty(max_length, width).normal_(std=0.1))
         with torch.no_grad():
@@ -63,17 +64,20 @@ class TokenEmbedding(nn.Module):
             # Padding and the unknown word say nothing; no text to learn from moves them from 0.
             self.word.weight[:2] = 0.0
 
-    def forward(self, texts: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
-        """Features of texts whose first word is number `start` of its text, and bool (B, length),
-        True at padding.
+    def forward(self, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Features, and bool (B, length), True at padding.
 
         Raises:
             ValueError: more than `max_length` words.
         """
+        return self.embed(texts), texts == PADDING
+
+    def embed(self, texts: Tensor, start: int = 0) -> Tensor:
+        """Features of words of which the first is number `start` of its text."""
         end = start + texts.shape[1]
-        if end > len(self.position):
-            raise ValueError(f"a text has at most {len(self.position)} words, got {end}")
-        return self.word(texts) + self.position[start:end], texts == PADDING
+        if end > self.max_length:
+            raise ValueError(f"a text has at most {self.max_length} words, got {end}")
+        return self.word(texts) + self.position[start:end]
 
 
 def encoder(
@@ -112,6 +116,29 @@ def mean(tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
     total = tokens.masked_fill(padding_mask.unsqueeze(-1), 0.0).sum(dim=1)
     count = (~padding_mask).sum(dim=1, keepdim=True).clamp(min=1)
     return total / count
+
+
+class PooledClassifier(nn.Module):
+    """An encoder over one modality, the mean of its tokens, and a linear layer over classes."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        dim_feedforward: int,
+        num_layers: int,
+        num_classes: int,
+        *,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder(width, num_heads, dim_feedforward, num_layers, dropout=dropout)
+        self.output = nn.Linear(width, num_classes)
+
+    def classify(self, tokens: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, num_classes) of tokens (B, L, width)."""
+        encoded = self.encoder(tokens, src_key_padding_mask=padding_mask)
+        return self.output(mean(encoded, padding_mask))
 
 
 def check_sizes(num_heads: int, dropout: float, activation: Any, **sizes: Any) -> None:

@@ -61,7 +61,7 @@ def attention_maps(
     *,
     average: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """Read the attention weights of a model's layers while it runs.
+    """Read the attention weights of a model's layers while it runs::
 
         with ff.attention_maps(model, layers="decoder.*.multihead_attn") as maps:
             output = model(image, text)
@@ -76,7 +76,7 @@ def attention_maps(
         model: any module.
         layers: which attention modules to read; all by default. One or several of: the qualified
             name of an attention module or of a module around some ("encoder.layers.0"), a pattern
-            with `*` ("*.self_attn"), or a place among the model's attention modules in the order
+            with `*` (`"*.self_attn"`), or a place among the model's attention modules in the order
             of `model.named_modules()`, from the end where negative.
         average: average the weights over the heads.
 

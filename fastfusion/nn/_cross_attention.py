@@ -114,7 +114,7 @@ class CrossAttention(RecordsAttention):
     def project_context(self, context: Tensor) -> ProjectedContext:
         """The keys and values of a context that many calls attend to, computed once.
 
-        `forward` takes the result instead of the context, with the same masks:
+        `forward` takes the result instead of the context, with the same masks::
 
             context = attention.project_context(image)  # once for each image
             for words in steps:

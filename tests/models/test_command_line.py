@@ -1,5 +1,6 @@
 """python -m fastfusion: what each command prints, and its errors."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,12 +10,25 @@ import pytest
 import torch
 
 import fastfusion as ff
-from fastfusion.__main__ import main
+from fastfusion.__main__ import _parser, main
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     assert capsys.readouterr().out.strip() == str(ff.info()).strip()
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"facts": ff.info().facts, "backends": ff.info().backends}
+
+
+def test_no_command_shows_what_to_do_next(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    commands = re.findall(r"^  python -m fastfusion (.+?)  ", printed, re.MULTILINE)
+    assert len(commands) >= 6
+    for command in commands:
+        if not command.startswith("bench"):
+            _parser().parse_args(command.split())  # each is one that the parser takes
 
 
 @pytest.mark.parametrize(
@@ -56,7 +70,7 @@ def test_explain_on_a_missing_device(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["nonsense"], ["explain", "--dtype", "int8"], ["explain", "--q", "0"], ["info", "--fast"]],
+    [["nonsense"], ["explain", "--dtype", "int8"], ["explain", "--q", "0"], ["info", "--fast"]],
 )
 def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -99,8 +113,8 @@ def test_import_loads_no_extra() -> None:
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "attention.png"
-    assert main(["demo", "--output", str(picture)]) == 0
+    picture, page = tmp_path / "attention.png", tmp_path / "attention.html"
+    assert main(["demo", "--output", str(picture), "--page", str(page)]) == 0
     printed = capsys.readouterr().out
 
     def number(pattern: str) -> float:
@@ -125,7 +139,8 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(cosines) == 2 and min(map(float, cosines)) >= 0.999
     assert number(r"what made the difference, batch 1: fused layers ([\d.]+)x") > 0
     assert printed.count("(true: ") == 6
-    assert str(picture) in printed
+    assert str(picture) in printed and str(page) in printed
+    assert '"transformer.fusion"' in page.read_text()
 
     from PIL import Image
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastfusion.applications import checkpoint
 from fastfusion.data.easy_vqa import Vocabulary
 from fastfusion.models import VQATransformer
-from fastfusion.models.parts import ImageStem, TokenEmbedding, encoder, mean
+from fastfusion.models.parts import ImageStem, PooledClassifier, TokenEmbedding
 
 CHECKPOINT = checkpoint.FOLDER / "easy_vqa.safetensors"
 FORMAT = "fastfusion easy-vqa 2"
@@ -74,25 +74,25 @@ class EasyVQA(nn.Module):
         return self.transformer.fuse(visual, text, None, padding, need_weights)
 
 
-class QuestionOnly(nn.Module):
+class QuestionOnly(PooledClassifier):
     """The text half of :class:`EasyVQA`: many answers can be guessed from the words alone."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.question = TokenEmbedding(config.words, config.width, config.max_words)
-        self.encoder = encoder(
+        # Drawn first, as it was when the weights that ship were trained.
+        question = TokenEmbedding(config.words, config.width, config.max_words)
+        super().__init__(
             config.width,
             config.num_heads,
             config.dim_feedforward,
             config.num_layers,
+            config.answers,
             dropout=config.dropout,
         )
-        self.output = nn.Linear(config.width, config.answers)
+        self.question = question
 
     def forward(self, questions: Tensor) -> Tensor:
         """Word numbers (texts, length) to logits (texts, answers)."""
-        text, padding = self.question(questions)
-        return self.output(mean(self.encoder(text, src_key_padding_mask=padding), padding))
+        return self.classify(*self.question(questions))
 
 
 @dataclass

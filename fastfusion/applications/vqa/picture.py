@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastfusion.applications.vqa.model import GRID
-from fastfusion.core.extras import require
+from fastfusion.plotting import new_figure, overlay
 
 BLOCKS = 2  # questions side by side
 
@@ -30,12 +30,8 @@ class Panel:
 
 def draw(panels: list[Panel], path: Path) -> None:
     """Write a picture with a block per question: the image, then a heat map for each word."""
-    require("matplotlib")
-    figure_type = require("matplotlib.figure").Figure
     rows = -(-len(panels) // BLOCKS)
-    figure = figure_type(figsize=(6.4 * BLOCKS, 2.75 * rows + 0.5), dpi=110, layout="constrained")
-    # The canvas of Agg needs no display and leaves the caller's backend alone.
-    require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    figure = new_figure(6.4 * BLOCKS, 2.75 * rows + 0.5)
     figure.suptitle(
         "Cross-modal attention: where the words of a question look "
         "(mean of the heads, each map on its own scale)",
@@ -60,20 +56,8 @@ def _draw_block(block: Any, panel: Panel) -> None:
     first.imshow(panel.image.numpy(), extent=extent)
     first.set_title("image", fontsize=10)
 
-    grey = panel.image.mean(dim=2).numpy()
     for axes, (word, attention) in zip(others, panel.attention.items(), strict=True):
-        axes.imshow(grey, cmap="gray", vmin=-0.5, vmax=1.0, extent=extent)
-        heat = (attention / attention.max()).view(GRID, GRID).numpy()
-        # The heat is opaque where the word looks, so the image shows through everywhere else.
-        axes.imshow(
-            heat,
-            cmap="autumn_r",
-            vmin=0,
-            vmax=1,
-            alpha=0.8 * heat,
-            extent=extent,
-            interpolation="bilinear",
-        )
+        overlay(axes, panel.image, attention.view(GRID, GRID))
         axes.set_title(f'"{word}"', fontsize=10)
         share = (attention * panel.shape).sum().item()
         axes.set_xlabel(f"{share:.0%} on the shape", fontsize=9)

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,23 @@ def show(output: Path, checkpoint_path: Path | None = None) -> None:
         examples = _examples(checkpoint, split, predicted)
         _side_by_side(checkpoint.model, split, tokens)
         _picture(checkpoint, checkpoint.model, split, tokens, predicted, examples, output)
+
+
+def example(
+    checkpoint_path: Path | None = None,
+) -> tuple[EasyVQA, tuple[Any, ...], Tensor, list[str]]:
+    """A model, inputs of one question, its image and its words.
+
+    Raises:
+        ValueError: a checkpoint of a question-only training.
+    """
+    checkpoint = Checkpoint.load(checkpoint_path or CHECKPOINT)
+    if checkpoint.model is None:
+        raise ValueError(f"{checkpoint_path} holds only the question-only baseline")
+    split = data.load("test", 1)
+    images, words = _pairs(split, checkpoint.vocabulary.encode(split.texts), [0])
+    text = data.words(split.texts[int(split.text_index[0])])
+    return checkpoint.model, (images, words), images[0], text
 
 
 def _accuracy(checkpoint: Checkpoint, model: EasyVQA, split: Split, tokens: Tensor) -> Tensor:

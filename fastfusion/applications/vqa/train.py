@@ -20,11 +20,10 @@ from fastfusion.applications.vqa.evaluate import (
     predict,
     predict_from_question,
     shape_tokens,
-    to_float,
 )
 from fastfusion.applications.vqa.model import FORMAT, Checkpoint, Config, EasyVQA, QuestionOnly
 from fastfusion.data import easy_vqa as data
-from fastfusion.data.easy_vqa import IMAGE_SIZE, Split
+from fastfusion.data.easy_vqa import Split
 
 Step = Callable[["Batch"], Outcome]
 
@@ -84,35 +83,6 @@ def model_step(model: EasyVQA, settings: Settings) -> Step:
     return step
 
 
-def augment(
-    images: Tensor, boxes: Tensor, settings: Settings, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Mirror, shift, brighten and add noise: uint8 (n, 3, 64, 64) to float32, and ``Batch.shape``.
-
-    No question speaks of a place, so mirroring and shifting keep the answers right; a shift never
-    cuts the shape (``boxes``, from :func:`~fastfusion.data.easy_vqa.shape_boxes`), so what wraps
-    around is plain background. The eight colours stay far apart under changes of a few per cent.
-    """
-    count = len(images)
-    room = torch.stack([-boxes[:, 0::2], IMAGE_SIZE - boxes[:, 1::2]]).clamp(
-        -settings.shift, settings.shift
-    )
-    low, high = room.unbind()
-    uniform = torch.rand(count, 4, generator=generator)
-    shift = low + (uniform[:, :2] * (high - low + 1)).long()
-
-    # Where every pixel of the result comes from: the shifted image, then mirrored.
-    x = y = torch.arange(IMAGE_SIZE).expand(count, -1)
-    x = torch.where(uniform[:, 2:3] < 0.5, x, IMAGE_SIZE - 1 - x)
-    x, y = ((place - shift[:, n : n + 1]) % IMAGE_SIZE for n, place in enumerate((x, y)))
-    moved = images.gather(3, x[:, None, None, :].expand_as(images))
-    moved = moved.gather(2, y[:, None, :, None].expand_as(images))
-
-    gain = 1 + settings.brightness * (2 * uniform[:, 3].view(-1, 1, 1, 1) - 1)
-    noise = settings.noise * torch.randn(moved.shape, generator=generator)
-    return to_float(moved) * gain + noise, shape_tokens(moved)
-
-
 class Batches:
     """All images in random order, augmented, each with some of its questions, drawn at random.
 
@@ -143,11 +113,17 @@ class Batches:
             yield images, order[self.first[images][image_index] + within], image_index
 
     def __call__(self, generator: torch.Generator) -> Iterator[Batch]:
-        split = self.split
+        split, settings = self.split, self.settings
         for images, questions, image_index in self.draw(generator):
-            pixels, shape = augment(
-                split.images[images], self.boxes[images], self.settings, generator
+            pixels, moved = data.augment(
+                split.images[images],
+                self.boxes[images],
+                generator,
+                shift=settings.shift,
+                brightness=settings.brightness,
+                noise=settings.noise,
             )
+            shape = shape_tokens(moved)
             texts, text_index = split.text_index[questions].unique(return_inverse=True)
             answer = split.answer[questions]
             yield Batch(pixels, shape, self.tokens[texts], image_index, text_index, answer)
