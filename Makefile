@@ -41,7 +41,7 @@ OMP_NUM_THREADS=1 exec $$python -m fastfusion.benchmarks.$(MODULE_$@) $(ARGS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo example test asan emulate lint format bench bench-check docs kernels cuda gpu gpu-prebuild tune build wheel clean
+.PHONY: help demo example test asan emulate lint format bench bench-check docs kernels cuda gpu gpu-prebuild tune build wheel wheels clean
 
 help:
 	@echo "make demo     answer questions about images, and compare with stock torch"
@@ -54,6 +54,7 @@ help:
 	@echo "make bench-check  whether two runs of a small set agree"
 	@echo "make docs     build the pages of docs/ and the docstrings: build/docs/index.html"
 	@echo "make wheel    build a wheel into dist/"
+	@echo "make wheels   the same for PyPI ($(PLATFORM)), and the sources"
 	@echo "make kernels  compile the Triton and CUDA kernels for every GPU, and check them (ARGS=--quick: 5 minutes)"
 	@echo "make cuda     build the CUDA kernels with nvcc, also where torch cannot use them"
 	@echo "make gpu      test and time everything on an NVIDIA GPU (ARGS=--quick: 10 minutes; PREBUILT=DIR: less)"
@@ -206,6 +207,21 @@ gpu-prebuild: build
 wheel: $(VENV)/dependencies.stamp
 	@rm -rf build/lib* dist
 	@$(BIN)/python -m pip wheel -qq --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist
+
+# For PyPI: the wheel under the tag of the oldest glibc that it runs on, which auditwheel checks, and the sources.
+# torch is not bundled. The oldest one: GCC 12's headers and library name symbols of glibc 2.32 and GCC 11.
+PLATFORM := manylinux_2_34_$(shell uname -m)
+$(VENV)/wheels.stamp: $(VENV)/dependencies.stamp
+	@$(BIN)/python -m pip install -qq --group dev --group wheels
+	@touch $@
+
+wheels: wheel $(VENV)/wheels.stamp
+	@PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --only-plat --plat $(PLATFORM) --exclude 'libtorch*' \
+		--exclude 'libc10*' --wheel-dir dist/repaired dist/*.whl 2>/dev/null
+	@rm dist/*.whl && mv dist/repaired/*.whl dist && rmdir dist/repaired
+	@$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null
+	@rm -rf fastfusion.egg-info
 	@ls dist
 
 clean:
