@@ -37,6 +37,17 @@ def _transformers(modeling_utils: Any) -> None:
 on_import("transformers.modeling_utils", _transformers)
 
 
+def _sharding(tensor: Any) -> None:
+    """DTensor asks for each op how it may be sharded, by ways that are not all public."""
+    try:
+        import_module("fastfusion.distributed.sharding").register()
+    except (AttributeError, ImportError) as error:
+        warnings.warn(f"this torch cannot shard fastfusion's ops: {error}", stacklevel=2)
+
+
+on_import("torch.distributed.tensor", _sharding)
+
+
 def __getattr__(name: str) -> Any:
     if name in ("diffusers", "onnx", "timm", "transformers", "xformers"):
         return import_module(f"fastfusion.integrations.{name}")

@@ -1,0 +1,179 @@
+"""How our ops run on DTensors: each shards along dimensions in which a call falls into independent
+ones, forward and backward; what cannot be sharded is gathered first.
+
+A layout names the dimensions of every tensor by letters. To shard a call along a letter is to shard
+each tensor that has it, and to replicate those that have not, or are of size 1 there; the gradient
+of a replicated one is a sum over the ranks. Registered when `torch.distributed.tensor` is imported.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+from torch.distributed.tensor.experimental import register_sharding
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Dimensions of an op's tensors.
+
+    Attributes:
+        inputs: a letter for each dimension of the tensors that have letters of `shards`; arguments
+            that are not named here are replicated.
+        outputs: likewise, in their order.
+        shards: the letters along which a call may be sharded.
+        gradients: how many inputs have a gradient in the backward op, if there is one.
+    """
+
+    inputs: Mapping[str, str]
+    outputs: Sequence[str]
+    shards: str
+    gradients: int = 0
+
+
+_ATTENTION = {
+    "query": "bhqd", "key": "bhkd", "value": "bhkd", "attn_mask": "bhqk", "key_padding_mask": "bk",
+}  # fmt: skip
+_BOTH = {
+    **_ATTENTION, "query_value": "bhqd", "query_padding_mask": "bq",
+}  # fmt: skip
+_PACKED = dict.fromkeys(("query", "key", "value"), "thd") | {"attn_mask": "bhqk"}
+
+LAYOUTS: dict[str, Layout] = {
+    "attention": Layout(_ATTENTION, ("bhqd", "bhq"), "bhq", gradients=4),
+    # Its columns are normalised over all queries, so these cannot be sharded.
+    "bidirectional": Layout(_BOTH, ("bhqd", "bhkd", "bhq", "bhk"), "bh", gradients=5),
+    # A sequence may begin on one rank and end on another: heads alone are independent.
+    "varlen": Layout(_PACKED, ("thd", "th"), "h", gradients=4),
+    "linear": Layout(
+        {"input": "blw", "weight": "fw", "bias": "f", "residual": "blf", "weight_scale": "f"},
+        ("blf",), "blf",
+    ),
+    "norm": Layout({"input": "blw", "residual": "blw"}, ("blw",), "bl"),
+    "encoder_layer": Layout(
+        {"input": "blw", "attn_mask": "bhqk", "key_padding_mask": "bk"}, ("blw",), "b"
+    ),
+    "decoder_layer": Layout(
+        {
+            "input": "blw", "memory": "bmw", "memory_key": "bhmd", "memory_value": "bhmd",
+            "memory_mask": "bhlm", "attn_mask": "bhqk", "key_padding_mask": "bk",
+            "memory_padding_mask": "bm", "key_cache": "bhcd", "value_cache": "bhcd",
+        },
+        ("blw",), "b",
+    ),
+    "cross_attention_layer": Layout(
+        {
+            "query": "bqw", "context": "bkw", "key": "bhkd", "value": "bhkd", "residual": "bqw",
+            "attn_mask": "bhqk", "key_padding_mask": "bk",
+        },
+        ("bqw",), "bq",
+    ),
+    "cross_modal_layer": Layout(
+        {
+            "visual": "bvw", "text": "btw", "attn_mask": "bhvt", "visual_padding_mask": "bv",
+            "text_padding_mask": "bt",
+        },
+        ("bvw", "btw"), "b",
+    ),
+}  # fmt: skip
+
+# The letter of queries, which know their own place where attention is causal.
+_ROWS = {"attention": "q", "cross_attention_layer": "q"}
+
+
+def register() -> None:
+    """Tell torch.distributed of every op that there is, of each backend."""
+    ops = torch.ops.fastfusion
+    for name, layout in LAYOUTS.items():
+        for prefix in ("", "triton_"):
+            for suffix in ("", "_forward", "_out", "_cached", "_backward"):
+                op = getattr(ops, prefix + name + suffix, None)
+                if op is not None:
+                    register_sharding(op.default)(_rule(name, layout, op.default))
+                    _ask_again_for_other_options(op.default)
+
+
+def _ask_again_for_other_options(op: Any) -> None:
+    """Let what is kept of a rule's answers depend on all numbers and flags: torch takes integers
+    alone into account, and would shard the queries of a causal call as those of the last one."""
+    first = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
+    infos = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
+    infos[op] = RuntimeSchemaInfo(first, needs_pytree=True)
+
+
+def _rule(name: str, layout: Layout, op: Any) -> Any:
+    names = [argument.name for argument in op._schema.arguments]
+    returns = len(op._schema.returns)
+    backward = op._schema.name.endswith("_backward")
+
+    def rule(*given: Any) -> list[tuple[list[Any], list[Any]]]:
+        call = dict(zip(names, given, strict=True))
+        found = []
+        for letter in ("", *_letters(name, layout, call)):
+            inputs = {a: _input(layout, a, call[a], letter) for a in names}
+            if backward:
+                first = names[len(layout.outputs) :][: layout.gradients]
+                outputs = [_gradient(inputs[argument], letter) for argument in first]
+                if not call["mask_gradient"]:
+                    outputs[-1] = Replicate()  # a tensor without numbers
+            else:
+                outputs = [_place(dims, letter) for dims in layout.outputs[:returns]]
+            found.append((outputs, list(inputs.values())))
+        return found
+
+    return rule
+
+
+def _letters(name: str, layout: Layout, call: Mapping[str, Any]) -> Iterator[str]:
+    """Along which this call may be sharded."""
+    if call.get("dropout_p", 0.0) > 0.0:
+        return  # its random numbers count batch entries and heads of the whole
+    for letter in layout.shards:
+        sizes = {
+            spec.shape[layout.inputs[argument].index(letter) - len(layout.inputs[argument])]
+            for argument, spec in call.items()
+            if hasattr(spec, "shape")
+            and letter in layout.inputs.get(argument, "")
+            and len(layout.inputs[argument]) - layout.inputs[argument].index(letter)
+            <= len(spec.shape)
+        }
+        if letter == _ROWS.get(name) and call.get("is_causal", False):
+            continue  # a query would no longer know its own place
+        if len(sizes - {1}) == 1 or (letter == "h" and _groups_stay_whole(call)):
+            yield letter
+
+
+def _groups_stay_whole(call: Mapping[str, Any]) -> bool:
+    """Whether queries and the keys that their heads share come to lie on the same rank."""
+    key = call["key"]
+    heads: int = key.shape[-3] if len(key.shape) == 4 else key.shape[-2]
+    return heads % key.mesh.size() == 0
+
+
+def _place(dims: str, letter: str) -> Placement:
+    return Shard(dims.index(letter)) if letter and letter in dims else Replicate()
+
+
+def _input(layout: Layout, argument: str, spec: Any, letter: str) -> Placement | None:
+    if not hasattr(spec, "shape"):
+        return None  # a number, or no tensor
+    if argument.startswith("grad_"):
+        dims = layout.outputs[int(argument.removeprefix("grad_"))]
+    else:
+        dims = layout.inputs.get(argument, "")
+    place = _place(dims, letter)
+    if isinstance(place, Shard):
+        # Masks may have fewer dimensions, and size 1 where all share them.
+        dim = place.dim - (len(dims) - len(spec.shape))
+        place = Shard(dim) if dim >= 0 and spec.shape[dim] > 1 else Replicate()
+    return place
+
+
+def _gradient(place: Placement | None, letter: str) -> Placement:
+    """Of an input: where it is, or a sum over the ranks that have all of it."""
+    if isinstance(place, Shard):
+        return place
+    return Partial() if letter else Replicate()

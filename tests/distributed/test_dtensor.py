@@ -1,0 +1,197 @@
+"""Our ops on DTensors: each placement against one process, eager and compiled, with gradients."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+import fastfusion as ff
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+Check = Callable[[int, Any], None]
+
+
+def spawn(world: int, check: str, tmp_path: Path) -> None:
+    """Run a function of this file in so many processes; its failures are this test's."""
+    mp.spawn(_work, (world, check, str(tmp_path / "store")), nprocs=world)
+
+
+def _work(rank: int, world: int, check: str, store: str) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)  # the same tensors everywhere
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        globals()[check](rank, world)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    os._exit(0)  # as test_distributed.py says, Python's shutdown was seen to abort
+
+
+def attention_inputs(heads: int = 4, kv_heads: int = 4) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(4, heads, 6, 8), *(torch.randn(4, kv_heads, 10, 8) for _ in range(2))]
+
+
+def agree(
+    call: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    placements: Sequence[Any],
+    mesh: Any,
+    gradients: bool = True,
+) -> Any:
+    """Results and gradients on DTensors are those on plain tensors; returns the former results."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    plain = [t.clone().requires_grad_(gradients and t.is_floating_point()) for t in tensors]
+    shared = [
+        distribute_tensor(t.clone(), mesh, list(p)).requires_grad_(
+            gradients and t.is_floating_point()
+        )
+        for t, p in zip(tensors, placements, strict=True)
+    ]
+    expected, found = call(*plain), call(*shared)
+    if isinstance(expected, Tensor):
+        expected, found = (expected,), (found,)
+    for one, other in zip(found, expected, strict=True):
+        assert isinstance(one, DTensor)
+        torch.testing.assert_close(one.full_tensor(), other)
+    if gradients:
+        for results in (expected, found):
+            sum((i + 1) * r.square().sum() for i, r in enumerate(results)).backward()
+        for one, other in zip(shared, plain, strict=True):
+            if other.grad is not None:
+                assert one.grad is not None
+                torch.testing.assert_close(one.grad.full_tensor(), other.grad)
+    return found
+
+
+def check_attention(rank: int, world: int) -> None:
+    from torch.distributed.tensor import Replicate, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world,))
+    everywhere = (Replicate(),)
+    bias = torch.randn(4, 6, 10)
+    hidden = torch.arange(10).expand(4, 10) >= torch.tensor([[10], [7], [4], [0]])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor, **options: Any) -> Any:
+        bias, hidden = rest if rest else (None, None)
+        return ff.scaled_dot_product_attention(
+            q, k, v, bias, key_padding_mask=hidden, return_lse=True, **options
+        )
+
+    for dim in range(3):
+        place, keys = (Shard(dim),), (Shard(dim),) if dim < 2 else everywhere
+        for rest, places in (
+            ((), ()),
+            ((bias, hidden), ((Replicate(),), (Shard(0),) if dim == 0 else everywhere)),
+            ((bias[None].expand(4, -1, -1, -1).contiguous(), hidden), (place, everywhere)),
+        ):
+            tensors = [*attention_inputs(), *rest]
+            found = agree(attend, tensors, [place, keys, keys, *places], mesh)
+            assert found[0].placements == place, "nothing is gathered that can stay"
+        causal = agree(
+            lambda *t: attend(*t, is_causal=True), attention_inputs(), [place, keys, keys], mesh
+        )
+        assert causal[0].placements == (place if dim < 2 else everywhere)
+    # Heads that share keys: two groups stay whole on two ranks; of one or three, keys are copied.
+    for heads, kv_heads, stays in ((4, 2, True), (4, 1, True), (6, 3, False)):
+        found = agree(
+            lambda *t: attend(*t, enable_gqa=True),
+            attention_inputs(heads, kv_heads),
+            [(Shard(1),), (Shard(1),) if kv_heads > 1 else everywhere] + [everywhere],
+            mesh,
+        )
+        assert (found[0].placements == (Shard(1),)) == (stays or world == 1)
+    # Dropout counts batch entries and heads of the whole, so the call is made as a whole.
+    for _ in range(2):
+
+        def drop(*t: Tensor) -> Any:
+            torch.manual_seed(5)
+            return attend(*t, dropout_p=0.5)
+
+        agree(drop, attention_inputs(), [(Shard(0),)] * 3, mesh)
+
+
+def check_other_ops(rank: int, world: int) -> None:
+    from torch.distributed.tensor import Replicate, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world,))
+    everywhere = (Replicate(),)
+    q, k, v = attention_inputs()
+    for dim in (0, 1):
+        place = (Shard(dim),)
+
+        def both(*t: Tensor) -> Any:
+            return ff.bidirectional_attention(*t, return_lse=True)
+
+        found = agree(both, [q, k, v, q + 1], [place] * 4, mesh)
+        assert all(each.placements == place for each in found)
+
+    starts = torch.tensor([0, 9, 24], dtype=torch.int32)
+    packed = [t.transpose(1, 2).reshape(-1, 4, 8)[:24] for t in (k, k + 1, v)]
+
+    def pack(a: Tensor, b: Tensor, c: Tensor, starts: Tensor) -> Any:
+        return ff.varlen_attention(a, b, c, starts, starts, 15, 15)
+
+    found = agree(pack, [*packed, starts], [(Shard(1),)] * 3 + [everywhere], mesh)
+    assert found[0].placements == (Shard(1),)
+
+    x, weight, bias = torch.randn(4, 6, 8), torch.randn(12, 8), torch.randn(12)
+    for places, expected in (
+        (((Shard(0),), everywhere, everywhere), Shard(0)),
+        ((everywhere, (Shard(0),), (Shard(0),)), Shard(2)),
+        (((Shard(1),), everywhere, everywhere), Shard(1)),
+    ):
+        with torch.no_grad():
+            found = agree(
+                lambda *t: ff.linear(*t, activation="gelu"), [x, weight, bias], places, mesh, False
+            )
+        assert found[0].placements == (expected,)
+    with torch.no_grad():
+        scale = torch.rand(8)
+        found = agree(
+            lambda x, w: ff.norm(x, w), [x, scale], [(Shard(0),), everywhere], mesh, False
+        )
+        assert found[0].placements == (Shard(0),)
+
+
+def check_two_dimensions(rank: int, world: int) -> None:
+    """Batch and heads at once, on a mesh of two by two."""
+    from torch.distributed.tensor import Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "heads"))
+    place = (Shard(0), Shard(1))
+    found = agree(
+        lambda *t: ff.scaled_dot_product_attention(*t), attention_inputs(), [place] * 3, mesh
+    )
+    assert found[0].placements == place
+
+
+def check_compiled(rank: int, world: int) -> None:
+    from torch.distributed.tensor import Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world,))
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ff.scaled_dot_product_attention(q, k, v)
+
+    for dim in (0, 1):
+        torch._dynamo.reset()
+        agree(attend, attention_inputs(), [(Shard(dim),)] * 3, mesh)
+
+
+@pytest.mark.parametrize("check", ["check_attention", "check_other_ops", "check_compiled"])
+def test_two_ranks(check: str, tmp_path: Path) -> None:
+    spawn(2, check, tmp_path)
+
+
+def test_four_ranks(tmp_path: Path) -> None:
+    spawn(4, "check_two_dimensions", tmp_path)
