@@ -28,6 +28,10 @@ def on_gpu(options: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line ``argv`` and returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["distributed"]:
+        from .cpu.ranks import main as ranks
+
+        return ranks(argv[1:])
     try:
         options = parse(argv)
         if options.device == "cuda":

@@ -80,6 +80,12 @@ LAYOUTS: dict[str, Layout] = {
     ),
 }  # fmt: skip
 
+# Arguments of attention, besides its tensors, with which the letters mean what they say.
+_UNDERSTOOD = frozenset((
+    "seed", "dropout_p", "is_causal", "bottom_right", "scale", "enable_gqa", "mask_gradient",
+    "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
+    "grad_0", "grad_1", "grad_2", "grad_3",
+))  # fmt: skip
 # The letter of queries, which know their own place where attention is causal.
 _ROWS = {"attention": "q", "cross_attention_layer": "q"}
 
@@ -131,6 +137,8 @@ def _letters(name: str, layout: Layout, call: Mapping[str, Any]) -> Iterator[str
     """Along which this call may be sharded."""
     if call.get("dropout_p", 0.0) > 0.0:
         return  # its random numbers count batch entries and heads of the whole
+    if "seed" in call and any(call[n] for n in call.keys() - _UNDERSTOOD - layout.inputs.keys()):
+        return  # an argument of attention that these rules know nothing of
     for letter in layout.shards:
         sizes = {
             spec.shape[layout.inputs[argument].index(letter) - len(layout.inputs[argument])]

@@ -1,5 +1,6 @@
 """Sequences on several ranks against the same attention in one process, with gradients."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import fastfusion as ff
+from fastfusion.__main__ import main
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 LENGTH = 24
@@ -32,6 +34,18 @@ def _work(rank: int, world: int, store: str) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks(world: int, tmp_path: Path) -> None:
     mp.spawn(_work, (world, str(tmp_path / "store")), nprocs=world)
+
+
+def test_bytes_are_those_of_the_formulas(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "rows.json"
+    options = ["--tokens", "64", "--rounds", "2", "--output", str(output)]
+    assert main(["bench", "distributed", "--ranks", "2", *options]) == 0
+    assert "not what the formulas say" not in capsys.readouterr().out
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["sent"] > 0 for row in rows] == [True, True, False]
+    assert [row["reduced"] > 0 for row in rows] == [False, False, True]
 
 
 def leaves(*tensors: Tensor) -> list[Tensor]:
