@@ -27,7 +27,14 @@ from fastfusion.kernels.device.gradient_sums import (
     store_mask_gradient,
 )
 from fastfusion.kernels.device.masks import visible_keys, visible_range
-from fastfusion.kernels.device.rows import load_rows, load_tile, rows_of, slice_base, store_rows
+from fastfusion.kernels.device.rows import (
+    load_rows,
+    load_tile,
+    rows_of,
+    slice_base,
+    store_key_gradients,
+    store_rows,
+)
 from fastfusion.kernels.device.statistics import load_grad_lse, store_statistics
 from fastfusion.kernels.device.sums import nothing_lost
 from fastfusion.kernels.host.arguments import (
@@ -155,16 +162,12 @@ def keys_kernel(
             WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, CAUSAL, MASK, DROPOUT, STREAM, LSE, DOT, PRECISION,
             TMA,
         )  # fmt: skip
-    if SPLIT:
-        row: tl.constexpr = DIM + VALUE_DIM
-        base = partial_ptr + tl.cast(index // tiles, tl.int64) * kv_len * row
-        store_rows(base, dk * gradient_scale, k_start, present, row, DIM)
-        store_rows(base + DIM, dv, k_start, present, row, VALUE_DIM)
-    else:
-        base = slice_base(dk_ptr, batch, kv_head, dk_batch, dk_head)
-        store_rows(base, dk * gradient_scale, k_start, present, dk_row, DIM)
-        base = slice_base(dv_ptr, batch, kv_head, dv_batch, dv_head)
-        store_rows(base, dv, k_start, present, dv_row, VALUE_DIM)
+    store_key_gradients(
+        dk, dv, gradient_scale, k_start, present,
+        partial_ptr + tl.cast(index // tiles, tl.int64) * kv_len * (DIM + VALUE_DIM),
+        dk_ptr, dv_ptr, batch, kv_head, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, SPLIT,
+        DIM, VALUE_DIM,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["kv_heads", "kv_len", "splits"])

@@ -17,7 +17,14 @@ from torch import Tensor
 from fastfusion.kernels.attention import tma as attention_tma
 from fastfusion.kernels.device.gradients import gradients, partly_scaled, softmax_gradient
 from fastfusion.kernels.device.masks import visible_keys, visible_range
-from fastfusion.kernels.device.rows import load_rows, load_tile, rows_of, slice_base, store_rows
+from fastfusion.kernels.device.rows import (
+    load_rows,
+    load_tile,
+    rows_of,
+    slice_base,
+    store_key_gradients,
+    store_rows,
+)
 from fastfusion.kernels.device.scores import product, scores
 from fastfusion.kernels.device.softmax import exponentials, inverse, shift_of
 from fastfusion.kernels.device.statistics import load_grad_lse, row_sums, store_statistics
@@ -183,16 +190,12 @@ def tiles_kernel(
         ds = partly_scaled(ds, factor, MASK).to(ELEMENT).to(DOT)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     exists = k_start + tl.arange(0, OWN) < kv_len
-    if SPLIT:
-        row: tl.constexpr = DIM + VALUE_DIM
-        to = partial_ptr + tl.cast(index // tiles, tl.int64) * kv_len * row
-        store_rows(to, dk * gradient_scale, k_start, exists, row, DIM)
-        store_rows(to + DIM, dv, k_start, exists, row, VALUE_DIM)
-    else:
-        to = slice_base(dk_ptr, batch, kv_head, dk_batch, dk_head)
-        store_rows(to, dk * gradient_scale, k_start, exists, dk_row, DIM)
-        to = slice_base(dv_ptr, batch, kv_head, dv_batch, dv_head)
-        store_rows(to, dv, k_start, exists, dv_row, VALUE_DIM)
+    store_key_gradients(
+        dk, dv, gradient_scale, k_start, exists,
+        partial_ptr + tl.cast(index // tiles, tl.int64) * kv_len * (DIM + VALUE_DIM),
+        dk_ptr, dv_ptr, batch, kv_head, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, SPLIT,
+        DIM, VALUE_DIM,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["heads", "q_len", "tiles"])

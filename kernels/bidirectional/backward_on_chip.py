@@ -17,7 +17,7 @@ from fastfusion.kernels.bidirectional.arguments import row_ranges, shared_sizes
 from fastfusion.kernels.device.dropout import kept_pair
 from fastfusion.kernels.device.gradients import partly_scaled, softmax_gradient
 from fastfusion.kernels.device.masks import visible_keys
-from fastfusion.kernels.device.rows import load_rows, slice_base, store_rows
+from fastfusion.kernels.device.rows import load_rows, slice_base, store_key_gradients, store_rows
 from fastfusion.kernels.device.scores import scores
 from fastfusion.kernels.device.softmax import exponentials, inverse, shift_of
 from fastfusion.kernels.device.statistics import load_grad_lse
@@ -203,16 +203,11 @@ def gradients_kernel(
         dk, dk_lost = multiply_add(dk, dk_lost, ds, q, PRECISION)
         # Rows that do not exist have a softmax too; their gradient is 0.
         dv, dv_lost = multiply_add(dv, dv_lost, p, grad_q, PRECISION)
-    if SPLIT:
-        row: tl.constexpr = DIM + V_DIM
-        base = partial_ptr + tl.cast(index, tl.int64) * kv_len * row
-        store_rows(base, dk * gradient_scale, 0, existing, row, DIM)
-        store_rows(base + DIM, dv, 0, existing, row, V_DIM)
-    else:
-        base = slice_base(dk_ptr, batch, head, dk_batch, dk_head)
-        store_rows(base, dk * gradient_scale, 0, existing, dk_row, DIM)
-        base = slice_base(dv_ptr, batch, head, dv_batch, dv_head)
-        store_rows(base, dv, 0, existing, dv_row, V_DIM)
+    store_key_gradients(
+        dk, dv, gradient_scale, 0, existing,
+        partial_ptr + tl.cast(index, tl.int64) * kv_len * (DIM + V_DIM), dk_ptr, dv_ptr, batch,
+        head, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, SPLIT, DIM, V_DIM,
+    )  # fmt: skip
 
 
 def keys_on_chip(kv_len: int, widest: int, itemsize: int) -> bool:

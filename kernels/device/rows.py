@@ -66,3 +66,21 @@ def store_rows(base, tile, start, present, stride, DIM: tl.constexpr):
     at = base + tl.cast(start, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     inside = present[:, None] & (columns[None, :] < DIM)
     tl.store(at, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_key_gradients(
+    dk, dv, gradient_scale, start, present, partial, dk_ptr, dv_ptr, batch, head, dk_batch, dk_head,
+    dk_row, dv_batch, dv_head, dv_row, SPLIT: tl.constexpr, DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """Keys' gradients: those of one split side by side from `partial` on, or into their places."""
+    if SPLIT:
+        row: tl.constexpr = DIM + VALUE_DIM
+        store_rows(partial, dk * gradient_scale, start, present, row, DIM)
+        store_rows(partial + DIM, dv, start, present, row, VALUE_DIM)
+    else:
+        base = slice_base(dk_ptr, batch, head, dk_batch, dk_head)
+        store_rows(base, dk * gradient_scale, start, present, dk_row, DIM)
+        base = slice_base(dv_ptr, batch, head, dv_batch, dv_head)
+        store_rows(base, dv, start, present, dv_row, VALUE_DIM)
