@@ -217,9 +217,11 @@ struct BidirectionalBackward : Bidirectional {
 };
 
 // A Transformer encoder layer: self-attention and a feed-forward network, each with a residual and
-// a norm, of sequences (batch, length, width).
+// a norm, of sequences (batch, length, width). Beside tokens of float32 attention may be of
+// bfloat16, here and in a decoder layer: what is projected for it, and what it gives, is rounded.
 struct EncoderLayer {
-  AttentionForward attention;  // its shapes, type, masks and scale; the layer gives it memory
+  Type type;                   // of the tokens
+  AttentionForward attention;  // its shapes, masks and scale; the layer gives it memory
   int64_t width, hidden;       // of the tokens, and between linear1 and linear2
   const void* x;
   int64_t x_row;    // rows are at one stride
@@ -252,7 +254,8 @@ struct CrossAttentionLayer {
 // A Transformer decoder layer: self-attention, attention to a memory, and a feed-forward network,
 // each with a residual and a norm.
 struct DecoderLayer {
-  AttentionForward attention;  // its shapes, type, masks and scale; the layer gives it memory
+  Type type;                   // of the tokens
+  AttentionForward attention;  // its shapes, masks and scale; the layer gives it memory
   int64_t width, hidden;       // of the tokens, and between linear1 and linear2
   const void* x;
   int64_t x_row;    // rows are at one stride

@@ -170,7 +170,7 @@ class Model {
         "model.transformer." + modality + "_encoder.layers." + std::to_string(number) + ".";
     const int64_t width = config.width, hidden = config.dim_feedforward;
     ff::EncoderLayer call{};
-    call.width = width, call.hidden = hidden;
+    call.type = ff::Type::kFloat32, call.width = width, call.hidden = hidden;
     const std::string attention = name + "self_attn.";
     call.in_proj.each[0] =
         read_layer(file, attention + "in_proj_weight", attention + "in_proj_bias", width, 3 * width)

@@ -37,7 +37,7 @@ Tensor cross_attention_layer_forward(const CrossAttentionLayerInputs& in) {
     check_fits(in.key && in.value && !in.kv_weight && in.key->dim() == 4, "key");
     attention.kv_len = in.key->size(2);
     for (const MaybeTensor* t : {&in.key, &in.value})
-      check_heads(**t, in.query, attention, attention.kv_len, "key or value");
+      check_heads(**t, attention, attention.kv_len, "key or value");
     attention.key = view(*in.key), attention.value = view(*in.value);
   }
   STD_TORCH_CHECK(attention.q_len <= INT32_MAX && attention.kv_len <= INT32_MAX,

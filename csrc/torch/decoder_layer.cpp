@@ -6,10 +6,9 @@
 namespace {
 
 // Where the keys or values of x go, behind those of the tokens before.
-ff::MutableView cache_view(const Tensor& cache, const Tensor& input, const ff::Attention& p,
-                           const char* name) {
+ff::MutableView cache_view(const Tensor& cache, const ff::Attention& p, const char* name) {
   check_fits(cache.dim() == 4 && cache.size(2) >= p.kv_len, name);
-  check_heads(cache, input, p, cache.size(2), name);
+  check_heads(cache, p, cache.size(2), name);
   for (int64_t i = 0; i < 4; ++i) check_fits(cache.size(i) < 2 || cache.stride(i) != 0, name);
   return mutable_view(cache);
 }
@@ -46,6 +45,8 @@ void describe_memory(ff::DecoderLayer& p, LayerOperands& operands, const Inputs&
                                    cross.context_dim, "cross_k_weight or its bias");
     cross.kv_proj.each[1] = weight({in.cross_v_weight, in.cross_v_scale, in.cross_v_bias},
                                    cross.context_dim, "cross_v_weight or its bias");
+    const ff::Weight* kv = cross.kv_proj.each;
+    attention.type = type_of_products(p.type, {cross.q_proj, kv[0], kv[1]});
     const auto context = operands.matrix(memory);
     cross.context = context.data, cross.context_row = context.stride;
   } else {
@@ -53,8 +54,9 @@ void describe_memory(ff::DecoderLayer& p, LayerOperands& operands, const Inputs&
         in.memory_value && !in.cross_k_weight && !in.cross_v_weight && in.memory_key->dim() == 4,
         "memory_key");
     attention.kv_len = in.memory_key->size(2);
+    attention.type = type_of_keys(*in.memory_key, p.type);
     for (const MaybeTensor* t : {&in.memory_key, &in.memory_value})
-      check_heads(**t, in.input, attention, attention.kv_len, "memory_key or memory_value");
+      check_heads(**t, attention, attention.kv_len, "memory_key or memory_value");
     attention.key = view(*in.memory_key), attention.value = view(*in.memory_value);
   }
   STD_TORCH_CHECK(attention.kv_len <= INT32_MAX, "fastfusion: too long");
@@ -70,10 +72,15 @@ Tensor decoder_layer(const DecoderLayerInputs<kWrites>& in) {
   const int64_t width = in.input.size(2);
   bool out_of_memory = false;
   ff::DecoderLayer p{};
-  p.width = width;
+  p.type = operands.type, p.width = width;
   p.norm_first = in.norm_first, p.activation = activation_of(in.activation);
+  p.in_proj = operands.projections({in.self_q_weight, in.self_q_scale, in.self_q_bias},
+                                   {in.self_k_weight, in.self_k_scale, in.self_k_bias},
+                                   {in.self_v_weight, in.self_v_scale, in.self_v_bias}, width);
   ff::AttentionForward& attention = p.attention;
-  describe_heads(attention, operands.type, in.num_heads, width);
+  const ff::Type type =
+      kWrites ? type_of_keys(*in.key_cache, p.type) : type_of_products(p.type, p.in_proj);
+  describe_heads(attention, type, in.num_heads, width);
   attention.batch = in.input.size(0), attention.q_len = in.input.size(1);
   check_fits(in.past_length >= 0 && in.past_length <= INT32_MAX && (kWrites || !in.past_length),
              "past_length");
@@ -84,12 +91,9 @@ Tensor decoder_layer(const DecoderLayerInputs<kWrites>& in) {
   describe_scale(attention, std::nullopt);
   describe_masks(attention, in.input, in.attn_mask, in.key_padding_mask);
   if (kWrites) {
-    p.key_cache = cache_view(*in.key_cache, in.input, attention, "key_cache");
-    p.value_cache = cache_view(*in.value_cache, in.input, attention, "value_cache");
+    p.key_cache = cache_view(*in.key_cache, attention, "key_cache");
+    p.value_cache = cache_view(*in.value_cache, attention, "value_cache");
   }
-  p.in_proj = operands.projections({in.self_q_weight, in.self_q_scale, in.self_q_bias},
-                                   {in.self_k_weight, in.self_k_scale, in.self_k_bias},
-                                   {in.self_v_weight, in.self_v_scale, in.self_v_bias}, width);
   p.out_proj = operands.weight(in.self_out_weight, in.self_out_scale, in.self_out_bias, width,
                                width, "self_out_weight or its bias");
   describe_memory(p, operands, in);

@@ -21,12 +21,12 @@ Tensor encoder_layer_forward(const EncoderLayerInputs& in) {
   const int64_t width = in.input.size(2);
   bool out_of_memory = false;
   ff::EncoderLayer p;
-  p.width = width;
+  p.type = operands.type, p.width = width;
   p.norm_first = in.norm_first, p.activation = activation_of(in.activation);
-  p.attention = self_attention(in, operands.type, width);
   p.in_proj = operands.projections({in.in_proj_weight, in.in_proj_scale, in.in_proj_bias},
                                    {in.k_proj_weight, in.k_proj_scale, in.k_proj_bias},
                                    {in.v_proj_weight, in.v_proj_scale, in.v_proj_bias}, width);
+  p.attention = self_attention(in, type_of_products(p.type, p.in_proj), width);
   p.out_proj = operands.weight(in.out_proj_weight, in.out_proj_scale, in.out_proj_bias, width,
                                width, "out_proj_weight or its bias");
   p.linear1 = operands.weight(in.linear1_weight, in.linear1_scale, in.linear1_bias, width,

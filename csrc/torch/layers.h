@@ -1,6 +1,7 @@
 // What the front ends of linear and of the layers share: their tensors as kernels read them.
 #pragma once
 
+#include <initializer_list>
 #include <list>
 
 #include "cpu_calls.h"
@@ -166,13 +167,34 @@ inline void describe_heads(ff::Attention& p, ff::Type type, int64_t heads, int64
   p.type = type, p.causal = false;
 }
 
-// (batch, heads, length, head_dim) of an attention whose shapes are described, like its input.
-inline void check_heads(const Tensor& t, const Tensor& input, const ff::Attention& p,
-                        int64_t length, const char* name) {
-  check_fits(t.is_cpu() && t.scalar_type() == input.scalar_type() && t.dim() == 4 &&
-                 t.size(0) == p.batch && t.size(1) == p.heads && t.size(2) == length &&
-                 t.size(3) == p.head_dim,
+// (batch, heads, length, head_dim) of an attention whose shapes and type are described.
+inline void check_heads(const Tensor& t, const ff::Attention& p, int64_t length, const char* name) {
+  check_fits(t.is_cpu() && t.scalar_type() != ScalarType::Bool &&
+                 kernel_type(t.scalar_type()) == p.type && t.dim() == 4 && t.size(0) == p.batch &&
+                 t.size(1) == p.heads && t.size(2) == length && t.size(3) == p.head_dim,
              name);
+}
+
+// The type of an attention to keys that are given, beside tokens of another.
+inline ff::Type type_of_keys(const Tensor& keys, ff::Type tokens) {
+  const bool narrow = tokens == ff::Type::kFloat32 && keys.scalar_type() == ScalarType::BFloat16;
+  return narrow ? ff::Type::kBFloat16 : tokens;
+}
+
+// The type of an attention to keys that are projected by the last of these weights, beside tokens
+// of another: what narrow weights gave has no more digits than bfloat16, whose products take half
+// the time.
+inline ff::Type type_of_products(ff::Type tokens, std::initializer_list<ff::Weight> weights) {
+  if (tokens != ff::Type::kFloat32) return tokens;
+  for (const ff::Weight& weight : weights)
+    if (weight.type != ff::Type::kBFloat16 && weight.type != ff::Type::kUInt8) return tokens;
+  return ff::Type::kBFloat16;
+}
+
+inline ff::Type type_of_products(ff::Type tokens, const ff::Weights& weights) {
+  const ff::Weight* w = weights.each;
+  return weights.count == 1 ? type_of_products(tokens, {w[0]})
+                            : type_of_products(tokens, {w[0], w[1], w[2]});
 }
 
 inline ff::Activation activation_of(int64_t number) {

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfusion.nn._layers import cached_decoder_layer, project_memory
+from fastfusion.nn._layers import attention_dtype_of, cached_decoder_layer, project_memory
 
 Pair = tuple[Tensor, Tensor]
 
@@ -19,6 +19,8 @@ class DecoderCache:
         keys_and_values: for each layer (batch, nhead, capacity, head_dim) twice.
         memories: for each layer (batch, nhead, src_len, head_dim) twice.
         memory_key_padding_mask: bool (batch, src_len), True = ignore, or None.
+
+    Beside tokens of float32, layers with weights of bfloat16 or 8-bit integers keep bfloat16.
     """
 
     def __init__(
@@ -69,9 +71,10 @@ def make_cache(
             )
     memories = [project_memory(layer, memory) for layer in layers]
     sizes = [(*key.shape[:2], capacity, key.shape[3]) for key, _ in memories]
-    kept = [
-        (key.new_empty(size), value.new_empty(size))
-        for (key, value), size in zip(memories, sizes, strict=True)
+    dtypes = [attention_dtype_of(layer, memory) for layer in layers]
+    kept: list[Pair] = [
+        (memory.new_empty(size, dtype=dtype), memory.new_empty(size, dtype=dtype))
+        for size, dtype in zip(sizes, dtypes, strict=True)
     ]
     return DecoderCache(kept, memories, padding)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfusion.core.arguments import PLAIN
+from fastfusion.core.arguments import PLAIN, autocast_dtype
 from fastfusion.core.layers import Norm
 from fastfusion.nn._linear import LINEAR, runs_on_cpu, weights_of
 from fastfusion.nn._multihead import MultiheadAttention, stay_visible
@@ -21,7 +21,7 @@ from fastfusion.nn._quantized import Operands, part
 from fastfusion.ops import decoder_layer as _decoder
 from fastfusion.ops import encoder_layer as _encoder
 from fastfusion.ops import linear as _linear
-from fastfusion.ops._parts import AttentionWeights, FeedForwardWeights
+from fastfusion.ops._parts import AttentionWeights, FeedForwardWeights, attention_dtype
 from fastfusion.ops._parts import project_memory as _project_memory
 
 _is_grad_enabled = torch.is_grad_enabled
@@ -146,6 +146,15 @@ def project_memory(module: Any, memory: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("multihead_attn is replaced or hooked, or drops out in training")
     heads: int = module.multihead_attn.num_heads
     return _project_memory(memory, _weights(found[1], found[2]), heads)
+
+
+def attention_dtype_of(module: Any, x: Tensor) -> torch.dtype:
+    """Of the self-attention of a `TransformerDecoderLayer` that can decode, of tokens like `x`."""
+    cast = autocast_dtype(x.device.type)
+    found = attention_parts(module.self_attn)
+    if cast is not None or found is None or found[1] is None:
+        return cast or x.dtype
+    return attention_dtype(x, found[1][0])
 
 
 def _weights(in_proj: Operands, out_proj: Operands) -> AttentionWeights:

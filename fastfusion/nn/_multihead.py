@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastfusion.core.arguments import autocast_dtype
+from fastfusion.core.reference import cast
 from fastfusion.nn import _nested
 from fastfusion.nn._attention_maps import RecordsAttention
 from fastfusion.nn._linear import apply, project
@@ -19,6 +20,7 @@ from fastfusion.nn._quantized import Operands, QuantizedLinear, part, product
 from fastfusion.nn._torchs_path import torchs_slow_path
 from fastfusion.nn._tracing import be_leaf
 from fastfusion.nn._weights import attention_with_weights
+from fastfusion.ops._parts import attention_dtype
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastfusion.ops.varlen_attention import varlen_attention
 
@@ -182,9 +184,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
             bias = padding = None
             if key_padding_mask is not None or not (attn_mask is None or is_causal):
                 bias, padding = _merge_masks(attn_mask, key_padding_mask, q, additive=False)
+            dtype = attention_dtype(q, *(weight for weight, _, _ in in_proj))
             out = scaled_dot_product_attention(
-                q, k, v, bias, dropout_p, is_causal, key_padding_mask=padding
-            )
+                cast(q, dtype), cast(k, dtype), cast(v, dtype), bias, dropout_p, is_causal,
+                key_padding_mask=padding,
+            )  # fmt: skip
+            out = cast(out, q.dtype)
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)
         out = apply(self.out_proj, out) if batch_first else self.out_proj(out)
         return (out if batched else out.squeeze(0)), weights
@@ -385,9 +390,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         shared = (query is key, key is value)
         heads = (self.num_heads, self.head_dim)
         inputs = (queries.values, keys.values, values.values)
+        in_proj = self._in_proj()
         q, k, v = (
             each
-            for projected in self._project(*inputs, shared, self._in_proj(), product)
+            for projected in self._project(*inputs, shared, in_proj, product)
             for each in projected.unflatten(-1, (-1, *heads)).unbind(1)
         )
         weights = None
@@ -395,10 +401,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
             out, weights = packed_attention_with_weights(q, k, v, queries, keys, dropout_p)
             weights = self._hand_out(weights, need_weights, average_attn_weights)
         else:
+            dtype = attention_dtype(q, *(weight for weight, _, _ in in_proj))
             out = varlen_attention(
-                q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest,
-                dropout_p=dropout_p,
+                cast(q, dtype), cast(k, dtype), cast(v, dtype), queries.offsets, keys.offsets,
+                queries.longest, keys.longest, dropout_p=dropout_p,
             )  # fmt: skip
+            out = cast(out, q.dtype)
         return _nested.unpack(self.out_proj(out.flatten(1)), queries), weights
 
     def _hand_out(self, weights: Tensor, need_weights: bool, average: bool) -> Tensor | None:

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastfusion.core import arguments, layers
+from fastfusion.core import arguments, layers, reference
+from fastfusion.core.export_mode import is_plain
 from fastfusion.ops import linear as _linear
 from fastfusion.ops import norm as _norm
 
@@ -204,7 +205,12 @@ def check_keys_and_values(name: str, pair: Any, input: Tensor, heads: int) -> in
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise TypeError(f"{name} must be a pair of keys and values, got {type(pair).__name__}")
     keys, values = pair
-    arguments.check_tensors(**{"input": input, f"{name}[0]": keys, f"{name}[1]": values})
+    given = {f"{name}[0]": keys, f"{name}[1]": values}
+    if isinstance(keys, Tensor) and _is_narrow(input, keys):
+        arguments.check_tensors(**given)
+        arguments.check_device(f"{name}[0]", keys, "input", input)
+    else:
+        arguments.check_tensors(input=input, **given)
     batch, _, width = input.shape
     shape = tuple(keys.shape)
     if len(shape) != 4 or shape != (batch, heads, shape[2], width // heads):
@@ -235,12 +241,69 @@ def check_cache(cache: Any, input: Tensor, heads: int, total: int) -> None:
 
 def heads_fit(x: Tensor, shape: tuple[Any, ...], *given: Tensor | None) -> Iterator[Any]:
     """What holds for keys and values of this shape."""
-    for tensor in given:
-        if tensor is not None:
-            yield arguments.are_alike(x, tensor)
-            yield tensor.dim() == 4
-            for size, expected in zip(tensor.shape, shape, strict=True):
-                yield size == expected
+    kept = [tensor for tensor in given if tensor is not None]
+    if kept:
+        yield arguments.are_alike(*kept)
+        yield kept[0].device == x.device
+        yield kept[0].dtype == x.dtype or _is_narrow(x, kept[0])
+    for tensor in kept:
+        yield tensor.dim() == 4
+        for size, expected in zip(tensor.shape, shape, strict=True):
+            yield size == expected
+
+
+def _is_narrow(x: Tensor, keys: Tensor) -> bool:
+    """Whether keys make an attention of `x` one of bfloat16."""
+    return x.dtype == torch.float32 and keys.dtype == torch.bfloat16
+
+
+def attention_dtype(x: Tensor, *weights: Tensor) -> torch.dtype:
+    """Of an attention whose queries, keys and values these weights project from tokens like `x`:
+    what weights narrower than float32 gave has no more digits than bfloat16.
+
+    Programs for others (`export_mode`) are spared the rounding.
+    """
+    if x.dtype != torch.float32 or is_plain():
+        return x.dtype
+    narrow = all(weight.dtype in (torch.bfloat16, torch.uint8) for weight in weights)
+    return torch.bfloat16 if narrow else torch.float32
+
+
+def keys_dtype(call: Any, kind: str, keys: Tensor | None) -> torch.dtype:
+    """Of an attention to keys that are given, or projected by weights of these names in a call."""
+    if keys is not None:
+        return keys.dtype
+    weights = (getattr(call, f"{kind}_{part}_weight") for part in "qkv")
+    return attention_dtype(call.input, *(w for w in weights if w is not None))
+
+
+def attention_path(x: Tensor, *dtypes: torch.dtype) -> set[str]:
+    """What there is to say of attentions in these dtypes."""
+    return {f"attention in {str(d).removeprefix('torch.')}" for d in dtypes if d != x.dtype}
+
+
+def attend(
+    dtype: torch.dtype,
+    diagonal: int | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
+    """The reference of an attention in a dtype: (batch, length, heads * head_dim) in that of the
+    query."""
+    q, k, v = (reference.cast(t, dtype) for t in (query, key, value))
+    out, _ = reference.attention(diagonal, q, k, v, attn_mask, key_padding_mask, None, 0.0, None)
+    return reference.cast(out, query.dtype).transpose(1, 2).flatten(2)
+
+
+def remember(cache: Tensor, new: Tensor, past: int) -> Tensor:
+    """What is in the cache and the new behind it, which goes there, too."""
+    new = reference.cast(new, cache.dtype)
+    together = torch.cat([cache[:, :, :past], new], 2)
+    cache[:, :, past : past + new.shape[2]].copy_(new.detach())
+    return together
 
 
 def project_memory(
@@ -255,17 +318,21 @@ def project_memory(
         backend: as of `linear`.
 
     Returns:
-        Keys and values, each (batch, num_heads, memory_length, head_dim).
+        Keys and values, each (batch, num_heads, memory_length, head_dim): of the dtype of the
+        memory, or of bfloat16 where that is float32 and the weights of query, key and value are of
+        bfloat16 or 8-bit integers.
 
     Raises:
         TypeError, ValueError: as of `decoder_layer`.
     """
     if not isinstance(cross_attn, AttentionWeights):
         raise TypeError(f"cross_attn must be AttentionWeights, got {type(cross_attn).__name__}")
+    projections = cross_attn.each()
     key, value = (
         _linear.linear(memory, weight, bias, weight_scale=scale, backend=backend)  # type: ignore[arg-type]
-        for weight, bias, scale in cross_attn.each()[1:]
+        for weight, bias, scale in projections[1:]
     )
+    dtype = attention_dtype(key, *(weight for weight, _, _ in projections))  # type: ignore[arg-type]
     if memory.dim() != 3 or num_heads < 1 or key.shape[-1] % num_heads:
         raise ValueError(
             "memory must be (batch, memory_length, memory_width) and num_heads divide the width, "
@@ -273,7 +340,8 @@ def project_memory(
         )
     # A head's rows side by side, as one that is read for every token should be.
     key, value = (
-        t.unflatten(-1, (num_heads, -1)).transpose(1, 2).contiguous() for t in (key, value)
+        t.to(dtype).unflatten(-1, (num_heads, -1)).transpose(1, 2).contiguous()
+        for t in (key, value)
     )
     return key, value
 

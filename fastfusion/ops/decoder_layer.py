@@ -16,6 +16,8 @@ projected once, by `project_memory`.
 
 What one step hands to the next is rounded to the dtype of the input, as between modules: the CPU
 kernel gives the bits of `linear`, `norm` and `scaled_dot_product_attention` called one by one.
+Attention is in the dtype of its keys: that of a cache or of a projected memory, which may be of
+bfloat16 beside tokens of float32, and else as in `encoder_layer`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +37,8 @@ from fastfusion.ops import norm as _norm
 from fastfusion.ops._parts import (
     AttentionWeights,
     FeedForwardWeights,
+    attend,
+    attention_path,
     cast_weights,
     check_attention,
     check_cache,
@@ -42,12 +46,14 @@ from fastfusion.ops._parts import (
     check_memory,
     check_norms,
     heads_fit,
+    keys_dtype,
     linear_call,
     norm_call,
     normals,
     random_attention,
     random_feed_forward,
     random_norm,
+    remember,
 )
 
 
@@ -144,6 +150,12 @@ class Call(NamedTuple):
     @property
     def has_memory(self) -> bool:
         return self.memory is not None or self.memory_key is not None
+
+    @property
+    def attention_dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of self-attention, and of that to the memory."""
+        own = keys_dtype(self, "self", self.key_cache)
+        return own, keys_dtype(self, "cross", self.memory_key) if self.has_memory else own
 
     @property
     def hidden(self) -> int:
@@ -259,8 +271,8 @@ def decoder_layer(
         is_causal: token i sees all tokens in the cache, and of the input those up to i.
         memory_mask, memory_padding_mask: likewise of the memory.
         cache: keys and values, each (batch, num_heads, capacity, head_dim), of any strides but 0
-            and of the dtype of the input. The first `past_length` are read; those of the input are
-            written behind them, into the tensors that are given.
+            and of the dtype of the input, or of bfloat16 beside float32. The first `past_length`
+            are read; those of the input are written behind them, into the tensors that are given.
         past_length: how many tokens are in the cache.
         backend: "cpu" or "reference" to insist on one; None chooses. Gradients are the reference's,
             and do not reach into the cache.
@@ -440,22 +452,17 @@ def run_reference(call: Call, lse: bool) -> Any:
         heads = x.unflatten(-1, (parts, call.num_heads, -1)).unbind(2)
         return tuple(part.transpose(1, 2) for part in heads)
 
-    def attend(
-        diagonal: int | None, q: Tensor, k: Tensor, v: Tensor, mask: Any, padding: Any
-    ) -> Tensor:
-        out, _ = reference.attention(diagonal, q, k, v, mask, padding, None, 0.0, None)
-        return out.transpose(1, 2).flatten(2)
-
     x = call.input
     names = [name for name, *_ in call.projections() if name in ("self_q", "self_k", "self_v")]
     scored = norm("norm1", x, first)
     query, key, value = split(torch.cat([linear(name, scored) for name in names], -1), 3)
     if call.key_cache is not None and call.value_cache is not None:
-        key = _remember(call.key_cache, key, past)
-        value = _remember(call.value_cache, value, past)
+        key = remember(call.key_cache, key, past)
+        value = remember(call.value_cache, value, past)
     diagonal = past if call.is_causal else None
     masks = call.attn_mask, call.key_padding_mask
-    y = linear("self_out", attend(diagonal, query, key, value, *masks), x)
+    own, others = call.attention_dtypes
+    y = linear("self_out", attend(own, diagonal, query, key, value, *masks), x)
     y = norm("norm1", y, not first)
     if call.has_memory:
         (query,) = split(linear("cross_q", norm("norm2", y, first)), 1)
@@ -466,17 +473,10 @@ def run_reference(call: Call, lse: bool) -> Any:
             assert call.memory_key is not None and call.memory_value is not None
             key, value = call.memory_key, call.memory_value
         masks = call.memory_mask, call.memory_padding_mask
-        y = linear("cross_out", attend(None, query, key, value, *masks), y)
+        y = linear("cross_out", attend(others, None, query, key, value, *masks), y)
         y = norm("norm2", y, not first)
     y = linear("linear2", linear("linear1", norm("norm3", y, first)), y)
     return norm("norm3", y, not first)
-
-
-def _remember(cache: Tensor, new: Tensor, past: int) -> Tensor:
-    """What is in the cache and the new behind it, which goes there, too."""
-    together = torch.cat([cache[:, :, :past], new], 2)
-    cache[:, :, past : past + new.shape[2]].copy_(new.detach())
-    return together
 
 
 def _fake(call: Call) -> Tensor:
@@ -520,6 +520,7 @@ def _cpu_refuses(call: Call) -> Sequence[str]:
 def _cpu_path(call: Call) -> str:
     ways = {_linear.cpu_path(call.linear(name, x)) for name, x, _ in call.projections()}
     ways.add(_linear.cpu_path(call.linear("linear2", call.input)))
+    ways |= attention_path(call.input, *call.attention_dtypes)
     return f"{cpu.isa()}, one call, {', '.join(sorted(ways))}"
 
 

@@ -187,6 +187,37 @@ def test_more_tokens_than_there_was_room_for(
     assert all(ran)
 
 
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_narrow_keys_of_a_memory_follow_the_cache(weights: str, ran: list[bool]) -> None:
+    model_class, config, _ = MODELS["BART"]
+    model = ff.accelerate(build(model_class, config), weights=weights)
+    with torch.no_grad():
+        kept, anew = Decoding(model), Decoding(model)
+
+    def step(*tokens: int) -> Tensor:
+        for layer in anew.cache.cross_attention_cache.layers:
+            layer.__dict__.pop(_decoders._NARROW, None)
+        logits = kept(*tokens)
+        assert torch.equal(logits, anew(*tokens))
+        return logits
+
+    step(1)
+    del ran[:]
+    step(5)
+    for each in (kept, anew):
+        each.cache.crop(-1)
+        each.cache.reorder_cache(torch.tensor([1, 0]))
+    before = step(6)
+    for each in (kept, anew):
+        each.cache.crop(-1)
+        each.cache.reorder_cache(torch.tensor([1, 0]))
+    assert not torch.equal(step(6), before)
+    if DEVICE == "cpu":
+        assert ran == [True] * 12
+        for layer in kept.cache.cross_attention_cache.layers:
+            assert {t.dtype for t in layer.__dict__[_decoders._NARROW][2]} == {torch.bfloat16}
+
+
 def test_what_others_hold_of_a_cache_stays(pair: tuple[Decoding, Decoding]) -> None:
     """Two that go on from the same tokens do not disturb each other."""
     agree(pair, 5)

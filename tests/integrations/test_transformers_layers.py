@@ -449,6 +449,14 @@ def test_a_layer_that_is_still_the_same(untried: None, ran: list[bool]) -> None:
     assert ran == [True, True]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_narrow_weights_are_no_change(weights: Any, untried: None, ran: list[bool]) -> None:
+    model = ff.accelerate(bert(), weights=weights)
+    run(model, BATCH)
+    assert ran == [True, True]
+
+
 def test_a_layer_that_has_changed(
     untried: None, ran: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:

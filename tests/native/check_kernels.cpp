@@ -384,7 +384,7 @@ void check_layer(Type type, bool norm_first, const char* about) {
   a.batch = kBatch, a.heads = a.kv_heads = kHeads, a.q_len = a.kv_len = kLength;
   a.head_dim = a.value_dim = kHead, a.type = type, a.scale = 0.3f, a.causal = true;
   a.out_of_memory = &out_of_memory;
-  layer.width = kWidth, layer.hidden = kHidden;
+  layer.type = type, layer.width = kWidth, layer.hidden = kHidden;
   layer.x = x.view().data, layer.x_row = kWidth;
   layer.in_proj.each[0] = of(in, nullptr), layer.out_proj = of(to, nullptr);
   layer.linear1 = of(first, nullptr), layer.linear2 = of(second, nullptr);
@@ -417,7 +417,8 @@ void check_layer(Type type, bool norm_first, const char* about) {
 
   // Without a memory a decoder layer is the same; with a cache it reads keys and values there.
   ff::DecoderLayer decoder{};
-  decoder.attention = a, decoder.width = kWidth, decoder.hidden = kHidden;
+  decoder.type = type, decoder.attention = a;
+  decoder.width = kWidth, decoder.hidden = kHidden;
   decoder.x = layer.x, decoder.x_row = kWidth, decoder.in_proj = layer.in_proj;
   decoder.out_proj = layer.out_proj, decoder.linear1 = layer.linear1;
   decoder.linear2 = layer.linear2, decoder.norm1 = decoder.norm3 = layer.norm1;

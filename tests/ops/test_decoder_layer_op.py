@@ -52,7 +52,9 @@ def reference(call: dict[str, Any]) -> Tensor:
 def in_double(call: dict[str, Any]) -> dict[str, Any]:
     return nested(
         {
-            k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+            k: v.double()
+            if isinstance(v, Tensor) and v.is_floating_point() and not k.endswith("_scale")
+            else v
             for k, v in flat(call).items()
         }
     )
@@ -90,6 +92,20 @@ def in_bfloat16(call: dict[str, Any]) -> dict[str, Any]:
     return call | changed
 
 
+def with_narrow_keys(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with keys and values of bfloat16, where it is given any."""
+    given = {n: call[n] for n in ("memory", "cache") if isinstance(call.get(n), tuple)}
+    return call | {name: tuple(t.bfloat16() for t in pair) for name, pair in given.items()}
+
+
+def narrow(call: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The call, of float32, with each kind of narrow weights, and of keys."""
+    for change in (in_int8, in_bfloat16):
+        yield change(call)
+        yield with_narrow_keys(change(call))
+    yield with_narrow_keys(call)
+
+
 def by_ops(call: dict[str, Any]) -> Tensor:
     """The layer by the ops that it is made of."""
     c = OP.call(**own(call))
@@ -110,29 +126,36 @@ def by_ops(call: dict[str, Any]) -> Tensor:
     def split(x: Tensor, parts: int) -> list[Tensor]:
         return [t.transpose(1, 2) for t in x.unflatten(-1, (parts, c.num_heads, -1)).unbind(2)]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, padding: Any, causal: bool) -> Tensor:
+    def attend(
+        names: list[str], q: Tensor, k: Tensor, v: Tensor, mask: Any, padding: Any, causal: bool
+    ) -> Tensor:
+        weights = {getattr(c, f"{name}_weight").dtype for name in names}
+        if k.dtype == torch.float32 and names and weights <= {torch.bfloat16, torch.uint8}:
+            k, v = k.bfloat16(), v.bfloat16()
         out = ff.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, causal_alignment="bottom_right",
+            q.to(k.dtype), k, v, mask, is_causal=causal, causal_alignment="bottom_right",
             key_padding_mask=padding, backend="cpu",
         )  # fmt: skip
-        return out.transpose(1, 2).flatten(2)
+        return out.to(q.dtype).transpose(1, 2).flatten(2)
 
     names = ["self_q"] if c.self_k_weight is None else ["self_q", "self_k", "self_v"]
     scored = norm("norm1", c.input, first)
     q, k, v = split(torch.cat([linear(name, scored) for name in names], -1), 3)
     if c.key_cache is not None:
+        names = []
         k, v = (
-            torch.cat([old[:, :, : c.past_length], new], 2)
+            torch.cat([old[:, :, : c.past_length], new.to(old.dtype)], 2)
             for old, new in ((c.key_cache, k), (c.value_cache, v))
         )
-    out = attend(q, k, v, c.attn_mask, c.key_padding_mask, c.is_causal)
+    out = attend(names, q, k, v, c.attn_mask, c.key_padding_mask, c.is_causal)
     y = norm("norm1", linear("self_out", out, c.input), not first)
     if c.has_memory:
         (q,) = split(linear("cross_q", norm("norm2", y, first)), 1)
-        k, v = c.memory_key, c.memory_value
+        k, v, names = c.memory_key, c.memory_value, []
         if c.memory is not None:
-            k, v = (split(linear(name, c.memory), 1)[0] for name in ("cross_k", "cross_v"))
-        out = attend(q, k, v, c.memory_mask, c.memory_padding_mask, False)
+            names = ["cross_q", "cross_k", "cross_v"]
+            k, v = (split(linear(name, c.memory), 1)[0] for name in names[1:])
+        out = attend(names, q, k, v, c.memory_mask, c.memory_padding_mask, False)
         y = norm("norm2", linear("cross_out", out, y), not first)
     y = linear("linear2", linear("linear1", norm("norm3", y, first)), y)
     return norm("norm3", y, not first)
@@ -176,17 +199,23 @@ class TestKernel:
                 exact, formula = reference(in_double(given)), reference(given)
                 assert_accurate(*(t.reshape(1, -1) for t in (result, exact, formula)))
 
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_accurate_with_narrow_weights_and_keys(self, isa: str, shape: Any) -> None:
+        """Against the layer whose attention and activations round nowhere, but as 8 bits do."""
+        for norm_first in (False, True):
+            for call in narrow(OP.inputs(shape | {"norm_first": norm_first}, torch.float32)):
+                for given in masks(call):
+                    result = run(given, backend="cpu")
+                    exact, formula = reference(in_double(given)), reference(given)
+                    assert_accurate(*(t.reshape(1, -1) for t in (result, exact, formula)))
+
     @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
     def test_bits_of_its_ops(self, isa: str, shape: Any) -> None:
         for dtype, norm_first in itertools.product(DTYPES, (False, True)):
             call = OP.inputs(shape | {"norm_first": norm_first}, dtype)
-            for given in masks(call):
+            changed = narrow(call) if dtype == torch.float32 else [in_int8(call)]
+            for given in itertools.chain(masks(call), *map(masks, changed)):
                 assert torch.equal(run(given, backend="cpu"), by_ops(given))
-            low = in_int8(call)
-            assert torch.equal(run(low, backend="cpu"), by_ops(low))
-            if dtype == torch.float32:
-                low = in_bfloat16(call)
-                assert torch.equal(run(low, backend="cpu"), by_ops(low))
 
     @pytest.mark.parametrize("norm_first", [False, True])
     def test_token_by_token(self, isa: str, norm_first: bool) -> None:
@@ -196,8 +225,9 @@ class TestKernel:
             call = change(OP.inputs(shape | {"norm_first": norm_first, "is_causal": True}, dtype))
             whole = run(call, backend="cpu")
             exact = reference(in_double(call)) if change is dict else None
+            kept = torch.bfloat16 if change is in_int8 else dtype
             for sizes in ((1,) * 9, (4, 1, 4), (9,)):
-                cache = tuple(torch.full((2, 3, 12, 16), torch.nan).to(dtype) for _ in range(2))
+                cache = tuple(torch.full((2, 3, 12, 16), torch.nan, dtype=kept) for _ in range(2))
                 past, steps = 0, []
                 for tokens in call["input"].split(sizes, 1):
                     step = call | {"input": tokens, "cache": cache, "past_length": past}
@@ -249,10 +279,11 @@ class TestKernel:
                     assert torch.equal(run(alone, backend="cpu")[0], together[b])
 
     def test_projected_memory(self, isa: str) -> None:
-        for shape, change in itertools.product(SHAPES[1:3], (dict, in_int8)):
+        for shape, change in itertools.product(SHAPES[1:3], (dict, in_int8, in_bfloat16)):
             call = change(OP.inputs(shape, torch.float32))
             weights, heads = call["cross_attn"], call["num_heads"]
             kept = ff.ops.project_memory(call["memory"], weights, heads, backend="cpu")
+            assert {t.dtype for t in kept} == {torch.float32 if change is dict else torch.bfloat16}
             result = run(call, backend="cpu")
             assert torch.equal(run(call | {"memory": kept}, backend="cpu"), result)
             (weight, bias, scale), *_ = weights.each()
@@ -380,6 +411,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"memory": MEMORY[:1]}, ValueError, "memory must have the batch size"),
     ({"memory": MEMORY.double()}, TypeError, "memory must have the dtype of input"),
     ({"memory": MEMORY[..., :6]}, ValueError, "cross_attn: k_proj_weight and v_proj_weight must"),
+    ({"memory": (KEYS.half(), VALUES.half())}, TypeError, r"memory\[0\] must have the dtype of i"),
+    ({"memory": (KEYS.bfloat16(), VALUES)}, TypeError, r"memory\[1\] must have the dtype of m"),
     ({"memory": (MEMORY,)}, TypeError, "memory must be a pair of keys and values"),
     ({"memory": (MEMORY, MEMORY)}, ValueError, r"the keys of memory must be \(2, 2, 'length', 4\)"),
     ({"memory": (KEYS, VALUES[:, :, :3])}, ValueError, "the values of memory must have the shape"),

@@ -31,31 +31,39 @@ struct CrossAttentionSteps {
     return p.context_norm ? steps.bytes(context().count(), p.context_dim) : 0;
   }
   int64_t bytes() const {
-    return 2 * of_query() + of_context() + of_query_norm() + of_context_norm();
+    const int64_t narrow = steps.is_narrow(p.attention) ? of_context() : 0;
+    return 2 * of_query() + of_context() + narrow + of_query_norm() + of_context_norm();
   }
 
   // In `memory` of so many bytes. `out` may be `residual`.
   void run(char* memory, ParallelFor parallel) const {
     AttentionForward attention = p.attention;
-    const int64_t dim = attention.head_dim, inner = this->inner();
+    const int64_t inner = this->inner();
+    const bool narrow = steps.is_narrow(attention);
     char *const queries = memory, *const attended = memory + of_query();
-    char *const keys = attended + of_query(), *const norms = keys + of_context();
+    char *const keys = attended + of_query(), *const narrow_keys = keys + of_context();
+    char* const norms = narrow ? narrow_keys + of_context() : narrow_keys;
 
     const LayerRows asking =
         p.query_norm ? steps.normalize(*p.query_norm, query(), norms) : query();
-    attention.query = steps.heads(steps.product(p.q_proj, asking, inner, queries), 0, inner, dim);
+    const LayerRows asked_by = steps.product(p.q_proj, asking, inner, queries);
+    attention.query =
+        steps.heads(attention, steps.narrowed(attention, asked_by, attended), 0, inner);
     if (p.context && context().count() > 0) {
       const LayerRows asked =
           p.context_norm ? steps.normalize(*p.context_norm, context(), norms + of_query_norm())
                          : context();
-      const LayerRows both = steps.product(p.kv_proj, asked, 2 * inner, keys);
-      attention.key = steps.heads(both, 0, inner, dim);
-      attention.value = steps.heads(both, 1, inner, dim);
+      const LayerRows wide = steps.product(p.kv_proj, asked, 2 * inner, keys);
+      const LayerRows both = steps.narrowed(attention, wide, narrow_keys);
+      attention.key = steps.heads(attention, both, 0, inner);
+      attention.value = steps.heads(attention, both, 1, inner);
     }
-    attention.out = steps.joined(attended, attention.q_len, inner, dim);
+    char* const out_of_heads = narrow ? queries : attended;
+    attention.out = steps.joined(out_of_heads, attention.q_len, inner, attention.head_dim);
     if (!*attention.out_of_memory) attention_forward<HalfMath>(attention, parallel);
 
-    const LayerRows gathered = steps.side_by_side(query(), attended, inner);
+    const LayerRows joined = steps.side_by_side(query(), out_of_heads, inner);
+    const LayerRows gathered = steps.widened(attention, joined, attended);
     const LayerRows residual{p.residual, query().batch, query().length, p.out_dim, p.residual_row};
     steps.product(p.out_proj, gathered, p.out_dim, p.out, p.residual ? &residual : nullptr);
   }
@@ -63,7 +71,7 @@ struct CrossAttentionSteps {
 
 template <class HalfMath>
 void cross_attention_layer(const CrossAttentionLayer& p, ParallelFor parallel) {
-  const LayerSteps<HalfMath> steps(p.attention, parallel);
+  const LayerSteps<HalfMath> steps(p.attention.type, p.attention, parallel);
   const CrossAttentionSteps<HalfMath> cross{steps, p};
   if (cross.query().count() == 0) return;
   if (char* memory = steps.memory(cross.bytes())) cross.run(memory, parallel);
@@ -113,7 +121,7 @@ struct StreamSteps {
 
 template <class HalfMath>
 void cross_modal_layer(const CrossModalLayer& p, ParallelFor parallel) {
-  const LayerSteps<HalfMath> steps(p.attention, parallel);
+  const LayerSteps<HalfMath> steps(p.attention.type, p.attention, parallel);
   BidirectionalForward attention = p.attention;
   const int64_t dim = attention.head_dim, inner = attention.heads * dim;
   const StreamSteps<HalfMath> queries{steps, p, p.streams[0], inner};
@@ -123,10 +131,10 @@ void cross_modal_layer(const CrossModalLayer& p, ParallelFor parallel) {
   char* const behind = memory + queries.bytes();
 
   const LayerRows of_queries = queries.project(memory), of_keys = keys.project(behind);
-  attention.query = steps.heads(of_queries, 0, inner, dim);
-  attention.query_value = steps.heads(of_queries, 1, inner, dim);
-  attention.key = steps.heads(of_keys, 0, inner, dim);
-  attention.value = steps.heads(of_keys, 1, inner, dim);
+  attention.query = steps.heads(attention, of_queries, 0, inner);
+  attention.query_value = steps.heads(attention, of_queries, 1, inner);
+  attention.key = steps.heads(attention, of_keys, 0, inner);
+  attention.value = steps.heads(attention, of_keys, 1, inner);
   attention.out_q = steps.joined(queries.attended(memory), attention.q_len, inner, dim);
   attention.out_k = steps.joined(keys.attended(behind), attention.kv_len, inner, dim);
   if (!*attention.out_of_memory) bidirectional_forward<HalfMath>(attention, parallel);

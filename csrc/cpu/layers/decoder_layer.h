@@ -60,9 +60,9 @@ inline void write_to_cache(const DecoderLayer& p, const void* heads, ParallelFor
 
 template <class HalfMath>
 void decoder_layer(const DecoderLayer& p, ParallelFor parallel) {
-  const LayerSteps<HalfMath> steps(p.attention, parallel);
+  const LayerSteps<HalfMath> steps(p.type, p.attention, parallel);
   AttentionForward attention = p.attention;
-  const int64_t width = p.width, length = attention.q_len, dim = attention.head_dim;
+  const int64_t width = p.width, length = attention.q_len;
   const LayerRows x{p.x, attention.batch, length, width, p.x_row};
   if (x.count() == 0) return;
   const int64_t one = steps.bytes(x.count(), width);
@@ -72,30 +72,35 @@ void decoder_layer(const DecoderLayer& p, ParallelFor parallel) {
   to_memory.query_row = to_memory.residual_row = width;
   to_memory.query_norm = p.norm_first ? &p.norm2 : nullptr;
   const CrossAttentionSteps<HalfMath> cross{steps, to_memory};
+  const bool narrow = steps.is_narrow(attention);
   // Before and behind attention to the memory what is between is free.
-  const int64_t between = widest + one, of_memory = p.has_memory ? cross.bytes() : 0;
+  const int64_t between = widest + (narrow ? 2 : 1) * one;
+  const int64_t of_memory = p.has_memory ? cross.bytes() : 0;
   char* memory = steps.memory(one + (of_memory > between ? of_memory : between));
   if (!memory) return;
   char *const sum = memory, *const wide = sum + one, *const attended = wide + widest;
   char* const normed = attended;  // one is read before the other is written
 
   const LayerRows scored = p.norm_first ? steps.normalize(p.norm1, x, normed) : x;
-  const LayerRows heads = steps.product(p.in_proj, scored, 3 * width, wide);
-  attention.query = steps.heads(heads, 0, width, dim);
+  const LayerRows wide_heads = steps.product(p.in_proj, scored, 3 * width, wide);
+  const LayerRows heads = steps.narrowed(attention, wide_heads, attended);
+  attention.query = steps.heads(attention, heads, 0, width);
   if (p.key_cache.data) {
     const auto all = [](const MutableView& v) {
       return View{v.data, v.batch, v.head, v.row, v.column};
     };
-    if (!*attention.out_of_memory) write_to_cache(p, wide, parallel);
+    if (!*attention.out_of_memory) write_to_cache(p, heads.data, parallel);
     attention.key = all(p.key_cache), attention.value = all(p.value_cache);
   } else {
-    attention.key = steps.heads(heads, 1, width, dim);
-    attention.value = steps.heads(heads, 2, width, dim);
+    attention.key = steps.heads(attention, heads, 1, width);
+    attention.value = steps.heads(attention, heads, 2, width);
   }
-  attention.out = steps.joined(attended, length, width, dim);
+  char* const out_of_heads = narrow ? wide : attended;
+  attention.out = steps.joined(out_of_heads, length, width, attention.head_dim);
   if (!*attention.out_of_memory) attention_forward<HalfMath>(attention, parallel);
 
-  const LayerRows gathered = steps.side_by_side(x, attended, width);
+  const LayerRows joined = steps.side_by_side(x, out_of_heads, width);
+  const LayerRows gathered = steps.widened(attention, joined, attended);
   LayerRows y = steps.product(p.out_proj, gathered, width, sum, &x);
   if (!p.norm_first) y = steps.normalize(p.norm1, y, sum);
   if (p.has_memory) {

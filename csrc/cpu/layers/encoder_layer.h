@@ -17,9 +17,9 @@ namespace {
 
 template <class HalfMath>
 void encoder_layer(const EncoderLayer& p, ParallelFor parallel) {
-  const LayerSteps<HalfMath> steps(p.attention, parallel);
+  const LayerSteps<HalfMath> steps(p.type, p.attention, parallel);
   AttentionForward attention = p.attention;
-  const int64_t width = p.width, length = attention.q_len;
+  const int64_t width = p.width, length = attention.q_len, dim = attention.head_dim;
   const LayerRows x{p.x, attention.batch, length, width, p.x_row};
   if (x.count() == 0) return;
   const int64_t one = steps.bytes(x.count(), width);
@@ -28,17 +28,21 @@ void encoder_layer(const EncoderLayer& p, ParallelFor parallel) {
   if (!memory) return;
   char *const wide = memory, *const attended = memory + widest, *const sum = attended + one;
   char* const normed = attended;  // one is read before the other is written
+  const bool narrow = steps.is_narrow(attention);
 
   const LayerRows scored = p.norm_first ? steps.normalize(p.norm1, x, normed) : x;
-  const LayerRows heads = steps.product(p.in_proj, scored, 3 * width, wide);
-  const int64_t dim = attention.head_dim;
-  attention.query = steps.heads(heads, 0, width, dim);
-  attention.key = steps.heads(heads, 1, width, dim);
-  attention.value = steps.heads(heads, 2, width, dim);
-  attention.out = steps.joined(attended, length, width, dim);
+  const LayerRows wide_heads = steps.product(p.in_proj, scored, 3 * width, wide);
+  // Three parts of half the size fit where `attended` and `sum` are.
+  const LayerRows heads = steps.narrowed(attention, wide_heads, attended);
+  attention.query = steps.heads(attention, heads, 0, width);
+  attention.key = steps.heads(attention, heads, 1, width);
+  attention.value = steps.heads(attention, heads, 2, width);
+  char* const out_of_heads = narrow ? wide : attended;
+  attention.out = steps.joined(out_of_heads, length, width, dim);
   if (!*attention.out_of_memory) attention_forward<HalfMath>(attention, parallel);
 
-  const LayerRows gathered = steps.side_by_side(x, attended, width);
+  const LayerRows joined = steps.side_by_side(x, out_of_heads, width);
+  const LayerRows gathered = steps.widened(attention, joined, attended);
   LayerRows y = steps.product(p.out_proj, gathered, width, sum, &x);
   if (!p.norm_first) y = steps.normalize(p.norm1, y, sum);
   const LayerRows fed = p.norm_first ? steps.normalize(p.norm2, y, normed) : y;

@@ -24,13 +24,15 @@ struct LayerSteps {
   bool* out_of_memory;
   ParallelFor parallel;
 
-  LayerSteps(const Attention& p, ParallelFor parallel)
-      : type(p.type), out_of_memory(p.out_of_memory), parallel(parallel) {}
+  LayerSteps(Type type, const Attention& p, ParallelFor parallel)
+      : type(type), out_of_memory(p.out_of_memory), parallel(parallel) {}
 
   // Bytes of a matrix, so that the next one is aligned.
   int64_t bytes(int64_t rows, int64_t columns) const {
     return (rows * columns * size_of(type) + 63) / 64 * 64;
   }
+
+  bool is_narrow(const Attention& attention) const { return attention.type != type; }
 
   // Memory for all steps.
   char* memory(int64_t bytes) const {
@@ -73,10 +75,45 @@ struct LayerSteps {
     return side_by_side(x, out, features);
   }
 
-  // The heads of the index-th of the parts, each `width` wide, that stand side by side in rows.
-  View heads(const LayerRows& rows, int64_t index, int64_t width, int64_t head_dim) const {
-    const auto* data = static_cast<const char*>(rows.data) + index * width * size_of(type);
-    return {data, rows.length * rows.row, head_dim, rows.row, 1};
+  // Rows in the type of an attention: themselves, or a copy in `memory`, half as large.
+  LayerRows narrowed(const Attention& attention, const LayerRows& rows, void* memory) const {
+    if (!is_narrow(attention)) return rows;
+    struct Rounding {
+      const LayerRows& rows;
+      uint16_t* to;
+    };
+    const auto round = [](int64_t begin, int64_t end, const void* context) {
+      const auto& [rows, to] = *static_cast<const Rounding*>(context);
+      const auto* from = static_cast<const float*>(rows.data);
+      for (int64_t i = begin; i < end; ++i)
+        ff::convert(from + i * rows.row, to + i * rows.width, Type::kBFloat16, rows.width);
+    };
+    return copied(rows, memory, round, Rounding{rows, static_cast<uint16_t*>(memory)});
+  }
+
+  // Rows of an attention in the type of the layer, likewise.
+  LayerRows widened(const Attention& attention, const LayerRows& rows, void* memory) const {
+    if (!is_narrow(attention)) return rows;
+    struct Widening {
+      const LayerRows& rows;
+      float* to;
+    };
+    const auto widen = [](int64_t begin, int64_t end, const void* context) {
+      const auto& [rows, to] = *static_cast<const Widening*>(context);
+      for (int64_t i = begin; i < end; ++i)
+        load(rows.data, Type::kBFloat16, i * rows.row, 1, rows.width, rows.width,
+             to + i * rows.width);
+    };
+    return copied(rows, memory, widen, Widening{rows, static_cast<float*>(memory)});
+  }
+
+  // The heads of the index-th of the parts, each `width` wide, that stand side by side in rows of
+  // an attention.
+  static View heads(const Attention& attention, const LayerRows& rows, int64_t index,
+                    int64_t width) {
+    const int64_t before = index * width * size_of(attention.type);
+    return {static_cast<const char*>(rows.data) + before, rows.length * rows.row,
+            attention.head_dim, rows.row, 1};
   }
 
   // Where heads of `width` numbers in all write theirs, side by side.
@@ -85,6 +122,15 @@ struct LayerSteps {
   }
 
  private:
+  // Rows side by side, from which `body` makes them.
+  template <class Context>
+  LayerRows copied(const LayerRows& rows, void* memory, void (*body)(int64_t, int64_t, const void*),
+                   const Context& context) const {
+    if (!*out_of_memory)
+      run(parallel, rows.count(), 8.0 * double(rows.count()) * double(rows.width), body, context);
+    return side_by_side(rows, memory, rows.width);
+  }
+
   Linear linear_call(const Weight& weight, const LayerRows& x, int64_t features, void* out,
                      int64_t out_row) const {
     Linear call;

@@ -2,12 +2,15 @@
 
 The first tokens go by the layer's own code, which projects the memory and fills the cache; those
 behind them by the op, which writes into the cache what it projects. A cache that grows by
-concatenation gets room for tokens to come: its tensors are the beginning of larger ones.
+concatenation gets room for tokens to come: its tensors are the beginning of larger ones. Beside
+narrow weights the memory's keys and values are read in bfloat16, as the op makes them itself: every
+token reads all of them.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import cache_utils
 
@@ -18,11 +21,14 @@ from fastfusion.integrations.transformers._structures import Structure
 from fastfusion.nn._layers import run_decoder_layer
 from fastfusion.nn._linear import runs_on_cpu, weights_of
 from fastfusion.nn._plain import has_global_hooks
+from fastfusion.ops._parts import attention_dtype
 
 Pair = tuple[Tensor, Tensor]
 # In the __dict__ of a layer of a cache: the larger tensors, and the beginnings that it holds.
 _ROOM = "_fastfusion_room"
 _SPARE = 32  # tokens
+# Likewise: keys and values of a memory, and the same in bfloat16.
+_NARROW = "_fastfusion_narrow"
 
 
 def forward_of(source: Any, structure: Structure) -> Callable[..., Any]:
@@ -56,7 +62,8 @@ def forward_of(source: Any, structure: Structure) -> Callable[..., Any]:
 class _Parts(layers.Parts):
     def __init__(self, structure: Structure, module: str) -> None:
         super().__init__(structure, module)
-        self.cross = structure.place(structure.memory[0])
+        self.cross, self.query = map(structure.place, structure.memory[:2])
+        self.keys = structure.memory_keys
 
     def decode(
         self,
@@ -109,6 +116,10 @@ class _Parts(layers.Parts):
         attn_mask, padding = layers.masks_of(mask, x)
         if padding is not None:
             attn_mask = mask
+        # A cache of another kind is written to in place.
+        grows = type(kept) is cache_utils.DynamicLayer
+        if grows and self.reads_narrow(x, found[self.query], cross):
+            memory = _in_bfloat16(kept)
         result = run_decoder_layer(
             x,
             [weights_of(found[place]) for place in self.linear],
@@ -122,6 +133,16 @@ class _Parts(layers.Parts):
             else:
                 _grow(own, cache, before + length)
         return result
+
+    def reads_narrow(self, x: Tensor, query: Any, cross: Any) -> bool:
+        """Whether the op would make keys and values of the memory in bfloat16."""
+        of_query = weights_of(query)
+        if of_query is None or of_query[0].dtype == x.dtype:
+            return False
+        keys = [weights_of(cross.__dict__["_modules"].get(name)) for name in self.keys]
+        if not all(keys):
+            return False
+        return attention_dtype(x, of_query[0], *(own[0] for own in keys if own)) != x.dtype
 
 
 def _fit(pair: Any, x: Tensor, shape: tuple[int, int, int]) -> bool:
@@ -159,6 +180,16 @@ def _with_room(own: Any, length: int) -> Pair:
         larger[:, :, :before] = t
         made.append(larger)
     return made[0], made[1]
+
+
+def _in_bfloat16(kept: Any) -> Pair:
+    """Keys and values of a memory, rounded once: they change with the tensors that hold them."""
+    known = kept.__dict__.get(_NARROW)
+    if known is None or known[0] is not kept.keys or known[1] is not kept.values:
+        rounded = tuple(t.to(torch.bfloat16).contiguous() for t in (kept.keys, kept.values))
+        known = kept.__dict__[_NARROW] = kept.keys, kept.values, rounded
+    pair: Pair = known[2]
+    return pair
 
 
 def _grow(own: Any, pair: Pair, length: int) -> None:

@@ -26,6 +26,7 @@ class Structure:
         absent: modules that a layer may have and that the op has not.
         unset: attributes that change the way of computing, with the module that has them.
         memory: attention to a memory, and linear layers of its query and output; () of encoders.
+        memory_keys: in that attention, linear layers of its keys and values.
         clamp: of float16 results to finite numbers: "always", "infinite" (where there is one that
             is not finite) or None.
     """
@@ -41,6 +42,7 @@ class Structure:
     absent: tuple[str, ...] = ()
     unset: tuple[tuple[str, str], ...] = ()
     memory: tuple[str, ...] = ()
+    memory_keys: tuple[str, ...] = ()
     clamp: str | None = None
 
     @cached_property
@@ -145,6 +147,7 @@ def _bart_decoder(norm_first: bool) -> Structure:
         ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
         norm_first=norm_first,
         memory=("encoder_attn", *_inside("encoder_attn", "q_proj", "out_proj")),
+        memory_keys=("k_proj", "v_proj"),
     )
 
 
