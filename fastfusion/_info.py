@@ -136,10 +136,11 @@ class Watching(TorchFunctionMode):
         kwargs = kwargs or {}
         fusing = getattr(func, "__self__", None)
         if isinstance(fusing, Op):
-            explanation = explain_call(fusing, *args)
-            if explanation.chosen not in (None, "reference"):  # else its parts call ops themselves
-                self.rows.append((self._caller(), explanation))
-            return func(*args, **kwargs)
+            caller, explanation = self._caller(), explain_call(fusing, *args)
+            result = func(*args, **kwargs)  # raises what the kernel finds wrong
+            if result is not None:  # else its parts call ops themselves
+                self.rows.append((caller, explanation))
+            return result
         spec = next((spec for function, spec in ops.FUNCTIONS.items() if function is func), None)
         if spec is not None and spec in self.specs:
             given = inspect.signature(func).bind(*args, **kwargs)

@@ -1,9 +1,13 @@
 """Linear layers of a model with weights of 8-bit integers or bfloat16, in place."""
 
+import dis
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -30,6 +34,7 @@ _STATE_HOOKS = (
 # Those of calls, with what torch keeps beside them.
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _RANDOM_ROWS = 64
+_MAKING = ("init_weights", "reset_parameters")  # how methods end that fill weights with numbers
 
 
 @dataclass(frozen=True)
@@ -198,10 +203,10 @@ def quantize(
     :class:`fastfusion.nn.QuantizedLinear`, and so do the input projections of
     `fastfusion.nn.MultiheadAttention`. Hooks go along; the float weights are dropped. The model is
     for inference from then on. Left as they are, each with its reason in the report: subclasses of
-    `torch.nn.Linear`, layers whose weight is computed or shared with something else,
-    `torch.nn.MultiheadAttention` and `torch.nn.TransformerEncoderLayer`, which read the weights of
-    their parts, layers that integers would make larger, layers that `example_inputs` do not reach,
-    and those whose outputs deviate.
+    `torch.nn.Linear`, layers whose weight is computed or shared with something else, or is read by
+    the code of the module they are in (`self.part.weight`), `torch.nn.MultiheadAttention` and
+    `torch.nn.TransformerEncoderLayer`, which read the weights of their parts, layers that integers
+    would make larger, layers that `example_inputs` do not reach, and those whose outputs deviate.
 
     A state_dict of the model holds int8 weights, scales and biases under the names of the layers.
     To load it, quantise a new model alike, whatever its weights, and load into that:
@@ -339,7 +344,7 @@ def _with_owners(name: str) -> Iterator[str]:
 
 def _candidates(model: nn.Module) -> Iterator[_Candidate]:
     """All layers, those that have to be left alone with the reason."""
-    read = dict(_read_by_torch(model))
+    read = dict((*_read_by_owners(model), *_read_by_torch(model)))
     for name, module in model.named_modules():
         reason = read.get(id(module))
         if isinstance(module, nn.Linear):
@@ -350,6 +355,45 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
             yield _Candidate(name, weight, bias, module, ("input",), reason)
         elif isinstance(module, nn.MultiheadAttention):
             yield from _projections(name, module, reason)
+
+
+def _read_by_owners(model: nn.Module) -> Iterator[tuple[int, str]]:
+    """Modules whose `weight` the code of the module they are in reads: for a product of its own, as
+    timm's Swin Transformer V2, or for its dtype, as T5."""
+    for module in model.modules():
+        kind: Any = type(module)
+        for name in _weights_read_by(kind):
+            part = module._modules.get(name)
+            if part is not None:
+                yield id(part), f"{type(module).__name__} reads its weight"
+
+
+@cache
+def _weights_read_by(kind: type) -> frozenset[str]:
+    """The parts x of `self.x.weight` in the methods of a class, but for those that make it."""
+    found: set[str] = set()
+    for base in kind.__mro__:
+        # Of those it is known: `_read_by_torch`.
+        if base.__module__.partition(".")[0] in ("torch", "fastfusion", "builtins"):
+            continue
+        for name, method in vars(base).items():
+            function = inspect.unwrap(method) if callable(method) else method
+            code = getattr(function, "__code__", None)
+            if code is not None and name != "__init__" and not name.endswith(_MAKING):
+                found.update(_owners_of_weights(code))
+    return frozenset(found)
+
+
+def _owners_of_weights(code: Any) -> Iterator[str]:
+    before = None
+    for step in dis.get_instructions(code):
+        is_attribute = step.opname == "LOAD_ATTR"
+        if is_attribute and step.argval == "weight" and before is not None:
+            yield before
+        before = step.argval if is_attribute else None
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _owners_of_weights(inner)
 
 
 def _read_by_torch(model: nn.Module) -> Iterator[tuple[int, str]]:

@@ -17,7 +17,7 @@ from fastfusion.acceleration import swaps
 from fastfusion.acceleration.report import AccelerationReport, LayerReport
 from fastfusion.acceleration.swaps import Swap, register_swap, short_name_of
 from fastfusion.acceleration.verification import Example, bound_for, deviation, largest_of
-from fastfusion.nn._quantized import check_weights
+from fastfusion.nn._quantized import QuantizedLinear, check_weights
 from fastfusion.quantization import QuantizationReport, arguments_of, memory_of, quantize
 
 __all__ = [
@@ -80,6 +80,7 @@ def accelerate(
     work.swap()
     if weights is not None:
         work.quantize()
+    work.remember_narrow_weights()
     model.fastfusion_report = work.report()  # type: ignore[assignment]
     return model
 
@@ -333,6 +334,27 @@ class _Work:
         self.quantization = replace(
             report, layers=tuple(rows.values()), bytes_after=memory_of(self.model)
         )
+
+    def remember_narrow_weights(self) -> None:
+        """Those of a call before, which are still there."""
+        report = self.model.__dict__.get("fastfusion_report")
+        earlier = None if report is None else report.quantization
+        if earlier is None:
+            return
+        modules = dict(self.model.named_modules())
+        rows = {
+            row.name: row
+            for row in earlier.quantized
+            if isinstance(modules.get(row.name), QuantizedLinear)
+        }
+        now = self.quantization
+        if now is not None:
+            rows |= {row.name: row for row in now.layers}
+        if rows:
+            after = memory_of(self.model)
+            self.quantization = QuantizationReport(
+                tuple(rows.values()), earlier.bytes_before, after
+            )
 
     def report(self) -> AccelerationReport:
         if self.example is not None:

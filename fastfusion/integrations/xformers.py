@@ -166,21 +166,7 @@ def memory_efficient_attention(
     return out
 
 
-def memory_efficient_attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_bias: Any = None,
-    p: float = 0.0,
-    scale: float | None = None,
-    *,
-    op: Any = None,
-    output_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """:func:`memory_efficient_attention` without gradients."""
-    with torch.no_grad():
-        out, _ = _attend(query, key, value, attn_bias, p, scale, op, output_dtype, False)
-    return out
+memory_efficient_attention_forward = torch.no_grad()(memory_efficient_attention)
 
 
 def memory_efficient_attention_forward_requires_grad(

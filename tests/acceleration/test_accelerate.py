@@ -226,19 +226,46 @@ def test_narrower_weights(weights: str, share: float) -> None:
 
 
 def test_weights_that_deviate_are_taken_back() -> None:
+    before = outputs(build(), X)
+    all_of_them = ff.accelerate(build(), weights="int8", example_inputs=(X,)).fastfusion_report
+    for bound in (all_of_them.deviation / 2, 1e-4):
+        model = build()
+        ff.accelerate(model, weights="int8", example_inputs=(X,), atol=bound)
+        report = model.fastfusion_report
+        assert report.deviation <= bound
+        reason = "rolled back: with it outputs deviate more than allowed"
+        back = [row for row in report.quantization.kept if row.reason == reason]
+        assert back and len(report.quantization.quantized) + len(back) == len(
+            all_of_them.quantization.quantized
+        )
+        apart = [
+            float((now - then).abs().max())
+            for now, then in zip(outputs(model, X), before, strict=True)
+        ]
+        assert max(apart) == pytest.approx(report.deviation, rel=1e-6)
+        left = report.quantization.quantized
+        assert bool(left) == (bound > 1e-4)
+        if not left:
+            names = (sorted(dict(m.named_parameters())) for m in (model, build()))
+            assert next(names) == next(names)
+
+
+def test_narrow_weights_are_not_forgotten() -> None:
     model = build()
-    before = outputs(model, X)
-    ff.accelerate(model, weights="int8", example_inputs=(X,), atol=1e-4)
-    report = model.fastfusion_report
-    assert report.deviation <= 1e-4
-    reasons = {row.reason for row in report.quantization.kept}
-    assert "rolled back: with it outputs deviate more than allowed" in reasons
-    for now, then in zip(outputs(model, X), before, strict=True):
-        assert float((now - then).abs().max()) == pytest.approx(report.deviation, abs=1e-4)
-    names = [name for name, _ in build().named_parameters()]
-    kept = {row.name for row in report.quantization.kept}
-    if len(kept) == len(report.quantization.layers):
-        assert sorted(dict(model.named_parameters())) == sorted(names)
+    first = ff.accelerate(model, weights="int8").fastfusion_report
+    narrow = {row.name for row in first.quantization.quantized}
+    again = ff.accelerate(model).fastfusion_report
+    assert {row.name for row in again.quantization.quantized} == narrow
+    assert again.quantization.bytes_before == first.quantization.bytes_before
+    with pytest.raises(ValueError, match=f"the weights of {len(narrow)} layers are int8 now"):
+        ff.restore(model)
+    model = ff.accelerate(build(), weights="bf16")
+    model.embed = nn.Linear(model.embed.in_features, model.embed.out_features)
+    again = ff.accelerate(model, weights="int8").fastfusion_report
+    kinds = {row.name: row.weights for row in again.quantization.quantized}
+    assert kinds["embed"] == "int8" and {*kinds.values()} == {"int8", "bf16"}
+    ff.quantize(untouched := build())  # by somebody's own hand
+    assert ff.restore(ff.accelerate(untouched)) is untouched
 
 
 # ---- the proof

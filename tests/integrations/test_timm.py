@@ -400,3 +400,20 @@ def test_weights_that_timm_reads_can_be_narrow(family: str, weights: str) -> Non
         before = randomized(model)(x)
         after = ff.accelerate(model, weights=weights)(x)
     assert torch.nn.functional.cosine_similarity(before, after).min() > 0.99
+
+
+@pytest.mark.parametrize("weights", ["int8", "bf16"])
+@torch.no_grad()
+def test_swin_v2_reads_weights_of_its_parts(weights: Any) -> None:
+    """`qkv.weight`, which stays; without example inputs, which would show that nobody calls it."""
+    model = models.swin_transformer_v2.SwinTransformerV2(
+        img_size=32, patch_size=2, window_size=4, embed_dim=64, depths=(1, 1), num_heads=(2, 2),
+        num_classes=70,
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = model(x)
+    report = ff.accelerate(model, weights=weights).fastfusion_report
+    kept = {row.name: row.reason for row in report.quantization.kept}
+    assert kept["layers.0.blocks.0.attn.qkv"] == "WindowAttention reads its weight"
+    assert "layers.0.blocks.0.mlp.fc1" in {row.name for row in report.quantization.quantized}
+    assert nn.functional.cosine_similarity(model(x), expected, dim=-1).min() > 0.99

@@ -1,9 +1,14 @@
 """`explain` of modules: which road each attention takes, by running the module once."""
 
+from typing import Any
+
+import pytest
 import torch
-from torch import nn
+from suite import needs_native
+from torch import Tensor, nn
 
 import fastfusion as ff
+from fastfusion.ops.encoder_layer import OP as ENCODER_LAYER
 
 
 def test_each_attention_of_a_model_is_named() -> None:
@@ -110,6 +115,23 @@ def test_nothing_of_the_model_changes() -> None:
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert all(p.grad is None for p in model.parameters())
+
+
+@needs_native
+@pytest.mark.parametrize("fits", [True, False])
+def test_calls_that_an_op_does_not_take_are_not_listed(fits: bool) -> None:
+    shape = {"length": 5, "dim": 16, "heads": 2, "ffn": 24}
+    call = ENCODER_LAYER.call(**ENCODER_LAYER.inputs(shape, torch.float32, None, 0))
+
+    class Layer(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            try:
+                return ENCODER_LAYER.fuse(call if fits else call._replace(norm1_bias=x))
+            except RuntimeError:
+                return x  # as layers go on by their parts
+
+    names = [row.op for _, row in ff.explain(Layer(), torch.ones(3)).rows if row is not None]
+    assert names == (["encoder_layer"] if fits else [])
 
 
 def test_a_model_without_attention_has_nothing_to_say() -> None:

@@ -294,6 +294,38 @@ def not_finite() -> nn.Module:
     return linear
 
 
+class ReadsTheWeight(nn.Module):
+    """Two linear layers, of which it calls one."""
+
+    def __init__(self, kind: str = "product") -> None:
+        super().__init__()
+        self.called, self.read, self.kind = nn.Linear(96, 96), nn.Linear(96, 96), kind
+        self.called.weight.data.mul_(2)  # as many do who make a layer
+
+    def init_weights(self) -> None:
+        self.called.weight.data.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.called(x)
+        if self.kind == "product":
+            return torch.nn.functional.linear(x, weight=self.read.weight, bias=self.read.bias)
+        return self.read((lambda t: t.to(self.read.weight.dtype))(x))
+
+
+@pytest.mark.parametrize("kind", ["product", "dtype"])
+@pytest.mark.parametrize("given", [{}, {"example_inputs": normal(2, 5, 96)}])
+@pytest.mark.parametrize("weights", KINDS)
+@torch.no_grad()
+def test_a_weight_that_its_owner_reads_stays(kind: str, given: Any, weights: str) -> None:
+    model = Holder(ReadsTheWeight(kind).eval())
+    expected = model.b(normal(2, 5, 96))
+    report = ff.quantize(model.b, weights, **given)
+    assert {row.name: row.reason for row in report.layers} == {
+        "called": None, "read": "ReadsTheWeight reads its weight",
+    }  # fmt: skip
+    assert cosine(model.b(normal(2, 5, 96)), expected) > 0.999
+
+
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "b": (lambda: Holder(Other(96, 70)), "Other is a subclass of torch.nn.Linear"),
     "b:weight norm": (

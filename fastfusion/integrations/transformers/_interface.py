@@ -230,6 +230,14 @@ def recorded_by(hook: Any) -> str | None:
     return name
 
 
+def are_idle(hooks: Mapping[int, Any]) -> bool:
+    """Whether these hooks are recorders of transformers', which stay where one was once needed, and
+    nobody reads them now."""
+    wanted = collected()
+    names = map(recorded_by, hooks.values())
+    return all(name is not None and name not in wanted for name in names)
+
+
 def _eager(
     module: torch.nn.Module,
     query: Tensor,

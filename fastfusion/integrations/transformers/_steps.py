@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastfusion.core.arguments import PLAIN
 from fastfusion.integrations.transformers._activations import activation_of
-from fastfusion.integrations.transformers._interface import recorded_by
+from fastfusion.integrations.transformers._interface import are_idle
 from fastfusion.nn._linear import LINEAR, large_weights_of, runs, runs_on_cpu, weights_of
 from fastfusion.nn._plain import activation_name as _plain_name
 from fastfusion.nn._plain import has_global_hooks, is_bare, is_idle
@@ -67,12 +67,11 @@ def is_added(mask: Any) -> bool:
 
 
 def is_quiet(module: Any) -> bool:
-    """Whether calling a module runs the forward of its class and nothing else that matters now:
-    transformers' recorders of outputs stay where they were once asked for."""
+    """Whether calling a module runs the forward of its class and nothing else that matters now."""
     own = module.__dict__
     if any(own[name] for name in _HOOKS) or "forward" in own:
         return False
-    return all(recorded_by(hook) is not None for hook in own["_forward_hooks"].values())
+    return not own["_forward_hooks"] or are_idle(own["_forward_hooks"])
 
 
 def linear(

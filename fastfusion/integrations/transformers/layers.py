@@ -196,7 +196,7 @@ class Parts:
                     or its["_backward_pre_hooks"]
                     or its["_backward_hooks"]
                     or "forward" in its
-                    or (its["_forward_hooks"] and not _are_idle(its["_forward_hooks"]))
+                    or (its["_forward_hooks"] and not _interface.are_idle(its["_forward_hooks"]))
                 ):
                     return None
                 if kind == _LINEAR:
@@ -226,16 +226,6 @@ def implementation_of(config: Any) -> str | None:
     own = object.__getattribute__(config, "__dict__")
     name: str | None = own["_attn_implementation_internal"]
     return name
-
-
-def _are_idle(hooks: Mapping[int, Any]) -> bool:
-    """Whether these hooks are recorders that nobody reads now."""
-    wanted = _interface.collected()
-    for hook in hooks.values():
-        name = _interface.recorded_by(hook)
-        if name is None or name in wanted:
-            return False
-    return True
 
 
 def masks_of(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
