@@ -35,6 +35,19 @@ struct MutableView {
   int64_t batch = 0, head = 0, row = 0, column = 0;
 };
 
+// Numbers of ALiBi, one for each head of each entry: a score falls by `slope` for every key between
+// the query's place and the key. No data: none.
+struct Slopes {
+  const float* data = nullptr;
+  int64_t batch = 0, head = 0;
+
+  float at(int64_t b, int64_t h) const { return data[b * batch + h * head]; }
+};
+
+// How far a query sees that sees all keys: beyond any length, and sums of it with lengths are
+// exact.
+constexpr int64_t kEndless = int64_t{1} << 40;
+
 struct Attention {
   int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim;
   Type type;   // of query, key, value and out
@@ -48,15 +61,21 @@ struct Attention {
   int64_t padding_batch = 0, padding_column = 0;
 
   float scale;
-  bool causal;
-  int64_t diagonal = 0;    // of a causal call: query i sees the keys up to i + diagonal
+  float softcap = 0.0f;  // above 0: scores become softcap * tanh(score / softcap)
+
+  // Query i stands beside key i + diagonal, and sees as many keys left of it and right of it.
+  int64_t diagonal = 0;
+  int64_t left = kEndless, right = kEndless;
+  Slopes alibi;
   bool exchanged = false;  // queries and keys have changed places: the keys have the diagonal
 
-  // How many of the keys, from the first on, the diagonal leaves to a query.
-  int64_t keys_seen_by(int64_t query) const {
-    const int64_t seen = query + diagonal + 1;
-    return !causal || seen > kv_len ? kv_len : seen < 0 ? 0 : seen;
-  }
+  constexpr bool causal() const { return right == 0; }
+  constexpr bool windowed() const { return left < kEndless || right < kEndless; }
+
+  // The keys that a query sees end before this one, and begin with that one.
+  int64_t keys_seen_by(int64_t query) const { return within(query + diagonal + right + 1); }
+  int64_t first_seen_by(int64_t query) const { return within(query + diagonal - left); }
+  int64_t within(int64_t key) const { return key < 0 ? 0 : key > kv_len ? kv_len : key; }
 
   bool dropout = false;
   int64_t entry = 0;  // number of the first batch entry, for dropout

@@ -52,7 +52,7 @@ std::string attention_path(const std::string& dtype, int64_t q_len, int64_t kv_l
                            bool dropout) {
   ff::AttentionForward p{};
   p.type = type_of(dtype), p.q_len = q_len, p.kv_len = kv_len;
-  p.causal = causal, p.dropout = dropout, p.scale = 1.0f;
+  p.right = causal ? 0 : ff::kEndless, p.dropout = dropout, p.scale = 1.0f;
   const std::string path = ff::kernels().attention_path(p);
   const int64_t splits = ff::kernels().attention_splits(p);
   return splits == 1 ? path : path + ", keys in " + std::to_string(splits) + " pieces";

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastfusion.core import arguments
-from fastfusion.core.reference import diagonal_of, hide, log_sum_exp, masked_scores, safe_softmax
+from fastfusion.core.reference import hide, log_sum_exp, masked_scores, safe_softmax
+from fastfusion.core.score_policy import causal
 from fastfusion.ops.scaled_dot_product_attention import (
     Arguments,
     Call,
@@ -259,13 +260,13 @@ def _by_rows(call: Call, of_scores: Callable[[Tensor], Any]) -> Iterator[Any]:
     key = hide(call.key, call.key_padding_mask)
     if key.shape[1] != heads:
         key = key.repeat_interleave(heads // key.shape[1], 1)
-    diagonal = diagonal_of(call.is_causal, call.bottom_right, q_len, kv_len)
+    diagonal = kv_len - q_len if call.bottom_right else 0
     rows = max(1, _AT_A_TIME // max(1, batch * heads * kv_len))
     mask = call.attn_mask
 
     def run(query: Tensor, key: Tensor, mask: Tensor | None, first: int) -> Any:
-        shifted = None if diagonal is None else diagonal + first
-        scores = masked_scores(query, key, mask, call.key_padding_mask, shifted, _scale(call))
+        policy = causal(diagonal + first if call.is_causal else None)
+        scores = masked_scores(query, key, mask, call.key_padding_mask, policy, _scale(call))
         return of_scores(scores)
 
     for first in range(0, max(q_len, 1), rows):

@@ -67,6 +67,8 @@ class Drawn:
         mask: "bool", "float" or "float32", with the last `mask_rank` dimensions, where `mask_ones`
             (from the last) says which are 1.
         causal: where a causal mask is aligned; "object": one of torch's own, at the bottom right.
+        window, softcap: as of the op.
+        slopes: of which sizes alibi_slopes are: "one", "heads" or "entries".
         number: what the scale and the longest lengths are: of "python", "numpy" or a "tensor".
         loss: the results that gradients start from: "all", "out" or "lse".
     """
@@ -88,6 +90,9 @@ class Drawn:
     mask_rank: int = 2
     mask_ones: tuple[bool, ...] = (False,) * 6
     causal: str | None = None
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    slopes: str | None = None
     number: str = "python"
 
     # Whether the op computes of doubles what the formula does.
@@ -267,6 +272,15 @@ class Built:
                 warnings.simplefilter("ignore")  # of NaN, which is not ours
                 self.given["attn_mask"] = causal_lower_right(q_len, kv_len)
 
+    def kinds(self, batch: tuple[int, ...], heads: int) -> None:
+        """Window, soft cap and slopes."""
+        drawn = self.drawn
+        self.option("window", drawn.window)
+        self.option("softcap", drawn.softcap)
+        if drawn.slopes is not None:
+            sizes = {"one": (1,), "heads": (heads,), "entries": (*batch, heads)}[drawn.slopes]
+            self.option("alibi_slopes", (self.random(*sizes) - 0.2).to(DEVICE))
+
     def padding(self, name: str, kind: str | None, narrow: bool, *target: int) -> None:
         """A padding mask (..., length): some hidden, the tail of each, whole samples, or all;
         `narrow`: the same for all samples, which broadcasts."""
@@ -359,6 +373,19 @@ def draw_common(rng: random.Random, target: Target, operands: tuple[str, ...]) -
         drawn["wanted"] = tuple(n for n in operands if rng.random() < 0.7)
     if rng.random() < 0.35:
         drawn["causal"] = rng.choice(("top_left", "bottom_right", "bottom_right", "object"))
+    if rng.random() < 0.25 and target.backend not in ("triton", "cuda"):
+        drawn["window"] = rng.choice(
+            (
+                (None, 0),
+                (0, 0),
+                (rng.randint(0, 90), None),
+                (rng.randint(0, 90), rng.randint(0, 90)),
+            )
+        )
+    if rng.random() < 0.15 and target.backend not in ("triton", "cuda"):
+        drawn["softcap"] = rng.choice((0.3, 1.0, 5.0, 50.0))
+    if rng.random() < 0.15 and target.backend not in ("triton", "cuda"):
+        drawn["slopes"] = rng.choice(("one", "heads", "entries"))
     drawn["number"] = rng.choice(("python",) * 6 + ("numpy", "tensor"))
     half = drawn["dtype"] == "float16"
     kind = rng.random()

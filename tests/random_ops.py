@@ -89,6 +89,8 @@ class Attention(Drawn):
         target = (*batch, *(heads if self.rank > 2 else ()), self.q_len, self.kv_len)
         built.mask(target)
         built.causal(self.q_len, self.kv_len)
+        if self.rank > 2:
+            built.kinds(batch, heads[0])
         built.padding("key_padding_mask", self.padding, self.narrow, *batch, self.kv_len)
         if self.nan_behind:
             built.spoil("key_padding_mask", "key", "value")
@@ -174,6 +176,7 @@ class Bidirectional(Drawn):
         target = (*leading, self.q_len, self.kv_len)
         built.mask(target)
         built.causal(self.q_len, self.kv_len)
+        built.kinds(batch, self.kv_heads)
         built.padding("query_padding_mask", self.query_padding, False, *batch, self.q_len)
         built.padding("key_padding_mask", self.key_padding, self.narrow, *batch, self.kv_len)
         if self.nan_behind:
@@ -263,6 +266,7 @@ class Varlen(Drawn):
                 built.given[f"max_seqlen_{name}"] = kinds[self.number](longest[-1])
         built.mask((len(self.lengths), heads, *longest))
         built.causal(1, 1, has_objects=False)
+        built.kinds((len(self.lengths),), heads)
         return built
 
     @classmethod

@@ -47,6 +47,9 @@ MOST_EXPECTED = 160
 M_PERTURB = -6
 
 
+# Arguments that kernels of GPUs leave to the reference.
+KINDS = ("window", "softcap", "alibi_slopes")
+
 # Results, and gradients by name.
 Evaluated = tuple[tuple[Tensor, ...], dict[str, Tensor]]
 _expected: dict[Any, tuple[Evaluated, Evaluated]] = {}
@@ -116,8 +119,10 @@ def in_bytes(call: dict[str, Any], *true: int) -> dict[str, Any]:
 
 
 def leaves(call: dict[str, Any]) -> list[str]:
-    """The arguments that can require a gradient; torch's objects for masks cannot."""
-    return [k for k, v in call.items() if type(v) is Tensor and v.is_floating_point()]
+    """The arguments that can require a gradient, but for slopes, which send a call to the
+    reference; torch's objects for masks cannot."""
+    found = [k for k, v in call.items() if type(v) is Tensor and v.is_floating_point()]
+    return [name for name in found if name != "alibi_slopes"]
 
 
 def identity(value: Any) -> Any:
@@ -409,6 +414,14 @@ class AttentionSuite(OpSuite):
     scale_cases: ClassVar[tuple[str, ...]] = ()
     slow_scale_cases: ClassVar[tuple[str, ...]] = ()
 
+    def takes(self, target: Target, call: dict[str, Any]) -> bool:
+        kinds = [name for name in KINDS if name in call]
+        if target.backend not in ("triton", "cuda") or not kinds:
+            return True
+        with pytest.raises(ff.BackendUnavailableError, match=f"{kinds[0]} is left to the CPU"):
+            target.call(type(self).function, **call)
+        return False
+
     @pytest.mark.parametrize("scale", SCALES)
     def test_any_finite_scale(self, scale: str, fast_target: Target, dtype: torch.dtype) -> None:
         """Zero times infinity is nowhere on the way to a number that float32 holds."""
@@ -459,11 +472,31 @@ def plain_lse(scores: Tensor, dim: int) -> Tensor:
     return (maximum + (scores - maximum).exp().sum(dim, keepdim=True).log()).squeeze(dim)
 
 
-def above_diagonal(scores: Tensor, alignment: str) -> Tensor:
-    """The scores that a causal mask hides."""
+def distances(scores: Tensor, alignment: str) -> Tensor:
+    """(q_len, kv_len): by how much a query's place is behind a key."""
     q_len, kv_len = scores.shape[-2:]
-    last = kv_len - q_len if alignment == "bottom_right" else 0
-    return torch.ones(q_len, kv_len, dtype=torch.bool, device=scores.device).triu(last + 1)
+    rows, columns = (torch.arange(n, device=scores.device) for n in (q_len, kv_len))
+    return rows[:, None] + (kv_len - q_len if alignment == "bottom_right" else 0) - columns
+
+
+def shaped(
+    scores: Tensor, softcap: float | None, alibi_slopes: Tensor | None, alignment: str
+) -> Tensor:
+    """A soft cap, and ALiBi, in the dtype of the scores."""
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(scores.dtype)[..., None, None]
+        scores = scores - slopes * distances(scores, alignment).abs()
+    return scores
+
+
+def outside(scores: Tensor, is_causal: bool, window: Any, alignment: str) -> Tensor:
+    """The scores that a causal mask and a window hide."""
+    distance = distances(scores, alignment)
+    left, right = window or (None, None)
+    hidden = distance < (0 if is_causal else -torch.inf if right is None else -right)
+    return hidden if left is None else hidden | (distance > left)
 
 
 def plain_attention(
@@ -478,6 +511,9 @@ def plain_attention(
     *,
     key_padding_mask: Tensor | None = None,
     causal_alignment: str = "top_left",
+    window: Any = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Unfused attention as a user writes it, every step in the dtype of the inputs."""
     if enable_gqa:
@@ -489,6 +525,7 @@ def plain_attention(
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query @ key.transpose(-1, -2)) * scale
+    scores = shaped(scores, softcap, alibi_slopes, causal_alignment)
     # A batch or heads that the values alone have.
     outer = torch.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
     scores = scores.expand(*outer, *scores.shape[-2:])
@@ -497,8 +534,8 @@ def plain_attention(
     elif attn_mask is not None:
         # Without a dimension it would not count among the dtypes.
         scores = scores.to(torch.promote_types(scores.dtype, attn_mask.dtype)) + attn_mask
-    if is_causal:
-        scores = scores.masked_fill(above_diagonal(scores, causal_alignment), -torch.inf)
+    hidden = outside(scores, is_causal, window, causal_alignment)
+    scores = scores.masked_fill(hidden, -torch.inf)
     if key_padding_mask is not None:
         per_head = key_padding_mask[..., None, None, :] if scores.dim() > 2 else key_padding_mask
         scores = scores.masked_fill(per_head, -torch.inf)

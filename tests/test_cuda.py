@@ -36,10 +36,10 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 PADDING = torch.tensor([[False] * 5 + [True] * 2, [False] * 7])
 MASKS = (None, torch.randn(3, 5, 7), torch.rand(5, 7) > 0.2)
 RAW = torch.ops.fastfusion
-# Masks, whether causal and from where, scale, and enable_gqa.
+# Masks, whether causal and from where, scale, enable_gqa, and other kinds.
 OPTIONS = {
-    "attention": (None, None, None, 0.0, False, False, None, False),
-    "bidirectional": (None, None, None, None, 0.0, False, False, None),
+    "attention": (None, None, None, None, 0.0, False, False, None, False, -1, -1, None),
+    "bidirectional": (None, None, None, None, None, 0.0, False, False, None, -1, -1, None),
 }
 
 
@@ -85,9 +85,11 @@ class TestAsTorchOps:
     def test_opcheck(self, mask: Any, padding: Any) -> None:
         for kind in ("forward", "out"):
             op = getattr(RAW, f"cuda_attention_{kind}").default
-            torch.library.opcheck(op, (*qkv(), mask, padding, None, 0.0, True, True, 0.3, False))
+            rest = (None, None, 0.0, True, True, 0.3, False, -1, -1, None)
+            torch.library.opcheck(op, (*qkv(), mask, padding, *rest))
             op = getattr(RAW, f"cuda_bidirectional_{kind}").default
-            torch.library.opcheck(op, (*both(), mask, None, padding, None, 0.0, True, False, None))
+            rest = (None, None, 0.0, True, False, None, -1, -1, None)
+            torch.library.opcheck(op, (*both(), mask, None, padding, *rest))
 
     @EACH
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -160,7 +160,7 @@ def test_bad_calls_of_the_raw_ops_raise() -> None:
     query = torch.randn(2, 3, 5, 8)
     key, value = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 6)
     padding = torch.zeros(2, 7, dtype=torch.bool)
-    rest = (None, None, None, 0.0, False, False, None, False)
+    rest = (None, None, None, None, 0.0, False, False, None, False, -1, -1, None)
     bad = [
         (query[0], key, value, *rest),
         (query[..., :7], key, value, *rest),
@@ -174,10 +174,10 @@ def test_bad_calls_of_the_raw_ops_raise() -> None:
         (query, key, value, torch.ones(5, 7, dtype=torch.int32), *rest[1:]),
         (query, key, value, None, padding[:, :6], *rest[2:]),
         (query, key, value, None, padding.float(), *rest[2:]),
-        (query, key, value, None, None, None, 0.5, *rest[4:]),
-        (query, key, value, None, None, torch.tensor([1.0]), 0.5, *rest[4:]),
-        (query, key, value, None, None, torch.tensor([1]), 1.5, *rest[4:]),
-        (query, key, value, *rest[:6], float("nan"), False),
+        (query, key, value, *rest[:4], 0.5, *rest[5:]),
+        (query, key, value, *rest[:3], torch.tensor([1.0]), 0.5, *rest[5:]),
+        (query, key, value, *rest[:3], torch.tensor([1]), 1.5, *rest[5:]),
+        (query, key, value, *rest[:7], float("nan"), *rest[8:]),
     ]
     for arguments in bad:
         with pytest.raises(RuntimeError, match="fastfusion"):

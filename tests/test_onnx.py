@@ -130,6 +130,7 @@ def op_inputs(batch: int, q_len: int, kv_len: int) -> dict[str, Tensor]:
         "packed_value": torch.randn(sum(kv_lens), 2, 6),
         "begin_q": offsets(q_lens),
         "begin_k": offsets(kv_lens),
+        "slopes": torch.rand(HEADS),
         "packed_bools": torch.rand(HEADS, LONGEST, LONGEST) > 0.3,
     }
     # What padding hides is not read.
@@ -161,6 +162,11 @@ def calls(t: dict[str, Tensor]) -> list[Any]:
         ),
         varlen(*packed, *longest, return_lse=True, **bottom),
         varlen(*packed, *longest, attn_mask=t["packed_bools"]),
+        attention(query, key, value, window=(1, 2), causal_alignment="bottom_right"),
+        attention(query, key, value, t["bias"], softcap=0.7, return_lse=True),
+        attention(query, key, value, is_causal=True, window=(2, None), alibi_slopes=t["slopes"]),
+        bidirectional(*sides, window=(3, 1), softcap=0.9, alibi_slopes=t["slopes"]),
+        varlen(*packed, *longest, window=(2, 1), softcap=0.9, alibi_slopes=t["slopes"], **bottom),
     ]  # fmt: skip
 
 
@@ -170,7 +176,7 @@ OP_AXES = {
     "bools": {0: L, 1: S}, "bias": {0: B, 2: L, 3: S}, "no_keys": {0: B, 1: S},
     "no_queries": {0: B, 1: L}, "packed_query": {0: Dim("Tq")}, "packed_key": {0: Dim("Tk")},
     "packed_value": {0: Dim("Tk")}, "begin_q": {0: Dim("N")}, "begin_k": {0: Dim("N")},
-    "packed_bools": None, "nan_key": {0: B, 2: S}, "nan_value": {0: B, 2: S},
+    "slopes": None, "packed_bools": None, "nan_key": {0: B, 2: S}, "nan_value": {0: B, 2: S},
 }  # fmt: skip
 
 
@@ -180,8 +186,8 @@ def test_ops(opset: int) -> None:
     module = Module(list(inputs), calls)
     program = export(module, inputs, OP_AXES, opset_version=opset)
     operators = [node.op_type for node in program.model.graph]
-    # No float mask, a positive scale, no packed sequences, one direction.
-    assert operators.count("Attention") == (4 if opset >= 23 else 0)
+    # No float mask, a positive scale, no packed sequences, one direction, no cap and no slopes.
+    assert operators.count("Attention") == (5 if opset >= 23 else 0)
     model = program.model_proto.SerializeToString()
     for sizes in OTHERS:
         assert_right(model, module, op_inputs(*sizes))

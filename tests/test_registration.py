@@ -121,8 +121,8 @@ class TestOpcheck:
         seed = torch.tensor([7]) if dropout_p else None
         if gradient and mask is not None and mask.is_floating_point():
             mask = mask.clone().requires_grad_()
-        tensors = (*self.operands(gradient), mask, padding, seed)
-        arguments = (*tensors, dropout_p, True, True, 0.3, False)
+        tensors = (*self.operands(gradient), mask, padding, None, seed)
+        arguments = (*tensors, dropout_p, True, True, 0.3, False, -1, -1, None)
         names = ["attention"] if gradient else ["attention_forward", "attention"]
         if backend_now == "cpu":
             names += [] if gradient else ["attention_out"]
@@ -134,8 +134,8 @@ class TestOpcheck:
     def test_backward(self, mask: Any, with_lse: bool) -> None:
         grads = (torch.randn(2, 1, 5, 6), torch.randn(2, 1, 5) if with_lse else None)
         arguments = (
-            *grads, *self.operands(), mask, PADDING, None, 0.0, False,
-            False, None, False, True,
+            *grads, *self.operands(), mask, PADDING, None, None, 0.0, False,
+            False, None, False, -1, -1, None, True,
         )  # fmt: skip
         torch.library.opcheck(op("attention_backward"), arguments)
 

@@ -204,7 +204,7 @@ from fastfusion.ops.scaled_dot_product_attention import Call
 
 def make_call(task, device):
     query = torch.full((1, 12, task.shape["q_len"], 64), float("nan"), dtype=torch.bfloat16)
-    call = Call(query, query, query, None, None, None, 0.0, False, False, None, False)
+    call = Call(query, query, query, None, None, None, None, 0.0, False, False, None, False)
     return lambda: attention_forward(call, False)
 
 tune.make_call = make_call

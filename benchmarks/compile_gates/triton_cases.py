@@ -113,7 +113,7 @@ def _attention(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dtype)
     query, key = _heads(q_len, dim, dtype), _heads(kv_len, dim, dtype)
     mask, scale = _mask(q_len, kv_len, kind, dtype), 1e30 if kind == "large scale" else None
     options = (*_dropout(kind), kind == "causal", False, scale)
-    call = AttentionCall(query, key, key, mask, _padding(kv_len, kind), *options, False)
+    call = AttentionCall(query, key, key, mask, _padding(kv_len, kind), None, *options, False)
     grads = attention_forward(call, kind != "plain")
     attention_backward(grads, call, mask is not None and kind != "bool")
 
@@ -132,8 +132,9 @@ def _bidirectional(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dt
         paddings = (_padding(q_len, kind), _padding(keys, kind))
         seed, dropout_p = _dropout(kind)
         return BidirectionalCall(
-            query, key, key, query, mask, *paddings, seed, dropout_p, kind == "causal", False, None
-        )
+            query, key, key, query, mask, *paddings, None, seed, dropout_p, kind == "causal",
+            False, None,
+        )  # fmt: skip
 
     forward.bidirectional_forward(call(forward), kind != "plain")
     given = call(backward_on_chip)
@@ -147,7 +148,7 @@ def _varlen(kind: str, dim: int, dtype: torch.dtype) -> None:
     mask = None if kind in BARE else torch.empty(3, HEADS, 300, 300, dtype=dtype)
     seed, dropout_p = _dropout(kind)
     call = VarlenCall(
-        tokens, tokens, tokens, mask, offsets, offsets, seed, 300, 300, dropout_p,
+        tokens, tokens, tokens, mask, offsets, offsets, None, seed, 300, 300, dropout_p,
         kind == "causal", False, None,
     )  # fmt: skip
     grads = varlen_forward(call, kind != "plain")

@@ -6,17 +6,18 @@
 namespace ff {
 namespace {
 
-// Positions of a sequence: all of the first `count`, or those of a list, in ascending order.
+// Positions of a sequence: `count` from the `start` on, or those of a list, in ascending order.
 struct Positions {
   int64_t count;
   const int32_t* list;
+  int64_t start = 0;
 
-  int64_t operator[](int64_t i) const { return list ? list[i] : i; }
+  int64_t operator[](int64_t i) const { return list ? list[i] : start + i; }
 
   // How many of them come before `limit`.
   int64_t before(int64_t limit) const {
     int64_t low = 0, high = count;
-    if (!list) return limit < count ? limit : count;
+    if (!list) return limit - start < count ? limit - start : count;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
       if (list[middle] < limit) {
@@ -29,15 +30,17 @@ struct Positions {
   }
 };
 
-// The keys of batch entry b below `limit`, into `list` if some are hidden.
-inline Positions visible_keys(const Attention& p, int64_t b, int64_t limit, int32_t* list) {
-  if (!p.padding) return {limit, nullptr};
+// The keys of batch entry b from `first` to before `end`, into `list` if some are hidden.
+inline Positions visible_keys(const Attention& p, int64_t b, int64_t first, int64_t end,
+                              int32_t* list) {
+  const int64_t all = end > first ? end - first : 0;
+  if (!p.padding) return {all, nullptr, first};
   int64_t count = 0;
-  for (int64_t j = 0; j < limit; ++j) {
+  for (int64_t j = first; j < end; ++j) {
     list[count] = int32_t(j);
     count += !p.padding[b * p.padding_batch + j * p.padding_column];
   }
-  return {count, count == limit ? nullptr : list};
+  return {count, count == all ? nullptr : list, first};
 }
 
 // The positions that no padding hides, and the others.

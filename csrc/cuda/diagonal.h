@@ -16,7 +16,7 @@ struct Diagonal {
   int offset;
 
   FF_DEVICE explicit Diagonal(const Attention& p)
-      : direction(p.causal ? 1 - 2 * p.exchanged : 0), offset(p.causal ? int(p.diagonal) : 0) {}
+      : direction(p.causal() ? 1 - 2 * p.exchanged : 0), offset(p.causal() ? int(p.diagonal) : 0) {}
 
   FF_DEVICE bool hides(int query, int key) const { return direction * (key - query) > offset; }
 

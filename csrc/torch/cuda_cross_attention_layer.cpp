@@ -98,7 +98,6 @@ struct Layer {
     if (in.residual) p.residual = operands.sequence(*in.residual, p.q_len, p.out_dim, "residual");
     describe_masks(p, query, in.attn_mask, in.key_padding_mask);
     describe_scale(p, in.scale);
-    p.causal = false;
     capability = check_kernels(p);
   }
 

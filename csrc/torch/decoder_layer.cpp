@@ -87,7 +87,7 @@ Tensor decoder_layer(const DecoderLayerInputs<kWrites>& in) {
   p.past = in.past_length;
   attention.kv_len = p.past + attention.q_len;
   STD_TORCH_CHECK(attention.kv_len <= INT32_MAX, "fastfusion: too long");
-  attention.causal = in.is_causal, attention.diagonal = p.past;
+  attention.right = in.is_causal ? 0 : ff::kEndless, attention.diagonal = p.past;
   describe_scale(attention, std::nullopt);
   describe_masks(attention, in.input, in.attn_mask, in.key_padding_mask);
   if (kWrites) {

@@ -9,7 +9,7 @@ ff::AttentionForward self_attention(const EncoderLayerInputs& in, ff::Type type,
   ff::AttentionForward p{};
   describe_heads(p, type, in.num_heads, width);
   p.batch = in.input.size(0), p.q_len = p.kv_len = in.input.size(1);
-  p.causal = in.is_causal;
+  p.right = in.is_causal ? 0 : ff::kEndless;
   describe_scale(p, std::nullopt);
   describe_masks(p, in.input, in.attn_mask, in.key_padding_mask);
   return p;

@@ -13,12 +13,16 @@ struct AttentionInputs {
   Tensor value = from.tensor("value");
   MaybeTensor attn_mask = from.maybe_tensor("attn_mask");
   MaybeTensor key_padding_mask = from.maybe_tensor("key_padding_mask");
+  MaybeTensor alibi_slopes = from.maybe_tensor("alibi_slopes");
   MaybeTensor seed = from.maybe_tensor("seed");
   double dropout_p = from.number("dropout_p");
   bool is_causal = from.flag("is_causal");
   bool bottom_right = from.flag("bottom_right");
   std::optional<double> scale = from.maybe_number("scale");
   bool enable_gqa = from.flag("enable_gqa");
+  int64_t window_left = from.integer("window_left");
+  int64_t window_right = from.integer("window_right");
+  std::optional<double> softcap = from.maybe_number("softcap");
 };
 
 struct BidirectionalInputs {
@@ -30,11 +34,15 @@ struct BidirectionalInputs {
   MaybeTensor attn_mask = from.maybe_tensor("attn_mask");
   MaybeTensor query_padding_mask = from.maybe_tensor("query_padding_mask");
   MaybeTensor key_padding_mask = from.maybe_tensor("key_padding_mask");
+  MaybeTensor alibi_slopes = from.maybe_tensor("alibi_slopes");
   MaybeTensor seed = from.maybe_tensor("seed");
   double dropout_p = from.number("dropout_p");
   bool is_causal = from.flag("is_causal");
   bool bottom_right = from.flag("bottom_right");
   std::optional<double> scale = from.maybe_number("scale");
+  int64_t window_left = from.integer("window_left");
+  int64_t window_right = from.integer("window_right");
+  std::optional<double> softcap = from.maybe_number("softcap");
 };
 
 struct VarlenInputs {
@@ -45,6 +53,7 @@ struct VarlenInputs {
   MaybeTensor attn_mask = from.maybe_tensor("attn_mask");
   Tensor cu_seqlens_q = from.tensor("cu_seqlens_q");
   Tensor cu_seqlens_k = from.tensor("cu_seqlens_k");
+  MaybeTensor alibi_slopes = from.maybe_tensor("alibi_slopes");
   MaybeTensor seed = from.maybe_tensor("seed");
   int64_t max_seqlen_q = from.integer("max_seqlen_q");
   int64_t max_seqlen_k = from.integer("max_seqlen_k");
@@ -52,6 +61,9 @@ struct VarlenInputs {
   bool is_causal = from.flag("is_causal");
   bool bottom_right = from.flag("bottom_right");
   std::optional<double> scale = from.maybe_number("scale");
+  int64_t window_left = from.integer("window_left");
+  int64_t window_right = from.integer("window_right");
+  std::optional<double> softcap = from.maybe_number("softcap");
 };
 
 struct CrossAttentionLayerInputs {

@@ -164,7 +164,7 @@ class LayerOperands {
 inline void describe_heads(ff::Attention& p, ff::Type type, int64_t heads, int64_t inner) {
   check_fits(heads > 0 && inner > 0 && inner % heads == 0, "num_heads");
   p.heads = p.kv_heads = heads, p.head_dim = p.value_dim = inner / heads;
-  p.type = type, p.causal = false;
+  p.type = type;
 }
 
 // (batch, heads, length, head_dim) of an attention whose shapes and type are described.

@@ -142,8 +142,18 @@ inline void describe_scale(ff::Attention& p, std::optional<double> scale) {
 template <class Inputs>
 inline void describe_options(ff::Attention& p, const Inputs& in) {
   describe_scale(p, in.scale);
-  p.causal = in.is_causal;
   p.diagonal = in.bottom_right ? p.kv_len - p.q_len : 0;
+  const auto side = [](int64_t keys) {
+    return keys < 0 || keys > ff::kEndless ? ff::kEndless : keys;  // below 0: no bound
+  };
+  p.left = side(in.window_left), p.right = in.is_causal ? 0 : side(in.window_right);
+  p.softcap = in.softcap ? float(*in.softcap) : 0.0f;
+  STD_TORCH_CHECK(!in.softcap || (*in.softcap >= 0x1p-100 && *in.softcap <= 0x1p100),
+                  "fastfusion: softcap must be between 2^-100 and 2^100");
+#ifdef FF_TORCH_CUDA
+  STD_TORCH_CHECK(!in.softcap && !in.alibi_slopes && in.window_left < 0 && in.window_right < 0,
+                  "fastfusion: the CUDA kernels have no window, no soft cap and no ALiBi");
+#endif
   STD_TORCH_CHECK(in.dropout_p >= 0.0 && in.dropout_p <= 1.0 && (in.dropout_p == 0.0 || in.seed),
                   "fastfusion: dropout_p must be between 0 and 1 and come with a seed");
   if (in.dropout_p > 0.0) {
@@ -197,6 +207,17 @@ inline void describe_masks(ff::Attention& p, const Tensor& query, const MaybeTen
   }
 }
 
+// Slopes of ALiBi: (batch, heads).
+inline void describe_slopes(ff::Attention& p, const Tensor& query, const MaybeTensor& slopes,
+                            int64_t batch) {
+  if (!slopes) return;
+  STD_TORCH_CHECK(slopes->dim() == 2 && slopes->size(0) == batch && slopes->size(1) == p.heads &&
+                      slopes->scalar_type() == ScalarType::Float && is_here(*slopes, query),
+                  "fastfusion: alibi_slopes must be float32 (batch, heads)");
+  p.alibi = {static_cast<const float*>(slopes->const_data_ptr()), slopes->stride(0),
+             slopes->stride(1)};
+}
+
 // Of (batch, heads, length, dim) tensors.
 template <class Inputs>
 inline void describe_batched(ff::Attention& p, const Inputs& in) {
@@ -211,6 +232,7 @@ inline void describe_batched(ff::Attention& p, const Inputs& in) {
   p.query = view(in.query), p.key = view(in.key), p.value = view(in.value);
 
   describe_masks(p, in.query, in.attn_mask, in.key_padding_mask);
+  describe_slopes(p, in.query, in.alibi_slopes, p.batch);
   describe_options(p, in);
 }
 

@@ -70,6 +70,7 @@ Packing describe(ff::Attention& p, const VarlenInputs& in) {
   STD_TORCH_CHECK(packing.q.size() == packing.kv.size(),
                   "fastfusion: cu_seqlens_q and cu_seqlens_k differ in length");
   describe_mask(p, query, in.attn_mask, packing.scores(p.heads).sizes);
+  describe_slopes(p, query, in.alibi_slopes, packing.count());
   return packing;
 }
 

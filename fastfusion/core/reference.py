@@ -13,6 +13,7 @@ from torch import Tensor
 from fastfusion.core import philox
 from fastfusion.core.arguments import softmax_scale
 from fastfusion.core.export_mode import is_plain
+from fastfusion.core.score_policy import Policy
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,35 +38,22 @@ def masked_scores(
     key: Tensor,
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
-    diagonal: int | Tensor | None,
+    policy: Policy,
     scale: float,
 ) -> Tensor:
-    """S in the accumulation dtype, -inf where a score is hidden; key has the query's heads.
-
-    With a `diagonal`, query i sees the keys up to i + diagonal; a tensor has one for each entry of
-    the batch.
-    """
+    """S in the accumulation dtype, -inf where a score is hidden; key has the query's heads."""
     acc = accumulation_dtype(query.dtype)
-    scores = (cast(query, acc) @ cast(key, acc).transpose(-1, -2)) * scale
+    scores = policy.shape((cast(query, acc) @ cast(key, acc).transpose(-1, -2)) * scale)
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attn_mask.expand(scores.shape), -math.inf)
         else:
             # Cast first: the gradient is then reduced before it is rounded to 16 bits.
             scores = scores + cast(attn_mask, acc).expand(scores.shape)
-    if diagonal is not None:
-        if isinstance(diagonal, Tensor):
-            diagonal = diagonal[:, None, None, None]
-        rows, columns = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
-        scores = scores.masked_fill(columns > rows[:, None] + diagonal, -math.inf)
+    scores = policy.hide(scores)
     if key_padding_mask is not None:
         scores = scores.masked_fill(key_padding_mask[:, None, None, :], -math.inf)
     return scores
-
-
-def diagonal_of(is_causal: bool, bottom_right: bool, q_len: int, kv_len: int) -> int | None:
-    """By how much the last key that a query sees is ahead of it; None where it sees all."""
-    return (kv_len - q_len if bottom_right else 0) if is_causal else None
 
 
 def safe_softmax(scores: Tensor, dim: int, is_masked: bool = True) -> Tensor:
@@ -115,7 +103,7 @@ def rows_outside(tensor: Tensor) -> Tensor:
 
 
 def attention(
-    diagonal: int | Tensor | None,
+    policy: Policy,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -125,14 +113,14 @@ def attention(
     dropout_p: float,
     scale: float | None,
 ) -> tuple[Tensor, Callable[[], Tensor]]:
-    """out, and lse on demand, with the diagonal of `masked_scores`."""
+    """out, and lse on demand."""
     heads, acc = query.shape[1], accumulation_dtype(query.dtype)
     scale = softmax_scale(scale, query.shape[-1])
     key = _grouped(hide(key, key_padding_mask), heads)
     value = _grouped(hide(value, key_padding_mask), heads)
-    scores = masked_scores(query, key, attn_mask, key_padding_mask, diagonal, scale)
-    masks = (attn_mask, key_padding_mask, diagonal)
-    probabilities = safe_softmax(scores, -1, any(mask is not None for mask in masks))
+    scores = masked_scores(query, key, attn_mask, key_padding_mask, policy, scale)
+    is_masked = policy.hides or attn_mask is not None or key_padding_mask is not None
+    probabilities = safe_softmax(scores, -1, is_masked)
     factor = dropout_factor(probabilities, seed, dropout_p, philox.ROW_STREAM)
     if factor is not None:
         probabilities = probabilities * factor

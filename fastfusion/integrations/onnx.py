@@ -181,20 +181,20 @@ def _attention(
     bottom_right: bool = False,
     scale: float | None,
     dropout_p: float = 0.0,
-    **others: Any,
+    **kinds: Any,
 ) -> tuple[Any, Any]:
     """out and lse."""
     grouped = _is_grouped(op, query, key)
     dtype = op.dtype(query)
+    softcap = kinds.get("softcap")
     fused = op.fused and dtype == _FLOAT and dropout_p == 0.0 and (scale is None or scale > 0.0)
     query, key, value = (_cast(op, t, dtype, _FLOAT) for t in (query, key, value))
-    bias, visible = _split(op, attn_mask)
-    if is_causal:
-        offset = _difference(op, query, key) if bottom_right else None
-        visible = _and(op, visible, _causal(op, query, key, offset))
+    offset = _difference(op, query, key) if bottom_right else None
+    bias, visible = _kinds(op, query, key, *_split(op, attn_mask), offset, is_causal, **kinds)
     out, lse = _rows(
-        op, query, key, value, bias, visible, key_padding_mask, scale, dropout_p, grouped, fused
-    )
+        op, query, key, value, bias, visible, key_padding_mask, scale, dropout_p, grouped,
+        fused and softcap is None, softcap,
+    )  # fmt: skip
     return _cast(op, out, _FLOAT, dtype), lse
 
 
@@ -210,6 +210,7 @@ def _rows(
     dropout_p: float,
     grouped: bool,
     fused: bool,
+    softcap: float | None = None,
 ) -> tuple[Any, Any]:
     """out and lse in float32; `grouped` says that the keys may have fewer heads, `fused` that
     `Attention` means the same if there is no bias."""
@@ -217,7 +218,7 @@ def _rows(
         key, value = (_hide(op, t, padding) for t in (key, value))
         visible = _and(op, visible, op.Not(op.Unsqueeze(padding, [1, 2])))
     repeated = [_repeat(op, t, query) if grouped else t for t in (key, value)]
-    scores = _scores(op, query, repeated[0], scale, bias)
+    scores = _scores(op, query, repeated[0], scale, bias, softcap)
     out, lse = _attend(op, scores, visible, repeated[1], dropout_p, bias is not None)
     # The lse has nodes of its own then; torch leaves out what nobody uses.
     return (_fused(op, query, key, value, visible, scale) if fused and bias is None else out), lse
@@ -248,7 +249,7 @@ def _bidirectional(
     bottom_right: bool = False,
     scale: float | None,
     dropout_p: float = 0.0,
-    **others: Any,
+    **kinds: Any,
 ) -> tuple[Any, ...]:
     """Both directions from one score matrix, which `Attention` cannot share."""
     dtype = op.dtype(query)
@@ -257,7 +258,7 @@ def _bidirectional(
     )
     out_q, out_k, *lse = _both_ways(
         op, query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask,
-        is_causal, bottom_right, scale, dropout_p,
+        is_causal, bottom_right, scale, dropout_p, **kinds,
     )  # fmt: skip
     return _cast(op, out_q, _FLOAT, dtype), _cast(op, out_k, _FLOAT, dtype), *lse
 
@@ -275,13 +276,12 @@ def _both_ways(
     bottom_right: bool,
     scale: float | None,
     dropout_p: float,
+    **kinds: Any,
 ) -> tuple[Any, ...]:
     """The same in float32."""
-    bias, visible = _split(op, attn_mask)
-    if is_causal:
-        offset = _difference(op, query, key) if bottom_right else None
-        visible = _and(op, visible, _causal(op, query, key, offset))
-    scores = _scores(op, query, key, scale, bias)
+    offset = _difference(op, query, key) if bottom_right else None
+    bias, visible = _kinds(op, query, key, *_split(op, attn_mask), offset, is_causal, **kinds)
+    scores = _scores(op, query, key, scale, bias, kinds.get("softcap"))
     if visible is not None:
         scores = op.Where(visible, scores, -torch.inf)
     masked = bias is not None or visible is not None
@@ -311,7 +311,7 @@ def _varlen(
     bottom_right: bool,
     scale: float | None,
     dropout_p: float = 0.0,
-    **others: Any,
+    **kinds: Any,
 ) -> tuple[Any, Any]:
     """Padded to the longest sequences that the offsets show, which need not be those exported."""
     total, dtype, grouped = _size(op, query, 0), op.dtype(query), _is_grouped(op, query, key)
@@ -328,11 +328,13 @@ def _varlen(
         )
         for mask in _split(op, attn_mask)
     )  # fmt: skip
-    if is_causal:
-        # Lengths (sequences, 1): one diagonal for each.
-        offset = op.Unsqueeze(op.Sub(kv_lengths, q_lengths), [2, 3]) if bottom_right else None
-        visible = _and(op, visible, _causal(op, query, key, offset))
-    out, lse = _rows(op, query, key, value, bias, visible, absent, scale, dropout_p, grouped, False)
+    # Lengths (sequences, 1): one diagonal for each.
+    offset = op.Unsqueeze(op.Sub(kv_lengths, q_lengths), [2, 3]) if bottom_right else None
+    bias, visible = _kinds(op, query, key, bias, visible, offset, is_causal, **kinds)
+    out, lse = _rows(
+        op, query, key, value, bias, visible, absent, scale, dropout_p, grouped, False,
+        kinds.get("softcap"),
+    )  # fmt: skip
     present = op.Reshape(op.Not(behind), [-1])
 
     def pack(padded: Any, fill: float, *dims: int) -> Any:
@@ -396,12 +398,41 @@ def _split(op: Any, attn_mask: Any) -> tuple[Any, Any]:
     return _cast(op, attn_mask, dtype, _FLOAT), None
 
 
-def _causal(op: Any, query: Any, key: Any, offset: Any) -> Any:
-    """(q_len, kv_len), or as `offset` broadcasts it: True where the key is not in the future."""
-    last = op.Unsqueeze(_range(op, _size(op, query, 2)), [1])
+def _kinds(
+    op: Any,
+    query: Any,
+    key: Any,
+    bias: Any,
+    visible: Any,
+    offset: Any,
+    is_causal: bool,
+    *,
+    window_left: int = -1,
+    window_right: int = -1,
+    alibi_slopes: Any = None,
+    **others: Any,
+) -> tuple[Any, Any]:
+    """The bias and the visible scores with what causal masks, windows and ALiBi add to them.
+    Queries stand beside the keys of the same number, or `offset` further."""
+    window_right = 0 if is_causal else window_right
+    if max(window_left, window_right) < 0 and alibi_slopes is None:
+        return bias, visible
+    # (q_len, kv_len), or as `offset` broadcasts it: by how much a query is behind a key.
+    place = op.Unsqueeze(_range(op, _size(op, query, 2)), [1])
     if offset is not None:
-        last = op.Add(last, offset)
-    return op.LessOrEqual(_range(op, _size(op, key, 2)), last)
+        place = op.Add(place, offset)
+    keys = _range(op, _size(op, key, 2))
+    if window_right == 0:
+        visible = _and(op, visible, op.LessOrEqual(keys, place))
+    elif window_right > 0:
+        visible = _and(op, visible, op.LessOrEqual(keys, op.Add(place, window_right)))
+    if window_left >= 0:
+        visible = _and(op, visible, op.GreaterOrEqual(op.Add(keys, window_left), place))
+    if alibi_slopes is not None:
+        distance = op.Cast(op.Abs(op.Sub(place, keys)), to=_FLOAT)
+        fall = op.Mul(op.Neg(op.Unsqueeze(alibi_slopes, [2, 3])), distance)
+        bias = fall if bias is None else op.Add(bias, fall)
+    return bias, visible
 
 
 def _hide(op: Any, tensor: Any, padding: Any) -> Any:
@@ -422,11 +453,15 @@ def _repeat(op: Any, tensor: Any, query: Any) -> Any:
     return op.Reshape(op.Expand(op.Unsqueeze(tensor, [2]), repeats), shape, allowzero=1)
 
 
-def _scores(op: Any, query: Any, key: Any, scale: float | None, bias: Any) -> Any:
+def _scores(
+    op: Any, query: Any, key: Any, scale: float | None, bias: Any, softcap: float | None = None
+) -> Any:
     factor = scale
     if scale is None:
         factor = op.Reciprocal(op.Sqrt(op.Cast(_size(op, query, 3), to=_FLOAT)))
     scores = op.Mul(op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2])), factor)
+    if softcap is not None:
+        scores = op.Mul(op.Tanh(op.Div(scores, softcap)), softcap)
     return scores if bias is None else op.Add(scores, bias)
 
 

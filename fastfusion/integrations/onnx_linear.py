@@ -8,9 +8,8 @@ from fastfusion.core.int8 import LEAST, LIMIT, PANEL, STEP, ZERO
 from fastfusion.integrations.onnx import (
     _DOUBLE,
     _FLOAT,
-    _and,
     _cast,
-    _causal,
+    _kinds,
     _rows,
     _size,
     _split,
@@ -153,7 +152,7 @@ class _Parts:
         op, (query, key, value) = self.op, heads
         bias, visible = _split(op, mask)
         if causal:
-            visible = _and(op, visible, _causal(op, query, key, None))
+            _, visible = _kinds(op, query, key, None, visible, None, True)
         fused = op.fused and self.dtype == _FLOAT
         out, _ = _rows(op, query, key, value, bias, visible, padding, None, 0.0, False, fused)
         width = op.Concat([0, 0], self.width, axis=0)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastfusion.core import arguments, layers, reference
 from fastfusion.core.export_mode import is_plain
+from fastfusion.core.score_policy import causal
 from fastfusion.ops import linear as _linear
 from fastfusion.ops import norm as _norm
 
@@ -294,7 +295,9 @@ def attend(
     """The reference of an attention in a dtype: (batch, length, heads * head_dim) in that of the
     query."""
     q, k, v = (reference.cast(t, dtype) for t in (query, key, value))
-    out, _ = reference.attention(diagonal, q, k, v, attn_mask, key_padding_mask, None, 0.0, None)
+    out, _ = reference.attention(
+        causal(diagonal), q, k, v, attn_mask, key_padding_mask, None, 0.0, None
+    )
     return reference.cast(out, query.dtype).transpose(1, 2).flatten(2)
 
 

@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from fastfusion.backends import cpu, cuda, triton
-from fastfusion.core import arguments, philox
+from fastfusion.core import arguments, philox, score_policy
 from fastfusion.core import reference as formulas
 from fastfusion.core.op import Implementation, Op, never_refuses
+from fastfusion.core.score_policy import Window
 from fastfusion.core.torch_op import Definition
 
 _Pair = tuple[Tensor, Tensor]
@@ -47,6 +48,9 @@ class Arguments(NamedTuple):
     key_padding_mask: Any = None
     is_causal: Any = False
     causal_alignment: Any = "top_left"
+    window: Any = None
+    softcap: Any = None
+    alibi_slopes: Any = None
     scale: Any = None
     dropout_p: Any = 0.0
     return_lse: Any = False
@@ -66,11 +70,15 @@ class Call(NamedTuple):
     attn_mask: Tensor | None  # broadcasts to (B, H, Lq, Lk)
     query_padding_mask: Tensor | None  # (B, Lq)
     key_padding_mask: Tensor | None  # (B, Lk)
+    alibi_slopes: Tensor | None  # (B, H)
     seed: Tensor | None
     dropout_p: float
     is_causal: bool
     bottom_right: bool
     scale: float | None
+    window_left: int = -1  # no bound
+    window_right: int = -1
+    softcap: float | None = None
 
     def head_dims(self) -> tuple[int, ...]:
         return self.query.shape[-1], self.value.shape[-1], self.query_value.shape[-1]
@@ -93,6 +101,7 @@ class Call(NamedTuple):
         yield from arguments.padding_fits(self.query_padding_mask, query, batch, q_len)
         yield from arguments.padding_fits(self.key_padding_mask, query, batch, kv_len)
         yield arguments.numbers_fit(self.seed, query, self.scale)
+        yield from score_policy.kinds_fit(self, batch, heads)
 
 
 @overload
@@ -107,6 +116,9 @@ def bidirectional_attention(
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: str = "top_left",
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: Literal[False] = False,
@@ -124,6 +136,9 @@ def bidirectional_attention(
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: str = "top_left",
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: Literal[True],
@@ -140,6 +155,9 @@ def bidirectional_attention(
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: str = "top_left",
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -160,6 +178,13 @@ def bidirectional_attention(
         key_padding_mask: bool, broadcastable to (batch, kv_len), True = queries ignore this key.
         is_causal: query i and key j see each other where j <= i; combines with the masks.
         causal_alignment: "top_left", or "bottom_right": j <= i + kv_len - q_len.
+        window: (left, right), how many keys a query sees before its own and behind it; None: no
+            bound. Query i's own key is i, or i + kv_len - q_len where `causal_alignment` is
+            "bottom_right". Acts in both softmaxes, as everything that makes scores.
+        softcap: scores become softcap * tanh(score / softcap) before masks (Gemma 2).
+        alibi_slopes: broadcastable to (batch, heads), float32 or of the query's dtype: a score
+            falls by slope * the distance of the key from the query's own (ALiBi). Its gradient is
+            the reference's.
         scale: factor of the scores, any finite number; 1 / sqrt(head_dim) by default.
         dropout_p: probability of dropping a weight, drawn anew for each direction.
         return_lse: also return the log-sum-exp of each row and of each column of the scores.
@@ -175,29 +200,40 @@ def bidirectional_attention(
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
     if not torch.compiler.is_compiling():
-        tensors = (query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask)
+        tensors = (
+            query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask,
+            alibi_slopes,
+        )  # fmt: skip
         if has_torch_function_variadic(*tensors):
             answer = arguments.ask_torch_function(
                 bidirectional_attention,
                 Arguments(
-                    *tensors, is_causal, causal_alignment, scale, dropout_p, return_lse, backend
+                    *tensors[:-1], is_causal, causal_alignment, window, softcap, alibi_slopes,
+                    scale, dropout_p, return_lse, backend,
                 ),
                 _POSITIONAL,
                 tensors,
-            )
+            )  # fmt: skip
             if answer is not NotImplemented:
                 return answer
-        if type(is_causal) is type(return_lse) is bool and arguments.are_plain(
-            attn_mask, dropout_p, scale, causal_alignment
+        kinds = score_policy.plain_kinds(window, softcap)
+        if (
+            type(is_causal) is type(return_lse) is bool
+            and arguments.are_plain(attn_mask, dropout_p, scale, causal_alignment)
+            and kinds is not None
         ):
-            call = Call(*tensors, None, 0.0, is_causal, causal_alignment == "bottom_right", scale)
+            call = Call(
+                *tensors, None, 0.0, is_causal, causal_alignment == "bottom_right", scale,
+                *kinds,
+            )  # fmt: skip
             results = OP.attempt(backend, call, return_lse)
             if results is not None:
                 return results
     call = normalize(
         Arguments(
             query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask,
-            is_causal, causal_alignment, scale, dropout_p, return_lse,
+            is_causal, causal_alignment, window, softcap, alibi_slopes, scale, dropout_p,
+            return_lse,
         )
     )  # fmt: skip
     results = OP.run(backend, call, return_lse)
@@ -236,6 +272,7 @@ def check(given: Arguments) -> None:
     arguments.check_padding_mask(
         "key_padding_mask", given.key_padding_mask, query, (*batch, kv_len), sizes
     )
+    score_policy.check_kinds(given, query, leading, sizes)
     arguments.check_scale(given.scale, query)
     arguments.check_dropout(given.dropout_p)
     arguments.check_flag("return_lse", given.return_lse)
@@ -268,9 +305,11 @@ def normalize(given: Arguments) -> Call:
         )
     )
     seed = philox.draw_seed(query.device) if given.dropout_p > 0.0 else None
+    slopes = score_policy.slopes_of(given.alibi_slopes, query, *query.shape[:2])
     return Call(
-        query, key, value, query_value, attn_mask, query_padding, key_padding, seed,
+        query, key, value, query_value, attn_mask, query_padding, key_padding, slopes, seed,
         given.dropout_p, is_causal, causal_alignment == "bottom_right", scale,
+        *score_policy.kinds_of(given),
     )  # fmt: skip
 
 
@@ -279,14 +318,15 @@ def run_reference(call: Call, lse: bool) -> tuple[Tensor, ...]:
     query, key = call.query, call.key
     acc = formulas.accumulation_dtype(query.dtype)
     scale = arguments.softmax_scale(call.scale, query.shape[-1])
-    diagonal = formulas.diagonal_of(call.is_causal, call.bottom_right, query.shape[2], key.shape[2])
-    scores = formulas.masked_scores(query, key, call.attn_mask, None, diagonal, scale)
+    diagonal = key.shape[2] - query.shape[2] if call.bottom_right else 0
+    policy = score_policy.policy_of(call, diagonal)
+    scores = formulas.masked_scores(query, key, call.attn_mask, None, policy, scale)
     rows = columns = scores
     if call.key_padding_mask is not None:
         rows = scores.masked_fill(call.key_padding_mask[:, None, None, :], -torch.inf)
     if call.query_padding_mask is not None:
         columns = scores.masked_fill(call.query_padding_mask[:, None, :, None], -torch.inf)
-    is_masked = call.attn_mask is not None or call.is_causal
+    is_masked = call.attn_mask is not None or policy.hides
     to_keys = formulas.safe_softmax(rows, -1, is_masked or call.key_padding_mask is not None)
     to_queries = formulas.safe_softmax(
         columns, -2, is_masked or call.query_padding_mask is not None
@@ -322,7 +362,8 @@ def _flops(call: Call, backward: bool) -> int:
     # dK: seven products against the forward's three.
     (batch, heads, q_len, dim), kv_len = call.query.shape, call.key.shape[2]
     values = call.value.shape[3] + call.query_value.shape[3]
-    return 2 * batch * heads * q_len * kv_len * (3 * dim + 2 * values if backward else dim + values)
+    scores = score_policy.scores_seen(call, q_len, kv_len)
+    return 2 * batch * heads * scores * (3 * dim + 2 * values if backward else dim + values)
 
 
 DEFINITION = Definition(
@@ -342,8 +383,19 @@ def _cpu_path(call: Call) -> str:
     return f"scores once for both directions, {cpu.path(call.query, 48)}"
 
 
+def _cpu_refuses(call: Call) -> Sequence[str]:
+    reasons = cpu.refuses(call)
+    if call.alibi_slopes is None:
+        return reasons
+    return [*reasons, *score_policy.refuses_gradient(call)]
+
+
+def _triton_refuses(call: Call) -> Sequence[str]:
+    return [*triton.refuses(call), *score_policy.refuses_kinds(call)]
+
+
 def _cuda_refuses(call: Call) -> Sequence[str]:
-    return cuda.refuses(call, DEFINITION)
+    return [*cuda.refuses(call, DEFINITION), *score_policy.refuses_kinds(call)]
 
 
 def inputs(
@@ -413,8 +465,8 @@ OP = Op(
     cost=cost,
     ranks=(4,),
     implementations=(
-        Implementation("cpu", _CPU, cpu.refuses, checks=True, path=_cpu_path),
-        Implementation("triton", _TRITON, triton.refuses, on_request=triton.interprets),
+        Implementation("cpu", _CPU, _cpu_refuses, checks=True, path=_cpu_path),
+        Implementation("triton", _TRITON, _triton_refuses, on_request=triton.interprets),
         # Behind Triton until both have been timed on hardware: for where Triton cannot go.
         Implementation(
             "cuda", _CUDA, _cuda_refuses, differentiable=False, checks=True,

@@ -23,6 +23,7 @@ from fastfusion.core import arguments, layers
 from fastfusion.core import reference as formulas
 from fastfusion.core.layers import Norm
 from fastfusion.core.op import Implementation, Op, never_refuses
+from fastfusion.core.score_policy import Policy
 from fastfusion.core.torch_op import Definition
 from fastfusion.ops import scaled_dot_product_attention as _attention
 
@@ -340,7 +341,7 @@ def run_reference(call: Call, lse: bool) -> Any:
     (q,) = layers.heads_of(layers.linear(query, call.q_weight, call.q_bias), 1, heads)
     k, v = _keys_and_values(call, acc)
     out, _ = formulas.attention(
-        None, q, k, v, call.attn_mask, call.key_padding_mask, None, 0.0, call.scale
+        Policy(), q, k, v, call.attn_mask, call.key_padding_mask, None, 0.0, call.scale
     )
     out = layers.linear(layers.rows_of(out), call.out_weight, call.out_bias)
     if call.residual is not None:
@@ -413,7 +414,18 @@ def _triton_path(call: Call) -> str:
         for length in (query.shape[1], call.kv_len())
     )
     attention = _attention.Call(
-        q, k, k, call.attn_mask, call.key_padding_mask, None, 0.0, False, False, call.scale, False
+        q,
+        k,
+        k,
+        call.attn_mask,
+        call.key_padding_mask,
+        None,
+        None,
+        0.0,
+        False,
+        False,
+        call.scale,
+        False,
     )
     chosen = _attention.OP.select(triton.attention_inside(), attention).backend
     return f"products in Triton, attention on {chosen}"

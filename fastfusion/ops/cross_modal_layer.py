@@ -394,7 +394,7 @@ def _attention(
     """The call of `bidirectional_attention` inside."""
     return _bidirectional.Call(
         query, key, value, query_value, call.attn_mask, call.visual_padding_mask,
-        call.text_padding_mask, None, 0.0, False, False, None,
+        call.text_padding_mask, None, None, 0.0, False, False, None,
     )  # fmt: skip
 
 

@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from fastfusion.backends import cpu, cuda, triton
-from fastfusion.core import arguments, philox
+from fastfusion.core import arguments, philox, score_policy
 from fastfusion.core import reference as formulas
 from fastfusion.core.op import Implementation, Op, never_refuses
+from fastfusion.core.score_policy import Window
 from fastfusion.core.torch_op import Definition
 
 _is_compiling = torch.compiler.is_compiling
@@ -43,6 +44,9 @@ class Arguments(NamedTuple):
     # By name only:
     key_padding_mask: Any = None
     causal_alignment: Any = "top_left"
+    window: Any = None
+    softcap: Any = None
+    alibi_slopes: Any = None
     return_lse: Any = False
     backend: Any = None
 
@@ -58,12 +62,16 @@ class Call(NamedTuple):
     value: Tensor  # (B, Hkv, Lk, Dv)
     attn_mask: Tensor | None  # broadcasts to (B, H, Lq, Lk)
     key_padding_mask: Tensor | None  # (B, Lk)
+    alibi_slopes: Tensor | None  # (B, H)
     seed: Tensor | None
     dropout_p: float
     is_causal: bool
     bottom_right: bool
     scale: float | None
     enable_gqa: bool  # where H is not Hkv
+    window_left: int = -1  # no bound
+    window_right: int = -1
+    softcap: float | None = None
 
     def head_dims(self) -> tuple[int, ...]:
         return self.query.shape[-1], self.value.shape[-1]
@@ -82,6 +90,7 @@ class Call(NamedTuple):
         yield arguments.mask_fits(self.attn_mask, query, batch, heads, q_len, kv_len)
         yield from arguments.padding_fits(self.key_padding_mask, query, batch, kv_len)
         yield arguments.numbers_fit(self.seed, query, self.scale)
+        yield from score_policy.kinds_fit(self, batch, heads)
 
 
 @overload
@@ -97,6 +106,9 @@ def scaled_dot_product_attention(
     *,
     key_padding_mask: Tensor | None = None,
     causal_alignment: str = "top_left",
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -113,6 +125,9 @@ def scaled_dot_product_attention(
     *,
     key_padding_mask: Tensor | None = None,
     causal_alignment: str = "top_left",
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -128,6 +143,9 @@ def scaled_dot_product_attention(
     *,
     key_padding_mask: Tensor | None = None,
     causal_alignment: str = "top_left",
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -153,7 +171,16 @@ def scaled_dot_product_attention(
         key_padding_mask: bool, broadcastable to (batch, kv_len), True = ignore this key; what it
             hides is never read into a result and gets gradient 0.
         causal_alignment: "top_left", or "bottom_right", where the last query sees the last key:
-            query i sees keys 0..i + kv_len - q_len, as in FlashAttention. Of `is_causal`.
+            query i sees keys 0..i + kv_len - q_len, as in FlashAttention. Of `is_causal`, `window`
+            and `alibi_slopes`.
+        window: (left, right), how many keys a query sees before its own and behind it; None: no
+            bound. Query i's own key is i, or i + kv_len - q_len where `causal_alignment` is
+            "bottom_right", as in FlashAttention. Combines with the masks; tiles outside of it cost
+            nothing.
+        softcap: scores become softcap * tanh(score / softcap) before masks (Gemma 2).
+        alibi_slopes: broadcastable to (batch, heads), float32 or of the query's dtype: a score
+            falls by slope * the distance of the key from the query's own (ALiBi). Its gradient is
+            the reference's.
         return_lse: also return the log-sum-exp of each row of scores.
         backend: "cpu", "triton", "cuda" or "reference" to insist on one; None chooses.
 
@@ -168,24 +195,29 @@ def scaled_dot_product_attention(
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
     if not _is_compiling():
-        if has_torch_function_variadic(query, key, value, attn_mask, key_padding_mask):
+        tensors = (query, key, value, attn_mask, key_padding_mask, alibi_slopes)
+        if has_torch_function_variadic(*tensors):
             answer = arguments.ask_torch_function(
                 scaled_dot_product_attention,
                 Arguments(
                     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                    key_padding_mask, causal_alignment, return_lse, backend,
+                    key_padding_mask, causal_alignment, window, softcap, alibi_slopes, return_lse,
+                    backend,
                 ),
                 _POSITIONAL,
-                (query, key, value, attn_mask, key_padding_mask),
+                tensors,
             )  # fmt: skip
             if answer is not NotImplemented:
                 return answer
-        if type(is_causal) is type(enable_gqa) is type(return_lse) is bool and arguments.are_plain(
-            attn_mask, dropout_p, scale, causal_alignment
+        kinds = score_policy.plain_kinds(window, softcap)
+        if (
+            type(is_causal) is type(enable_gqa) is type(return_lse) is bool
+            and arguments.are_plain(attn_mask, dropout_p, scale, causal_alignment)
+            and kinds is not None
         ):
             call = Call(
-                query, key, value, attn_mask, key_padding_mask, None, 0.0, is_causal,
-                causal_alignment == "bottom_right", scale, enable_gqa,
+                *tensors, None, 0.0, is_causal, causal_alignment == "bottom_right", scale,
+                enable_gqa, *kinds,
             )  # fmt: skip
             result = OP.attempt(backend, call, return_lse)
             if result is not None:
@@ -193,7 +225,7 @@ def scaled_dot_product_attention(
     call = normalize(
         Arguments(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            key_padding_mask, causal_alignment, return_lse,
+            key_padding_mask, causal_alignment, window, softcap, alibi_slopes, return_lse,
         )
     )  # fmt: skip
     result = OP.run(backend, call, return_lse)
@@ -249,6 +281,7 @@ def check(given: Arguments) -> None:
     arguments.check_padding_mask(
         "key_padding_mask", given.key_padding_mask, query, (*leading, kv_len), sizes
     )
+    score_policy.check_kinds(given, query, (*leading, *heads), sizes)
     arguments.check_dropout(given.dropout_p)
     arguments.check_scale(given.scale, query)
     arguments.check_flag("return_lse", given.return_lse)
@@ -280,7 +313,9 @@ def normalize(given: Arguments) -> Call:
     outer = leading if rank > 3 else (1,)
     query = _widened(query, (*outer, heads))
     key, value = _widened(key, (*outer, kv_heads)), _widened(value, (*outer, kv_heads))
+    slopes = score_policy.slopes_of(given.alibi_slopes, query, *outer, heads)
     if rank > 4:
+        slopes = None if slopes is None else slopes.flatten(0, rank - 4)
         query, key, value = (t.flatten(0, rank - 4) for t in (query, key, value))
         if attn_mask is not None and attn_mask.dim() > 3:
             attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, rank - 4)
@@ -288,8 +323,9 @@ def normalize(given: Arguments) -> Call:
             key_padding_mask = key_padding_mask.flatten(0, rank - 4)
     seed = philox.draw_seed(query.device) if given.dropout_p > 0.0 else None
     return Call(
-        query, key, value, attn_mask, key_padding_mask, seed, given.dropout_p, is_causal,
+        query, key, value, attn_mask, key_padding_mask, slopes, seed, given.dropout_p, is_causal,
         causal_alignment == "bottom_right", scale, enable_gqa or kv_heads != heads,
+        *score_policy.kinds_of(given),
     )  # fmt: skip
 
 
@@ -301,12 +337,10 @@ def _widened(tensor: Tensor, leading: tuple[int, ...]) -> Tensor:
 
 def run_reference(call: Call, lse: bool) -> Any:
     """The definition."""
-    diagonal = formulas.diagonal_of(
-        call.is_causal, call.bottom_right, call.query.shape[2], call.key.shape[2]
-    )
+    diagonal = call.key.shape[2] - call.query.shape[2] if call.bottom_right else 0
     out, log_sum_exp = formulas.attention(
-        diagonal, call.query, call.key, call.value, call.attn_mask, call.key_padding_mask,
-        call.seed, call.dropout_p, call.scale,
+        score_policy.policy_of(call, diagonal), call.query, call.key, call.value, call.attn_mask,
+        call.key_padding_mask, call.seed, call.dropout_p, call.scale,
     )  # fmt: skip
     return (out, log_sum_exp()) if lse else out
 
@@ -323,7 +357,7 @@ def _flops(call: Call, backward: bool) -> int:
     (batch, heads, q_len, dim), kv_len = call.query.shape, call.key.shape[2]
     value_dim = call.value.shape[3]
     width = 3 * dim + 2 * value_dim if backward else dim + value_dim
-    return 2 * batch * heads * q_len * kv_len * width
+    return 2 * batch * heads * score_policy.scores_seen(call, q_len, kv_len) * width
 
 
 DEFINITION = Definition(
@@ -341,11 +375,23 @@ _TRITON = triton.torch_op(
 
 def _cpu_path(call: Call) -> str:
     lengths = call.query.shape[2], call.key.shape[2]
-    return cpu.path(call.query, *lengths, call.is_causal, call.dropout_p > 0.0)
+    windowed = score_policy.sides_of(call) != (None, None)
+    return cpu.path(call.query, *lengths, windowed, call.dropout_p > 0.0)
+
+
+def _cpu_refuses(call: Call) -> Sequence[str]:
+    reasons = cpu.refuses(call)
+    if call.alibi_slopes is None:
+        return reasons
+    return [*reasons, *score_policy.refuses_gradient(call)]
+
+
+def _triton_refuses(call: Call) -> Sequence[str]:
+    return [*triton.refuses(call), *score_policy.refuses_kinds(call)]
 
 
 def _cuda_refuses(call: Call) -> Sequence[str]:
-    return cuda.refuses(call, DEFINITION)
+    return [*cuda.refuses(call, DEFINITION), *score_policy.refuses_kinds(call)]
 
 
 def _cuda_waits(call: Call) -> bool:
@@ -363,7 +409,7 @@ def _cuda_waits(call: Call) -> bool:
         longest = 128 if q_len > 1024 else 256 if q_len > 64 else 512 if q_len > 16 else 2048
         if kv_len <= longest and all(dim % 8 == 0 for dim in call.head_dims()):
             return False
-    return not triton.refuses(call)
+    return not _triton_refuses(call)
 
 
 def inputs(
@@ -373,8 +419,9 @@ def inputs(
 
     Args:
         shape: q_len, kv_len and head_dim; optionally batch, heads, kv_heads, value_dim, causal,
-            and mask: "key_padding" (the last quarter of the keys of every second entry hidden),
-            "bool", "bias" (a float per head and score) or None.
+            window, softcap, alibi (slopes of the paper), and mask: "key_padding" (the last quarter
+            of the keys of every second entry hidden), "bool", "bias" (a float per head and score)
+            or None.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     device = torch.get_default_device() if device is None else device
@@ -394,6 +441,13 @@ def inputs(
         call["is_causal"] = True
     if kv_heads != heads:
         call["enable_gqa"] = True
+    if shape.get("window"):
+        call["window"] = tuple(shape["window"])
+    if shape.get("softcap"):
+        call["softcap"] = shape["softcap"]
+    if shape.get("alibi"):
+        powers = torch.arange(1, heads + 1, device=device) * (-8.0 / heads)
+        call["alibi_slopes"] = torch.exp2(powers)
     mask = shape.get("mask")
     if mask == "key_padding":
         hidden = torch.zeros(batch, kv_len, dtype=torch.bool, device="cpu")
@@ -413,16 +467,18 @@ def inputs(
 def cost(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
     """Floating-point operations of the two products, and bytes read and written once.
 
-    Scores that the diagonal or key padding (as `inputs` makes it) hides do not count.
+    Scores that the diagonal, a window or key padding (as `inputs` makes it) hides do not count.
     """
     batch, heads = shape.get("batch", 1), shape.get("heads", 1)
     kv_heads, dim = shape.get("kv_heads", heads), shape["head_dim"]
     value_dim, q_len, kv_len = shape.get("value_dim", dim), shape["q_len"], shape["kv_len"]
 
+    left, right = shape.get("window") or (None, None)
+
     def scores(keys: int) -> int:
-        if shape.get("causal"):
-            return sum(min(i + 1, keys) for i in range(q_len))
-        return q_len * keys
+        far = 0 if shape.get("causal") else keys if right is None else right
+        near = q_len if left is None else left
+        return sum(max(0, min(i + far + 1, keys) - max(i - near, 0)) for i in range(q_len))
 
     padded = (batch + 1) // 2 if shape.get("mask") == "key_padding" else 0
     seen = padded * scores(kv_len - kv_len // 4) + (batch - padded) * scores(kv_len)
@@ -441,12 +497,12 @@ OP = Op(
     cost=cost,
     ranks=(4,),
     implementations=(
-        Implementation("cpu", _CPU, cpu.refuses, checks=True, path=_cpu_path),
+        Implementation("cpu", _CPU, _cpu_refuses, checks=True, path=_cpu_path),
         Implementation(
             "cuda", _CUDA, _cuda_refuses, differentiable=False, checks=True,
             on_request=_cuda_waits, path=_CUDA.path,
         ),
-        Implementation("triton", _TRITON, triton.refuses, on_request=triton.interprets),
+        Implementation("triton", _TRITON, _triton_refuses, on_request=triton.interprets),
         Implementation("reference", run_reference, never_refuses),
     ),
 )  # fmt: skip

@@ -9,7 +9,7 @@ calls).
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import has_torch_function_variadic
 
 from fastfusion.backends import cpu, triton
-from fastfusion.core import arguments, philox
+from fastfusion.core import arguments, philox, score_policy
 from fastfusion.core import reference as formulas
 from fastfusion.core.op import Implementation, Op, never_refuses
+from fastfusion.core.score_policy import Window
 from fastfusion.core.torch_op import Definition
 
 
@@ -38,6 +39,9 @@ class Arguments(NamedTuple):
     attn_mask: Any = None
     is_causal: Any = False
     causal_alignment: Any = "top_left"
+    window: Any = None
+    softcap: Any = None
+    alibi_slopes: Any = None
     scale: Any = None
     dropout_p: Any = 0.0
     return_lse: Any = False
@@ -56,6 +60,7 @@ class Call(NamedTuple):
     attn_mask: Tensor | None  # broadcasts to (sequences, H, max_seqlen_q, max_seqlen_k)
     cu_seqlens_q: Tensor  # (sequences + 1,)
     cu_seqlens_k: Tensor
+    alibi_slopes: Tensor | None  # (sequences, H)
     seed: Tensor | None
     max_seqlen_q: int
     max_seqlen_k: int
@@ -63,6 +68,9 @@ class Call(NamedTuple):
     is_causal: bool
     bottom_right: bool
     scale: float | None
+    window_left: int = -1  # no bound
+    window_right: int = -1
+    softcap: float | None = None
 
     def head_dims(self) -> tuple[int, ...]:
         return self.query.shape[-1], self.value.shape[-1]
@@ -88,6 +96,7 @@ class Call(NamedTuple):
         sequences = self.cu_seqlens_q.shape[0] - 1
         yield arguments.mask_fits(self.attn_mask, query, sequences, heads, *lengths)
         yield arguments.numbers_fit(self.seed, query, self.scale)
+        yield from score_policy.kinds_fit(self, sequences, heads)
 
 
 @overload
@@ -103,6 +112,9 @@ def varlen_attention(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: str = "top_left",
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: Literal[False] = False,
@@ -121,6 +133,9 @@ def varlen_attention(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: str = "top_left",
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: Literal[True],
@@ -138,6 +153,9 @@ def varlen_attention(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: str = "top_left",
+    window: Window = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -161,6 +179,13 @@ def varlen_attention(
         is_causal: query i of a sequence sees its keys 0..i.
         causal_alignment: "top_left", or "bottom_right", where the last query of a sequence sees
             its last key, as in FlashAttention.
+        window: (left, right), how many keys a query sees before its own and behind it; None: no
+            bound. A query's own key has its number in the sequence, or with "bottom_right" the
+            same from the end. Combines with the masks; tiles outside of it cost nothing.
+        softcap: scores become softcap * tanh(score / softcap) before masks (Gemma 2).
+        alibi_slopes: broadcastable to (sequences, heads), float32 or of the query's dtype: a score
+            falls by slope * the distance of the key from the query's own (ALiBi). Its gradient is
+            the reference's.
         scale: factor of the scores, any finite number; 1 / sqrt(head_dim) by default.
         dropout_p: probability of dropping a score; applied whenever it is above 0.
         return_lse: also return the log-sum-exp of each row of scores.
@@ -178,27 +203,30 @@ def varlen_attention(
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
     if not torch.compiler.is_compiling():
-        tensors = (query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k)
+        tensors = (query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
         if has_torch_function_variadic(*tensors):
             answer = arguments.ask_torch_function(
                 varlen_attention,
                 Arguments(
                     query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                    attn_mask, is_causal, causal_alignment, scale, dropout_p, return_lse, backend,
+                    attn_mask, is_causal, causal_alignment, window, softcap, alibi_slopes, scale,
+                    dropout_p, return_lse, backend,
                 ),
                 _POSITIONAL,
                 tensors,
             )  # fmt: skip
             if answer is not NotImplemented:
                 return answer
+        kinds = score_policy.plain_kinds(window, softcap)
         if (
             type(is_causal) is type(return_lse) is bool
             and type(max_seqlen_q) is type(max_seqlen_k) is int
             and arguments.are_plain(attn_mask, dropout_p, scale, causal_alignment)
+            and kinds is not None
         ):
             call = Call(
                 *tensors, None, max_seqlen_q, max_seqlen_k, 0.0, is_causal,
-                causal_alignment == "bottom_right", scale,
+                causal_alignment == "bottom_right", scale, *kinds,
             )  # fmt: skip
             result = OP.attempt(backend, call, return_lse)
             if result is not None:
@@ -206,7 +234,8 @@ def varlen_attention(
     call = normalize(
         Arguments(
             query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_mask,
-            is_causal, causal_alignment, scale, dropout_p, return_lse,
+            is_causal, causal_alignment, window, softcap, alibi_slopes, scale, dropout_p,
+            return_lse,
         )
     )  # fmt: skip
     return OP.run(backend, call, return_lse)
@@ -249,6 +278,8 @@ def check(given: Arguments) -> None:
         )
         target = (cu_seqlens_q.shape[0] - 1, query.shape[1], *longest)
         arguments.check_attn_mask(attn_mask, query, target, sizes)
+    leading = (cu_seqlens_q.shape[0] - 1, query.shape[1])
+    score_policy.check_kinds(given, query, leading, sizes)
     arguments.check_scale(given.scale, query)
     arguments.check_dropout(given.dropout_p)
     arguments.check_flag("return_lse", given.return_lse)
@@ -325,9 +356,12 @@ def normalize(given: Arguments) -> Call:
     scale = arguments.number("scale", given.scale)
     query, key = arguments.with_a_head_dim(query, key)
     seed = philox.draw_seed(query.device) if given.dropout_p > 0.0 else None
+    leading = (cu_seqlens_q.shape[0] - 1, query.shape[1])
+    slopes = score_policy.slopes_of(given.alibi_slopes, query, *leading)
     return Call(
-        query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, seed, max_seqlen_q, max_seqlen_k,
-        given.dropout_p, given.is_causal, given.causal_alignment == "bottom_right", scale,
+        query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, slopes, seed, max_seqlen_q,
+        max_seqlen_k, given.dropout_p, given.is_causal, given.causal_alignment == "bottom_right",
+        scale, *score_policy.kinds_of(given),
     )  # fmt: skip
 
 
@@ -365,13 +399,11 @@ def run_reference(call: Call, lse: bool) -> Any:
     sequences = call.cu_seqlens_q.shape[0] - 1
     rows, q_lengths, _ = _places(call.cu_seqlens_q, query.shape[0], longest_q)
     columns, kv_lengths, hidden = _places(call.cu_seqlens_k, key.shape[0], longest_k)
-    diagonal = None
-    if call.is_causal:
-        diagonal = kv_lengths - q_lengths if call.bottom_right else 0
+    diagonal = kv_lengths - q_lengths if call.bottom_right else 0
     out, log_sum_exp = formulas.attention(
-        diagonal, _pad(query, rows, sequences, longest_q), _pad(key, columns, sequences, longest_k),
-        _pad(value, columns, sequences, longest_k), call.attn_mask, hidden, call.seed,
-        call.dropout_p, call.scale,
+        score_policy.policy_of(call, diagonal), _pad(query, rows, sequences, longest_q),
+        _pad(key, columns, sequences, longest_k), _pad(value, columns, sequences, longest_k),
+        call.attn_mask, hidden, call.seed, call.dropout_p, call.scale,
     )  # fmt: skip
     out = _packed(out, rows, 0.0)
     return (out, _packed(log_sum_exp(), rows, -math.inf)) if lse else out
@@ -388,9 +420,11 @@ def _flops(call: Call, backward: bool) -> int:
     were longest."""
     q, k = call.cu_seqlens_q, call.cu_seqlens_k
     if isinstance(q, FakeTensor) or q.is_meta:
-        scores = (q.shape[0] - 1) * call.max_seqlen_q * call.max_seqlen_k
+        each = score_policy.scores_seen(call, call.max_seqlen_q, call.max_seqlen_k)
+        scores = (q.shape[0] - 1) * each
     else:
-        scores = int((q.diff().long() * k.diff().long()).sum())
+        lengths = zip(q.diff().tolist(), k.diff().tolist(), strict=True)
+        scores = sum(score_policy.scores_seen(call, *pair) for pair in lengths)
     _, heads, dim = call.query.shape
     value_dim = call.value.shape[2]
     return 2 * heads * scores * (3 * dim + 2 * value_dim if backward else dim + value_dim)
@@ -408,6 +442,17 @@ _TRITON = triton.torch_op(
 
 def _cpu_path(call: Call) -> str:
     return cpu.path(call.query, call.max_seqlen_q)
+
+
+def _cpu_refuses(call: Call) -> Sequence[str]:
+    reasons = cpu.refuses(call)
+    if call.alibi_slopes is None:
+        return reasons
+    return [*reasons, *score_policy.refuses_gradient(call)]
+
+
+def _triton_refuses(call: Call) -> Sequence[str]:
+    return [*triton.refuses(call), *score_policy.refuses_kinds(call)]
 
 
 def _lengths(shape: Mapping[str, Any], side: str) -> list[int]:
@@ -476,8 +521,8 @@ OP = Op(
     cost=cost,
     ranks=(3,),
     implementations=(
-        Implementation("cpu", _CPU, cpu.refuses, checks=True, path=_cpu_path),
-        Implementation("triton", _TRITON, triton.refuses, on_request=triton.interprets),
+        Implementation("cpu", _CPU, _cpu_refuses, checks=True, path=_cpu_path),
+        Implementation("triton", _TRITON, _triton_refuses, on_request=triton.interprets),
         Implementation("reference", run_reference, never_refuses),
     ),
 )

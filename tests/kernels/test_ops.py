@@ -228,7 +228,10 @@ def test_a_mask_is_not_read_behind_the_longest_lengths() -> None:
     """On a GPU nobody checks that no sequence is longer."""
     call = packed()
     names = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k")
-    tensors, options = [call[n] for n in names], (None, 4, 3, 0.0, True, True, None)
+    tensors, options = (
+        [call[n] for n in names],
+        (None, None, 4, 3, 0.0, True, True, None, -1, -1, None),
+    )
     around = torch.full((3, 4, 9, 11), torch.nan, device=DEVICE)
     around[:, :, :4, :3] = torch.randn(3, 4, 4, 3, device=DEVICE)
     given = (*tensors[:3], around[:, :, :4, :3], *tensors[3:], *options)

@@ -59,10 +59,10 @@ def repeatable() -> list[bool]:
 
 def test_a_second_call_takes_its_own_tensors() -> None:
     first, second = tensors(3, 1, 2, 20, 16), tensors(3, 1, 2, 20, 16, seed=1)
-    expected = fresh(forward, *second, None, None, None)
-    forward(*first, None, None, None)
+    expected = fresh(forward, *second, None, None, None, None)
+    forward(*first, None, None, None, None)
     assert repeatable() == [True]
-    assert agree(forward(*second, None, None, None), expected)
+    assert agree(forward(*second, None, None, None, None), expected)
     assert len(_plan._plans) == 1
 
 
@@ -70,10 +70,10 @@ def test_calls_on_one_tensor_have_a_plan_of_their_own() -> None:
     """A plan that knows queries, keys and values by address must not serve three tensors."""
     x, y, z = tensors(3, 1, 2, 20, 16)
     cases = [(x, x, x), (x, y, z), (x, y, y), (x, x, z), (x, y, x)]
-    expected = [fresh(forward, *case, None, None, None) for case in cases]
+    expected = [fresh(forward, *case, None, None, None, None) for case in cases]
     for _ in range(2):
         for case, results in zip(cases, expected, strict=True):
-            assert agree(forward(*case, None, None, None), results)
+            assert agree(forward(*case, None, None, None, None), results)
     assert len(_plan._plans) == len(cases)
 
 
@@ -82,9 +82,9 @@ def test_views_of_one_memory_are_told_apart() -> None:
     q, k, v = packed.permute(2, 0, 3, 1, 4)
     other = tensors(3, 1, 2, 20, 16, seed=2)
     for case in ((q, k, v), (k, q, v), tuple(other)):
-        expected = fresh(forward, *case, None, None, None)
+        expected = fresh(forward, *case, None, None, None, None)
         for _ in range(2):
-            assert agree(forward(*case, None, None, None), expected)
+            assert agree(forward(*case, None, None, None, None), expected)
 
 
 def test_masks_and_options_are_part_of_the_kind() -> None:
@@ -94,7 +94,7 @@ def test_masks_and_options_are_part_of_the_kind() -> None:
     padding[0, 5:] = True
     masks = [(None, None), (bias, None), (flags, None), (bias[:1], None), (None, padding)]
     calls = [
-        (AttentionCall(q, k, v, *mask, None, 0.0, causal, last, scale, False), lse)
+        (AttentionCall(q, k, v, *mask, None, None, 0.0, causal, last, scale, False), lse)
         for mask in masks
         for causal, last, scale, lse in (
             (False, False, None, True),
@@ -114,9 +114,9 @@ def test_a_copied_input_has_no_plan() -> None:
     x = tensors(1, 1, 2, 20, 32)[0][..., ::2]
     y = tensors(1, 1, 2, 20, 32, seed=1)[0][..., ::2]
     for call in (x, y):
-        expected = fresh(forward, call, call, call, None, None, None)
+        expected = fresh(forward, call, call, call, None, None, None, None)
         for _ in range(2):
-            assert agree(forward(call, call, call, None, None, None), expected)
+            assert agree(forward(call, call, call, None, None, None, None), expected)
     assert repeatable() == [False]
 
 
@@ -124,7 +124,7 @@ def test_an_empty_call_has_no_plan() -> None:
     q, k = tensors(1, 1, 2, 0, 16)[0], tensors(1, 1, 2, 5, 16)[0]
     out = tensors(1, 1, 2, 0, 16)[0]
     for _ in range(2):
-        call = AttentionCall(q, k, k, None, None, None, *OPTIONS, False)
+        call = AttentionCall(q, k, k, None, None, None, None, *OPTIONS, False)
         gradients = attention_backward((out, None), call, False)
         assert all((g == 0).all() for g in gradients)
     assert repeatable() == [False]
@@ -133,7 +133,7 @@ def test_an_empty_call_has_no_plan() -> None:
 def test_scalars_of_a_seed_are_read_when_the_kernel_runs() -> None:
     q, k, v = tensors(3, 1, 2, 20, 16)
     seeds = [torch.tensor([n], device=DEVICE) for n in (3, 2**40 + 1)]
-    calls = [AttentionCall(q, k, v, None, None, s, 0.5, *OPTIONS[1:], False) for s in seeds]
+    calls = [AttentionCall(q, k, v, None, None, None, s, 0.5, *OPTIONS[1:], False) for s in seeds]
     expected = [fresh(attention_forward, call, True) for call in calls]
     assert not torch.equal(expected[0][0], expected[1][0])
     for call, results in zip(calls, expected, strict=True):
@@ -147,7 +147,7 @@ def test_both_directions(lengths: tuple[int, int]) -> None:
         q, w = tensors(2, 1, 2, lengths[0], 16, seed=seed)
         k, v = tensors(2, 1, 2, lengths[1], 16, seed=seed + 5)
         bias = tensors(1, *lengths, seed=seed + 9)[0]
-        call = (BidirectionalCall(q, k, v, w, bias, None, None, None, *OPTIONS), True)
+        call = (BidirectionalCall(q, k, v, w, bias, None, None, None, None, *OPTIONS), True)
         expected = fresh(bidirectional_forward, *call)
         for _ in range(2):
             assert agree(bidirectional_forward(*call), expected)
@@ -157,7 +157,7 @@ def test_both_directions(lengths: tuple[int, int]) -> None:
 def test_offsets_are_read_when_the_kernel_runs() -> None:
     q, k, v = tensors(3, 20, 2, 16)
     splits = [torch.tensor([0, n, 20], device=DEVICE) for n in (3, 12)]
-    calls = [(VarlenCall(q, k, v, None, s, s, None, 20, 20, *OPTIONS), True) for s in splits]
+    calls = [(VarlenCall(q, k, v, None, s, s, None, None, 20, 20, *OPTIONS), True) for s in splits]
     expected = [fresh(varlen_forward, *call) for call in calls]
     assert not torch.equal(expected[0][0], expected[1][0])
     for call, results in zip(calls, expected, strict=True):
@@ -199,13 +199,13 @@ def test_compiled_kernels_get_every_argument(monkeypatch: pytest.MonkeyPatch) ->
 def test_another_tile_is_another_plan() -> None:
     q, k, v = tensors(3, 1, 2, 70, 16)
     with _launch.watch() as seen:
-        forward(q, k, v, None, None, None)
+        forward(q, k, v, None, None, None, None)
     (key, chosen), *_ = seen.items()
     assert repeatable() == []  # dropped with the block
-    forward(q, k, v, None, None, None)
+    forward(q, k, v, None, None, None, None)
     with _launch.override(key, chosen._replace(own=16)):
         assert repeatable() == []
-        forward(q, k, v, None, None, None)
+        forward(q, k, v, None, None, None, None)
         assert repeatable() == [True]
     assert repeatable() == []
 
@@ -213,12 +213,12 @@ def test_another_tile_is_another_plan() -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter runs in one thread at a time")
 def test_threads_share_plans() -> None:
     cases = [tensors(3, 1, 2, 20, 16, seed=s) for s in range(4)]
-    expected = [fresh(forward, *case, None, None, None) for case in cases]
+    expected = [fresh(forward, *case, None, None, None, None) for case in cases]
     wrong: list[int] = []
 
     def work(index: int) -> None:
         for _ in range(5):
-            if not agree(forward(*cases[index], None, None, None), expected[index]):
+            if not agree(forward(*cases[index], None, None, None, None), expected[index]):
                 wrong.append(index)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]

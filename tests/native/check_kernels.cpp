@@ -154,7 +154,7 @@ void check(const Case& c, Type type, const char* about) {
     if (c.masked) p.mask = mask.view(), p.mask_type = Type::kFloat32;
     if (c.padded) p.padding = padding.data();
     p.padding_batch = c.kv_len, p.padding_column = 1;
-    p.scale = 0.3f, p.causal = c.causal, p.out_of_memory = &out_of_memory;
+    p.scale = 0.3f, p.right = c.causal ? 0 : ff::kEndless, p.out_of_memory = &out_of_memory;
   };
 
   // The formulas, for each head.
@@ -382,7 +382,7 @@ void check_layer(Type type, bool norm_first, const char* about) {
   ff::EncoderLayer layer{};
   ff::AttentionForward& a = layer.attention;
   a.batch = kBatch, a.heads = a.kv_heads = kHeads, a.q_len = a.kv_len = kLength;
-  a.head_dim = a.value_dim = kHead, a.type = type, a.scale = 0.3f, a.causal = true;
+  a.head_dim = a.value_dim = kHead, a.type = type, a.scale = 0.3f, a.right = 0;
   a.out_of_memory = &out_of_memory;
   layer.type = type, layer.width = kWidth, layer.hidden = kHidden;
   layer.x = x.view().data, layer.x_row = kWidth;

@@ -327,11 +327,11 @@ struct Call : ff::Attention {
 
   Call(int64_t queries, int64_t keys) : ff::Attention{} {
     batch = heads = kv_heads = 1, q_len = queries, kv_len = keys, head_dim = value_dim = 1;
-    type = Type::kFloat32, scale = 1.0f, causal = false, out_of_memory = &failed;
+    type = Type::kFloat32, scale = 1.0f, out_of_memory = &failed;
   }
 };
 
-// Masks of every kind and stride, and the diagonal, on the scores of a block.
+// Masks of every kind and stride, the diagonal and a window, on the scores of a block.
 void check_masks() {
   constexpr int64_t kQueries = 2 * kLanes + 3, kKeys = 45;
   const int64_t columns = ff::padded(kQueries);
@@ -349,7 +349,8 @@ void check_masks() {
         const void* data = truth.data();
         call.mask = {logical ? data : bias.data(), 0, 0, strides[layout][0], strides[layout][1]};
         call.mask_type = logical ? Type::kBool : Type::kFloat32;
-        call.causal = layout == 1;
+        call.right = layout == 1 ? 0 : layout == 3 ? 5 : ff::kEndless;
+        call.left = layout == 3 ? 9 : ff::kEndless;
         const ff::Block queries = Rows(kQueries, false).block;
         Floats scores = random_numbers.normals(kKeys * columns), maximum(size_t(columns), kNan);
         const Floats given = scores;
@@ -358,7 +359,8 @@ void check_masks() {
         const auto expected = [&](int64_t i, int64_t k) {
           const auto place = size_t(i * call.mask.row + keys.block[k] * call.mask.column);
           const float score = given[size_t(k * columns + i)] * 0.5f;
-          if (call.causal && keys.block[k] > i) return -kEndless;
+          const int64_t behind = keys.block[k] - i;
+          if (behind > call.right || -behind > call.left) return -kEndless;
           return logical ? (truth[place] ? score : -kEndless) : score + bias[place];
         };
         for (int64_t i = 0; i < kQueries; ++i) {
@@ -385,7 +387,7 @@ void check_masks() {
   Call call(1, 40);
   call.padding = padding.data(), call.padding_column = 2;
   int32_t list[40], both[40];
-  const ff::Positions visible = ff::visible_keys(call, 0, 37, list);
+  const ff::Positions visible = ff::visible_keys(call, 0, 0, 37, list);
   const ff::VisibleAndHidden both_kinds = ff::by_visibility(padding.data(), 0, 2, 40, both);
   int64_t found = 0, seen = 0, hidden = 0;
   for (int64_t j = 0; j < 40; ++j) {

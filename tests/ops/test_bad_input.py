@@ -137,7 +137,43 @@ def number_rows(op: str) -> list[Bad]:
         for value in given:
             kind = type(value).__name__
             rows.append(Bad(op, f"{name}_{kind}", {name: value}, TypeError, (name, kind)))
-    return rows
+    return rows + kind_rows(op)
+
+
+def kind_rows(op: str) -> list[Bad]:
+    """Faults of windows, soft caps and slopes, of three sequences or two entries and 4 heads."""
+    batch = 3 if op == VARLEN else 2
+    slopes = torch.rand(batch, 4)
+    rows = [
+        Bad(op, f"window_{value}", {"window": value}, TypeError, ("window", "pair", repr(value)))
+        for value in (3, (1,), (1, 2, 3), "ab ")
+    ]
+    rows += [
+        Bad(
+            op, f"window_{value}", {"window": value}, TypeError, ("window", type(value[0]).__name__)
+        )
+        for value in ((1.5, 0), (True, 0), ("1", 0))
+    ]
+    rows += [
+        Bad(op, f"softcap_{value}", {"softcap": value}, TypeError, ("softcap", kind))
+        for value, kind in (("1", "str"), (True, "bool"))
+    ]
+    rows += [
+        Bad(op, f"softcap_{value}", {"softcap": value}, ValueError, ("softcap", str(value)))
+        for value in (0.0, -1.0, float("inf"), float("nan"), 1e-40)
+    ]
+    return rows + [
+        Bad(op, "window_negative", {"window": (-1, 0)}, ValueError, ("window", "(-1, 0)")),
+        Bad(op, "slopes_list", {"alibi_slopes": [0.1] * 4}, TypeError, ("alibi_slopes", "list")),
+        Bad(op, "slopes_dtype", {"alibi_slopes": slopes.long()}, TypeError,
+            ("alibi_slopes", "torch.int64")),
+        Bad(op, "slopes_device", {"alibi_slopes": slopes.to("meta")}, ValueError,
+            ("alibi_slopes", "meta", "cpu")),
+        Bad(op, "slopes_heads", {"alibi_slopes": slopes[:, :3]}, ValueError,
+            ("alibi_slopes", f"({batch}, 4)", f"({batch}, 3)")),
+        Bad(op, "slopes_batch", {"alibi_slopes": torch.rand(batch + 1, 4)}, ValueError,
+            ("alibi_slopes", f"({batch}, 4)", f"({batch + 1}, 4)")),
+    ]  # fmt: skip
 
 
 def mask_rows(op: str) -> list[Bad]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from suite import DEVICE, AttentionSuite, Case, Target, above_diagonal, plain_lse
+from suite import DEVICE, AttentionSuite, Case, Target, outside, plain_lse, shaped
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -43,18 +43,22 @@ def plain_bidirectional(
     key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: str = "top_left",
+    window: Any = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both softmaxes as a user writes them, every step in the dtype of the inputs."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query @ key.transpose(-1, -2)) * scale
+    scores = shaped(scores, softcap, alibi_slopes, causal_alignment)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
         scores = scores.to(torch.promote_types(scores.dtype, attn_mask.dtype)) + attn_mask
-    if is_causal:
-        scores = scores.masked_fill(above_diagonal(scores, causal_alignment), -torch.inf)
+    hidden = outside(scores, is_causal, window, causal_alignment)
+    scores = scores.masked_fill(hidden, -torch.inf)
     rows = columns = scores
     if key_padding_mask is not None:
         rows = rows.masked_fill(key_padding_mask[:, None, None, :], -torch.inf)
@@ -104,6 +108,18 @@ def hide_holes(call: dict[str, Any]) -> None:
     for name, other in (("query_padding_mask", "query"), ("key_padding_mask", "key")):
         call[name] = torch.rand(2, call[other].shape[2]) < 0.4
     call["key_padding_mask"][1] = True
+
+
+def slopes(call: dict[str, Any]) -> None:
+    call["alibi_slopes"] = 0.3 * torch.rand(call["query"].shape[:2])
+
+
+def both(*edits: Any) -> Any:
+    def edit(call: dict[str, Any]) -> None:
+        for each in edits:
+            each(call)
+
+    return edit
 
 
 def hide_everything_of_one(call: dict[str, Any]) -> None:
@@ -178,6 +194,18 @@ CASES = [
          edit=one_sign, in_triton={"q_len": 1500}),
     Case("nearly_equal", "weights that differ by a rounding or two, which long sums drop", shape(
         200, 250), {"scale": 1e-7}, one_sign),
+    Case("window", "a band of scores, both ways", shape(60, 70), {"window": (9, 4)}),
+    Case("window_wide", "bottom right, rows and columns without a score", shape(150, 300),
+         {"window": (30, 0), "causal_alignment": "bottom_right"}, hide_holes),
+    Case("window_few", "among few", shape(3, 40), {"window": (9, 4)}),
+    Case("softcap", "scores that a cap bends, in both softmaxes", shape(30, 70, mask="bias"),
+         {"softcap": 0.8}),
+    Case("softcap_blocks", "score tiles that are computed again", shape(270, 530, batch=1),
+         {"softcap": 0.8}),
+    Case("softcap_few", "among few", shape(3, 40, 40), {"softcap": 0.8}),
+    Case("alibi", "slopes in both softmaxes", shape(30, 70), edit=slopes),
+    Case("all_kinds", "window, cap and slopes", shape(65, 130, mask="bias"),
+         {"window": (50, 40), "softcap": 1.1, "dropout_p": 0.2}, edit=both(slopes, hide_holes)),
     Case("no_queries", "out_k is 0, lse_k -inf", shape(0, 7)),
     Case("no_keys", "out_q is 0, lse_q -inf", shape(7, 0)),
     Case("nothing", "empty both ways", shape(0, 0)),

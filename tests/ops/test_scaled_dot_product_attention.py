@@ -57,6 +57,27 @@ def lowest(call: dict[str, Any]) -> None:
     call["attn_mask"] = bias
 
 
+def slopes_of(*sizes: int) -> Any:
+    """Those of ALiBi's paper for so many heads, or others for each entry and head, one of them
+    below 0."""
+
+    def edit(call: dict[str, Any]) -> None:
+        if len(sizes) == 1:
+            call["alibi_slopes"] = 2.0 ** (-8 * torch.arange(1, sizes[0] + 1) / sizes[0])
+        else:
+            call["alibi_slopes"] = 0.3 * torch.rand(sizes) - 0.1
+
+    return edit
+
+
+def both(*edits: Any) -> Any:
+    def edit(call: dict[str, Any]) -> None:
+        for each in edits:
+            each(call)
+
+    return edit
+
+
 LAST = {"causal_alignment": "bottom_right"}
 CASES = [
     Case("small", "an ordinary call", shape(20, 36)),
@@ -124,6 +145,44 @@ CASES = [
         3, 4500, 8, batch=1, heads=6), edit=one_sign, in_triton={"heads": 2}),
     *(Case(f"nearly_equal{name}", "weights that differ by a rounding or two, which long sums drop",
            shape(q, 250), {"scale": 1e-7}, one_sign) for name, q in (("", 16), ("_tail", 19))),
+    Case("window", "keys on both sides", shape(60, 70), {"window": (9, 4)}),
+    Case("window_blocks", "ranges that begin within a block, and blocks that no tile sees", shape(
+        113, 1100), {"window": (40, 17), **LAST}),
+    Case("window_tiles", "more tiles than walk together", shape(900, 900, 8, batch=1, heads=1),
+         {"window": (100, 30)}),
+    Case("window_left", "keys before alone, below the diagonal", shape(70, 300, causal=True),
+         {"window": (33, None)}),
+    Case("window_right", "a bound on one side", shape(300, 70), {"window": (None, 3)}),
+    Case("window_few", "decoding with a window", shape(3, 700), {"window": (300, 0), **LAST}),
+    Case("window_few_masked", "the same around hidden keys", shape(
+        2, 700, heads=4, kv_heads=2, mask="bias"), {"window": (290, 5), "dropout_p": 0.2, **LAST},
+        hide_all_of_one),
+    Case("window_dead", "rows beyond all windows", shape(90, 13), {"window": (2, 2)}),
+    Case("window_masked", "a window among hidden keys and masks", shape(
+        65, 580, mask="bias", heads=4, kv_heads=2), {"window": (70, 9), "dropout_p": 0.2, **LAST},
+        hide_all_of_one),
+    Case("window_bools", "with bits of a mask", shape(65, 580, mask="bool"),
+         {"window": (270, 90), **LAST}),
+    Case("softcap", "scores that a cap bends", shape(20, 36, 40), {"softcap": 0.8}),
+    Case("softcap_wide", "sums of wide heads in parts", shape(21, 70, 160), {"softcap": 2.0}),
+    Case("softcap_reached", "scores far beyond the cap", shape(20, 300),
+         {"softcap": 1.5, "scale": 3.0}),
+    Case("softcap_few", "one at a time", shape(3, 300, 40, mask="bias"), {"softcap": 0.7}),
+    Case("softcap_pieces", "keys in pieces", shape(33, 1300, 8), {"softcap": 0.6}),
+    Case("softcap_masked", "the cap comes before masks", shape(
+        30, 300, mask="bias", heads=4, kv_heads=2, causal=True), {"softcap": 0.9, "dropout_p": 0.2},
+        hide_all_of_one),
+    Case("alibi", "slopes of the paper", shape(40, 300, heads=8), edit=slopes_of(8)),
+    Case("alibi_entries", "slopes for each entry, bottom right", shape(40, 300), LAST,
+         slopes_of(2, 2)),
+    Case("alibi_few", "decoding with slopes", shape(2, 600, heads=4, kv_heads=2), LAST,
+         slopes_of(4)),
+    Case("alibi_pieces", "distances in pieces of the keys", shape(33, 1300, 8), LAST,
+         slopes_of(2)),
+    Case("alibi_holes", "distances over hidden keys", shape(21, 301), LAST,
+         both(slopes_of(2), hide_all_of_one)),
+    Case("all_kinds", "window, cap and slopes", shape(65, 580, mask="bias", heads=4, kv_heads=2),
+         {"window": (90, 40), "softcap": 1.1, **LAST}, both(slopes_of(2, 4), hide_all_of_one)),
     Case("no_queries", "empty", shape(0, 7)),
     Case("no_keys", "empty: 0 and -inf", shape(7, 0)),
     Case("no_batch", "empty", shape(7, 5, batch=0)),
@@ -136,7 +195,10 @@ class TestScaledDotProductAttention(AttentionSuite):
     plain = staticmethod(plain_attention)
     cases = CASES
     outputs = 1
-    scale_cases = ("few_dead_rows", "rest_of_two", "dead_rows", "bias", "pieces", "causal")
+    scale_cases = (
+        "few_dead_rows", "rest_of_two", "dead_rows", "bias", "pieces", "causal", "alibi",
+        "alibi_few", "all_kinds",
+    )  # fmt: skip
     slow_scale_cases = ("dead_rows", "bias")
     bool_cases = ("few_dead_rows", "rest_of_two", "padding", "bool_mask")
 

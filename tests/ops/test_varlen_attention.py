@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from suite import DEVICE, AttentionSuite, Case, Target, above_diagonal, plain_lse
+from suite import DEVICE, AttentionSuite, Case, Target, outside, plain_lse, shaped
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -34,6 +34,9 @@ def plain_varlen(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: str = "top_left",
+    window: Any = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
@@ -53,6 +56,10 @@ def plain_varlen(
     for index, (rows, columns) in enumerate(pairs):
         q, k, v = (t.transpose(0, 1) for t in (query[rows], key[columns], value[columns]))
         scores = (q @ k.transpose(-1, -2)) * scale
+        slopes = alibi_slopes
+        if slopes is not None:
+            slopes = slopes.expand(len(pairs), heads)[index]
+        scores = shaped(scores, softcap, slopes, causal_alignment)
         if attn_mask is not None:
             whole = attn_mask.expand(len(pairs), heads, max_seqlen_q, max_seqlen_k)
             part = whole[index, :, : scores.shape[1], : scores.shape[2]]
@@ -60,8 +67,8 @@ def plain_varlen(
                 scores = scores.masked_fill(~part, -torch.inf)
             else:
                 scores = scores.to(torch.promote_types(scores.dtype, part.dtype)) + part
-        if is_causal:
-            scores = scores.masked_fill(above_diagonal(scores, causal_alignment), -torch.inf)
+        hidden = outside(scores, is_causal, window, causal_alignment)
+        scores = scores.masked_fill(hidden, -torch.inf)
         dead = (scores == -torch.inf).all(-1, keepdim=True)
         scores = scores.masked_fill(dead, 0.0)
         weights = torch.softmax(scores, -1).masked_fill(dead, 0.0)
@@ -105,6 +112,10 @@ def masked(sizes: tuple[int, ...], kind: str = "bias") -> Any:
         call["attn_mask"] = mask > -0.5 if kind == "bool" else mask.to(call["query"].dtype)
 
     return edit
+
+
+def slopes(call: dict[str, Any]) -> None:
+    call["alibi_slopes"] = 0.3 * torch.rand(3, call["query"].shape[1])
 
 
 def rows_behind(call: dict[str, Any]) -> None:
@@ -161,6 +172,12 @@ CASES = [
     Case("dropout_all", "p = 1 drops everything", shape([5, 3], [9, 2]), {"dropout_p": 1.0}),
     Case("one_sign", "long sums of one sign", shape([3, 2], [4500, 4100]), edit=one_sign,
          in_triton={"kv_lens": [1500, 1100]}),
+    Case("window", "each sequence has a window of its own", shape([50, 7, 330], [50, 70, 330]),
+         {"window": (20, 3)}),
+    Case("window_bottom_right", "decoding with a window", shape([1, 2, 40], [300, 77, 60], heads=3),
+         LAST | {"window": (64, None)}),
+    Case("softcap", "scores that a cap bends", shape(*MIXED, 40), {"softcap": 0.8}),
+    Case("alibi", "slopes for each sequence", shape(*MIXED, heads=4, kv_heads=2), LAST, slopes),
     Case("no_queries", "empty", shape([0, 0], [7, 3])),
     Case("no_keys", "rows without a key only", shape([7, 3], [0, 0])),
     Case("no_sequences", "empty", shape([], [])),

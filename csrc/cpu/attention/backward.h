@@ -55,6 +55,7 @@ class BackwardTask {
                       {&maximum_, kMost},
                       {&scores_, most_ * p_.kv_len * kMost},
                       {&grad_scores_, most_ * p_.kv_len * kMost},
+                      {&derivative_, p_.softcap > 0.0f ? most_ * p_.kv_len * kMost : 0},
                       {&maxima_, most_ * blocks_ * kMost},
                       {&pairs_, Math::kDepth > 1 ? kBlock / 2 * kMost : 0},
                       {&factor_, p_.dropout ? kBlock * kMost : 0},
@@ -69,7 +70,7 @@ class BackwardTask {
   }
 
   void run(int64_t b, int64_t group) {
-    const Positions keys = visible_keys(p_, b, p_.kv_len, list_);
+    const Positions keys = visible_keys(p_, b, 0, p_.kv_len, list_);
     const int64_t members = p_.heads / p_.kv_heads;
     const QueryTiles tiles = all_query_tiles(p_);
     const int64_t total = members * tiles.count;
@@ -120,16 +121,16 @@ class BackwardTask {
   // is the only one stays in the first cache in between, tile by tile.
   void walk(int64_t b, int64_t group, const Positions& keys) {
     const Slice key(p_.key, p_.type, b, group), value(p_.value, p_.type, b, group);
-    for (int64_t i = 0; i < count_; ++i) {
-      BackwardTile& tile = tile_[i];
-      const int64_t last = tile.queries.first + tile.queries.count - 1;
-      tile.visible = keys.before(p_.keys_seen_by(last));
-    }
+    for (int64_t i = 0; i < count_; ++i) look<Math>(p_, keys, tile_[i]);
     const bool one_block = keys.count <= kBlock;
     for (int pass = 0; pass < 2 - one_block; ++pass) {
       const bool first = pass == 0, last = pass == 1 || one_block;
       for (int64_t done = 0; done < keys.count; done += kBlock) {
         const Block block = block_at(keys, done);
+        if (!sees(block)) {
+          if (last && one_group_) store_gradients(b, group, block, true);
+          continue;
+        }
         LeftRows<Math> key_rows{}, value_rows{};
         Right<Math> key_columns{};
         if (first) {
@@ -139,24 +140,26 @@ class BackwardTask {
         if (last) {
           key_columns = Packing<Math>::columns(key, block, p_.head_dim, key_columns_);
           // The first tile stores what it sees, and the others add to it.
-          const int64_t seen_first = seen(tile_[0], block).count;
-          const int64_t from = seen_first > 0 ? seen_first : 0;
-          for (int64_t e = from * dim_; e < block.count * dim_; ++e) grad_key_[e] = 0.0f;
-          for (int64_t e = from * value_dim_; e < block.count * value_dim_; ++e)
-            grad_value_[e] = 0.0f;
+          const Block stored = seen(tile_[0], block);
+          const int64_t skipped = stored.count > 0 ? stored.first - done : 0;
+          clear_gradients(0, skipped);
+          clear_gradients(skipped + (stored.count > 0 ? stored.count : 0), block.count);
         }
         for (int64_t i = 0; i < count_; ++i) {
           const Block some = seen(tile_[i], block);
-          const Kept at = kept(one_block ? 0 : i, tile_[i], block);
-          if (first && some.count > 0) products(b, i, some, at, key_rows, value_rows);
+          const int64_t skipped = some.first - done;
+          const Kept at = kept(one_block ? 0 : i, tile_[i], some);
+          if (first && some.count > 0) {
+            products(b, i, some, at, rows_from(skipped, key_rows), rows_from(skipped, value_rows));
+          }
           if (one_block) finish_statistics(b, tile_[i]);
-          if (last && some.count > 0) gradients(b, i, some, at, key_columns);
+          if (last && some.count > 0) {
+            gradients(b, i, some, skipped, at,
+                      steps_from(Packing<Math>::steps(skipped), key_columns));
+          }
         }
         if (last && one_group_) {
-          const auto same = [](int64_t) { return 1.0f; };
-          const auto scale = [this](int64_t) { return grad_scale_.sums; };
-          store_rows(p_.grad_key, p_.type, b, group, block, p_.head_dim, scale, grad_key_);
-          store_rows(p_.grad_value, p_.type, b, group, block, p_.value_dim, same, grad_value_);
+          store_gradients(b, group, block, false);
         } else if (last) {
           add(key_sums_ + done * dim_, grad_key_, block.count * dim_);
           add(value_sums_ + done * value_dim_, grad_value_, block.count * value_dim_);
@@ -166,7 +169,7 @@ class BackwardTask {
     }
     for (int64_t i = 0; i < count_; ++i) {
       const BackwardTile& tile = tile_[i];
-      for (int64_t e = 0; e < tile.queries.count * dim_ && tile.visible == 0; ++e)
+      for (int64_t e = 0; e < tile.queries.count * dim_ && tile.sees_none(); ++e)
         tile.grad_query[e] = 0.0f;
       const auto scale = [this](int64_t) { return grad_scale_.sums; };
       store_rows(p_.grad_query, p_.type, b, tile.h, tile.queries, p_.head_dim, scale,
@@ -174,15 +177,37 @@ class BackwardTask {
     }
   }
 
+  bool sees(const Block& block) const {
+    for (int64_t i = 0; i < count_; ++i)
+      if (seen(tile_[i], block).count > 0) return true;
+    return false;
+  }
+
+  // Rows first .. end of a block's sums.
+  void clear_gradients(int64_t first, int64_t end) const {
+    for (int64_t e = first * dim_; e < end * dim_; ++e) grad_key_[e] = 0.0f;
+    for (int64_t e = first * value_dim_; e < end * value_dim_; ++e) grad_value_[e] = 0.0f;
+  }
+
+  // A block's sums to the gradients, or zeros of keys that no query sees.
+  void store_gradients(int64_t b, int64_t group, const Block& block, bool none) const {
+    const auto same = [](int64_t) { return 1.0f; };
+    const auto scale = [this](int64_t) { return grad_scale_.sums; };
+    if (none) clear_gradients(0, block.count);
+    store_rows(p_.grad_key, p_.type, b, group, block, p_.head_dim, scale, grad_key_);
+    store_rows(p_.grad_value, p_.type, b, group, block, p_.value_dim, same, grad_value_);
+  }
+
   // What a tile keeps of a block.
   struct Kept {
-    float *scores, *grad_scores, *maxima;
+    float *scores, *grad_scores, *maxima, *derivative;
   };
 
   Kept kept(int64_t i, const QueryTile& tile, const Block& block) const {
     const int64_t at = i * p_.kv_len * QueryTiles::kMost + block.first * tile.columns;
     return {scores_ + at, grad_scores_ + at,
-            maxima_ + (i * blocks_ + block.first / kBlock) * QueryTiles::kMost};
+            maxima_ + (i * blocks_ + block.first / kBlock) * QueryTiles::kMost,
+            p_.softcap > 0.0f ? derivative_ + at : nullptr};
   }
 
   // exp(S - m) and dP of a block, the latter with its dropout factors, and the statistics so far:
@@ -191,21 +216,19 @@ class BackwardTask {
                 const LeftRows<Math>& value) {
     const BackwardTile& tile = tile_[i];
     const int64_t columns = tile.columns;
-    for (int64_t e = 0; e < columns; ++e) maximum_[e] = -kInfinity;
-    multiply_dims(key, query_t_[i], block.count, columns, Packing<Math>::steps(p_.head_dim),
-                  to.scores, StoreMaximum{to.scores, columns, maximum_});
+    const Scores scores{p_, b, tile.h, tile.queries, columns, to.scores, to.derivative};
+    const auto product = [&](const auto& epilogue) {
+      multiply_dims(key, query_t_[i], block.count, columns, Packing<Math>::steps(p_.head_dim),
+                    to.scores, epilogue);
+    };
+    const float unit =
+        make_scores(scores, block, Base::kE, scaling_.unit, maximum_, nullptr, product);
     multiply_dims(value, grad_t_[i], block.count, columns, Packing<Math>::steps(p_.value_dim),
                   to.grad_scores, Store{to.grad_scores, columns});
-    const Scores scores{p_, b, tile.h, tile.queries, columns, to.scores};
     if (p_.dropout) {
       dropout_factors(scores, block, kRowStream, factor_);
       for (int64_t e = 0; e < block.count * columns; e += Vec::kLanes)
         (Vec::load(to.grad_scores + e) * Vec::load(factor_ + e)).store(to.grad_scores + e);
-    }
-    float unit = scaling_.unit;
-    if (p_.mask.data || crosses_diagonal(scores, block)) {
-      mask_scores(scores, block, unit, maximum_);
-      unit = 1.0f;
     }
     online_softmax<Float32Math, Base::kE>(block, columns, unit, maximum_, nullptr, to.scores,
                                           tile.statistics);
@@ -235,8 +258,10 @@ class BackwardTask {
     }
   }
 
-  // P c in the place of exp(S - m), dS in that of dP, and what they add to the gradients.
-  void gradients(int64_t b, int64_t i, const Block& block, const Kept& at, const Right<Math>& key) {
+  // P c in the place of exp(S - m), dS in that of dP, and what they add to the gradients, those of
+  // the keys from row `place` on.
+  void gradients(int64_t b, int64_t i, const Block& block, int64_t place, const Kept& at,
+                 const Right<Math>& key) {
     const BackwardTile& tile = tile_[i];
     const int64_t columns = tile.columns;
     if (p_.dropout) {
@@ -260,6 +285,7 @@ class BackwardTask {
     for (int64_t row = 0; row < tile.queries.count; ++row)
       add_mask_gradient(p_.grad_mask, b, tile.h, tile.queries[row], block, at.grad_scores + row,
                         columns);
+    if (at.derivative) through_cap(at.derivative, block.count * columns, at.grad_scores);
     grad_scale_.apply(block.count * columns, at.grad_scores);
 
     PackedGradients<Math>::store_pairs(block.count, columns, at.grad_scores, pairs_);
@@ -267,12 +293,13 @@ class BackwardTask {
     PackedGradients<Math>::round_rows(block.count, columns, at.grad_scores);
     const int64_t steps = Packing<Math>::steps(tile.queries.count);
     multiply(PackedWeights<Math>::by_key(at.scores, columns), grad_[i], block.count, value_dim_,
-             steps, Add{grad_value_, value_dim_, i == 0});
+             steps, Add{grad_value_ + place * value_dim_, value_dim_, i == 0});
     const auto by_key = PackedWeights<Math>::by_key(at.grad_scores, columns);
-    multiply(by_key, query_[i], block.count, dim_, steps, Add{grad_key_, dim_, i == 0});
+    multiply(by_key, query_[i], block.count, dim_, steps,
+             Add{grad_key_ + place * dim_, dim_, i == 0});
     multiply(PackedGradients<Math>::by_query(at.grad_scores, pairs_, columns), key,
              tile.queries.count, dim_, Packing<Math>::steps(block.count),
-             Add{tile.grad_query, dim_, block.first == 0});
+             Add{tile.grad_query, dim_, block.first == tile.begin});
   }
 
   void write_row(const MutableView& to, int64_t b, int64_t group, int64_t j, int64_t count,
@@ -311,7 +338,7 @@ class BackwardTask {
   GradientScale grad_scale_;
   int64_t blocks_, most_;   // blocks of keys, tiles at a time
   bool one_group_ = false;  // of tiles: the gradients of a block are then complete
-  float *tiles_, *maximum_, *scores_, *grad_scores_, *maxima_, *pairs_, *factor_;
+  float *tiles_, *maximum_, *scores_, *grad_scores_, *derivative_, *maxima_, *pairs_, *factor_;
   float *key_, *key_columns_, *value_, *grad_key_, *grad_value_;  // of a block
   double *key_sums_, *value_sums_;
   int32_t* list_;

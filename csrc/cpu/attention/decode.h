@@ -176,7 +176,7 @@ void decode_row(const AttentionForward& p, int64_t b, int64_t h, int64_t query,
         (dot_products(s.query, rows, j, block.count - j, p.head_dim) * unit).store(s.scores + j);
     });
     const Scores scores{p, b, h, one(query), 1, s.scores};
-    if (p.mask.data || crosses_diagonal(scores, block)) mask_row(scores, block);
+    make_row(scores, block);
     for (int64_t j = block.count; j < padded(block.count); ++j) s.scores[j] = -kInfinity;
     const float rescale = row_softmax(block.count, s.scores, statistics);
     if (p.dropout) {
@@ -205,7 +205,8 @@ inline void decode_tasks(int64_t begin, int64_t end, const void* context) {
       for (int64_t row = 0; row < members * p.q_len; ++row) {
         const int64_t b = slice / p.kv_heads, query = row % p.q_len;
         const int64_t h = slice % p.kv_heads * members + row / p.q_len;
-        const Positions keys = visible_keys(p, b, p.keys_seen_by(query), s.list);
+        const KeyRange seen = keys_seen(p, query, query);
+        const Positions keys = visible_keys(p, b, seen.first, seen.end, s.list);
         decode_row<decltype(kind)>(p, b, h, query, keys, s);
       }
   });

@@ -36,6 +36,7 @@ class DecodeBackwardTask {
                       {&grad_, rows_ * value_dim_},
                       {&scores_, rows_ * length_},
                       {&grad_scores_, rows_ * length_},
+                      {&derivative_, p_.softcap > 0.0f ? rows_ * length_ : 0},
                       {&factor_, p_.dropout ? length_ : 0},
                       {&scaled_, dim_},
                       {&row_, widest},
@@ -44,7 +45,8 @@ class DecodeBackwardTask {
   }
 
   void run(int64_t b, int64_t group) {
-    const Positions keys = visible_keys(p_, b, p_.kv_len, list_);
+    const KeyRange seen = keys_seen(p_, 0, p_.q_len - 1);
+    const Positions keys = visible_keys(p_, b, seen.first, seen.end, list_);
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t h = group * members_ + r / p_.q_len, query = r % p_.q_len;
       products(b, h, query, r, keys);
@@ -56,6 +58,8 @@ class DecodeBackwardTask {
   }
 
  private:
+  bool capped() const { return p_.softcap > 0.0f; }
+
   template <class Body>
   static void for_blocks(const Positions& keys, const Body& body) {
     for (int64_t done = 0; done < keys.count; done += kBlock) body(block_at(keys, done));
@@ -84,8 +88,14 @@ class DecodeBackwardTask {
         for (int64_t j = 0; j < block.count; j += Vec::kLanes)
           dot_products(grad, rows, j, block.count - j, p_.value_dim).store(grads + j);
       });
-      const Scores at{p_, b, h, one(query), 1, scores};
-      if (p_.mask.data || crosses_diagonal(at, block)) mask_row(at, block);
+      const Scores at{p_,
+                      b,
+                      h,
+                      one(query),
+                      1,
+                      scores,
+                      capped() ? derivative_ + r * length_ + block.first : nullptr};
+      make_row(at, block);
       if (p_.dropout) {
         dropout_factors(at, block, kRowStream, factor_ + block.first);
         for (int64_t j = 0; j < block.count; ++j) grads[j] *= factor_[block.first + j];
@@ -138,6 +148,7 @@ class DecodeBackwardTask {
       (p_.dropout ? weight * Vec::load(factor_ + j) : weight).store(scores + j);
     }
     add_mask_gradient(p_.grad_mask, b, h, query, {keys, 0, keys.count}, grads, 1);
+    if (capped()) through_cap(derivative_ + r * length_, keys.count, grads);
     grad_scale_.apply(keys.count, grads);
   }
 
@@ -178,7 +189,8 @@ class DecodeBackwardTask {
   int64_t members_, rows_, length_, dim_, value_dim_;
   Scaling scaling_;
   GradientScale grad_scale_;
-  float *query_, *grad_, *scores_, *grad_scores_, *factor_, *scaled_, *row_, *copy_;
+  float *query_, *grad_, *scores_, *grad_scores_, *derivative_;
+  float *factor_, *scaled_, *row_, *copy_;
   int32_t* list_;
 };
 

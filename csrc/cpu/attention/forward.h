@@ -67,18 +67,27 @@ class ForwardTask {
       const int64_t tile = first + i;
       const int64_t place = tile % tiles.count;
       start(b, group * members + tile / tiles.count, tiles[place], tiles.is_tail(place), i);
-      limit = limit > limit_of(tile_[i]) ? limit : limit_of(tile_[i]);
+      const int64_t seen = keys_seen(p_, tile_[i].queries).end;
+      limit = limit > seen ? limit : seen;
     }
     const Slice key(p_.key, p_.type, b, group), value(p_.value, p_.type, b, group);
-    const Positions keys = visible_keys(p_, b, limit, list_);
-    for (int64_t i = 0; i < count_; ++i) tile_[i].visible = keys.before(limit_of(tile_[i]));
-    for (int64_t done = 0; done < keys.count; done += kKeys) {
+    const Positions keys = visible_keys(p_, b, 0, limit, list_);
+    int64_t begin = keys.count;
+    for (int64_t i = 0; i < count_; ++i) {
+      look<Math>(p_, keys, tile_[i]);
+      begin = begin < tile_[i].begin ? begin : tile_[i].begin;
+    }
+    // Blocks begin at the same keys for each tile, whichever tiles walk with it.
+    for (int64_t done = begin / kKeys * kKeys; done < keys.count; done += kKeys) {
       const Block block = block_at(keys, done, kKeys);
       const auto key_rows = Packing<Math>::rows(key, block, p_.head_dim, key_);
       const auto value_columns = Packing<Math>::columns(value, block, p_.value_dim, value_);
       for (int64_t i = 0; i < count_; ++i) {
         const Block some = seen(tile_[i], block);
-        if (some.count > 0) attend(b, i, some, key_rows, value_columns);
+        if (some.count <= 0) continue;
+        const int64_t skipped = some.first - done;
+        attend(b, i, some, rows_from(skipped, key_rows),
+               steps_from(Packing<Math>::steps(skipped), value_columns));
       }
     }
     for (int64_t i = 0; i < count_; ++i) finish(b, i);
@@ -87,16 +96,11 @@ class ForwardTask {
  private:
   int64_t query_floats() const { return padded(p_.head_dim) * QueryTiles::kMost; }
 
-  // The keys that the diagonal leaves to a tile.
-  int64_t limit_of(const QueryTile& tile) const {
-    return p_.keys_seen_by(tile.queries.first + tile.queries.count - 1);
-  }
-
   void start(int64_t b, int64_t h, const Block& queries, bool tail, int64_t i) {
     constexpr int64_t kMost = QueryTiles::kMost;
     float* statistics = statistics_ + i * 3 * kMost;
     QueryTile& tile = tile_[i];
-    tile = {h, queries, tail ? tail_columns(queries.count) : padded(queries.count),
+    tile = {h, queries, tail ? tail_columns(queries.count) : padded(queries.count), 0,
             0, tail,    {statistics, statistics + kMost, statistics + 2 * kMost}};
     const auto operand = tail ? tail_rows<Math> : Packing<Math>::lanes;
     query_[i] = operand(Slice(p_.query, p_.type, b, h), queries, p_.head_dim, scaling_.factor,
@@ -116,11 +120,12 @@ class ForwardTask {
     } else {
       weigh(b, i, block, key);
     }
+    const bool begins = block.first == tile.begin;
     const bool ends = block.first + block.count == tile.visible;
     const auto add = [&](int64_t from, int64_t some, bool last) {
       const auto weights = steps_from(from, PackedWeights<Math>::by_query(scores_, columns));
       const auto values = steps_from(from, value);
-      const bool first = block.first + from == 0;
+      const bool first = begins && from == 0;
       if (transposed_) {
         multiply(LeftColumns<Math>{values.data, values.step}, {weights.data, weights.step},
                  p_.value_dim, columns, some,
@@ -145,22 +150,11 @@ class ForwardTask {
     const QueryTile& tile = tile_[i];
     const int64_t columns = tile.columns;
     const Scores scores{p_, b, tile.h, tile.queries, columns, scores_};
-    for (int64_t e = 0; e < columns; ++e) maximum_[e] = -kInfinity;
-    const auto score = [&](const auto& epilogue) {
+    const auto product = [&](const auto& epilogue) {
       multiply_dims(key, query_[i], block.count, columns, Packing<Math>::steps(p_.head_dim),
                     scores_, epilogue);
     };
-    float unit = scaling_.unit;
-    if (maskable_product(scores, block)) {
-      shown_lanes(scores, block, shown_);
-      score(StoreShown{scores_, columns, maximum_, shown_});
-    } else {
-      score(StoreMaximum{scores_, columns, maximum_});
-      if (p_.mask.data || crosses_diagonal(scores, block)) {
-        mask_scores(scores, block, unit, maximum_);
-        unit = 1.0f;
-      }
-    }
+    const float unit = make_scores(scores, block, base_, scaling_.unit, maximum_, shown_, product);
     if (p_.dropout) dropout_factors(scores, block, kRowStream, factor_);
     online_softmax<Math>(base_, block, columns, unit, maximum_, p_.dropout ? factor_ : nullptr,
                          scores_, tile.statistics);
@@ -168,18 +162,18 @@ class ForwardTask {
 
   // Whether the last product of a tile goes straight to the output.
   bool direct(const QueryTile& tile) const {
-    return tile.visible > 0 && !transposed_ && takes_registers(p_.out, tile.queries, p_.value_dim);
+    return !tile.sees_none() && !transposed_ && takes_registers(p_.out, tile.queries, p_.value_dim);
   }
 
   // What is left to do after the last block.
   void finish(int64_t b, int64_t i) {
     const QueryTile& tile = tile_[i];
-    if (tile.visible == 0) {
+    if (tile.sees_none()) {
       for (int64_t e = 0; e < tile.queries.count * value_columns_; ++e) out_of(i)[e] = 0.0f;
     }
     if (!direct(tile)) {
       float* outs = out_of(i);
-      if (transposed_ && tile.visible > 0) outs = transposed_back(outs, tile.columns);
+      if (transposed_ && !tile.sees_none()) outs = transposed_back(outs, tile.columns);
       store_means(p_.out, p_.out_type(), b, tile.h, tile.queries, p_.value_dim, tile.statistics.sum,
                   outs);
     }

@@ -45,15 +45,26 @@ struct QueryTile {
   int64_t h;
   Block queries;
   int64_t columns;
-  int64_t visible;  // keys, the first of those that no padding hides
+  int64_t begin, visible;  // the keys it sees, of those that no padding hides: begin .. visible
   bool tail;
   Statistics statistics;
+
+  bool sees_none() const { return visible <= begin; }
 };
+
+// Tells a tile which of the keys it sees, from a whole step of the products on.
+template <class Math>
+inline void look(const Attention& p, const Positions& keys, QueryTile& tile) {
+  const KeyRange range = keys_seen(p, tile.queries);
+  tile.begin = keys.before(range.first) / Math::kDepth * Math::kDepth;
+  tile.visible = keys.before(range.end);
+}
 
 // What a tile sees of a block; its count may be 0 or less.
 inline Block seen(const QueryTile& tile, const Block& block) {
-  const int64_t left = tile.visible - block.first;
-  return {block.positions, block.first, left < block.count ? left : block.count};
+  const int64_t first = tile.begin > block.first ? tile.begin : block.first;
+  const int64_t end = block.first + block.count;
+  return {block.positions, first, (tile.visible < end ? tile.visible : end) - first};
 }
 
 }  // namespace

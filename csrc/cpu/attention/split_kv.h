@@ -19,7 +19,7 @@ struct KvSplits {
   int64_t length, count;
 
   explicit KvSplits(const AttentionForward& p) : length(p.kv_len), count(1) {
-    if (p.q_len > kQueries || p.kv_len <= kShortest || p.causal || p.dropout) return;
+    if (p.q_len > kQueries || p.kv_len <= kShortest || p.windowed() || p.dropout) return;
     const int64_t blocks = (p.kv_len + kMost * kBlock - 1) / (kMost * kBlock);
     length = blocks * kBlock > kShortest ? blocks * kBlock : kShortest;
     count = (p.kv_len + length - 1) / length;
@@ -36,6 +36,7 @@ inline AttentionForward keys_of(AttentionForward p, int64_t first, int64_t end) 
   skip(p.value, p.type, p.value.row);
   skip(p.mask, p.mask_type, p.mask.column);
   if (p.padding) p.padding += first * p.padding_column;
+  p.diagonal -= first;
   p.kv_len = end - first;
   return p;
 }

@@ -14,11 +14,12 @@ template <class Math>
 constexpr int64_t kMostTail =
     Vec::kLanes == 16 && Math::kDepth == 1 ? 8 : Vec::kLanes / (4 * Math::kDepth);
 
-// How many queries of each head that are. Masks, the diagonal and dropout want lanes of queries.
+// How many queries of each head that are. Whatever else is made of scores, and dropout, wants lanes
+// of queries.
 template <class Math>
 int64_t tail_queries(const Attention& p) {
   const int64_t tail = p.q_len % Vec::kLanes;
-  const bool plain = !p.mask.data && !p.causal && !p.dropout;
+  const bool plain = !p.mask.data && !p.windowed() && !is_shaped(p) && !p.dropout;
   const bool wide = 2 * p.value_dim > Vec::kLanes;
   return plain && wide && p.q_len > Vec::kLanes && tail <= kMostTail<Math> ? tail : 0;
 }

@@ -102,6 +102,7 @@ class Packed {
     if (p.mask.data) {
       p.mask.data = static_cast<const char*>(p.mask.data) + i * p.mask.batch * size_of(p.mask_type);
     }
+    if (p.alibi.data) p.alibi.data += i * p.alibi.batch;
     p.diagonal = sequences_.bottom_right ? p.kv_len - p.q_len : 0;
     advance_outputs(p, i, q, k);
     return p;

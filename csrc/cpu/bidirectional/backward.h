@@ -21,11 +21,6 @@
 namespace ff {
 namespace {
 
-// S and dP or dR of a block of keys, down, against a query tile, across.
-struct ScoreTile {
-  float *scores, *grad_rows, *grad_columns;
-};
-
 template <class Math>
 class BidirectionalBackwardTask {
  public:
@@ -37,7 +32,7 @@ class BidirectionalBackwardTask {
         value_dim_(padded(p.value_dim)),
         query_value_dim_(padded(p.query_value_dim)),
         rows_size_(padded(p.q_len) + Vec::kLanes),
-        masked_(has_few(p) || p.mask.data || p.causal),
+        masked_(has_few(p) || p.mask.data || p.windowed() || is_shaped(p)),
         scaling_(scaling_of<Math>(p.scale, Base::kE)),
         grad_scale_(p.scale),
         unit_(masked_ ? 1.0f : scaling_.unit),
@@ -53,6 +48,7 @@ class BidirectionalBackwardTask {
                       {&kept_.scores, scores},
                       {&kept_.grad_rows, scores},
                       {&kept_.grad_columns, scores},
+                      {&kept_.derivative, p_.softcap > 0.0f ? scores : 0},
                       {&pairs_, pairs},
                       {&column_pairs_, pairs},
                       {&factor_, factors},
@@ -207,8 +203,9 @@ class BidirectionalBackwardTask {
     for (int64_t i = 0; i < count_; ++i) {
       const BackwardTile& tile = tile_[i];
       const int64_t place = keeps_ ? tile.place * p_.kv_len + keys.place * tile.columns : 0;
-      const ScoreTile at{kept_.scores + place, kept_.grad_rows + place, kept_.grad_columns + place};
-      const Scores scores{p_, b_, h_, tile.queries, tile.columns, at.scores};
+      const ScoreTile at{kept_.scores + place, kept_.grad_rows + place, kept_.grad_columns + place,
+                         p_.softcap > 0.0f ? kept_.derivative + place : nullptr};
+      const Scores scores{p_, b_, h_, tile.queries, tile.columns, at.scores, at.derivative};
       if (multiplies()) products(scores, tile, keys, at);
       const SideStatistics rows = tile.rows, columns = keys_.at(keys.place);
       if (pass_ == Pass::kMaxima) {
@@ -242,7 +239,7 @@ class BidirectionalBackwardTask {
       multiply_dims(keys.key, tile.query_t, block.count, columns, steps, at.scores,
                     StoreMaximum{at.scores, columns, maximum_});
     }
-    if (masked_) mask_scores(scores, block, scaling_.unit, maximum_);
+    if (masked_) make_scores_in_place(scores, block, Base::kE, scaling_.unit, maximum_);
     const auto gradients = [&](const LeftRows<Math>& left, const Right<Math>& right, int64_t dim,
                                uint32_t stream, float* to) {
       const int64_t steps = Packing<Math>::steps(dim);
@@ -301,6 +298,7 @@ class BidirectionalBackwardTask {
     for (int64_t row = 0; row < tile.queries.count; ++row)
       add_mask_gradient(p_.grad_mask, b_, h_, tile.queries[row], block, at.scores + row,
                         tile.columns);
+    if (at.derivative) through_cap(at.derivative, block.count * tile.columns, at.scores);
     grad_scale_.apply(block.count * tile.columns, at.scores);
   }
 

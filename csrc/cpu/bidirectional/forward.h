@@ -216,17 +216,16 @@ class BidirectionalTask {
 
   // Fills the scores and `maximum_`; returns their unit.
   float score(const Scores& scores, const Block& block, const LeftRows<Math>& key, int64_t i) {
-    for (int64_t e = 0; e < scores.columns; ++e) maximum_[e] = -kInfinity;
     const int64_t steps = Packing<Math>::steps(p_.head_dim);
     if (has_few(p_)) {
       multiply_in_parts(key, query_[i], block.count, scores.columns, steps, scores_);
-    } else {
-      multiply_dims(key, query_[i], block.count, scores.columns, steps, scores_,
-                    StoreMaximum{scores_, scores.columns, maximum_});
-      if (!p_.mask.data && !crosses_diagonal(scores, block)) return scaling_.unit;
+      make_scores_in_place(scores, block, base_, scaling_.unit, maximum_);
+      return 1.0f;
     }
-    mask_scores(scores, block, scaling_.unit, maximum_);
-    return 1.0f;
+    const auto product = [&](const auto& epilogue) {
+      multiply_dims(key, query_[i], block.count, scores.columns, steps, scores_, epilogue);
+    };
+    return make_scores(scores, block, base_, scaling_.unit, maximum_, nullptr, product);
   }
 
   void attend_queries(const Scores& scores, const Block& block, int64_t place, float unit,
@@ -316,7 +315,7 @@ class BidirectionalTask {
   Right<Math> query_[kTilesAtOnce], query_value_[kTilesAtOnce];
 };
 
-// The same call from the other side; dropout and the diagonal know rows from columns.
+// The same call from the other side; dropout, windows and ALiBi know rows from columns.
 template <class Call>
 inline Call exchanged(Call p) {
   std::swap(p.q_len, p.kv_len);
@@ -331,7 +330,7 @@ inline Call exchanged(Call p) {
 }
 
 inline bool wants_exchange(const Bidirectional& p) {
-  return p.kv_len > p.q_len && !p.dropout && !p.causal;
+  return p.kv_len > p.q_len && !p.dropout && !p.windowed() && !p.alibi.data;
 }
 
 template <class HalfMath>

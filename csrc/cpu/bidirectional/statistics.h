@@ -29,6 +29,12 @@ struct SideStatistics {
   }
 };
 
+// S and dP or dR of a block of keys, down, against a query tile, across; of a soft cap its
+// derivative, too.
+struct ScoreTile {
+  float *scores, *grad_rows, *grad_columns, *derivative;
+};
+
 // Takes a score tile into the maxima of its rows and columns; `maximum` holds those of its
 // queries, in units.
 inline void add_maxima(const Scores& s, const Block& block, float unit, const float* maximum,

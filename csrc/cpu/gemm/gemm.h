@@ -186,7 +186,13 @@ Right<Math> steps_from(int64_t s, const Right<Math>& b) {
   return {b.data + s * b.step, b.step};
 }
 
-// The same into `to`, as sums over `part` steps each that are added in order. Over 16: half the
+// Without the rows before row r.
+template <class Math>
+LeftRows<Math> rows_from(int64_t r, const LeftRows<Math>& a) {
+  return {a.data + r * a.row, a.row};
+}
+
+// A B into `to`, as sums over `part` steps each that are added in order. Over 16: half the
 // error of one chain of 64, for products of so few rows or columns that the plain formula takes dot
 // products.
 template <class Math>

@@ -182,6 +182,7 @@ struct Vec {
 
   // The second operand where either is NaN, as the x86 instruction.
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+  static Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 
   // For |a| below 2^22.
   static Vec round(Vec a) {

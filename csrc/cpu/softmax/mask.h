@@ -1,12 +1,9 @@
-// The mask rule: which scores a mask and the diagonal hide, and what a mask adds to them. Keys that
-// padding hides are left out before (visible_keys in cpu/positions.h).
-//
-// Scores stand keys down and queries across, unless a function says that it has one query.
+// Masks of scores: which of them a mask, the diagonal and the window hide, and what a mask adds.
+// The last part of the score policy (scores.h), and the policy as a whole: make_scores.
 #pragma once
 
 #include "cpu/gemm/convert.h"
-#include "cpu/positions.h"
-#include "exponential.h"
+#include "scores.h"
 
 namespace ff {
 namespace {
@@ -27,21 +24,6 @@ inline Vec mask_lanes(const void* data, Type type, int64_t offset, int64_t strid
   return Vec::load_bool(lanes, count);
 }
 
-// Scores of a block of keys, down, against a block of queries, across. They count in units: the
-// product of a query and a key is `unit` times what stands there.
-struct Scores {
-  const Attention& p;
-  int64_t b, h;
-  Block queries;
-  int64_t columns;
-  float* data;
-};
-
-// Whether the diagonal hides some of a block's keys from some queries.
-inline bool crosses_diagonal(const Scores& s, const Block& block) {
-  return block.count > 0 && block[block.count - 1] >= s.p.keys_seen_by(s.queries[0]);
-}
-
 // The mask of one key for `count` queries from the `first` on.
 inline Vec mask_lanes(const Scores& s, int64_t offset, int64_t first, int64_t count) {
   const Attention& p = s.p;
@@ -57,12 +39,29 @@ inline Vec mask_lanes(const Scores& s, int64_t offset, int64_t first, int64_t co
   return Vec::load(lanes, count);
 }
 
-// Multiplies by `unit`, adds the mask, puts -inf where it or the diagonal hides a score, and takes
-// the maximum of every query.
+// The queries that see a key, of `count` from the `first` on, as bits.
+inline uint16_t lanes_that_see(const Scores& s, int64_t first, int64_t count, int64_t key) {
+  const Attention& p = s.p;
+  const auto below = [](int64_t n) { return n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1; };
+  const int64_t from = key - p.diagonal - p.right, last = key - p.diagonal + p.left;
+  if (s.queries.adjacent()) {
+    const int64_t query = s.queries[first];
+    return uint16_t(below(last + 1 - query) & ~below(from - query));
+  }
+  uint32_t lanes = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t query = s.queries[first + i];
+    lanes |= uint32_t(from <= query && query <= last) << i;
+  }
+  return uint16_t(lanes);
+}
+
+// Multiplies by `unit`, adds the mask, puts -inf where it, the diagonal or the window hides a
+// score, and takes the maximum of every query.
 inline void mask_scores(const Scores& s, const Block& block, float unit, float* maximum) {
   constexpr int64_t kLanes = Vec::kLanes;
   const Attention& p = s.p;
-  const bool causal = crosses_diagonal(s, block);
+  const bool hides = crosses_range(s, block);
   const bool logical = p.mask_type == Type::kBool;
   const bool transposed = p.mask.column == 1 && p.mask.row != 0 && block.adjacent();
   const bool by_bits = p.mask.data && logical && transposed;
@@ -70,6 +69,9 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
   const int64_t head = s.b * p.mask.batch + s.h * p.mask.head;
   for (int64_t lane = 0; lane < s.columns; lane += kLanes) {
     const int64_t left = s.queries.count - lane, some = left < kLanes ? left : kLanes;
+    // All queries of the register see the keys in between.
+    const int64_t first_seen = s.queries[lane + some - 1] + p.diagonal - p.left;
+    const int64_t last_seen = s.queries[lane] + p.diagonal + p.right;
     Vec largest = hidden;
     for (int64_t first = 0; first < block.count; first += kLanes) {
       const int64_t count = block.count - first < kLanes ? block.count - first : kLanes;
@@ -98,12 +100,9 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
         } else if (p.mask.data) {
           score = logical ? Vec::select(bias[k], score, hidden) : score + bias[k];
         }
+        if (hides && (block[first + k] < first_seen || block[first + k] > last_seen))
+          score = Vec::select(lanes_that_see(s, lane, some, block[first + k]), score, hidden);
         score.store(at);
-        if (causal) {
-          const int64_t sees = block[first + k] - p.diagonal;  // the first query that does
-          for (int64_t i = 0; i < some && s.queries[lane + i] < sees; ++i) at[i] = -kInfinity;
-          score = Vec::load(at);
-        }
         largest = Vec::max(score, largest);
       }
     }
@@ -112,11 +111,11 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
 }
 
 // Whether a mask can be had as bits before the product: bool, with its keys adjacent in memory and
-// the diagonal elsewhere.
+// the ends of the range elsewhere.
 inline bool maskable_product(const Scores& s, const Block& block) {
   const Attention& p = s.p;
   return p.mask.data && p.mask_type == Type::kBool && p.mask.column == 1 && block.adjacent() &&
-         !crosses_diagonal(s, block);
+         !crosses_range(s, block);
 }
 
 // The lanes of each key and register of queries that a mask leaves, which a product can store
@@ -173,35 +172,70 @@ struct StoreShown {
   }
 };
 
-// Adds the mask to a row of scores, and hides what it or the diagonal hides.
-inline void mask_row(const Scores& s, const Block& block) {
+// Scores of a block: calls product(epilogue) for their products, shapes and masks these, and fills
+// `maximum` with the largest of every query. Returns their unit. `shown` is memory for a mask's
+// bits, or none: it is then looked at after the product.
+template <class Product>
+inline float make_scores(const Scores& s, const Block& block, Base base, float unit, float* maximum,
+                         uint16_t* shown, const Product& product) {
+  for (int64_t e = 0; e < s.columns; ++e) maximum[e] = -kInfinity;
+  if (is_shaped(s.p)) {
+    const ScoreShape shape(s, block, unit, maximum, base);
+    product(StoreShaped{s.data, s.columns, shape});
+    unit = shape.unit();
+  } else if (shown && maskable_product(s, block)) {
+    shown_lanes(s, block, shown);
+    product(StoreShown{s.data, s.columns, maximum, shown});
+    return unit;
+  } else {
+    product(StoreMaximum{s.data, s.columns, maximum});
+  }
+  if (!s.p.mask.data && !crosses_range(s, block)) return unit;
+  mask_scores(s, block, unit, maximum);
+  return 1.0f;
+}
+
+// The same of products that stand there already, as natural exponents.
+inline void make_scores_in_place(const Scores& s, const Block& block, Base base, float unit,
+                                 float* maximum) {
+  if (is_shaped(s.p)) {
+    const ScoreShape shape(s, block, unit, maximum, base);
+    shape.apply(0, block.count, 0, s.columns / Vec::kLanes);
+    unit = shape.unit();
+  }
+  mask_scores(s, block, unit, maximum);
+}
+
+// A row of products, in natural exponents: shapes them, adds the mask, and hides what it, the
+// diagonal or the window hides.
+inline void make_row(const Scores& s, const Block& block) {
   constexpr int64_t kLanes = Vec::kLanes;
   const Attention& p = s.p;
+  if (is_shaped(p)) shape_row(s, block);
   const int64_t row = s.b * p.mask.batch + s.h * p.mask.head + s.queries[0] * p.mask.row;
-  for (int64_t j = 0; j < block.count; j += kLanes) {
+  for (int64_t j = 0; j < block.count && p.mask.data; j += kLanes) {
     const int64_t some = block.count - j < kLanes ? block.count - j : kLanes;
-    if (p.mask.data) {
-      float lanes[kLanes];
-      Vec bias = Vec::zero();
-      if (block.adjacent()) {
-        bias = mask_lanes(p.mask.data, p.mask_type, row + block[j] * p.mask.column, p.mask.column,
-                          some);
-      } else {
-        for (int64_t i = some; i-- > 0;) {
-          mask_lanes(p.mask.data, p.mask_type, row + block[j + i] * p.mask.column, 1, 1)
-              .store(lanes + i, 1);
-        }
-        bias = Vec::load(lanes, some);
+    float lanes[kLanes];
+    Vec bias = Vec::zero();
+    if (block.adjacent()) {
+      bias =
+          mask_lanes(p.mask.data, p.mask_type, row + block[j] * p.mask.column, p.mask.column, some);
+    } else {
+      for (int64_t i = some; i-- > 0;) {
+        mask_lanes(p.mask.data, p.mask_type, row + block[j + i] * p.mask.column, 1, 1)
+            .store(lanes + i, 1);
       }
-      const Vec score = Vec::load(s.data + j, some);
-      const bool logical = p.mask_type == Type::kBool;
-      (logical ? Vec::select(bias, score, Vec::set(-kInfinity)) : score + bias)
-          .store(s.data + j, some);
+      bias = Vec::load(lanes, some);
     }
-    const int64_t seen = p.keys_seen_by(s.queries[0]);
-    for (int64_t i = 0; i < some && p.causal; ++i)
-      if (block[j + i] >= seen) s.data[j + i] = -kInfinity;
+    const Vec score = Vec::load(s.data + j, some);
+    const bool logical = p.mask_type == Type::kBool;
+    (logical ? Vec::select(bias, score, Vec::set(-kInfinity)) : score + bias)
+        .store(s.data + j, some);
   }
+  const KeyRange seen = keys_seen(p, s.queries);
+  int64_t first = 0, end = block.count;
+  while (first < end && block[first] < seen.first) s.data[first++] = -kInfinity;
+  while (end > first && block[end - 1] >= seen.end) s.data[--end] = -kInfinity;
 }
 
 }  // namespace

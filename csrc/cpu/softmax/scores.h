@@ -1,0 +1,216 @@
+// The score policy: all that a call does to the products of queries and keys before the softmax
+// over them, for every kernel. A kind of mask is a field of the call and its part in
+//
+//     range      keys_seen: the keys that a block of queries may see; others are not multiplied
+//     shape      ScoreShape: a soft cap, then ALiBi, with the derivative of the cap
+//     mask       mask.h: float and bool masks, and what diagonal and window hide within the range
+//
+// in this order, which is FlashAttention's. Keys that padding hides are left out before
+// (visible_keys in cpu/positions.h).
+//
+// Scores stand keys down and queries across, unless a function says that it has one query.
+#pragma once
+
+#include "cpu/positions.h"
+#include "exponential.h"
+
+namespace ff {
+namespace {
+
+// Scores of a block of keys, down, against a block of queries, across. They count in units: the
+// product of a query and a key is `unit` times what stands there.
+struct Scores {
+  const Attention& p;
+  int64_t b, h;
+  Block queries;
+  int64_t columns;
+  float* data;
+  float* derivative = nullptr;  // of the soft cap, in the same places, for who wants it
+};
+
+// The keys from `first` to before `end`.
+struct KeyRange {
+  int64_t first, end;
+};
+
+// Those that any of these queries may see.
+inline KeyRange keys_seen(const Attention& p, int64_t first_query, int64_t last_query) {
+  return {p.first_seen_by(first_query), p.keys_seen_by(last_query)};
+}
+
+inline KeyRange keys_seen(const Attention& p, const Block& queries) {
+  return keys_seen(p, queries[0], queries[queries.count - 1]);
+}
+
+// Whether the diagonal or the window hides some of a block's keys from some queries.
+inline bool crosses_range(const Scores& s, const Block& block) {
+  return block.count > 0 && (block[block.count - 1] >= s.p.keys_seen_by(s.queries[0]) ||
+                             block[0] < s.p.first_seen_by(s.queries[s.queries.count - 1]));
+}
+
+// Whether scores are more than products, before masks.
+inline bool is_shaped(const Attention& p) { return p.softcap > 0.0f || p.alibi.data; }
+
+// cap * tanh(score / cap) for scores whose size is at most kSaturated * cap, beyond which float32
+// knows no other than the cap itself.
+struct SoftCap {
+  static constexpr float kSaturated = 9.02f;
+  Vec inverse, bound;
+
+  explicit SoftCap(float cap) : inverse(Vec::set(1.0f / cap)), bound(Vec::set(kSaturated * cap)) {}
+
+  // tanh(x) / x is a rational function of x^2 that errs by 2e-8, and is 1 at 0 exactly: small
+  // scores stay what they are. As cap * tanh(x) it would be rounded twice more.
+  Vec operator()(Vec score) const {
+    score = Vec::min(bound, Vec::max(Vec::zero() - bound, score));
+    const Vec x = score * inverse, square = x * x, one = Vec::set(1.0f);
+    Vec top = Vec::set(1.338442235e-8f), bottom = Vec::set(7.790306204e-7f);
+    top = Vec::fma(top, square, Vec::set(2.063592829e-5f));
+    bottom = Vec::fma(bottom, square, Vec::set(3.288528326e-4f));
+    top = Vec::fma(top, square, Vec::set(3.497464604e-3f));
+    bottom = Vec::fma(bottom, square, Vec::set(2.588438783e-2f));
+    top = Vec::fma(top, square, Vec::set(1.338269328e-1f));
+    bottom = Vec::fma(bottom, square, Vec::set(4.671601454e-1f));
+    return score * (Vec::fma(top, square, one) / Vec::fma(bottom, square, one));
+  }
+
+  // d capped / d score = 1 - tanh^2, but for the differences, in which nothing is left of a score
+  // that is far beyond the cap.
+  Vec derivative(Vec score) const {
+    const Vec x = score * inverse;
+    const Vec power = exp<Precision::kFloat32>(Vec::max(x, Vec::zero() - x) * Vec::set(-2.0f));
+    const Vec sum = Vec::set(1.0f) + power;
+    return Vec::set(4.0f) * power / (sum * sum);
+  }
+};
+
+// How far queries are from the key `key`, kLanes of them from `lane` on: below 0 where they stand
+// left of it.
+inline Vec distances(const Scores& s, int64_t lane, int64_t key) {
+  float lanes[Vec::kLanes];
+  const int64_t offset = s.p.diagonal - key;
+  if (s.queries.adjacent()) {
+    for (int64_t i = 0; i < Vec::kLanes; ++i) lanes[i] = float(i);
+    return Vec::load(lanes) + Vec::set(float(s.queries[lane] + offset));
+  }
+  for (int64_t i = 0; i < Vec::kLanes; ++i) {
+    const int64_t last = s.queries.count - 1, query = lane + i < last ? lane + i : last;
+    lanes[i] = float(s.queries[query] + offset);
+  }
+  return Vec::load(lanes);
+}
+
+inline Vec absolute(Vec x) { return Vec::max(x, Vec::zero() - x); }
+
+// From products to scores before masks, where they stand: of `rows` keys from `row` on and some
+// registers of queries from `column` on, into whose maxima they are taken.
+class ScoreShape {
+ public:
+  // Products times `unit` are exponents of `base`, or of e where it is not given.
+  ScoreShape(const Scores& s, const Block& block, float unit, float* maximum, Base base = Base::kE)
+      : scores_(s),
+        block_(block),
+        maximum_(maximum),
+        // What a cap bends is a number, and slopes in extreme units might be none.
+        factor_(s.p.softcap > 0.0f || !ordinary(s.p.scale) ? unit : 1.0f),
+        unit_(unit / factor_),
+        cap_(s.p.softcap > 0.0f ? s.p.softcap * exponents_per_e(base) : 1.0f),
+        slope_(s.p.alibi.data ? s.p.alibi.at(s.b, s.h) * exponents_per_e(base) / unit_ : 0.0f) {}
+
+  // Of what is left.
+  float unit() const { return unit_; }
+
+  void apply(int64_t row, int64_t rows, int64_t column, int64_t vectors) const {
+    const bool biased = scores_.p.alibi.data;
+    if (scores_.p.softcap <= 0.0f) {
+      run<false, true, false>(row, rows, column, vectors);
+    } else if (scores_.derivative) {
+      biased ? run<true, true, true>(row, rows, column, vectors)
+             : run<true, false, true>(row, rows, column, vectors);
+    } else {
+      biased ? run<true, true, false>(row, rows, column, vectors)
+             : run<true, false, false>(row, rows, column, vectors);
+    }
+  }
+
+ private:
+  template <bool kCaps, bool kBiased, bool kDerives>
+  void run(int64_t row, int64_t rows, int64_t column, int64_t vectors) const {
+    const SoftCap cap = cap_;
+    const Vec factor = Vec::set(factor_), slope = Vec::set(-slope_), one = Vec::set(1.0f);
+    const int64_t columns = scores_.columns;
+    const bool adjacent = block_.adjacent();
+    for (int64_t n = 0; n < vectors; ++n) {
+      const int64_t lane = column + n * Vec::kLanes;
+      Vec largest = Vec::load(maximum_ + lane), distance = Vec::zero();
+      if (kBiased) distance = distances(scores_, lane, block_[row]);
+      for (int64_t r = row; r < row + rows; ++r) {
+        float* at = scores_.data + r * columns + lane;
+        Vec score = Vec::load(at) * factor;
+        if (kDerives) cap.derivative(score).store(scores_.derivative + r * columns + lane);
+        if (kCaps) score = cap(score);
+        if (kBiased) {
+          score = Vec::fma(absolute(distance), slope, score);
+          if (adjacent) {
+            distance = distance - one;
+          } else if (r + 1 < row + rows) {
+            distance = distance - Vec::set(float(block_[r + 1] - block_[r]));
+          }
+        }
+        score.store(at);
+        largest = Vec::max(score, largest);
+      }
+      largest.store(maximum_ + lane);
+    }
+  }
+
+  const Scores& scores_;
+  const Block& block_;
+  float* maximum_;
+  float factor_, unit_;
+  SoftCap cap_;
+  float slope_;
+};
+
+// Stores, shapes while the scores are in the first cache, and takes maxima.
+struct StoreShaped {
+  float* to;
+  int64_t stride;
+  const ScoreShape& shape;
+
+  template <int R, int N>
+  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
+    Store{to, stride}(row, column, sum);
+    shape.apply(row, R, column, N);
+  }
+};
+
+// The same of a row: a query's scores, in natural exponents.
+inline void shape_row(const Scores& s, const Block& block) {
+  constexpr int64_t kLanes = Vec::kLanes;
+  const Attention& p = s.p;
+  const bool caps = p.softcap > 0.0f;
+  const SoftCap cap(caps ? p.softcap : 1.0f);
+  const Vec slope = Vec::set(p.alibi.data ? -p.alibi.at(s.b, s.h) : 0.0f);
+  const int64_t place = s.queries[0] + p.diagonal;
+  for (int64_t j = 0; j < block.count; j += kLanes) {
+    const int64_t some = block.count - j < kLanes ? block.count - j : kLanes;
+    Vec score = Vec::load(s.data + j, some);
+    if (caps && s.derivative) cap.derivative(score).store(s.derivative + j, some);
+    if (caps) score = cap(score);
+    if (p.alibi.data) {
+      float lanes[kLanes] = {};
+      for (int64_t i = 0; i < some; ++i) lanes[i] = float(place - block[j + i]);
+      score = Vec::fma(absolute(Vec::load(lanes)), slope, score);
+    }
+    score.store(s.data + j, some);
+  }
+}
+
+// Gradients of `count` scores become those of the products.
+inline void through_cap(const float* derivative, int64_t count, float* grads) {
+  for (int64_t i = 0; i < count; ++i) grads[i] *= derivative[i];
+}
+
+}  // namespace
+}  // namespace ff

@@ -1,0 +1,253 @@
+"""Kinds of masks that are numbers: causal masks, windows, soft caps and ALiBi, of every attention.
+
+With x the scaled products of queries and keys, scores are, as FlashAttention makes them
+(`flash_attn_func` of flash-attn 2.6 and later):
+
+    S = softcap * tanh(x / softcap)               Gemma 2 (Gemma Team, 2024, section 2)
+      - alibi_slopes * |i + diagonal - j|         ALiBi (Press et al., 2022), both ways
+      + attn_mask
+
+where query i stands beside key i + diagonal, and sees the keys from i + diagonal - left to
+i + diagonal + right of its window (Beltagy et al., "Longformer", 2020). The diagonal is 0, or
+kv_len - q_len with causal_alignment="bottom_right", which is FlashAttention's. A causal mask is a
+window whose right side is 0.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastfusion.core.arguments import broadcasts, check_dense, check_device, number, shapes
+
+Window = tuple[int | None, int | None] | None
+
+# Of a soft cap: its inverse is a number of float32, too.
+_SMALLEST, _LARGEST = 2.0**-100, 2.0**100
+
+
+class Policy(NamedTuple):
+    """What decides about scores beside masks that are tensors.
+
+    Attributes:
+        diagonal: query i stands beside key i + diagonal; a tensor has one for each batch entry.
+        left, right: how many keys a query sees before that one and behind it; None: all of them.
+        softcap, alibi_slopes: as in the formula; slopes (batch, heads).
+    """
+
+    diagonal: int | Tensor = 0
+    left: int | None = None
+    right: int | None = None
+    softcap: float | None = None
+    alibi_slopes: Tensor | None = None
+
+    @property
+    def hides(self) -> bool:
+        """Whether some scores may be -inf by it."""
+        return self.left is not None or self.right is not None
+
+    def shape(self, scores: Tensor) -> Tensor:
+        """The scaled products (batch, heads, q_len, kv_len) with cap and ALiBi."""
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if self.alibi_slopes is not None:
+            slopes = self.alibi_slopes.to(scores.dtype)[:, :, None, None]
+            scores = scores - slopes * self._distance(scores).abs()
+        return scores
+
+    def hide(self, scores: Tensor) -> Tensor:
+        """-inf where a key is outside of the window."""
+        if not self.hides:
+            return scores
+        distance = self._distance(scores)
+        if self.right is not None:
+            scores = scores.masked_fill(distance < -self.right, -torch.inf)
+        if self.left is not None:
+            scores = scores.masked_fill(distance > self.left, -torch.inf)
+        return scores
+
+    def _distance(self, scores: Tensor) -> Tensor:
+        """By how much the place of a query is behind a key."""
+        diagonal = self.diagonal
+        if isinstance(diagonal, Tensor):
+            diagonal = diagonal[:, None, None, None]
+        rows, columns = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
+        return rows[:, None] + diagonal - columns
+
+
+class Kinds(NamedTuple):
+    """Those of the arguments of an op that modules hand on as they come."""
+
+    window: Any = None
+    softcap: Any = None
+    alibi_slopes: Any = None
+
+    def policy(self, query: Tensor) -> Policy:
+        """Of queries (batch, heads, q_len, head_dim), once they are checked."""
+        left, right, softcap = kinds_of(self)
+        slopes = slopes_of(self.alibi_slopes, query, *query.shape[:2])
+        return Policy(
+            0, None if left < 0 else left, None if right < 0 else right, softcap, slopes
+        )  # fmt: skip
+
+    def check(self, query: Tensor) -> None:
+        """Raise TypeError or ValueError for what is not legal beside these queries."""
+        check_kinds(self, query, tuple(query.shape[:2]), shapes(query=query))
+
+
+def causal(diagonal: int | None) -> Policy:
+    """Query i sees the keys up to i + diagonal; without one it sees all."""
+    return Policy() if diagonal is None else Policy(diagonal, right=0)
+
+
+def policy_of(call: Any, diagonal: Any) -> Policy:
+    """That of an op's call, whose queries stand beside this diagonal."""
+    left, right = sides_of(call)
+    return Policy(diagonal, left, right, call.softcap, call.alibi_slopes)
+
+
+def sides_of(call: Any) -> tuple[int | None, int | None]:
+    """How many keys a query sees left and right of its place, by window and causal mask."""
+    left, right = (None if n < 0 else n for n in (call.window_left, call.window_right))
+    return left, 0 if call.is_causal else right
+
+
+def scores_seen(call: Any, q_len: int, kv_len: int) -> int:
+    """How many scores a window leaves; a causal mask alone hides none here, as in torch's count."""
+    if call.window_left < 0 and call.window_right < 0:
+        return q_len * kv_len
+    left, right = sides_of(call)
+    diagonal = kv_len - q_len if call.bottom_right else 0
+
+    def below(limit: int) -> int:
+        """How many of kv_len keys are below 1, 2, .. up to `limit`, all added."""
+        inside = min(max(limit, 0), kv_len)
+        return inside * (inside + 1) // 2 + max(limit - kv_len, 0) * kv_len
+
+    def up_to(offset: int) -> int:
+        """How many scores have j <= i + offset."""
+        return below(q_len + offset) - below(offset)
+
+    seen = q_len * kv_len if right is None else up_to(diagonal + right)
+    return seen - (0 if left is None else up_to(diagonal - left - 1))
+
+
+def bounds(window: Any) -> tuple[int, int]:
+    """A window as calls have it: -1 where it has no bound."""
+    if window is None:
+        return -1, -1
+    left, right = (-1 if side is None else number("window", side) for side in window)
+    return left, right
+
+
+def plain_kinds(window: Any, softcap: Any) -> tuple[Any, ...] | None:
+    """The last fields of a call with these as they came; None where they are to be checked first.
+    Without them nothing: a call knows, and an eager one has no time."""
+    if window is softcap is None:
+        return ()
+    if window is not None and not (
+        type(window) is tuple
+        and len(window) == 2
+        and all([side is None or (type(side) is int and side >= 0) for side in window])
+    ):
+        return None
+    if softcap is not None and not (type(softcap) is float and _SMALLEST <= softcap <= _LARGEST):
+        return None
+    return *bounds(window), softcap
+
+
+def check_kinds(given: Any, query: Tensor, leading: tuple[int, ...], sizes: str) -> None:
+    """Raise TypeError or ValueError for a window, a soft cap or slopes that are not legal.
+
+    Args:
+        given: the arguments of an op.
+        leading: batch and heads, to which slopes broadcast.
+        sizes: what was given, for messages.
+    """
+    window, softcap, slopes = given.window, given.softcap, given.alibi_slopes
+    if window is not None:
+        if not isinstance(window, tuple | list) or len(window) != 2:
+            raise TypeError(f"window must be a pair (left, right) or None, got {window!r}")
+        for side in window:
+            side = number("window", side)
+            if side is None:
+                continue
+            if isinstance(side, bool) or not isinstance(side, int | torch.SymInt):
+                raise TypeError(f"window must have ints or None, got {type(side).__name__}")
+            if side < 0:
+                raise ValueError(f"window must not be negative (None: no bound), got {window}")
+    if softcap is not None:
+        softcap = number("softcap", softcap)
+        if isinstance(softcap, bool) or not isinstance(softcap, int | float):
+            raise TypeError(f"softcap must be a float or None, got {type(softcap).__name__}")
+        if not _SMALLEST <= softcap <= _LARGEST:
+            raise ValueError(f"softcap must be between 2**-100 and 2**100, got {softcap}")
+    if slopes is None:
+        return
+    if not isinstance(slopes, Tensor):
+        raise TypeError(f"alibi_slopes must be a Tensor or None, got {type(slopes).__name__}")
+    check_dense("alibi_slopes", slopes)
+    if slopes.dtype not in (torch.float32, query.dtype):
+        raise TypeError(
+            f"alibi_slopes must be float32 or of the query's dtype, {query.dtype}, got "
+            f"{slopes.dtype}"
+        )
+    check_device("alibi_slopes", slopes, "query", query)
+    if not broadcasts(slopes, leading):
+        raise ValueError(
+            f"alibi_slopes must broadcast to (batch, heads), {leading}, got shape "
+            f"{tuple(slopes.shape)}; {sizes}"
+        )
+
+
+def kinds_of(given: Any) -> tuple[int, int, float | None]:
+    """Window and soft cap of an op's arguments, as its call has them."""
+    softcap = number("softcap", given.softcap)
+    return *bounds(given.window), None if softcap is None else float(softcap)
+
+
+def slopes_of(slopes: Tensor | None, query: Tensor, *sizes: Any) -> Tensor | None:
+    """ALiBi's slopes as a call has them: of these sizes, batch and heads last, and wide enough."""
+    if slopes is None:
+        return None
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return slopes.to(dtype).expand(sizes)
+
+
+def kinds_fit(call: Any, *leading: Any) -> Iterator[Any]:
+    """What holds for the kinds of a call of so many entries and heads."""
+    slopes = call.alibi_slopes
+    if slopes is not None:
+        yield slopes.dtype in (torch.float32, torch.float64) and slopes.device == call.query.device
+        yield slopes.dim() == 2
+        for size, expected in zip(slopes.shape, leading, strict=True):
+            yield size == expected
+    yield call.softcap is None or _SMALLEST <= call.softcap <= _LARGEST
+
+
+def has_kinds(call: Any) -> bool:
+    """Whether a call has any but a causal mask."""
+    return not (
+        call.alibi_slopes is call.softcap is None and call.window_left < 0 and call.window_right < 0
+    )
+
+
+def refuses_gradient(call: Any) -> Sequence[str]:
+    """Why kernels that have these kinds cannot run a call."""
+    slopes = call.alibi_slopes
+    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
+        return ("the gradient of alibi_slopes is left to the reference",)
+    return ()
+
+
+def refuses_kinds(call: Any) -> Sequence[str]:
+    """Why kernels that have none of them cannot run a call."""
+    if not has_kinds(call):
+        return ()
+    given = (
+        ("window", call.window_left >= 0 or call.window_right >= 0),
+        ("softcap", call.softcap is not None),
+        ("alibi_slopes", call.alibi_slopes is not None),
+    )
+    return [f"{name} is left to the CPU kernels and the reference" for name, has in given if has]

@@ -1,0 +1,293 @@
+"""Windows, soft caps and ALiBi: what they mean, and everything that torch does to an op.
+
+How accurate they are is tested among the cases of each op.
+"""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from suite import needs_native
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastfusion as ff
+from fastfusion.core.score_policy import scores_seen
+from fastfusion.ops import scaled_dot_product_attention as spec
+
+SLOPES = torch.tensor([0.5, 0.25, 0.1])
+KINDS: list[dict[str, Any]] = [
+    {"window": (2, 1)},
+    {"softcap": 0.7},
+    {"alibi_slopes": SLOPES},
+    {"window": (3, None), "is_causal": True, "causal_alignment": "bottom_right", "softcap": 0.9,
+     "alibi_slopes": torch.stack((SLOPES, -SLOPES))},
+]  # fmt: skip
+kinds = pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def qkv(q_len: int = 5, kv_len: int = 7, gradient: bool = False) -> tuple[Tensor, ...]:
+    sizes = ((2, 3, q_len, 8), (2, 3, kv_len, 8), (2, 3, kv_len, 6))
+    return tuple(torch.randn(size, requires_grad=gradient) for size in sizes)
+
+
+def attention(*tensors: Tensor, **options: Any) -> Any:
+    return ff.scaled_dot_product_attention(*tensors, **options)
+
+
+def reference(*tensors: Tensor, **options: Any) -> Any:
+    return ff.scaled_dot_product_attention(*tensors, backend="reference", **options)
+
+
+def seen(q_len: int, kv_len: int, **options: Any) -> Tensor:
+    """Which keys a query sees: those to whose values its output has a gradient."""
+    scores = torch.zeros(1, 1, q_len, 4), torch.zeros(1, 1, kv_len, 4)
+    out = attention(*scores, torch.eye(kv_len)[None, None], **options)
+    return out[0, 0] > 0
+
+
+@backends
+@pytest.mark.parametrize(
+    ("alignment", "window", "rows"),
+    [
+        # flash-attn's flash_attn_func has the two pictures of "bottom_right" for causal=True.
+        ("bottom_right", (None, 0), ["11110", "11111"]),
+        ("bottom_right", (1, 0), ["00110", "00011"]),
+        ("bottom_right", (0, 1), ["00011", "00001"]),
+        ("top_left", (None, 0), ["10000", "11000"]),
+        ("top_left", (0, 2), ["11100", "01110"]),
+        ("top_left", (1, None), ["11111", "11111"]),
+        ("top_left", (0, None), ["11111", "01111"]),
+        ("top_left", (0, 0), ["10000", "01000"]),
+    ],
+)
+def test_what_a_window_shows(alignment: str, window: Any, rows: list[str], backend: str) -> None:
+    expected = torch.tensor([[key == "1" for key in row] for row in rows])
+    options = {"causal_alignment": alignment, "backend": backend}
+    assert torch.equal(seen(2, 5, window=window, **options), expected)
+    if window[1] == 0:  # with is_causal, or as it
+        assert torch.equal(seen(2, 5, window=(window[0], 3), is_causal=True, **options), expected)
+
+
+@backends
+def test_rows_and_columns_of_a_window(backend: str) -> None:
+    """More queries than keys: those beyond all windows have no key."""
+    out, lse = attention(*qkv(9, 4), window=(1, 1), return_lse=True, backend=backend)
+    assert (out[:, :, 5:] == 0).all() and (lse[:, :, 5:] == -torch.inf).all()
+    assert lse[:, :, :5].isfinite().all()
+
+
+@backends
+def test_a_cap_bounds_scores_before_masks(backend: str) -> None:
+    query, key, value = qkv()
+    bias = torch.full((5, 7), 3.0)
+    _, lse = attention(
+        100 * query, 100 * key, value, bias, softcap=2.0, return_lse=True, backend=backend
+    )
+    highest = 3.0 + 2.0 + torch.tensor(7.0).log()
+    assert (lse <= highest + 1e-5).all() and (lse > 3.0 - 2.0).all()
+
+
+@backends
+def test_slopes_are_of_distances(backend: str) -> None:
+    query, key, value = qkv()
+    distance = (torch.arange(5)[:, None] + 2 - torch.arange(7)).abs()
+    bias = -SLOPES[:, None, None] * distance
+    assert_close(
+        attention(
+            query, key, value, alibi_slopes=SLOPES, causal_alignment="bottom_right",
+            backend=backend,
+        ),
+        reference(query, key, value, bias),
+    )  # fmt: skip
+
+
+@needs_native
+def test_bits_of_a_window_are_those_of_its_batch_mates_and_threads() -> None:
+    query, key, value = (torch.randn(2, 3, 700, 16) for _ in range(3))
+    options: dict[str, Any] = {"window": (50, 20), "backend": "cpu"}
+    expected = attention(query, key, value, **options)
+    torch.set_num_threads(1)
+    alone = [attention(*(t[b : b + 1, h : h + 1] for t in (query, key, value)), **options)
+             for b in range(2) for h in range(3)]  # fmt: skip
+    assert torch.equal(torch.cat(alone).unflatten(0, (2, 3)).squeeze(2), expected)
+
+
+@needs_native
+def test_a_window_reads_no_more_than_it_shows() -> None:
+    """NaN beyond the blocks of keys that a tile sees does not reach it."""
+    query, key, value = (torch.randn(1, 1, 2048, 16, requires_grad=True) for _ in range(3))
+    with torch.no_grad():
+        key[:, :, 1024:], value[:, :, 1024:] = torch.nan, torch.nan
+    out = attention(query, key, value, window=(30, 30), backend="cpu")[:, :, :900]
+    assert out.isfinite().all()
+    for gradient in torch.autograd.grad(out.sum(), (query, key, value)):
+        assert gradient[:, :, :512].isfinite().all()
+
+
+@needs_native
+class TestTransforms:
+    @kinds
+    def test_opcheck(self, kinds: Any) -> None:
+        for gradient in (False, True):
+            call = spec.OP.call(*qkv(gradient=gradient), **kinds)
+            operators = torch.ops.fastfusion
+            ops = (operators.attention,) if gradient else (operators.attention_forward,)
+            for op in ops:
+                torch.library.opcheck(op.default, tuple(call))
+
+    @kinds
+    @pytest.mark.parametrize("gradient", [False, True])
+    def test_compile(self, kinds: Any, gradient: bool) -> None:
+        tensors = qkv(gradient=gradient)
+        compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+        out, expected = compiled(*tensors, **kinds), reference(*tensors, **kinds)
+        assert_close(out, expected)
+        if gradient:
+            given = torch.randn_like(out)
+            assert_close(
+                torch.autograd.grad(out, tensors, given),
+                torch.autograd.grad(expected, tensors, given),
+            )
+
+    @kinds
+    def test_export(self, kinds: Any) -> None:
+        class Module(torch.nn.Module):
+            def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                out: Tensor = attention(query, key, value, **kinds)
+                return out
+
+        q_len, kv_len = torch.export.Dim("q_len"), torch.export.Dim("kv_len")
+        shapes = ({2: q_len}, {2: kv_len}, {2: kv_len})
+        program = torch.export.export(Module(), qkv(), dynamic_shapes=shapes)
+        assert "fastfusion.attention" in program.graph_module.code
+        others = qkv(9, 11)
+        assert_close(program.module()(*others), reference(*others, **kinds))
+
+    @kinds
+    def test_vmap(self, kinds: Any) -> None:
+        tensors = [torch.randn(4, *t.shape) for t in qkv()]
+        assert_close(
+            torch.vmap(lambda *t: attention(*t, **kinds))(*tensors),
+            torch.stack([reference(*t, **kinds) for t in zip(*tensors, strict=True)]),
+        )
+
+    @kinds
+    def test_func_grad(self, kinds: Any) -> None:
+        def loss(function: Any) -> Any:
+            return lambda *t: function(*t, **kinds).sin().sum()
+
+        tensors = qkv()
+        assert_close(
+            torch.func.grad(loss(attention), (0, 1, 2))(*tensors),
+            torch.func.grad(loss(reference), (0, 1, 2))(*tensors),
+        )
+
+    def test_second_derivatives(self) -> None:
+        tensors = [t.double().detach().requires_grad_() for t in qkv(3, 4)]
+        assert torch.autograd.gradgradcheck(
+            lambda *t: attention(*t, window=(1, 1), softcap=0.9), tensors
+        )
+
+    def test_autocast(self) -> None:
+        tensors = qkv()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = attention(*tensors, window=(2, 1), softcap=0.9, alibi_slopes=SLOPES)
+        assert out.dtype == torch.bfloat16
+        expected = reference(*tensors, window=(2, 1), softcap=0.9, alibi_slopes=SLOPES)
+        assert_close(out.float(), expected, atol=0.05, rtol=0.05)
+
+
+class TestChoice:
+    def test_slopes_that_learn_go_to_the_reference(self) -> None:
+        tensors, slopes = qkv(), SLOPES.clone().requires_grad_()
+        explained = ff.explain(ff.scaled_dot_product_attention, *tensors, alibi_slopes=slopes)
+        assert explained.chosen == "reference"
+        assert "the gradient of alibi_slopes is left to the reference" in str(explained)
+        distance = (torch.arange(5)[:, None] - torch.arange(7)).abs()
+        bias = -slopes[:, None, None] * distance
+        given = torch.randn(2, 3, 5, 6)
+        assert_close(
+            torch.autograd.grad(attention(*tensors, alibi_slopes=slopes), slopes, given),
+            torch.autograd.grad(reference(*tensors, bias), slopes, given),
+        )
+
+    @pytest.mark.parametrize("name", ["window", "softcap", "alibi_slopes"])
+    def test_kernels_of_gpus_say_what_they_leave(self, name: str) -> None:
+        given = {"window": (1, 1), "softcap": 1.0, "alibi_slopes": SLOPES}[name]
+        query, key, value = qkv()
+        offsets = torch.tensor([0, 2, 5]), torch.tensor([0, 3, 7])
+        packed = [t[0].transpose(0, 1) for t in (query, key, value)]
+        sentence = f"{name} is left to the CPU kernels and the reference"
+        for explained in (
+            ff.explain(ff.scaled_dot_product_attention, query, key, value, **{name: given}),
+            ff.explain(ff.bidirectional_attention, query, key, value, query, **{name: given}),
+            ff.explain(ff.varlen_attention, *packed, *offsets, 3, 4, **{name: given}),
+        ):
+            rows = dict(explained.rows)
+            assert all(sentence in rows[b] for b in ("triton", "cuda") if b in rows)
+            assert not any(sentence in rows[b] for b in ("cpu", "reference"))
+
+    @needs_native
+    def test_compiled_ops_check_what_they_are_given(self) -> None:
+        call = spec.OP.call(*qkv(), alibi_slopes=SLOPES)
+        run = torch.ops.fastfusion.attention_forward.default
+        for wrong in (
+            {"alibi_slopes": SLOPES}, {"alibi_slopes": SLOPES.double().expand(2, 3)},
+            {"alibi_slopes": torch.rand(3, 3)}, {"softcap": 0.0}, {"softcap": float("nan")},
+        ):  # fmt: skip
+            with pytest.raises(RuntimeError, match="softcap|alibi_slopes"):
+                run(*call._replace(**wrong))
+
+
+@pytest.mark.parametrize("bottom_right", [False, True])
+@pytest.mark.parametrize("lengths", [(5, 7), (9, 4), (1, 6), (6, 6), (0, 3), (4, 0)])
+def test_scores_of_a_window_are_counted(lengths: tuple[int, int], bottom_right: bool) -> None:
+    q_len, kv_len = lengths
+    alignment = "bottom_right" if bottom_right else "top_left"
+    for window in ((0, 0), (2, 1), (None, 2), (3, None), (50, 50)):
+        for is_causal in (False, True):
+            options = {"window": window, "is_causal": is_causal, "causal_alignment": alignment}
+            call = spec.OP.call(*qkv(q_len, kv_len), **options)
+            expected = int(seen(q_len, kv_len, **options, backend="reference").sum())
+            assert scores_seen(call, q_len, kv_len) == expected
+
+
+@needs_native
+def test_flops_count_what_a_window_shows() -> None:
+    query, key, value = qkv(6, 6)
+    with FlopCounterMode(display=False) as counter:
+        attention(query, key, value, window=(1, 0))
+    assert counter.get_total_flops() == 2 * 2 * 3 * 11 * (8 + 6)
+
+
+@needs_native
+def test_memory_of_a_window_is_linear() -> None:
+    """Forward and backward of a capped window over 8,192 tokens, within 64 MB."""
+    code = """
+import resource, torch, fastfusion as ff
+torch.set_num_threads(1)
+def run(n):
+    q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
+    ff.scaled_dot_product_attention(
+        q, k, v, window=(64, 64), softcap=5.0, backend="cpu"
+    ).sum().backward()
+run(64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(8192)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64 * 1024
