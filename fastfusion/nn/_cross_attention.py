@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
 from fastfusion.core import arguments
+from fastfusion.core.score_policy import Kinds, Window
 from fastfusion.nn import _nested
 from fastfusion.nn._attention_maps import RecordsAttention
 from fastfusion.nn._checks import (
@@ -142,6 +143,10 @@ class CrossAttention(RecordsAttention):
         attn_mask: Tensor | None = None,
         need_weights: bool = False,
         average_attn_weights: bool = True,
+        *,
+        window: Window = None,
+        softcap: float | None = None,
+        alibi_slopes: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from `query` to `context`.
 
@@ -157,6 +162,12 @@ class CrossAttention(RecordsAttention):
                 where batch equals num_heads; a mask for each sample is (batch, 1, q_len, kv_len).
             need_weights: also return the weights, as they are after dropout.
             average_attn_weights: average the weights over the heads.
+            window: (left, right), how many keys a query sees before its own and behind it, which
+                has the query's number; None: no bound.
+            softcap: scores become softcap * tanh(score / softcap) before masks.
+            alibi_slopes: broadcastable to (batch, num_heads): a score falls by slope * the distance
+                of the key from the query's own.
+                These three do not go with nested tensors.
 
         Returns:
             (batch, q_len, out_dim), nested in the layout of `query` if that is; with
@@ -167,7 +178,12 @@ class CrossAttention(RecordsAttention):
         Raises:
             TypeError, ValueError: arguments that do not fit; the message names and prints them.
         """
+        kinds = None
+        if not (window is softcap is alibi_slopes is None):
+            kinds = Kinds(window, softcap, alibi_slopes)
         if is_nested(query, context):
+            if kinds is not None:
+                raise ValueError("window, softcap and alibi_slopes do not go with nested tensors")
             return self._forward_nested(
                 query, context, key_padding_mask, attn_mask, need_weights, average_attn_weights
             )
@@ -185,7 +201,8 @@ class CrossAttention(RecordsAttention):
         if not with_weights:
             if attn_mask is not None and attn_mask.dtype == torch.bool:
                 attn_mask = ~attn_mask
-            if not torch.compiler.is_compiling() and _layer.OP.may_fuse(query):
+            may_fuse = not torch.compiler.is_compiling() and _layer.OP.may_fuse(query)
+            if may_fuse and kinds is None:
                 fused = self._fused(query, context, key_padding_mask, attn_mask)
                 if fused is not None:
                     return fused
@@ -200,12 +217,15 @@ class CrossAttention(RecordsAttention):
         dropout_p = self.dropout if self.training else 0.0
         if not with_weights:
             out = scaled_dot_product_attention(
-                q, k, v, attn_mask, dropout_p, key_padding_mask=key_padding_mask
-            )
+                q, k, v, attn_mask, dropout_p, key_padding_mask=key_padding_mask, window=window,
+                softcap=softcap, alibi_slopes=alibi_slopes,
+            )  # fmt: skip
             return self.out_proj(out.transpose(1, 2).flatten(2))
         if attn_mask is not None:
             attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-        out, weights = attention_with_weights(q, k, v, attn_mask, key_padding_mask, dropout_p)
+        out, weights = attention_with_weights(
+            q, k, v, attn_mask, key_padding_mask, dropout_p, kinds
+        )
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         return self._hand_out(out, weights, need_weights, average_attn_weights)
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastfusion.core.arguments import autocast_dtype
 from fastfusion.core.reference import cast
+from fastfusion.core.score_policy import Kinds, Window
 from fastfusion.nn import _nested
 from fastfusion.nn._attention_maps import RecordsAttention
 from fastfusion.nn._linear import apply, project
@@ -104,6 +105,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        window: Window = None,
+        softcap: float | None = None,
+        alibi_slopes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `query` to `key` and `value`.
 
@@ -120,6 +125,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
             average_attn_weights: average the weights over the heads.
             is_causal: promises that `attn_mask` is the causal mask. With `need_weights=False` and
                 no `key_padding_mask` the mask itself is then not looked at.
+            window: (left, right), how many keys a query sees before its own and behind it, which
+                has the query's number; None: no bound.
+            softcap: scores become softcap * tanh(score / softcap) before masks.
+            alibi_slopes: broadcastable to (batch, num_heads): a score falls by slope * the distance
+                of the key from the query's own.
+                These three, which torch's module has not, go with neither nested tensors nor
+                `add_bias_kv` nor `add_zero_attn`.
 
         Returns:
             The output in the shape of `query`, and the weights (batch, q_len, kv_len), per head
@@ -127,6 +139,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
             the columns of `add_bias_kv` and `add_zero_attn`, and differentiable.
         """
         batched = query.dim() == 3
+        kinds = None
+        if not (window is softcap is alibi_slopes is None):
+            kinds = Kinds(window, softcap, alibi_slopes)
+            self._check_kinds(query, key, value)
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
                 query, key, value, key_padding_mask, need_weights, attn_mask,
@@ -136,10 +152,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         if not self._is_legal(
             query, key, value, key_padding_mask, need_weights, attn_mask, is_causal, in_proj[0]
         ):  # fmt: skip
-            return torchs_slow_path(
+            result = torchs_slow_path(
                 self, query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
             )  # fmt: skip
+            if kinds is not None:
+                raise ValueError(
+                    "window, softcap and alibi_slopes do not go with these tensors, which torch's "
+                    "own code takes (of mixed dtypes, or subclasses)"
+                )
+            return result
         if (
             key_padding_mask is not None
             and attn_mask is not None
@@ -176,7 +198,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
             if is_causal:
                 attn_mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
             bias, padding = _merge_masks(attn_mask, key_padding_mask, q, additive=True)
-            out, weights = attention_with_weights(q, k, v, bias, padding, dropout_p)
+            out, weights = attention_with_weights(q, k, v, bias, padding, dropout_p, kinds)
             if not batched:
                 weights = weights.squeeze(0)
             weights = self._hand_out(weights, need_weights, average_attn_weights)
@@ -187,12 +209,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
             dtype = attention_dtype(q, *(weight for weight, _, _ in in_proj))
             out = scaled_dot_product_attention(
                 cast(q, dtype), cast(k, dtype), cast(v, dtype), bias, dropout_p, is_causal,
-                key_padding_mask=padding,
+                key_padding_mask=padding, window=window, softcap=softcap,
+                alibi_slopes=alibi_slopes,
             )  # fmt: skip
             out = cast(out, q.dtype)
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)
         out = apply(self.out_proj, out) if batch_first else self.out_proj(out)
         return (out if batched else out.squeeze(0)), weights
+
+    def _check_kinds(self, *tensors: Tensor) -> None:
+        if any(t.is_nested for t in tensors):
+            raise ValueError("window, softcap and alibi_slopes do not go with nested tensors")
+        if self.bias_k is not None or self.add_zero_attn:
+            raise ValueError(
+                "window, softcap and alibi_slopes do not go with add_bias_kv and add_zero_attn, "
+                "whose keys have no place"
+            )
 
     def _is_legal(
         self,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfusion.core import arguments
+from fastfusion.core.score_policy import Kinds, Policy
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -30,6 +31,7 @@ def attention_with_weights(
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     dropout_p: float,
+    kinds: Kinds | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(query @ key^T / sqrt(head_dim) + bias) @ value, and the softmax after dropout.
 
@@ -41,12 +43,17 @@ def attention_with_weights(
             float to be added, where -inf hides.
         key_padding_mask: bool (batch, kv_len), True = ignore; NaN in such a key spreads nowhere.
         dropout_p: applied whenever it is above 0.
+        kinds: window, soft cap and slopes, as of the op.
 
     Returns:
         (batch, heads, q_len, value_dim) and (batch, heads, q_len, kv_len) in the query's dtype, or
         autocast's; a row with no key left is 0 in both.
     """
-    return _in_float32(_attend, (query, key, value), attn_mask, key_padding_mask, dropout_p)
+    policy = Policy()
+    if kinds is not None:
+        kinds.check(query)
+        policy = kinds.policy(query)
+    return _in_float32(_attend, (query, key, value), attn_mask, key_padding_mask, dropout_p, policy)
 
 
 def bidirectional_with_weights(
@@ -101,19 +108,29 @@ def _attend(
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     dropout_p: float,
+    policy: Policy,
 ) -> tuple[Tensor, Tensor]:
     bias = None if attn_mask is None else _additive(attn_mask, query.dtype)
     if key_padding_mask is not None:
         key, value = _without(key, key_padding_mask), _without(value, key_padding_mask)
         padding = _additive(key_padding_mask[:, None, None, :], query.dtype)
         bias = padding if bias is None else bias + padding
+    if policy.hides or policy.alibi_slopes is not None:
+        nothing = query.new_zeros(1, 1, query.shape[2], key.shape[2])
+        own = policy.hide(policy._replace(softcap=None).shape(nothing))
+        bias = own if bias is None else bias + own
     dead = None
     if bias is not None:
         # Without its rows of -inf alone, which would give NaN and NaN gradients: work of the size
         # of the mask, not of the scores.
         dead = (bias == -math.inf).all(-1, keepdim=True)
         bias = bias.masked_fill(dead, 0.0)
-    weights = _weights(_scores(query, key, bias), dead, dropout_p)
+    if policy.softcap is None:
+        scores = _scores(query, key, bias)
+    else:
+        capped = Policy(softcap=policy.softcap).shape(_scores(query, key, None))
+        scores = capped if bias is None else capped + bias
+    weights = _weights(scores, dead, dropout_p)
     return _gather(weights, value), weights
 
 

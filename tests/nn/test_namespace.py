@@ -82,7 +82,12 @@ def test_a_submodule_that_torch_has_not_loaded() -> None:
 
 
 # What torch's have not: by name only.
-MORE = {("TransformerDecoder", "forward"): [("cache", None)]}
+MORE = {
+    ("TransformerDecoder", "forward"): [("cache", None)],
+    ("MultiheadAttention", "forward"): [
+        ("window", None), ("softcap", None), ("alibi_slopes", None),
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DROP_INS)
