@@ -54,6 +54,13 @@ SUITES = {
         plain="unfused",
         others=ATTENTION,
     ),
+    "kinds": Suite(
+        op="scaled_dot_product_attention",
+        group="kinds",
+        results=1,
+        plain="unfused",
+        others={"unfused": peers.unfused},
+    ),
     "bidirectional": Suite(
         op="bidirectional_attention",
         group="bidirectional",

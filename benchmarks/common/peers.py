@@ -39,11 +39,30 @@ def attend_mask(call: Arguments) -> Tensor | None:
 
 
 def whole_mask(call: Arguments) -> Tensor | None:
-    """`attend_mask` with the causal mask worked in too."""
+    """`attend_mask` with the causal mask and the window worked in too."""
     mask = attend_mask(call)
-    if not call.get("is_causal"):
-        return mask
-    return both_masks(mask, lower_triangle(call["query"], call["key"]))
+    if call.get("is_causal"):
+        mask = both_masks(mask, lower_triangle(call["query"], call["key"]))
+    if call.get("window"):
+        left, right = (torch.inf if side is None else side for side in call["window"])
+        distance = distances(call["query"], call["key"])
+        mask = both_masks(mask, (distance <= left) & (distance >= -right))
+    return mask
+
+
+def distances(query: Tensor, key: Tensor) -> Tensor:
+    """(q_len, kv_len): by how much a query's number is above a key's."""
+    rows, columns = (torch.arange(t.shape[-2], device=query.device) for t in (query, key))
+    return rows[:, None] - columns
+
+
+def slopes_bias(call: Arguments) -> Tensor | None:
+    """ALiBi as a mask that is added, per head."""
+    slopes = call.get("alibi_slopes")
+    if slopes is None:
+        return None
+    bias = -slopes[..., None, None] * distances(call["query"], call["key"]).abs()
+    return bias.to(call["query"].dtype)
 
 
 def mask_or_causal(call: Arguments) -> tuple[Tensor | None, bool]:
@@ -91,13 +110,20 @@ def sdpa_math(call: Arguments) -> Callable[[], Tensor]:
 
 
 def unfused_formula(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """softmax(scale * query @ key^T + bias) @ value, every step in the dtype of the inputs."""
     if query.shape[1] != key.shape[1]:
         repeats = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
     scores = query @ key.transpose(-2, -1) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
     return torch.softmax(scores, -1) @ value
@@ -119,9 +145,12 @@ def lower_triangle(query: Tensor, key: Tensor) -> Tensor:
 def unfused(call: Arguments) -> Callable[[], Tensor]:
     """The formula as textbooks write it."""
     query = call["query"]
-    bias = additive(whole_mask(call), query.dtype)
+    bias, slopes = additive(whole_mask(call), query.dtype), slopes_bias(call)
+    if slopes is not None:
+        bias = slopes if bias is None else bias + slopes
     scale = call.get("scale", query.shape[-1] ** -0.5)
-    return partial(unfused_formula, query, call["key"], call["value"], bias, scale)
+    softcap = call.get("softcap")
+    return partial(unfused_formula, query, call["key"], call["value"], bias, scale, softcap)
 
 
 def compiled_formula(call: Arguments) -> Callable[[], Tensor]:

@@ -27,6 +27,7 @@ ATTENTION: dict[str, peers.Adapter] = {
 SUITES = {
     **ops.SUITES,
     **{name: replace(ops.SUITES[name], others=ATTENTION) for name in ("attention", "lengths")},
+    "kinds": replace(ops.SUITES["kinds"], others={**ops.SUITES["kinds"].others, **compiled.ALL}),
 }
 # Of ops that take narrow weights, the peers beside these.
 NARROW = {
@@ -36,11 +37,11 @@ NARROW = {
 }
 
 
-def left_out(name: str, shape: dict[str, Any], settings: Settings) -> str | None:
+def left_out(suite: str, name: str, shape: dict[str, Any], settings: Settings) -> str | None:
     """Why a peer is not tried on a shape, None where it is."""
     if settings.backward and name in runtimes.ALL:
         return "has no gradients"
-    if name in compiled.ALL and settings.peers is None and shape["name"] not in compiled.SOME:
+    if name in compiled.ALL and settings.peers is None and not compiled.takes(suite, shape["name"]):
         return "takes seconds per shape; --peers by name takes all shapes"
     return None
 
@@ -67,7 +68,7 @@ def run_shape(suite: str, shape: dict[str, Any], settings: Settings) -> Row:
     for name, adapter in about.others.items():
         if not settings.wants(name) and name != about.plain:
             continue
-        reason = left_out(name, shape, settings)
+        reason = left_out(suite, name, shape, settings)
         try:
             if reason is not None:
                 raise peers.Skipped(reason)

@@ -18,6 +18,7 @@ SUITES = (
     "attention",
     "bidirectional",
     "lengths",
+    "kinds",
     "linear",
     "cross_attention_layer",
     "cross_modal_layer",

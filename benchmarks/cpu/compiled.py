@@ -1,6 +1,6 @@
 """Peers that torch.compile makes: seconds per shape, and they need a C++ compiler.
 
-They are timed on the shapes of SOME; ``--peers`` by name takes all shapes.
+They are timed on the shapes of SOME and in the suite "kinds"; ``--peers`` by name takes all shapes.
 """
 
 import shutil
@@ -17,6 +17,11 @@ from ..common.peers import Arguments, Skipped
 SOME = ("lxmert_text_to_image", "lxmert_image_to_text", "vit_b16", "qformer", "self_256")
 
 
+def takes(suite: str, shape: str) -> bool:
+    """Whether they are timed there without being asked for."""
+    return suite == "kinds" or shape in SOME
+
+
 def require_compiler() -> None:
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):
         raise Skipped("needs a C++ compiler")
@@ -30,7 +35,8 @@ def compiled_formula(call: Arguments) -> Callable[[], Tensor]:
 
 
 def flex(call: Arguments) -> Callable[[], Tensor]:
-    """FlexAttention under torch.compile; key padding and causality as its block mask."""
+    """FlexAttention under torch.compile; key padding, causality and windows as its block mask, soft
+    caps and ALiBi as its score function."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     require_compiler()
@@ -38,19 +44,32 @@ def flex(call: Arguments) -> Callable[[], Tensor]:
         raise Skipped("a mask tensor would be read score by score")
     query, key = call["query"], call["key"]
     padding, causal = call.get("key_padding_mask"), bool(call.get("is_causal"))
-    mask = None
-    if padding is not None or causal:
+    window, softcap, slopes = (call.get(n) for n in ("window", "softcap", "alibi_slopes"))
+    mask = shaped = None
+    if padding is not None or causal or window:
+        left, right = window or (None, None)
 
         def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
             shown = q >= k if causal else k >= 0
+            if left is not None:
+                shown = shown & (q - k <= left)
+            if right is not None:
+                shown = shown & (k - q <= right)
             return shown & ~padding[b, k] if padding is not None else shown
 
         mask = create_block_mask(
             visible, query.shape[0], None, query.shape[2], key.shape[2], device="cpu"
         )
+    if softcap is not None or slopes is not None:
+
+        def shaped(score: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+            if softcap is not None:
+                score = softcap * torch.tanh(score / softcap)
+            return score if slopes is None else score - slopes[h] * (q - k).abs()
+
     torch.compiler.reset()
     return partial(
-        torch.compile(flex_attention, dynamic=False), query, key, call["value"], block_mask=mask,
+        torch.compile(flex_attention, dynamic=False), query, key, call["value"], shaped, mask,
         scale=call.get("scale"), enable_gqa=bool(call.get("enable_gqa")),
     )  # fmt: skip
 
