@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fastfusion.nn as ffnn
+from fastfusion.core.arguments import check_padding_mask, check_tensors, shapes
 from fastfusion.nn._checks import check_activation, check_counts, check_dropout
 
 PADDING = 0  # the number of a word that is none
@@ -155,3 +156,18 @@ def check_sizes(num_heads: int, dropout: float, activation: Any, **sizes: Any) -
             raise ValueError(f"{name} must be a multiple of num_heads={num_heads}, got {size}")
     check_dropout(dropout)
     check_activation(activation)
+
+
+def checked_padding(
+    name: str, tokens: Tensor, width: int, padding_mask: Tensor | None
+) -> Tensor | None:
+    """The mask (batch, length), once it and the tokens have been found to fit."""
+    if not torch.compiler.is_compiling():
+        check_tensors(**{name: tokens})
+        given = shapes(**{name: tokens})
+        if tokens.dim() != 3 or tokens.shape[2] != width:
+            raise ValueError(f"{name} must have shape (batch, length, {width}), got {given}")
+        check_padding_mask(
+            f"{name}_padding_mask", padding_mask, tokens, tuple(tokens.shape[:2]), given
+        )
+    return None if padding_mask is None else padding_mask.expand(tokens.shape[:2])

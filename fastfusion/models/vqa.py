@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fastfusion.nn as ffnn
-from fastfusion.core.arguments import check_padding_mask, check_tensors, shapes
-from fastfusion.models.parts import check_sizes, encoder, mean
+from fastfusion.models.parts import check_sizes, checked_padding, encoder, mean
 from fastfusion.nn._checks import check_sequences
 
 
@@ -85,12 +84,12 @@ class VQATransformer(nn.Module):
 
     def encode_visual(self, visual: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Encode images (B, Lv, visual_dim), in and out; the mask is that of :meth:`forward`."""
-        padding_mask = _checked("visual", visual, self.visual_dim, padding_mask)
+        padding_mask = checked_padding("visual", visual, self.visual_dim, padding_mask)
         return self.visual_encoder(visual, src_key_padding_mask=padding_mask)
 
     def encode_text(self, text: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Encode texts (B, Lt, text_dim), in and out; the mask is that of :meth:`forward`."""
-        padding_mask = _checked("text", text, self.text_dim, padding_mask)
+        padding_mask = checked_padding("text", text, self.text_dim, padding_mask)
         return self.text_encoder(text, src_key_padding_mask=padding_mask)
 
     def fuse(
@@ -150,16 +149,3 @@ class VQATransformer(nn.Module):
             text_padding_mask,
             need_weights,
         )
-
-
-def _checked(name: str, tokens: Tensor, width: int, padding_mask: Tensor | None) -> Tensor | None:
-    """The mask (batch, length), once it and the tokens have been found to fit."""
-    if not torch.compiler.is_compiling():
-        check_tensors(**{name: tokens})
-        given = shapes(**{name: tokens})
-        if tokens.dim() != 3 or tokens.shape[2] != width:
-            raise ValueError(f"{name} must have shape (batch, length, {width}), got {given}")
-        check_padding_mask(
-            f"{name}_padding_mask", padding_mask, tokens, tuple(tokens.shape[:2]), given
-        )
-    return None if padding_mask is None else padding_mask.expand(tokens.shape[:2])
