@@ -15,7 +15,7 @@ TRAINED = (
     "captioning",
     "diagnosis",
 )  # fastfusion.applications.TRAINED, without importing it
-FITTED = ("vqa", "captioning")  # fastfusion.models.BUILDERS, likewise
+FITTED = ("vqa", "retrieval", "sentiment", "captioning")  # fastfusion.models.BUILDERS, likewise
 PRECISIONS = ("float32", "bf16", "int8")
 DEMOS = (*TRAINED, "whisper", "minilm")
 OPS = ("scaled_dot_product_attention", "bidirectional_attention", "varlen_attention")

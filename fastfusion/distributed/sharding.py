@@ -36,11 +36,14 @@ class Layout:
 
 _ATTENTION = {
     "query": "bhqd", "key": "bhkd", "value": "bhkd", "attn_mask": "bhqk", "key_padding_mask": "bk",
+    "alibi_slopes": "bh",
 }  # fmt: skip
 _BOTH = {
     **_ATTENTION, "query_value": "bhqd", "query_padding_mask": "bq",
 }  # fmt: skip
-_PACKED = dict.fromkeys(("query", "key", "value"), "thd") | {"attn_mask": "bhqk"}
+_PACKED = dict.fromkeys(("query", "key", "value"), "thd") | {
+    "attn_mask": "bhqk", "alibi_slopes": "bh",
+}  # fmt: skip
 
 LAYOUTS: dict[str, Layout] = {
     "attention": Layout(_ATTENTION, ("bhqd", "bhq"), "bhq", gradients=4),
@@ -84,9 +87,9 @@ LAYOUTS: dict[str, Layout] = {
 _UNDERSTOOD = frozenset((
     "seed", "dropout_p", "is_causal", "bottom_right", "scale", "enable_gqa", "mask_gradient",
     "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
-    "grad_0", "grad_1", "grad_2", "grad_3",
+    "window_left", "window_right", "softcap", "grad_0", "grad_1", "grad_2", "grad_3",
 ))  # fmt: skip
-# The letter of queries, which know their own place where attention is causal.
+# The letter of queries, which may have to know their own place.
 _ROWS = {"attention": "q", "cross_attention_layer": "q"}
 
 
@@ -148,10 +151,17 @@ def _letters(name: str, layout: Layout, call: Mapping[str, Any]) -> Iterator[str
             and len(layout.inputs[argument]) - layout.inputs[argument].index(letter)
             <= len(spec.shape)
         }
-        if letter == _ROWS.get(name) and call.get("is_causal", False):
-            continue  # a query would no longer know its own place
+        if letter == _ROWS.get(name) and _asks_for_places(call):
+            continue  # a query would no longer know its own
         if len(sizes - {1}) == 1 or (letter == "h" and _groups_stay_whole(call)):
             yield letter
+
+
+def _asks_for_places(call: Mapping[str, Any]) -> bool:
+    """Whether a score depends on where its query is."""
+    windows = (call.get(name, -1) >= 0 for name in ("window_left", "window_right"))
+    alibi = call.get("alibi_slopes") is not None
+    return bool(call.get("is_causal", False)) or alibi or any(windows)
 
 
 def _groups_stay_whole(call: Mapping[str, Any]) -> bool:

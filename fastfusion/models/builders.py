@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastfusion.models.captioning import END, CaptioningTransformer
+from fastfusion.models.retrieval import RetrievalTransformer
+from fastfusion.models.sentiment import SentimentTransformer
 from fastfusion.models.vqa import VQATransformer
 
 Sizes = Mapping[str, Any]
@@ -39,6 +41,24 @@ def _vqa(sizes: Sizes, shape: Sizes) -> dict[str, Any]:
     return {"visual_dim": width, "text_dim": width, **rest, "num_classes": shape["classes"]}
 
 
+def _retrieval(sizes: Sizes, shape: Sizes) -> dict[str, Any]:
+    arguments = _vqa(sizes, shape)
+    del arguments["num_classes"]
+    return {**arguments, "embedding_dim": sizes["width"]}
+
+
+def _sentiment(sizes: Sizes, shape: Sizes) -> dict[str, Any]:
+    arguments = _vqa(sizes, shape)
+    del arguments["visual_dim"]
+    return {**arguments, "audio_dim": sizes["width"], "video_dim": sizes["width"]}
+
+
+def _three(width: int, shape: Sizes) -> list[Any]:
+    """Text, and as many frames of sound as of pictures."""
+    video, text = _both(width, shape)
+    return [text, torch.randn_like(video), video]
+
+
 def _both(width: int, shape: Sizes) -> list[Any]:
     return [torch.randn(shape["batch"], shape[n], width) for n in ("visual_len", "text_len")]
 
@@ -63,6 +83,8 @@ def _write(model: Any, visual: Tensor, words: Tensor) -> Any:
 
 BUILDERS: dict[str, Builder] = {
     "vqa": Builder(VQATransformer, _vqa, _both),
+    "retrieval": Builder(RetrievalTransformer, _retrieval, _both),
+    "sentiment": Builder(SentimentTransformer, _sentiment, _three),
     "captioning": Builder(CaptioningTransformer, _captioning, _image_and_words, _write),
 }
 

@@ -100,6 +100,22 @@ def check_attention(rank: int, world: int) -> None:
             lambda *t: attend(*t, is_causal=True), attention_inputs(), [place, keys, keys], mesh
         )
         assert causal[0].placements == (place if dim < 2 else everywhere)
+        # Where a query is counts for windows and ALiBi as well, and slopes go with their heads.
+        for options, free in (
+            ({"window": (2, 3)}, False),
+            ({"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.05])}, False),
+            ({"softcap": 2.0}, True),
+        ):
+            slopes = options.get("alibi_slopes")
+            kinds = [] if slopes is None else [slopes]
+
+            def with_kinds(*t: Tensor, options: Any = options) -> Any:
+                given = options | ({"alibi_slopes": t[3].detach()} if len(t) > 3 else {})
+                return attend(*t[:3], **given)
+
+            places = [place, keys, keys] + [everywhere] * len(kinds)
+            found = agree(with_kinds, [*attention_inputs(), *kinds], places, mesh)
+            assert found[0].placements == (place if dim < 2 or free else everywhere)
     # Heads that share keys: two groups stay whole on two ranks; of one or three, keys are copied.
     for heads, kv_heads, stays in ((4, 2, True), (4, 1, True), (6, 3, False)):
         found = agree(
