@@ -20,7 +20,7 @@ from fastfusion.ops.norm import norm
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastfusion.ops.varlen_attention import varlen_attention
 
-from fastfusion import data, distributed, integrations, models, nn, ops  # isort: skip
+from fastfusion import data, distributed, integrations, mask, models, nn, ops  # isort: skip
 from fastfusion.nn._attention_maps import attention_maps  # isort: skip
 from fastfusion.plotting import attention_page, plot_attention  # isort: skip
 from fastfusion.quantization import QuantizationReport, QuantizedLayer, quantize  # isort: skip
@@ -60,6 +60,7 @@ __all__ = [
     "info",
     "integrations",
     "linear",
+    "mask",
     "models",
     "nn",
     "norm",
