@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-TRAINED = (
-    "vqa",
-    "captioning",
-    "diagnosis",
-)  # fastfusion.applications.TRAINED, without importing it
-FITTED = ("vqa", "retrieval", "sentiment", "captioning")  # fastfusion.models.BUILDERS, likewise
+# fastfusion.applications.TRAINED and fastfusion.models.BUILDERS, without importing them.
+TRAINED = ("vqa", "captioning", "diagnosis", "sentiment")
+FITTED = ("vqa", "retrieval", "sentiment", "captioning")
 PRECISIONS = ("float32", "bf16", "int8")
 DEMOS = (*TRAINED, "whisper", "minilm")
 OPS = ("scaled_dot_product_attention", "bidirectional_attention", "varlen_attention")
@@ -58,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=DEMOS,
         default=DEMOS[0],
         help="vqa answers questions about images (default), captioning writes about them, "
-        "diagnosis weighs a picture and a report (drawn ones), whisper transcribes speech, minilm "
-        "embeds sentences",
+        "diagnosis weighs a picture and a report, sentiment judges what words, voice and face say "
+        "(drawn ones), whisper transcribes speech, minilm embeds sentences",
     )
     demo.add_argument("--output", type=Path, help="the picture of a model that ships")
     demo.add_argument("--checkpoint", type=Path, help="of that model; default: the one that ships")

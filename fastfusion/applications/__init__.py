@@ -3,8 +3,8 @@
 ``python -m fastfusion train NAME`` trains the model of an application, ``python -m fastfusion demo
 NAME`` shows what it does beside its twin of stock torch.nn. They need the ``demo`` extra. Each
 package of `TRAINED` has `Settings`, `train`, `show`, `CHECKPOINT` (the file that ships), `PICTURE`
-(the name of what `show` draws), and `example`, which makes of a checkpoint what
+(the name of what `show` draws) and `example`, which makes of a checkpoint what
 :func:`fastfusion.plotting.attention_page` takes: the model, inputs, the image and its words.
 """
 
-TRAINED = ("vqa", "captioning", "diagnosis")
+TRAINED = ("vqa", "captioning", "diagnosis", "sentiment")
