@@ -106,7 +106,7 @@ KERNEL_FLAGS := -fno-exceptions -fno-asynchronous-unwind-tables -c csrc/examples
 MACHINE = $(shell $(CXX) -dumpmachine)
 SETS = scalar $(if $(findstring x86_64,$(MACHINE)),avx2 avx512) $(if $(findstring aarch64,$(MACHINE)),neon)
 SET_scalar := -Os -DFF_SCALAR
-SET_avx2 := -O3 -mavx2 -mfma -mf16c
+SET_avx2 := -O2 -mavx2 -mfma -mf16c
 SET_avx512 := -O3 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c
 SET_neon := -O3
 

@@ -391,6 +391,8 @@ def draw_common(rng: random.Random, target: Target, operands: tuple[str, ...]) -
     kind = rng.random()
     if kind < 0.12:
         drawn["scale"] = rng.choice((-1, 1)) * rng.uniform(0.05, 1.0)
+        if drawn["scale"] ** 2 * drawn["head_dim"] > 16:
+            drawn["wanted"] = ()  # scores further apart than 4: as at the end
     elif kind < 0.2:
         drawn["scale"] = 0.0
     elif kind < 0.25:

@@ -97,7 +97,10 @@ def test_json_holds_everything(tmp_path: Path) -> None:
         (["layers", "--shape", "vit_b16"], "suite layers has no shape vit_b16"),
         (["overhead", "--shape", "vit_b16"], "suite overhead has no shape vit_b16"),
         (["--dtype", "float8"], "'float32', 'bfloat16', 'float16', 'float64'"),
-        (["everything"], "'overhead', 'attention', 'bidirectional', 'lengths', 'linear', "),
+        (
+            ["everything"],
+            "'overhead', 'attention', 'bidirectional', 'lengths', 'kinds', 'linear', ",
+        ),
         (["attention", "--dtype", "int8"], "--dtype int8 is for linear, layers, models, not for"),
         (["--dtype", "bf16w", "--q", "3", "--k", "5"], "for linear, layers, models, not for atten"),
         (["layers", "--dtype", "int8", "--backward"], "is for inference, without --backward"),

@@ -495,11 +495,11 @@ def test_peers_without_gradients_are_skipped() -> None:
 
 def test_compiled_peers_run_on_some_shapes() -> None:
     everything = Settings(rounds=1, min_time=0.0)
-    reasons = [ops.left_out(name, BASE, everything) for name in compiled.ALL]
+    reasons = [ops.left_out("attention", name, BASE, everything) for name in compiled.ALL]
     assert all("takes seconds per shape" in str(reason) for reason in reasons)
     for name in compiled.ALL:
-        assert ops.left_out(name, {"name": compiled.SOME[0]}, everything) is None
-        assert ops.left_out(name, BASE, replace(everything, peers=(name,))) is None
+        assert ops.left_out("attention", name, {"name": compiled.SOME[0]}, everything) is None
+        assert ops.left_out("attention", name, BASE, replace(everything, peers=(name,))) is None
     known = {shape["name"] for group in shapes.load().values() for shape in group}
     assert set(compiled.SOME) <= known
 

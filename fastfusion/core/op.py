@@ -24,6 +24,7 @@ from fastfusion.core.export_mode import is_plain
 from fastfusion.core.torch_op import Definition
 
 _any_autocast = torch._C._is_any_autocast_enabled
+_tracing = torch._C._get_tracing_state  # of torch.jit.trace
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 # A module global and not a ContextVar: torch.compile guards on it, so a compiled function
@@ -161,9 +162,10 @@ class Op:
         `check` and `normalize`, or None where it has to take that road.
 
         That is: where anything is wrong, for whose words see `check`; where normalisation would
-        change a tensor; and under autocast.
+        change a tensor; under autocast; and in torch.jit.trace, which a kernel that refuses a call
+        by an error leaves in a state that ends in a crash of the process.
         """
-        if _any_autocast():
+        if _any_autocast() or _tracing() is not None:
             return None
         try:
             if call[0].dim() not in self.ranks:

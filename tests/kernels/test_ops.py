@@ -91,17 +91,12 @@ def raw_arguments(make: Any, dropout_p: float, gradient: bool) -> tuple[str, tup
         names = ("query", "key", "value", "query_value", "attn_mask")
         tensors = [call[n] for n in names]
         return "bidirectional", (
-            *tensors,
-            None,
-            call["key_padding_mask"],
-            seed,
-            dropout_p,
-            True,
-            True,
-            None,
-        )
+            *tensors, None, call["key_padding_mask"], None, seed, dropout_p, True, True, None, -1,
+            -1, None,
+        )  # fmt: skip
     names = ("query", "key", "value", "attn_mask", "cu_seqlens_q", "cu_seqlens_k")
-    return "varlen", (*[call.get(n) for n in names], seed, 5, 6, dropout_p, True, False, None)
+    numbers = (5, 6, dropout_p, True, False, None, -1, -1, None)
+    return "varlen", (*[call.get(n) for n in names], None, seed, *numbers)
 
 
 @each_op

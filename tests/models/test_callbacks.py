@@ -1,6 +1,7 @@
 """Who is told how a training goes: real TensorBoard and Weights & Biases files, offline."""
 
 import importlib.util
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,7 +50,10 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert main([*TINY, *output]) == 0
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     (file,) = run.glob("*.wandb")
-    content = file.read_bytes()
+    # Another process writes it, and may still do so.
+    deadline = time.monotonic() + 30
+    while b"exact" not in (content := file.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert b"model/loss" in content and b"exact" in content
 
 
