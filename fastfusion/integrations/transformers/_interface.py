@@ -200,7 +200,7 @@ def reads_bool(config: Any) -> bool:
     """Whether masks made for models of this configuration are read by the interface alone."""
     known = _reads_bool.get(type(config))
     if known is None:
-        if _is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # which cannot read the package's files
             return False
         known = _reads_bool[type(config)] = package_uses_interface(config)
     return known

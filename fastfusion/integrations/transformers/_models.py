@@ -48,6 +48,7 @@ class InterfaceSwap:
             held.count += 1
             self.previous.append(held.previous)
             config._attn_implementation_internal = _interface.NAME
+            _interface.reads_bool(config)  # compiled code could not find out
 
     def leave(self, module: nn.Module) -> None:
         for config, previous in zip(_configs(module), self.previous, strict=False):
