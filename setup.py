@@ -586,7 +586,7 @@ if __name__ == "__main__":
         package_dir={f"fastfusion.{name}": name for name in MAPPED},
         package_data={
             "fastfusion": ["py.typed", "*.html"],
-            "fastfusion.models": ["*.safetensors"],
+            "": ["*.safetensors", "*.png"],
             "fastfusion.benchmarks": ["*.json"],
             "fastfusion.kernels.host": ["configs/*.json"],
         },

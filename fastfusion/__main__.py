@@ -11,7 +11,7 @@ from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # fastfusion.applications.TRAINED and fastfusion.models.BUILDERS, without importing them.
-TRAINED = ("vqa", "captioning", "diagnosis", "sentiment")
+TRAINED = ("vqa", "retrieval", "captioning", "sentiment", "diagnosis")
 FITTED = ("vqa", "retrieval", "sentiment", "captioning")
 PRECISIONS = ("float32", "bf16", "int8")
 DEMOS = (*TRAINED, "whisper", "minilm")
@@ -54,9 +54,10 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         choices=DEMOS,
         default=DEMOS[0],
-        help="vqa answers questions about images (default), captioning writes about them, "
-        "diagnosis weighs a picture and a report, sentiment judges what words, voice and face say "
-        "(drawn ones), whisper transcribes speech, minilm embeds sentences",
+        help="vqa answers questions about images (default), retrieval finds emoji by words and "
+        "words by emoji, captioning writes about images, sentiment judges what words, voice and "
+        "face say, diagnosis weighs a picture and a report (both drawn ones), whisper transcribes "
+        "speech, minilm embeds sentences",
     )
     demo.add_argument("--output", type=Path, help="the picture of a model that ships")
     demo.add_argument("--checkpoint", type=Path, help="of that model; default: the one that ships")
@@ -86,7 +87,10 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline-only", action="store_true", help="only the baseline that sees less"
     )
     train.add_argument(
-        "--data", type=Path, help="vqa on VQA v2.0: its official files, and features/ of its images"
+        "--data",
+        type=Path,
+        help="of vqa: VQA v2.0, its official files and features/ of its images; of retrieval: the "
+        "packages that its training names",
     )
     train.add_argument("--resume", action="store_true", help="go on from OUTPUT.state")
     train.add_argument(
@@ -187,11 +191,12 @@ def _train(arguments: argparse.Namespace) -> None:
         for name in ("epochs", "batch_size", "lr", "seed")
         if getattr(arguments, name) is not None
     }
-    if arguments.data is not None:
+    folder = {}
+    if arguments.data is not None and arguments.model == "vqa":
         from fastfusion.applications.vqa import official
 
-        if arguments.model != "vqa" or arguments.baseline_only:
-            raise ValueError("--data is for vqa, and has no baseline")
+        if arguments.baseline_only:
+            raise ValueError("--data has no baseline")
         official.train(
             arguments.output or Path("vqa_v2.safetensors"),
             arguments.data,
@@ -201,12 +206,17 @@ def _train(arguments: argparse.Namespace) -> None:
             callbacks=[callbacks.parse(text) for text in arguments.log],
         )
         return
+    if arguments.data is not None:
+        if not hasattr(application, "FOLDER"):
+            raise ValueError(f"{arguments.model} reads no folder, so --data is not for it")
+        folder["data_folder"] = arguments.data
     application.train(
         arguments.output or Path(application.CHECKPOINT.name),
         application.Settings(**given),
         baseline_only=arguments.baseline_only,
         resume=arguments.resume,
         limit=arguments.limit,
+        **folder,
         callbacks=[callbacks.parse(text) for text in arguments.log],
     )
 

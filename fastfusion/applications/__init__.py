@@ -4,7 +4,8 @@
 NAME`` shows what it does beside its twin of stock torch.nn. They need the ``demo`` extra. Each
 package of `TRAINED` has `Settings`, `train`, `show`, `CHECKPOINT` (the file that ships), `PICTURE`
 (the name of what `show` draws) and `example`, which makes of a checkpoint what
-:func:`fastfusion.plotting.attention_page` takes: the model, inputs, the image and its words.
+:func:`fastfusion.plotting.attention_page` takes: the model, inputs, the image and its words. One
+that reads packages from a folder has `FOLDER`, where they lie unless `--data` names another.
 """
 
-TRAINED = ("vqa", "captioning", "diagnosis", "sentiment")
+TRAINED = ("vqa", "retrieval", "captioning", "sentiment", "diagnosis")

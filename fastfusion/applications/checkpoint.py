@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastfusion.core.extras import require
@@ -28,11 +29,15 @@ class Content:
 
 
 def save(
-    path: Path, kind: str, networks: Mapping[str, nn.Module], metadata: Mapping[str, Any]
+    path: Path,
+    kind: str,
+    networks: Mapping[str, nn.Module],
+    metadata: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write networks under names of their own."""
+    """Write networks under names of their own, their weights in `dtype`."""
     tensors = {
-        f"{name}.{key}": tensor.detach().contiguous()
+        f"{name}.{key}": tensor.detach().to(dtype).contiguous()
         for name, network in networks.items()
         for key, tensor in network.state_dict().items()
     }

@@ -210,8 +210,10 @@ class Training:
         networks: Mapping[str, nn.Module],
         metadata: Mapping[str, Any],
         results: Mapping[str, Any],
+        dtype: torch.dtype = torch.float32,
     ) -> dict[str, Any]:
-        """Write the checkpoint with `results` and how they came about; returns all of these."""
+        """Write the checkpoint, weights in `dtype`, with `results` and how they came about; returns
+        all of these."""
         facts = {
             **results,
             "settings": self.identity,
@@ -220,7 +222,7 @@ class Training:
             "threads": torch.get_num_threads(),
             "seconds": round(perf_counter() - self.started),
         }
-        checkpoint.save(self.output, kind, networks, {**metadata, "training": facts})
+        checkpoint.save(self.output, kind, networks, {**metadata, "training": facts}, dtype)
         self.path.unlink(missing_ok=True)
         for callback in self.callbacks:
             callback.finish({k: v for k, v in results.items() if isinstance(v, float)})

@@ -1,5 +1,5 @@
 """Data sets as they are published: readers, vocabularies, targets and official measures."""
 
-from fastfusion.data import easy_vqa, vqa
+from fastfusion.data import easy_vqa, emoji, vqa
 
-__all__ = ["easy_vqa", "vqa"]
+__all__ = ["easy_vqa", "emoji", "vqa"]

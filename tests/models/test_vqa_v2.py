@@ -103,7 +103,7 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["train", "vqa", "--data", str(tmp_path), *output]) == 1
     assert "v2_OpenEnded_mscoco_train2014_questions.json" in capsys.readouterr().err
     assert main(["train", "captioning", "--data", str(folder), *output]) == 1
-    assert "--data is for vqa" in capsys.readouterr().err
+    assert "--data is not for it" in capsys.readouterr().err
 
 
 def test_missing_features_are_named(folder: Path) -> None:

@@ -1,0 +1,42 @@
+"""The picture of the demo: what is found for each search."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fastfusion.core.extras import require
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One search: uint8 pictures (found, 3, size, size), the best first, and their names."""
+
+    query: str
+    pictures: Tensor
+    names: list[str]
+
+
+def draw(panels: list[Panel], path: Path) -> None:
+    """Write a picture with a row per search."""
+    require("matplotlib")
+    figure_type = require("matplotlib.figure").Figure
+    columns = len(panels[0].names)
+    figure = figure_type(
+        figsize=(1.25 * (columns + 1), 1.25 * len(panels) + 0.6), dpi=100, layout="constrained"
+    )
+    # The canvas of Agg needs no display and leaves the caller's backend alone.
+    require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    figure.suptitle(
+        "Pictures found for a few words, the best first, in a style that no training has seen",
+        fontsize=12,
+    )
+    grid = figure.subplots(len(panels), columns + 1, squeeze=False)
+    for row, panel in zip(grid, panels, strict=True):
+        row[0].text(0.5, 0.5, panel.query, ha="center", va="center", fontsize=11)
+        for axes, picture, name in zip(row[1:], panel.pictures, panel.names, strict=True):
+            axes.imshow(picture.permute(1, 2, 0).numpy())
+            axes.set_title(name if len(name) < 19 else name[:17] + "…", fontsize=6)
+        for axes in row:
+            axes.set_axis_off()
+    figure.savefig(path)
