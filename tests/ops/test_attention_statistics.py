@@ -219,7 +219,7 @@ def test_bad_input(options: Any, error: type[Exception], message: str) -> None:
 @pytest.mark.skipif(library.native is None, reason="the reference has an L x L tensor")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak")
 @pytest.mark.parametrize("what", ["mass", "entropy", "topk"])
-def test_memory_is_linear_in_length(what: str) -> None:
+def test_scratch_memory_is_linear_in_length(what: str) -> None:
     """In a process of its own, 4 heads of 4,096 x 4,096 (268 MB of weights): 10 MB at most, most
     of it the scores of some rows."""
     script = f"""
