@@ -25,12 +25,9 @@ from fastfusion.applications.retrieval.train import LEARNED, measure
 from fastfusion.core.extras import check_before_work
 from fastfusion.data.emoji import LANGUAGES, Collection
 
-# None is the name of an emoji: what is found shows what the words have come to mean.
-QUERIES = (
-    "hot drink", "red fruit", "fast vehicle", "sea animal", "cold weather", "music", "Liebe",
-    "Wintersport",
-)  # fmt: skip
-FIRST = 8  # pictures shown per query
+SEARCHES = 8  # for names, evenly spread over all, the last two in German
+FIRST = 8  # pictures per search in the picture
+SHOWN = 3  # names per search
 SOME = 500  # texts that every variant looks for
 
 
@@ -138,16 +135,21 @@ def _side_by_side(model: EmojiRetrieval, subwords: Subwords, test: Collection) -
 
 
 def _search(model: EmojiRetrieval, subwords: Subwords, test: Collection) -> list[Panel]:
-    """Print what is found first for every query."""
+    """Print what is found first for some names."""
+    sought = [(2 * place + 1) * len(test) // (2 * SEARCHES) for place in range(SEARCHES)]
+    languages = [int(place >= SEARCHES - 2) for place in range(SEARCHES)]
+    queries = [test.emoji[n].names[la] for n, la in zip(sought, languages, strict=True)]
     pictures = encode_pictures(model, test.pictures)
-    texts = encode_texts(model, subwords, QUERIES)
-    order = _first(model, texts, pictures)
-    print("\nsearches")
+    order = _first(model, encode_texts(model, subwords, queries), pictures)
+    print(
+        f"\nsearches by name: the place of the right picture, and the first {SHOWN} that are found"
+    )
     panels = []
-    for query, numbers in zip(QUERIES, order.tolist(), strict=True):
-        german = query[0].isupper()
-        names = [test.emoji[number].names[german] for number in numbers]
-        print(f"  {query:<13} {', '.join(names[:4])}")
+    rows = zip(queries, sought, languages, order.tolist(), strict=True)
+    for query, right, language, numbers in rows:
+        names = [test.emoji[number].names[language] for number in numbers]
+        place = f"{numbers.index(right) + 1}." if right in numbers else f">{FIRST}"
+        print(f"  {place:>3}  {query:<28} {', '.join(names[:SHOWN])}")
         panels.append(Panel(query, test.pictures[numbers], names))
     return panels
 
