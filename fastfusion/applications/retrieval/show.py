@@ -149,7 +149,7 @@ def _search(model: EmojiRetrieval, subwords: Subwords, test: Collection) -> list
     for query, right, language, numbers in rows:
         names = [test.emoji[number].names[language] for number in numbers]
         place = f"{numbers.index(right) + 1}." if right in numbers else f">{FIRST}"
-        print(f"  {place:>3}  {query:<28} {', '.join(names[:SHOWN])}")
+        print(f"  {place:>3}  {query:<32} {', '.join(names[:SHOWN])}")
         panels.append(Panel(query, test.pictures[numbers], names))
     return panels
 
