@@ -38,8 +38,8 @@ MASKS = (None, torch.randn(3, 5, 7), torch.rand(5, 7) > 0.2)
 RAW = torch.ops.fastfusion
 # Masks, whether causal and from where, scale, enable_gqa, and other kinds.
 OPTIONS = {
-    "attention": (None, None, None, None, 0.0, False, False, None, False, -1, -1, None),
-    "bidirectional": (None, None, None, None, None, 0.0, False, False, None, -1, -1, None),
+    "attention": (None, None, None, None, 0.0, False, False, None, False, None, None, None),
+    "bidirectional": (None, None, None, None, None, 0.0, False, False, None, None, None, None),
 }
 
 
@@ -85,10 +85,10 @@ class TestAsTorchOps:
     def test_opcheck(self, mask: Any, padding: Any) -> None:
         for kind in ("forward", "out"):
             op = getattr(RAW, f"cuda_attention_{kind}").default
-            rest = (None, None, 0.0, True, True, 0.3, False, -1, -1, None)
+            rest = (None, None, 0.0, True, True, 0.3, False, None, None, None)
             torch.library.opcheck(op, (*qkv(), mask, padding, *rest))
             op = getattr(RAW, f"cuda_bidirectional_{kind}").default
-            rest = (None, None, 0.0, True, False, None, -1, -1, None)
+            rest = (None, None, 0.0, True, False, None, None, None, None)
             torch.library.opcheck(op, (*both(), mask, None, padding, *rest))
 
     @EACH

@@ -160,7 +160,7 @@ def test_bad_calls_of_the_raw_ops_raise() -> None:
     query = torch.randn(2, 3, 5, 8)
     key, value = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 6)
     padding = torch.zeros(2, 7, dtype=torch.bool)
-    rest = (None, None, None, None, 0.0, False, False, None, False, -1, -1, None)
+    rest = (None, None, None, None, 0.0, False, False, None, False, None, None, None)
     bad = [
         (query[0], key, value, *rest),
         (query[..., :7], key, value, *rest),

@@ -122,7 +122,7 @@ class TestOpcheck:
         if gradient and mask is not None and mask.is_floating_point():
             mask = mask.clone().requires_grad_()
         tensors = (*self.operands(gradient), mask, padding, None, seed)
-        arguments = (*tensors, dropout_p, True, True, 0.3, False, -1, -1, None)
+        arguments = (*tensors, dropout_p, True, True, 0.3, False, None, None, None)
         names = ["attention"] if gradient else ["attention_forward", "attention"]
         if backend_now == "cpu":
             names += [] if gradient else ["attention_out"]
@@ -135,7 +135,7 @@ class TestOpcheck:
         grads = (torch.randn(2, 1, 5, 6), torch.randn(2, 1, 5) if with_lse else None)
         arguments = (
             *grads, *self.operands(), mask, PADDING, None, None, 0.0, False,
-            False, None, False, -1, -1, None, True,
+            False, None, False, None, None, None, True,
         )  # fmt: skip
         torch.library.opcheck(op("attention_backward"), arguments)
 

@@ -87,7 +87,7 @@ def shares(dtype: str, effort: Effort) -> Iterator[Goal]:
     """Operations per second of the kernel over those of a loop of products."""
     native: Any = library.native
     op = torch.ops.fastfusion.attention_out.default
-    rest = (None, None, None, None, 0.0, False, False, None, False, -1, -1, None)
+    rest = (None, None, None, None, 0.0, False, False, None, False, None, None, None)
     few = [torch.randn(1, 1, 1, 8, dtype=getattr(torch, dtype)) for _ in range(3)]
     spec = ops.spec("scaled_dot_product_attention")
     for name, limit in SHARES[dtype].items():
@@ -267,7 +267,7 @@ def calls(effort: Effort) -> Iterator[Goal]:
     """What a call costs that has next to nothing to compute."""
     query = torch.randn(1, 1, 1, 8)
     op = torch.ops.fastfusion.attention_out.default
-    rest = (None, None, None, None, 0.0, False, False, None, False, -1, -1, None)
+    rest = (None, None, None, None, 0.0, False, False, None, False, None, None, None)
     with torch.inference_mode():
         timed = in_turns(
             partial(ff.scaled_dot_product_attention, query, query, query),

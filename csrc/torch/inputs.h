@@ -20,8 +20,8 @@ struct AttentionInputs {
   bool bottom_right = from.flag("bottom_right");
   std::optional<double> scale = from.maybe_number("scale");
   bool enable_gqa = from.flag("enable_gqa");
-  int64_t window_left = from.integer("window_left");
-  int64_t window_right = from.integer("window_right");
+  std::optional<int64_t> window_left = from.maybe_integer("window_left");
+  std::optional<int64_t> window_right = from.maybe_integer("window_right");
   std::optional<double> softcap = from.maybe_number("softcap");
 };
 
@@ -40,8 +40,8 @@ struct BidirectionalInputs {
   bool is_causal = from.flag("is_causal");
   bool bottom_right = from.flag("bottom_right");
   std::optional<double> scale = from.maybe_number("scale");
-  int64_t window_left = from.integer("window_left");
-  int64_t window_right = from.integer("window_right");
+  std::optional<int64_t> window_left = from.maybe_integer("window_left");
+  std::optional<int64_t> window_right = from.maybe_integer("window_right");
   std::optional<double> softcap = from.maybe_number("softcap");
 };
 
@@ -61,8 +61,8 @@ struct VarlenInputs {
   bool is_causal = from.flag("is_causal");
   bool bottom_right = from.flag("bottom_right");
   std::optional<double> scale = from.maybe_number("scale");
-  int64_t window_left = from.integer("window_left");
-  int64_t window_right = from.integer("window_right");
+  std::optional<int64_t> window_left = from.maybe_integer("window_left");
+  std::optional<int64_t> window_right = from.maybe_integer("window_right");
   std::optional<double> softcap = from.maybe_number("softcap");
 };
 

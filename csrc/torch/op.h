@@ -47,6 +47,10 @@ class Arguments {
   // A traced program may compute it from shapes.
   int64_t integer(const char* name) { return take<int64_t>("SymInt", name); }
 
+  std::optional<int64_t> maybe_integer(const char* name) {
+    return take<std::optional<int64_t>>("SymInt?", name);
+  }
+
   // grad_0, grad_1, ...
   template <size_t kCount>
   std::array<MaybeTensor, kCount> gradients() {

@@ -143,15 +143,16 @@ template <class Inputs>
 inline void describe_options(ff::Attention& p, const Inputs& in) {
   describe_scale(p, in.scale);
   p.diagonal = in.bottom_right ? p.kv_len - p.q_len : 0;
-  const auto side = [](int64_t keys) {
-    return keys < 0 || keys > ff::kEndless ? ff::kEndless : keys;  // below 0: no bound
+  const auto side = [](std::optional<int64_t> keys) {
+    STD_TORCH_CHECK(!keys || *keys >= 0, "fastfusion: a window must not be negative");
+    return keys && *keys < ff::kEndless ? *keys : ff::kEndless;
   };
   p.left = side(in.window_left), p.right = in.is_causal ? 0 : side(in.window_right);
   p.softcap = in.softcap ? float(*in.softcap) : 0.0f;
   STD_TORCH_CHECK(!in.softcap || (*in.softcap >= 0x1p-100 && *in.softcap <= 0x1p100),
                   "fastfusion: softcap must be between 2^-100 and 2^100");
 #ifdef FF_TORCH_CUDA
-  STD_TORCH_CHECK(!in.softcap && !in.alibi_slopes && in.window_left < 0 && in.window_right < 0,
+  STD_TORCH_CHECK(!in.softcap && !in.alibi_slopes && !in.window_left && !in.window_right,
                   "fastfusion: the CUDA kernels have no window, no soft cap and no ALiBi");
 #endif
   STD_TORCH_CHECK(in.dropout_p >= 0.0 && in.dropout_p <= 1.0 && (in.dropout_p == 0.0 || in.seed),

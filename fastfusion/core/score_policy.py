@@ -87,9 +87,7 @@ class Kinds(NamedTuple):
         """Of queries (batch, heads, q_len, head_dim), once they are checked."""
         left, right, softcap = kinds_of(self)
         slopes = slopes_of(self.alibi_slopes, query, *query.shape[:2])
-        return Policy(
-            0, None if left < 0 else left, None if right < 0 else right, softcap, slopes
-        )  # fmt: skip
+        return Policy(0, left, right, softcap, slopes)
 
     def check(self, query: Tensor) -> None:
         """Raise TypeError or ValueError for what is not legal beside these queries."""
@@ -109,13 +107,12 @@ def policy_of(call: Any, diagonal: Any) -> Policy:
 
 def sides_of(call: Any) -> tuple[int | None, int | None]:
     """How many keys a query sees left and right of its place, by window and causal mask."""
-    left, right = (None if n < 0 else n for n in (call.window_left, call.window_right))
-    return left, 0 if call.is_causal else right
+    return call.window_left, 0 if call.is_causal else call.window_right
 
 
 def scores_seen(call: Any, q_len: int, kv_len: int) -> int:
     """How many scores a window leaves; a causal mask alone hides none here, as in torch's count."""
-    if call.window_left < 0 and call.window_right < 0:
+    if call.window_left is call.window_right is None:
         return q_len * kv_len
     left, right = sides_of(call)
     diagonal = kv_len - q_len if call.bottom_right else 0
@@ -133,19 +130,14 @@ def scores_seen(call: Any, q_len: int, kv_len: int) -> int:
     return seen - (0 if left is None else up_to(diagonal - left - 1))
 
 
-def bounds(window: Any) -> tuple[int, int]:
-    """A window as calls have it: -1 where it has no bound."""
-    if window is None:
-        return -1, -1
-    left, right = (-1 if side is None else number("window", side) for side in window)
+def bounds(window: Any) -> tuple[int | None, int | None]:
+    """A window as calls have it."""
+    left, right = (None, None) if window is None else (number("window", side) for side in window)
     return left, right
 
 
 def plain_kinds(window: Any, softcap: Any) -> tuple[Any, ...] | None:
-    """The last fields of a call with these as they came; None where they are to be checked first.
-    Without them nothing: a call knows, and an eager one has no time."""
-    if window is softcap is None:
-        return ()
+    """The last fields of a call with these as they came; None where `check_kinds` is to look."""
     if window is not None and not (
         type(window) is tuple
         and len(window) == 2
@@ -201,7 +193,7 @@ def check_kinds(given: Any, query: Tensor, leading: tuple[int, ...], sizes: str)
         )
 
 
-def kinds_of(given: Any) -> tuple[int, int, float | None]:
+def kinds_of(given: Any) -> tuple[int | None, int | None, float | None]:
     """Window and soft cap of an op's arguments, as its call has them."""
     softcap = number("softcap", given.softcap)
     return *bounds(given.window), None if softcap is None else float(softcap)
@@ -223,14 +215,14 @@ def kinds_fit(call: Any, *leading: Any) -> Iterator[Any]:
         yield slopes.dim() == 2
         for size, expected in zip(slopes.shape, leading, strict=True):
             yield size == expected
+    for side in (call.window_left, call.window_right):
+        yield side is None or side >= 0
     yield call.softcap is None or _SMALLEST <= call.softcap <= _LARGEST
 
 
 def has_kinds(call: Any) -> bool:
     """Whether a call has any but a causal mask."""
-    return not (
-        call.alibi_slopes is call.softcap is None and call.window_left < 0 and call.window_right < 0
-    )
+    return not (call.alibi_slopes is call.softcap is call.window_left is call.window_right is None)
 
 
 def refuses_gradient(call: Any) -> Sequence[str]:
@@ -246,7 +238,7 @@ def refuses_kinds(call: Any) -> Sequence[str]:
     if not has_kinds(call):
         return ()
     given = (
-        ("window", call.window_left >= 0 or call.window_right >= 0),
+        ("window", not (call.window_left is call.window_right is None)),
         ("softcap", call.softcap is not None),
         ("alibi_slopes", call.alibi_slopes is not None),
     )

@@ -33,6 +33,7 @@ _SCHEMA_TYPES = {
     float | None: "float?",
     bool: "bool",
     int: "SymInt",
+    int | None: "SymInt?",
 }
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled

@@ -407,15 +407,15 @@ def _kinds(
     offset: Any,
     is_causal: bool,
     *,
-    window_left: int = -1,
-    window_right: int = -1,
+    window_left: int | None = None,
+    window_right: int | None = None,
     alibi_slopes: Any = None,
     **others: Any,
 ) -> tuple[Any, Any]:
     """The bias and the visible scores with what causal masks, windows and ALiBi add to them.
     Queries stand beside the keys of the same number, or `offset` further."""
     window_right = 0 if is_causal else window_right
-    if max(window_left, window_right) < 0 and alibi_slopes is None:
+    if window_left is window_right is alibi_slopes is None:
         return bias, visible
     # (q_len, kv_len), or as `offset` broadcasts it: by how much a query is behind a key.
     place = op.Unsqueeze(_range(op, _size(op, query, 2)), [1])
@@ -424,9 +424,9 @@ def _kinds(
     keys = _range(op, _size(op, key, 2))
     if window_right == 0:
         visible = _and(op, visible, op.LessOrEqual(keys, place))
-    elif window_right > 0:
+    elif window_right is not None:
         visible = _and(op, visible, op.LessOrEqual(keys, op.Add(place, window_right)))
-    if window_left >= 0:
+    if window_left is not None:
         visible = _and(op, visible, op.GreaterOrEqual(op.Add(keys, window_left), place))
     if alibi_slopes is not None:
         distance = op.Cast(op.Abs(op.Sub(place, keys)), to=_FLOAT)

@@ -69,8 +69,8 @@ class Call(NamedTuple):
     bottom_right: bool
     scale: float | None
     enable_gqa: bool  # where H is not Hkv
-    window_left: int = -1  # no bound
-    window_right: int = -1
+    window_left: int | None = None  # no bound
+    window_right: int | None = None
     softcap: float | None = None
 
     def head_dims(self) -> tuple[int, ...]:
@@ -209,7 +209,9 @@ def scaled_dot_product_attention(
             )  # fmt: skip
             if answer is not NotImplemented:
                 return answer
-        kinds = score_policy.plain_kinds(window, softcap)
+        kinds: Any = ()
+        if window is not None or softcap is not None:
+            kinds = score_policy.plain_kinds(window, softcap)
         if (
             type(is_causal) is type(enable_gqa) is type(return_lse) is bool
             and arguments.are_plain(attn_mask, dropout_p, scale, causal_alignment)

@@ -68,8 +68,8 @@ class Call(NamedTuple):
     is_causal: bool
     bottom_right: bool
     scale: float | None
-    window_left: int = -1  # no bound
-    window_right: int = -1
+    window_left: int | None = None  # no bound
+    window_right: int | None = None
     softcap: float | None = None
 
     def head_dims(self) -> tuple[int, ...]:
@@ -217,7 +217,9 @@ def varlen_attention(
             )  # fmt: skip
             if answer is not NotImplemented:
                 return answer
-        kinds = score_policy.plain_kinds(window, softcap)
+        kinds: Any = ()
+        if window is not None or softcap is not None:
+            kinds = score_policy.plain_kinds(window, softcap)
         if (
             type(is_causal) is type(return_lse) is bool
             and type(max_seqlen_q) is type(max_seqlen_k) is int

@@ -225,7 +225,7 @@ def test_a_mask_is_not_read_behind_the_longest_lengths() -> None:
     names = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k")
     tensors, options = (
         [call[n] for n in names],
-        (None, None, 4, 3, 0.0, True, True, None, -1, -1, None),
+        (None, None, 4, 3, 0.0, True, True, None, None, None, None),
     )
     around = torch.full((3, 4, 9, 11), torch.nan, device=DEVICE)
     around[:, :, :4, :3] = torch.randn(3, 4, 4, 3, device=DEVICE)
