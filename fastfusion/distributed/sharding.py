@@ -159,9 +159,8 @@ def _letters(name: str, layout: Layout, call: Mapping[str, Any]) -> Iterator[str
 
 def _asks_for_places(call: Mapping[str, Any]) -> bool:
     """Whether a score depends on where its query is."""
-    windows = (call.get(name, -1) >= 0 for name in ("window_left", "window_right"))
-    alibi = call.get("alibi_slopes") is not None
-    return bool(call.get("is_causal", False)) or alibi or any(windows)
+    given = (call.get(name) for name in ("window_left", "window_right", "alibi_slopes"))
+    return bool(call.get("is_causal", False)) or any(value is not None for value in given)
 
 
 def _groups_stay_whole(call: Mapping[str, Any]) -> bool:

@@ -91,11 +91,11 @@ def raw_arguments(make: Any, dropout_p: float, gradient: bool) -> tuple[str, tup
         names = ("query", "key", "value", "query_value", "attn_mask")
         tensors = [call[n] for n in names]
         return "bidirectional", (
-            *tensors, None, call["key_padding_mask"], None, seed, dropout_p, True, True, None, -1,
-            -1, None,
+            *tensors, None, call["key_padding_mask"], None, seed, dropout_p, True, True, None, None,
+            None, None,
         )  # fmt: skip
     names = ("query", "key", "value", "attn_mask", "cu_seqlens_q", "cu_seqlens_k")
-    numbers = (5, 6, dropout_p, True, False, None, -1, -1, None)
+    numbers = (5, 6, dropout_p, True, False, None, None, None, None)
     return "varlen", (*[call.get(n) for n in names], None, seed, *numbers)
 
 
