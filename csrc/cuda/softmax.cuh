@@ -10,10 +10,11 @@ constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 
 // Whether scores are in natural units, and the maximum is subtracted before log2(e) is multiplied
-// with: a mask of finfo.min or an extreme scale would overflow. Else scores stay raw products, and
-// one fma does the rest, with scale * log2(e).
+// with: a mask of finfo.min or an extreme scale would overflow, and so would what the largest score
+// loses when it is rounded to a shift, from scales of about 2^26 on. Else scores stay raw products,
+// and one fma does the rest, with scale * log2(e).
 inline bool is_natural(const Attention& p) {
-  return p.mask.data || !(p.scale >= 0x1p-32f && p.scale <= 0x1p32f);
+  return p.mask.data || !(p.scale >= 0x1p-16f && p.scale <= 0x1p16f);
 }
 
 // 0 in place of -inf, the maximum of a row without a key so far: -inf - -inf would be NaN.

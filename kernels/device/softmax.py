@@ -3,7 +3,8 @@
 Exponents are of base 2. As a rule scores stay raw products, and one fma per score,
 x * factor - shift, does scale, log2(e) and maximum. With a float mask they are in natural units and
 the maximum is subtracted first, because a mask of finfo.min times log2(e) would be -inf. So they
-are for an extreme scale, which may overflow by log2(e) alone, or make NaN of -inf.
+are for an extreme scale, which may overflow by log2(e) alone, or make NaN of -inf; and from about
+2^26 on by what the largest score loses where it is rounded to the shift.
 """
 
 import triton

@@ -61,7 +61,7 @@ def score_options(
     masked = attn_mask is not None
     bools = attn_mask is not None and attn_mask.dtype == torch.bool
     mask_strides = attn_mask.expand(sizes).stride() if attn_mask is not None else (0, 0, 0, 0)
-    extreme = not 2.0**-32 <= abs(scale) <= 2.0**32
+    extreme = not 2.0**-16 <= abs(scale) <= 2.0**16
     factor = abs(scale) * math.log2(math.e)
     if extreme:  # for gradients, see `gradient_scale`
         factor = 2.0 ** round(math.log2(abs(scale)) / 2) if scale else 1.0

@@ -232,6 +232,23 @@ class TestBidirectionalAttention(AttentionSuite):
         )
         self.compare_gradients(threaded_target, call, gradients)
 
+    @pytest.mark.parametrize("scale", [2.0**20, 2.0**28])
+    def test_one_score_above_all_others(
+        self, scale: float, target: Target, dtype: torch.dtype
+    ) -> None:
+        """What the largest score loses when it is rounded may be a hundred exponents itself."""
+        for seed in (24, 40, 100):
+            torch.manual_seed(seed)
+            query, key = (torch.randn(1, 1, n, 14).to(dtype).to(DEVICE) for n in (7, 5))
+            value, query_value = (torch.randn(1, 1, n, 4).to(dtype).to(DEVICE) for n in (5, 7))
+            out_q, out_k = target.call(
+                self.function, query=query, key=key, value=value, query_value=query_value,
+                scale=scale,
+            )  # fmt: skip
+            scores = (query.double() @ key.double().transpose(2, 3))[0, 0]
+            assert torch.equal(out_q[0, 0], value[0, 0, scores.argmax(dim=1)])
+            assert torch.equal(out_k[0, 0], query_value[0, 0, scores.argmax(dim=0)])
+
     def test_same_bits_alone_and_in_a_batch(
         self, native_target: Target, dtype: torch.dtype
     ) -> None:

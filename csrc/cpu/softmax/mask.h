@@ -56,12 +56,12 @@ inline uint16_t lanes_that_see(const Scores& s, int64_t first, int64_t count, in
   return uint16_t(lanes);
 }
 
-// Multiplies by `unit`, adds the mask, puts -inf where it, the diagonal or the window hides a
-// score, and takes the maximum of every query.
+// Multiplies by `unit`, adds the mask, puts -inf where it, or if `kHides` the diagonal or the
+// window hides a score, and takes the maximum of every query.
+template <bool kHides>
 inline void mask_scores(const Scores& s, const Block& block, float unit, float* maximum) {
   constexpr int64_t kLanes = Vec::kLanes;
   const Attention& p = s.p;
-  const bool hides = crosses_range(s, block);
   const bool logical = p.mask_type == Type::kBool;
   const bool transposed = p.mask.column == 1 && p.mask.row != 0 && block.adjacent();
   const bool by_bits = p.mask.data && logical && transposed;
@@ -100,13 +100,21 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
         } else if (p.mask.data) {
           score = logical ? Vec::select(bias[k], score, hidden) : score + bias[k];
         }
-        if (hides && (block[first + k] < first_seen || block[first + k] > last_seen))
+        if (kHides && (block[first + k] < first_seen || block[first + k] > last_seen))
           score = Vec::select(lanes_that_see(s, lane, some, block[first + k]), score, hidden);
         score.store(at);
         largest = Vec::max(score, largest);
       }
     }
     largest.store(maximum + lane);
+  }
+}
+
+inline void mask_scores(const Scores& s, const Block& block, float unit, float* maximum) {
+  if (crosses_range(s, block)) {
+    mask_scores<true>(s, block, unit, maximum);
+  } else {
+    mask_scores<false>(s, block, unit, maximum);
   }
 }
 
