@@ -6,6 +6,9 @@
 `info()` says what this machine can run, `explain(op, ...)` what a call would run and why.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from fastfusion._cuda_graph import CudaGraphed, cuda_graph
 from fastfusion._info import Info, explain, info
 from fastfusion.core.export_mode import export_mode
@@ -20,7 +23,7 @@ from fastfusion.ops.norm import norm
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastfusion.ops.varlen_attention import varlen_attention
 
-from fastfusion import data, distributed, integrations, mask, models, nn, ops  # isort: skip
+from fastfusion import integrations, mask, nn, ops  # isort: skip
 from fastfusion.nn._attention_maps import attention_maps  # isort: skip
 from fastfusion.plotting import attention_page, plot_attention  # isort: skip
 from fastfusion.quantization import QuantizationReport, QuantizedLayer, quantize  # isort: skip
@@ -31,6 +34,9 @@ from fastfusion.acceleration import (  # isort: skip
     register_swap,
     restore,
 )
+
+if TYPE_CHECKING:
+    from fastfusion import data, distributed, models
 
 __version__ = "0.1.0"
 
@@ -73,3 +79,10 @@ __all__ = [
     "use_backend",
     "varlen_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Rooms that few need are imported by who names them: half of the time of importing all."""
+    if name in ("data", "distributed", "models"):
+        return import_module(f"fastfusion.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
