@@ -207,7 +207,7 @@ gpu-prebuild: build
 wheel: $(VENV)/dependencies.stamp
 	@rm -rf build/lib* dist
 	@$(BIN)/python -m pip wheel -qq --no-build-isolation --no-deps --wheel-dir dist .
-	@ls dist
+	@ls -sh dist
 
 # For PyPI: the wheel under the tag of the oldest glibc that it runs on, which auditwheel checks, and the sources.
 # torch is not bundled. The oldest one: GCC 12's headers and library name symbols of glibc 2.32 and GCC 11.
@@ -218,11 +218,12 @@ $(VENV)/wheels.stamp: $(VENV)/dependencies.stamp
 
 wheels: wheel $(VENV)/wheels.stamp
 	@PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --only-plat --plat $(PLATFORM) --exclude 'libtorch*' \
-		--exclude 'libc10*' --wheel-dir dist/repaired dist/*.whl 2>/dev/null
+		--exclude 'libc10*' --wheel-dir dist/repaired dist/*.whl \
+		>build/auditwheel.log 2>&1 || { cat build/auditwheel.log; exit 1; }
 	@rm dist/*.whl && mv dist/repaired/*.whl dist && rmdir dist/repaired
 	@$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null
 	@rm -rf fastfusion.egg-info
-	@ls dist
+	@ls -sh dist
 
 clean:
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks bench-results

@@ -184,41 +184,30 @@ def _explain(arguments: argparse.Namespace) -> object:
 
 def _train(arguments: argparse.Namespace) -> None:
     from fastfusion.applications import callbacks
+    from fastfusion.applications.training import Training
 
-    application = _application(arguments.model)
+    if arguments.data is not None and arguments.model == "vqa":
+        if arguments.baseline_only:
+            raise ValueError("--data has no baseline")
+        application = _application("vqa.official")
+    else:
+        application = _application(arguments.model)
+    if arguments.data is not None and not hasattr(application, "FOLDER"):
+        raise ValueError(f"{arguments.model} reads no folder, so --data is not for it")
     given = {
         name: getattr(arguments, name)
         for name in ("epochs", "batch_size", "lr", "seed")
         if getattr(arguments, name) is not None
     }
-    folder = {}
-    if arguments.data is not None and arguments.model == "vqa":
-        from fastfusion.applications.vqa import official
-
-        if arguments.baseline_only:
-            raise ValueError("--data has no baseline")
-        official.train(
-            arguments.output or Path("vqa_v2.safetensors"),
-            arguments.data,
-            official.Settings(**given),
-            resume=arguments.resume,
-            limit=arguments.limit,
-            callbacks=[callbacks.parse(text) for text in arguments.log],
-        )
-        return
-    if arguments.data is not None:
-        if not hasattr(application, "FOLDER"):
-            raise ValueError(f"{arguments.model} reads no folder, so --data is not for it")
-        folder["data_folder"] = arguments.data
-    application.train(
+    training = Training(
         arguments.output or Path(application.CHECKPOINT.name),
         application.Settings(**given),
         baseline_only=arguments.baseline_only,
-        resume=arguments.resume,
         limit=arguments.limit,
-        **folder,
+        resume=arguments.resume,
         callbacks=[callbacks.parse(text) for text in arguments.log],
     )
+    application.train(training, *([] if arguments.data is None else [arguments.data]))
 
 
 def _fit(arguments: argparse.Namespace) -> None:

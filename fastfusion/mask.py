@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfusion.core.score_policy import Policy
+
 __all__ = [
     "Mask", "bias", "boolean", "causal", "from_mask_mod", "padding", "prefix", "segments", "window",
 ]  # fmt: skip
@@ -75,16 +77,8 @@ class _Band(Mask):
         return f"window({self.left}, {self.right}, {self.alignment!r})"
 
     def visible(self, q_len: int, kv_len: int, device: Any = None) -> Tensor:
-        rows = torch.arange(q_len, device=device)[:, None]
-        if self.alignment == "bottom_right":
-            rows = rows + (kv_len - q_len)
-        distance = rows - torch.arange(kv_len, device=device)
-        seen = torch.ones_like(distance, dtype=torch.bool)
-        if self.left is not None:
-            seen &= distance <= self.left
-        if self.right is not None:
-            seen &= distance >= -self.right
-        return seen
+        diagonal = kv_len - q_len if self.alignment == "bottom_right" else 0
+        return Policy(diagonal, self.left, self.right).visible(q_len, kv_len, device)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fastfusion as ff
-from fastfusion.applications.vqa.evaluate import to_float
 from fastfusion.applications.vqa.model import CHECKPOINT, Checkpoint
 from fastfusion.backends import library
 from fastfusion.data import easy_vqa as data
+from fastfusion.models.parts import to_float
 
 need("setup.py", "csrc", "Makefile")
 BUILD = build_script()

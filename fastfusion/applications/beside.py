@@ -5,7 +5,6 @@ import copy
 import math
 import platform
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -53,15 +52,6 @@ def quantized(
     return narrow, quantize(narrow, weights, example_inputs=example_inputs)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare` has found; names are those of the rows of its table."""
-
-    models: Mapping[str, Any]
-    milliseconds: Mapping[str, Mapping[str, float]]  # by the name of the inputs, then of the model
-    differences: Mapping[str, float]  # the largest of any output, from stock torch.nn
-
-
 def compare(
     model: nn.Module,
     inputs: Mapping[str, tuple[Any, ...]],
@@ -70,8 +60,9 @@ def compare(
     *,
     title: str = "accuracy",
     rounds: int = 30,
-) -> Comparison:
-    """Print a table of a model of float32 and bfloat16 and 8-bit weights beside its stock twin.
+) -> dict[str, dict[str, float]]:
+    """Print a table of a model of float32 and bfloat16 and 8-bit weights beside its stock twin;
+    returns the times in seconds, by the name of the inputs and then of the row.
 
     Args:
         inputs: to time, by a name for each: "batch 1".
@@ -92,22 +83,18 @@ def compare(
         name: medians({key: partial(each, *given) for key, each in models.items()}, rounds, 5)
         for name, given in inputs.items()
     }
-    found = Comparison(
-        models,
-        {name: {key: 1e3 * t for key, t in each.items()} for name, each in times.items()},
-        {name: (output - plain).abs().max().item() for name, output in outputs.items()},
-    )
     print(
         f"\nthe same weights in stock torch.nn, in float32, and as bfloat16 and 8-bit integers "
         f"(ff.quantize), {torch.get_num_threads()} thread(s)"
     )
     rows = []
     for name, each in models.items():
-        cells = []
-        for ms in found.milliseconds.values():
-            cells += [f"{ms[name]:.2f} ms {ms['stock torch.nn'] / ms[name]:5.2f}x"]
-        cells += [f"{quality(each):.2%}", f"{found.differences[name]:.1e}"]
-        cells += [f"{megabytes(each):.2f}"]
+        cells = [
+            f"{1e3 * some[name]:.2f} ms {some['stock torch.nn'] / some[name]:5.2f}x"
+            for some in times.values()
+        ]
+        difference = (outputs[name] - plain).abs().max().item()
+        cells += [f"{quality(each):.2%}", f"{difference:.1e}", f"{megabytes(each):.2f}"]
         least = f">= {math.floor(1e5 * cosines[name]) / 1e5:.5f}" if name in cosines else ""
         rows.append([name, *cells, least])
     print_table(["", *inputs, title, "difference", "MB", "layers' cosine"], rows)
@@ -115,7 +102,7 @@ def compare(
         "  times: medians of interleaved rounds; difference: the largest of the outputs, which "
         f"reach {plain.abs().max().item():.0f}"
     )
-    return found
+    return times
 
 
 def megabytes(model: nn.Module) -> float:

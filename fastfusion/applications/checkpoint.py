@@ -1,15 +1,17 @@
 """Checkpoints of the applications: one safetensors file, weights as tensors, all else as JSON."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastfusion.core.extras import require
+
+N = TypeVar("N", bound=nn.Module)
 
 FOLDER = Path(__file__).parent.parent / "models"  # of those that ship
 
@@ -22,10 +24,19 @@ class Content:
     weights: Mapping[str, Mapping[str, Tensor]]
     metadata: Mapping[str, Any]
 
-    def fill(self, name: str, network: nn.Module) -> nn.Module:
+    def fill(self, name: str, network: N) -> N:
         """Load the weights of a network into it, and put it into eval mode."""
         network.load_state_dict(self.weights[name])
         return network.eval()
+
+    def model(self, make: Callable[[], N]) -> N | None:
+        """The network ``"model"`` in eval mode; a training of the baselines writes none."""
+        return self.fill("model", make()) if "model" in self.weights else None
+
+
+def present(**networks: nn.Module | None) -> dict[str, nn.Module]:
+    """Those that there are, by the names that they have in a file."""
+    return {name: network for name, network in networks.items() if network is not None}
 
 
 def save(

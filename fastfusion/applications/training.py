@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -140,14 +140,20 @@ def fit(
     return losses
 
 
-class Training:
+S = TypeVar("S", bound=Schedule)
+
+
+class Training(Generic[S]):
     """The stages of a training, whose state lies beside its output until that is written.
+
+    An application's ``train`` takes one, with its own settings.
 
     Args:
         output: the checkpoint to write.
         settings: a dataclass; a state of other settings is not gone on from.
         resume: go on from ``<output>.state``, which every epoch writes and `finish` removes.
-        choices: what else the result depends on.
+        baseline_only: train only the baselines that see less.
+        limit: use only so many examples of each split, for a quick try.
         callbacks: told of every epoch and of the results.
         say: what prints.
 
@@ -159,17 +165,19 @@ class Training:
     def __init__(
         self,
         output: Path,
-        settings: Schedule,
+        settings: S,
         *,
+        baseline_only: bool = False,
+        limit: int | None = None,
         resume: bool = False,
-        choices: Mapping[str, Any],
         callbacks: Sequence[Callback] = (),
         say: Callable[[str], None] = print,
     ) -> None:
         check_before_work(output)
         self.output, self.settings, self.say, self.callbacks = output, settings, say, callbacks
+        self.baseline_only, self.limit = baseline_only, limit
         self.started = perf_counter()
-        self.identity = asdict(settings) | dict(choices)
+        self.identity = asdict(settings) | {"baseline_only": baseline_only, "limit": limit}
         self.path = output.with_name(output.name + ".state")
         self.content: State = {"identity": self.identity}
         if not resume:

@@ -53,26 +53,34 @@ class Policy(NamedTuple):
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if self.alibi_slopes is not None:
             slopes = self.alibi_slopes.to(scores.dtype)[:, :, None, None]
-            scores = scores - slopes * self._distance(scores).abs()
+            q_len, kv_len = scores.shape[-2:]
+            scores = scores - slopes * self._distance(q_len, kv_len, scores.device).abs()
         return scores
 
     def hide(self, scores: Tensor) -> Tensor:
         """-inf where a key is outside of the window."""
         if not self.hides:
             return scores
-        distance = self._distance(scores)
-        if self.right is not None:
-            scores = scores.masked_fill(distance < -self.right, -torch.inf)
-        if self.left is not None:
-            scores = scores.masked_fill(distance > self.left, -torch.inf)
-        return scores
+        q_len, kv_len = scores.shape[-2:]
+        return scores.masked_fill(~self.visible(q_len, kv_len, scores.device), -torch.inf)
 
-    def _distance(self, scores: Tensor) -> Tensor:
+    def visible(self, q_len: int, kv_len: int, device: Any) -> Tensor:
+        """bool, broadcastable to (batch, heads, q_len, kv_len): True where a key is in the
+        window."""
+        distance = self._distance(q_len, kv_len, device)
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        if self.left is not None:
+            seen = seen & (distance <= self.left)
+        if self.right is not None:
+            seen = seen & (distance >= -self.right)
+        return seen
+
+    def _distance(self, q_len: int, kv_len: int, device: Any) -> Tensor:
         """By how much the place of a query is behind a key."""
         diagonal = self.diagonal
         if isinstance(diagonal, Tensor):
             diagonal = diagonal[:, None, None, None]
-        rows, columns = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
+        rows, columns = (torch.arange(n, device=device) for n in (q_len, kv_len))
         return rows[:, None] + diagonal - columns
 
 

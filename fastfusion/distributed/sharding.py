@@ -143,14 +143,9 @@ def _letters(name: str, layout: Layout, call: Mapping[str, Any]) -> Iterator[str
     if "seed" in call and any(call[n] for n in call.keys() - _UNDERSTOOD - layout.inputs.keys()):
         return  # an argument of attention that these rules know nothing of
     for letter in layout.shards:
-        sizes = {
-            spec.shape[layout.inputs[argument].index(letter) - len(layout.inputs[argument])]
-            for argument, spec in call.items()
-            if hasattr(spec, "shape")
-            and letter in layout.inputs.get(argument, "")
-            and len(layout.inputs[argument]) - layout.inputs[argument].index(letter)
-            <= len(spec.shape)
-        }
+        tensors = {name: spec for name, spec in call.items() if hasattr(spec, "shape")}
+        dims = {name: _dim(layout.inputs.get(name, ""), letter, tensors[name]) for name in tensors}
+        sizes = {tensors[name].shape[dim] for name, dim in dims.items() if dim is not None}
         if letter == _ROWS.get(name) and _asks_for_places(call):
             continue  # a query would no longer know its own
         if len(sizes - {1}) == 1 or (letter == "h" and _groups_stay_whole(call)):
@@ -181,12 +176,16 @@ def _input(layout: Layout, argument: str, spec: Any, letter: str) -> Placement |
         dims = layout.outputs[int(argument.removeprefix("grad_"))]
     else:
         dims = layout.inputs.get(argument, "")
-    place = _place(dims, letter)
-    if isinstance(place, Shard):
-        # Masks may have fewer dimensions, and size 1 where all share them.
-        dim = place.dim - (len(dims) - len(spec.shape))
-        place = Shard(dim) if dim >= 0 and spec.shape[dim] > 1 else Replicate()
-    return place
+    dim = _dim(dims, letter, spec)
+    # Masks have size 1 where all share them.
+    return Replicate() if dim is None or spec.shape[dim] <= 1 else Shard(dim)
+
+
+def _dim(dims: str, letter: str, spec: Any) -> int | None:
+    """The dimension of a tensor that has the letter; masks may have the last of their letters
+    alone."""
+    dim = dims.index(letter) - len(dims) + len(spec.shape) if letter and letter in dims else -1
+    return dim if dim >= 0 else None
 
 
 def _gradient(place: Placement | None, letter: str) -> Placement:

@@ -7,9 +7,14 @@ from torch import Tensor, nn
 
 import fastfusion.nn as ffnn
 from fastfusion.core.arguments import check_padding_mask, check_tensors, shapes
-from fastfusion.nn._checks import check_activation, check_counts, check_dropout
+from fastfusion.nn._checks import check_activation, check_counts, check_dropout, check_sequences
 
 PADDING = 0  # the number of a word that is none
+
+
+def to_float(pictures: Tensor) -> Tensor:
+    """uint8 pixels to float32 from 0 to 1."""
+    return pictures.to(torch.float32) / 255
 
 
 class ImageStem(nn.Sequential):
@@ -171,3 +176,47 @@ def checked_padding(
             f"{name}_padding_mask", padding_mask, tokens, tuple(tokens.shape[:2]), given
         )
     return None if padding_mask is None else padding_mask.expand(tokens.shape[:2])
+
+
+class TwoEncoders(nn.Module):
+    """What models of pictures and texts begin with: a Transformer encoder per modality.
+
+    The encoders do not see each other, so an encoding can be used with several of the other
+    modality. Models call :meth:`check_pair` before they encode.
+
+    Args:
+        visual_dim, text_dim: feature width of each modality.
+        num_heads, dim_feedforward, num_layers, options: as of :func:`encoder`.
+    """
+
+    def __init__(
+        self,
+        visual_dim: int,
+        text_dim: int,
+        num_heads: int,
+        dim_feedforward: int,
+        num_layers: int,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.visual_dim, self.text_dim = visual_dim, text_dim
+        sizes = (num_heads, dim_feedforward, num_layers)
+        self.visual_encoder = encoder(visual_dim, *sizes, **options)
+        self.text_encoder = encoder(text_dim, *sizes, **options)
+
+    def encode_visual(self, visual: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Encode pictures (B, Lv, visual_dim), in and out; the mask is that of ``forward``."""
+        padding_mask = checked_padding("visual", visual, self.visual_dim, padding_mask)
+        return self.visual_encoder(visual, src_key_padding_mask=padding_mask)
+
+    def encode_text(self, text: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Encode texts (B, Lt, text_dim), in and out; the mask is that of ``forward``."""
+        padding_mask = checked_padding("text", text, self.text_dim, padding_mask)
+        return self.text_encoder(text, src_key_padding_mask=padding_mask)
+
+    def check_pair(self, visual: Tensor, text: Tensor, output: nn.Linear) -> None:
+        """Both inputs of ``forward`` at once, so that a wrong text fails before the picture is
+        encoded; `output` is the layer whose dtype and device they must have."""
+        if not torch.compiler.is_compiling():
+            widths = (self.visual_dim, self.text_dim)
+            check_sequences({"visual": visual, "text": text}, widths, (output, output))

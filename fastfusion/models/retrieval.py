@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 import fastfusion.nn as ffnn
-from fastfusion.models.parts import check_sizes, checked_padding, encoder, mean
-from fastfusion.nn._checks import check_counts, check_sequences
+from fastfusion.models.parts import TwoEncoders, check_sizes, mean
+from fastfusion.nn._checks import check_counts
 
 
-class RetrievalTransformer(nn.Module):
+class RetrievalTransformer(TwoEncoders):
     """Find the picture of a text, or the text of a picture, both given as features.
 
     A Transformer encoder per modality; the mean over the tokens that are not padding, or all tokens
@@ -59,7 +59,6 @@ class RetrievalTransformer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         check_sizes(
             num_heads, dropout, activation, visual_dim=visual_dim, text_dim=text_dim,
             dim_feedforward=dim_feedforward, num_layers=num_layers,
@@ -67,8 +66,6 @@ class RetrievalTransformer(nn.Module):
         check_counts(
             embedding_dim=embedding_dim, visual_len=1 if visual_len is None else visual_len
         )
-        self.visual_len = visual_len
-        self.visual_dim, self.text_dim = visual_dim, text_dim
         shared: dict[str, Any] = {
             "dropout": dropout,
             "activation": activation,
@@ -78,9 +75,8 @@ class RetrievalTransformer(nn.Module):
             "device": device,
             "dtype": dtype,
         }
-        sizes = (num_heads, dim_feedforward, num_layers)
-        self.visual_encoder = encoder(visual_dim, *sizes, **shared)
-        self.text_encoder = encoder(text_dim, *sizes, **shared)
+        super().__init__(visual_dim, text_dim, num_heads, dim_feedforward, num_layers, **shared)
+        self.visual_len = visual_len
         pooled = visual_dim * (visual_len or 1)
         self.visual_projection = nn.Linear(pooled, embedding_dim, device=device, dtype=dtype)
         self.text_projection = nn.Linear(text_dim, embedding_dim, device=device, dtype=dtype)
@@ -90,16 +86,6 @@ class RetrievalTransformer(nn.Module):
             visual_dim, text_dim, num_heads, dim_feedforward=dim_feedforward, **shared
         )
         self.output = nn.Linear(visual_dim + text_dim, 1, device=device, dtype=dtype)
-
-    def encode_visual(self, visual: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Encode pictures (B, Lv, visual_dim), in and out; the mask is that of :meth:`forward`."""
-        padding_mask = checked_padding("visual", visual, self.visual_dim, padding_mask)
-        return self.visual_encoder(visual, src_key_padding_mask=padding_mask)
-
-    def encode_text(self, text: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Encode texts (B, Lt, text_dim), in and out; the mask is that of :meth:`forward`."""
-        padding_mask = checked_padding("text", text, self.text_dim, padding_mask)
-        return self.text_encoder(text, src_key_padding_mask=padding_mask)
 
     def embed_visual(self, visual: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Vectors (B, embedding_dim) of unit length, of encoded pictures.
@@ -166,13 +152,7 @@ class RetrievalTransformer(nn.Module):
             ValueError: a wrong rank, width or batch size, or a mask that does not fit.
             TypeError: different dtypes, or a mask that is not bool.
         """
-        if not torch.compiler.is_compiling():
-            # Here already, so that a wrong text fails before the picture is encoded.
-            check_sequences(
-                {"visual": visual, "text": text},
-                (self.visual_dim, self.text_dim),
-                (self.output, self.output),
-            )
+        self.check_pair(visual, text, self.output)
         visual = self.encode_visual(visual, visual_padding_mask)
         text = self.encode_text(text, text_padding_mask)
         vectors = (

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 import fastfusion.nn as ffnn
-from fastfusion.models.parts import check_sizes, checked_padding, encoder, mean
-from fastfusion.nn._checks import check_sequences
+from fastfusion.models.parts import TwoEncoders, check_sizes, mean
 
 
-class VQATransformer(nn.Module):
+class VQATransformer(TwoEncoders):
     """Answer a question about an image, both given as features.
 
     A Transformer encoder per modality, one :class:`fastfusion.nn.CrossModalAttention` layer (text
@@ -59,12 +58,10 @@ class VQATransformer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         check_sizes(
             num_heads, dropout, activation, visual_dim=visual_dim, text_dim=text_dim,
             dim_feedforward=dim_feedforward, num_layers=num_layers, num_classes=num_classes,
         )  # fmt: skip
-        self.visual_dim, self.text_dim = visual_dim, text_dim
         shared: dict[str, Any] = {
             "dropout": dropout,
             "activation": activation,
@@ -74,23 +71,11 @@ class VQATransformer(nn.Module):
             "device": device,
             "dtype": dtype,
         }
-        sizes = (num_heads, dim_feedforward, num_layers)
-        self.visual_encoder = encoder(visual_dim, *sizes, **shared)
-        self.text_encoder = encoder(text_dim, *sizes, **shared)
+        super().__init__(visual_dim, text_dim, num_heads, dim_feedforward, num_layers, **shared)
         self.fusion = ffnn.CrossModalAttention(
             visual_dim, text_dim, num_heads, dim_feedforward=dim_feedforward, **shared
         )
         self.output = nn.Linear(visual_dim + text_dim, num_classes, device=device, dtype=dtype)
-
-    def encode_visual(self, visual: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Encode images (B, Lv, visual_dim), in and out; the mask is that of :meth:`forward`."""
-        padding_mask = checked_padding("visual", visual, self.visual_dim, padding_mask)
-        return self.visual_encoder(visual, src_key_padding_mask=padding_mask)
-
-    def encode_text(self, text: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Encode texts (B, Lt, text_dim), in and out; the mask is that of :meth:`forward`."""
-        padding_mask = checked_padding("text", text, self.text_dim, padding_mask)
-        return self.text_encoder(text, src_key_padding_mask=padding_mask)
 
     def fuse(
         self,
@@ -135,13 +120,7 @@ class VQATransformer(nn.Module):
             ValueError: a wrong rank, width or batch size, or a mask that does not fit.
             TypeError: different dtypes, or a mask that is not bool.
         """
-        if not torch.compiler.is_compiling():
-            # Here already, so that a wrong text fails before the image is encoded.
-            check_sequences(
-                {"visual": visual, "text": text},
-                (self.visual_dim, self.text_dim),
-                (self.output, self.output),
-            )
+        self.check_pair(visual, text, self.output)
         return self.fuse(
             self.encode_visual(visual, visual_padding_mask),
             self.encode_text(text, text_padding_mask),

@@ -10,6 +10,7 @@ import pytest
 from fastfusion.__main__ import main
 from fastfusion.applications import callbacks
 from fastfusion.applications.captioning import Settings, train
+from fastfusion.applications.training import Training
 
 TINY = ["train", "captioning", "--limit", "16", "--epochs", "2", "--batch-size", "8"]
 
@@ -27,7 +28,8 @@ def test_any_object_with_two_methods_is_told(tmp_path: Path) -> None:
             results.update(found)
 
     settings = Settings(epochs=2, batch_size=8)
-    train(tmp_path / "x", settings, limit=16, callbacks=[Listener()], say=lambda line: None)
+    output, told = tmp_path / "x", [Listener()]
+    train(Training(output, settings, limit=16, callbacks=told, say=lambda line: None))
     assert heard == [("blind", 1), ("model", 1), ("model", 2)]
     assert set(results) == {"blind_exact", "exact"}
 

@@ -20,6 +20,7 @@ from fastfusion.applications.retrieval.train import Batches, Settings, augment
 from fastfusion.applications.stock import stock_twin
 from fastfusion.data import emoji as data
 from fastfusion.data.emoji import Collection
+from fastfusion.models.parts import to_float
 
 TINY = ["--limit", "24", "--batch-size", "8", "--epochs", "1"]
 
@@ -234,7 +235,7 @@ def test_rerank_is_the_model_itself(shipped: Checkpoint, collection: Collection)
     ranked = evaluate.rerank(model, found, texts, pictures, to_text=False)
     tokens = shipped.subwords.encode(names, 12)
     with torch.inference_mode():
-        pairs = model(evaluate.to_float(some.pictures), tokens)
+        pairs = model(to_float(some.pictures), tokens)
     inside = ranked.diagonal().isfinite()
     assert inside.sum() >= 8 and (ranked.isfinite().sum(dim=1) == evaluate.CANDIDATES).all()
     torch.testing.assert_close(ranked.diagonal()[inside], pairs[inside])

@@ -11,10 +11,11 @@ import torch
 from fastfusion.__main__ import main
 from fastfusion.applications.stock import stock_twin
 from fastfusion.applications.training import fit
-from fastfusion.applications.vqa.evaluate import accuracy, predict, to_float
+from fastfusion.applications.vqa.evaluate import accuracy, predict
 from fastfusion.applications.vqa.model import CHECKPOINT, Checkpoint, Config, EasyVQA
 from fastfusion.applications.vqa.train import Batches, Settings, model_step
 from fastfusion.data import easy_vqa as data
+from fastfusion.models.parts import to_float
 
 TINY = ["--limit", "24", "--batch-size", "8", "--epochs", "4"]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastfusion.__main__ import main
 from fastfusion.applications import checkpoint
+from fastfusion.applications.training import Training
 from fastfusion.applications.vqa import official
 from fastfusion.data import vqa
 
@@ -62,8 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_learns_and_is_judged_officially(folder: Path, tmp_path: Path) -> None:
     said: list[str] = []
     output = tmp_path / "x.safetensors"
-    settings = official.Settings(epochs=12, batch_size=32, lr=4e-3, warmup_steps=20)
-    official.train(output, folder, settings, sizes=SMALL, say=said.append)
+    settings = official.Settings(epochs=12, batch_size=32, lr=4e-3, warmup_steps=20, sizes=SMALL)
+    official.train(Training(output, settings, say=said.append), folder)
     predictions = vqa.read_results(tmp_path / "x.safetensors.results.json")
     questions = official.Folder(folder, "val2014").questions
     found = vqa.evaluate(predictions, questions)

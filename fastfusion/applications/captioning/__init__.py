@@ -6,5 +6,4 @@ from fastfusion.applications.captioning.train import Settings, train
 
 PICTURE = "captioning_attention.png"
 
-
 __all__ = ["CHECKPOINT", "PICTURE", "Settings", "example", "show", "train"]

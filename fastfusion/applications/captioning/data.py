@@ -15,6 +15,7 @@ from torch.nn import functional
 from fastfusion.data import easy_vqa
 from fastfusion.data.easy_vqa import PADDING, UNKNOWN, Vocabulary
 from fastfusion.models.captioning import END, START
+from fastfusion.models.parts import to_float
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -113,7 +114,7 @@ def pairs(
     pictures: Pictures, numbers: Tensor, words: Vocabulary
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Squares (n, 3, 64, 64) from 0 to 1 of pictures (n, 4), their captions, encoded and not."""
-    images = square(pictures.images[numbers].float() / 255)
+    images = square(to_float(pictures.images[numbers]))
     texts = [caption([pictures.things[i] for i in row]) for row in numbers.tolist()]
     return images, encode(words, texts), texts
 

@@ -82,8 +82,7 @@ class Checkpoint:
 
     def networks(self) -> dict[str, nn.Module]:
         """Those that there are, by the names that they have in a file."""
-        blind: dict[str, nn.Module] = {"blind": self.blind}
-        return blind if self.model is None else blind | {"model": self.model}
+        return checkpoint.present(blind=self.blind, model=self.model)
 
     def metadata(self) -> dict[str, Any]:
         """What a file says of its networks."""
@@ -95,9 +94,6 @@ class Checkpoint:
         content = checkpoint.load(path, FORMAT)
         about = content.metadata
         config = Config(**about["config"])
-        model, blind = None, Captioner(config, blind=True)
-        if "model" in content.weights:
-            model = Captioner(config)
-            content.fill("model", model)
-        content.fill("blind", blind)
+        model = content.model(lambda: Captioner(config))
+        blind = content.fill("blind", Captioner(config, blind=True))
         return cls(config, Vocabulary(about["vocabulary"]), model, blind, about["training"])

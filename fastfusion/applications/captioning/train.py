@@ -1,15 +1,13 @@
 """Training of captions: ``python -m fastfusion train captioning``."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastfusion.applications.callbacks import Callback
 from fastfusion.applications.captioning import data
 from fastfusion.applications.captioning.data import Pictures
 from fastfusion.applications.captioning.model import FORMAT, Captioner, Checkpoint, Config
@@ -78,31 +76,12 @@ def exact_matches(
     return right / count
 
 
-def train(
-    output: Path,
-    settings: Settings,
-    *,
-    baseline_only: bool = False,
-    resume: bool = False,
-    limit: int | None = None,
-    callbacks: Sequence[Callback] = (),
-    say: Callable[[str], None] = print,
-) -> None:
-    """Train the blind baseline and, unless ``baseline_only``, the model; write both.
+def train(training: Training[Settings]) -> None:
+    """Train the blind baseline and, unless it is ``baseline_only``, the model; write both.
 
-    Args:
-        resume: go on from ``<output>.state``, which every epoch writes and a finished training
-            removes.
-        limit: use only so many pictures of each split, and squares of an epoch.
-        callbacks: told of every epoch and of the results.
-
-    Raises:
-        FileNotFoundError, ValueError: ``resume`` without a state, or with one of other settings.
+    `limit` is of the pictures of each split, and of the squares of an epoch.
     """
-    choices = {"baseline_only": baseline_only, "limit": limit}
-    training = Training(
-        output, settings, resume=resume, choices=choices, callbacks=callbacks, say=say
-    )
+    settings, limit, say = training.settings, training.limit, training.say
     learning, testing = data.load("train", limit), data.load("test", limit)
     words = data.vocabulary()
     config = Config(words=len(words))
@@ -125,7 +104,7 @@ def train(
     }
     say(f"without the image: {results['blind_exact']:.2%} of the captions right")
     model = None
-    if not baseline_only:
+    if not training.baseline_only:
         torch.manual_seed(settings.seed)
         model = Captioner(config)
         training.stage("model", model, step(model), batches, settings)

@@ -6,5 +6,4 @@ from fastfusion.applications.diagnosis.train import Settings, train
 
 PICTURE = "diagnosis_attention.png"
 
-
 __all__ = ["CHECKPOINT", "PICTURE", "Settings", "example", "show", "train"]

@@ -97,10 +97,9 @@ class Checkpoint:
 
     def networks(self) -> dict[str, nn.Module]:
         """Those that there are, by the names that they have in a file."""
-        halves: dict[str, nn.Module] = {
-            "image_only": self.image_only, "report_only": self.report_only
-        }  # fmt: skip
-        return halves if self.model is None else halves | {"model": self.model}
+        return checkpoint.present(
+            image_only=self.image_only, report_only=self.report_only, model=self.model
+        )
 
     def metadata(self) -> dict[str, Any]:
         """What a file says of its networks."""
@@ -112,12 +111,8 @@ class Checkpoint:
         content = checkpoint.load(path, FORMAT)
         about = content.metadata
         config = Config(**about["config"])
-        model = None
-        image_only, report_only = ImageOnly(config), ReportOnly(config)
-        if "model" in content.weights:
-            model = Diagnoser(config)
-            content.fill("model", model)
-        content.fill("image_only", image_only)
-        content.fill("report_only", report_only)
+        model = content.model(lambda: Diagnoser(config))
+        image_only = content.fill("image_only", ImageOnly(config))
+        report_only = content.fill("report_only", ReportOnly(config))
         words = Vocabulary(about["vocabulary"])
         return cls(config, words, model, image_only, report_only, about["training"])

@@ -1,15 +1,13 @@
 """Training of diagnoses: ``python -m fastfusion train diagnosis``."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from fastfusion.applications.callbacks import Callback
 from fastfusion.applications.diagnosis import data
 from fastfusion.applications.diagnosis.data import Cases
 from fastfusion.applications.diagnosis.evaluate import (
@@ -91,31 +89,12 @@ def test_cases(words: Vocabulary, count: int = TEST_CASES) -> Cases:
     return data.draw(count, torch.Generator().manual_seed(TEST_SEED), words)
 
 
-def train(
-    output: Path,
-    settings: Settings,
-    *,
-    baseline_only: bool = False,
-    resume: bool = False,
-    limit: int | None = None,
-    callbacks: Sequence[Callback] = (),
-    say: Callable[[str], None] = print,
-) -> None:
-    """Train both halves and, unless ``baseline_only``, the model; write all.
+def train(training: Training[Settings]) -> None:
+    """Train both halves and, unless it is ``baseline_only``, the model; write all.
 
-    Args:
-        resume: go on from ``<output>.state``, which every epoch writes and a finished training
-            removes.
-        limit: draw only so many cases for each purpose.
-        callbacks: told of every epoch and of the results.
-
-    Raises:
-        FileNotFoundError, ValueError: ``resume`` without a state, or with one of other settings.
+    `limit` is of the cases that are drawn for each purpose.
     """
-    choices = {"baseline_only": baseline_only, "limit": limit}
-    training = Training(
-        output, settings, resume=resume, choices=choices, callbacks=callbacks, say=say
-    )
+    settings, limit, say = training.settings, training.limit, training.say
     words = data.vocabulary()
     config = Config(words=len(words))
     if limit is not None:
@@ -137,7 +116,7 @@ def train(
         results[name] = accuracy(logits_of(half, testing), testing)
         say(f"{name.replace('_', ' ')}: {results[name]:.2%} of the diagnoses right")
     model = None
-    if not baseline_only:
+    if not training.baseline_only:
         torch.manual_seed(settings.seed)
         model = Diagnoser(config)
         step = model_step(model, settings.attention_loss)

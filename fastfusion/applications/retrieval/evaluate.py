@@ -9,15 +9,11 @@ from torch import Tensor, nn
 
 from fastfusion.applications.retrieval.model import EmojiRetrieval
 from fastfusion.applications.retrieval.subwords import Subwords
+from fastfusion.models.parts import to_float
 
 RANKS = (1, 5, 10)
 CANDIDATES = 10  # that the re-ranker looks at
 CHUNK = 512
-
-
-def to_float(pictures: Tensor) -> Tensor:
-    """uint8 pixels to float32 from 0 to 1."""
-    return pictures.to(torch.float32) / 255
 
 
 @dataclass(frozen=True)

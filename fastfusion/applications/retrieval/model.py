@@ -93,7 +93,7 @@ class Checkpoint:
 
     def networks(self) -> dict[str, nn.Module]:
         """Those that there are, by the names that they have in a file."""
-        return {} if self.model is None else {"model": self.model}
+        return checkpoint.present(model=self.model)
 
     def metadata(self) -> dict[str, Any]:
         """What a file says of its networks."""
@@ -109,9 +109,6 @@ class Checkpoint:
         content = checkpoint.load(path, FORMAT)
         about = content.metadata
         config = Config(**about["config"])
-        model = None
-        if "model" in content.weights:
-            model = EmojiRetrieval(config)
-            content.fill("model", model)
+        model = content.model(lambda: EmojiRetrieval(config))
         subwords = Subwords(about["letters"], about["merges"])
         return cls(config, subwords, model, about["training"])

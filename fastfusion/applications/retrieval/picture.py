@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastfusion.core.extras import require
+from fastfusion.plotting import new_figure
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,8 @@ class Panel:
 
 def draw(panels: list[Panel], path: Path) -> None:
     """Write a picture with a row per search."""
-    require("matplotlib")
-    figure_type = require("matplotlib.figure").Figure
     columns = len(panels[0].names)
-    figure = figure_type(
-        figsize=(1.25 * (columns + 1), 1.25 * len(panels) + 0.6), dpi=100, layout="constrained"
-    )
-    # The canvas of Agg needs no display and leaves the caller's backend alone.
-    require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    figure = new_figure(1.25 * (columns + 1), 1.25 * len(panels) + 0.6)
     figure.suptitle(
         "Pictures found for a few words, the best first, in a style that no training has seen",
         fontsize=12,

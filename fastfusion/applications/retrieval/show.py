@@ -16,7 +16,6 @@ from fastfusion.applications.retrieval.evaluate import (
     recall,
     rerank,
     scores,
-    to_float,
 )
 from fastfusion.applications.retrieval.model import CHECKPOINT, Checkpoint, EmojiRetrieval
 from fastfusion.applications.retrieval.picture import Panel, draw
@@ -24,6 +23,7 @@ from fastfusion.applications.retrieval.subwords import Subwords
 from fastfusion.applications.retrieval.train import LEARNED, measure
 from fastfusion.core.extras import check_before_work
 from fastfusion.data.emoji import LANGUAGES, Collection
+from fastfusion.models.parts import to_float
 
 SEARCHES = 8  # for names, evenly spread over all, the last two in German
 FIRST = 8  # pictures per search in the picture

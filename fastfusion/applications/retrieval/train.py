@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastfusion.applications.callbacks import Callback
 from fastfusion.applications.retrieval.evaluate import (
     encode_pictures,
     encode_texts,
@@ -28,13 +27,13 @@ from fastfusion.applications.retrieval.evaluate import (
     recall,
     rerank,
     scores,
-    to_float,
 )
 from fastfusion.applications.retrieval.model import FORMAT, Checkpoint, Config, EmojiRetrieval
 from fastfusion.applications.retrieval.subwords import Subwords
 from fastfusion.applications.training import Outcome, Schedule, Training
 from fastfusion.data import emoji as data
 from fastfusion.data.emoji import LANGUAGES, Collection, Emoji
+from fastfusion.models.parts import to_float
 
 FOLDER = Path("emoji")  # of the packages, unless another is named
 EPOCHS = {"texts": 2, "pictures to names": 1 / 3, "re-ranker": 1 / 10}  # for each of the pictures
@@ -308,40 +307,22 @@ def _epochs(settings: Settings, stage: str) -> int:
     return math.ceil(settings.epochs * EPOCHS[stage])
 
 
-def train(
-    output: Path,
-    settings: Settings,
-    *,
-    data_folder: Path | None = None,
-    baseline_only: bool = False,
-    resume: bool = False,
-    limit: int | None = None,
-    callbacks: Sequence[Callback] = (),
-    say: Callable[[str], None] = print,
-) -> None:
-    """Measure the baseline and, unless ``baseline_only``, train the model; write what came of it.
+def train(training: Training[Settings], data_folder: Path = FOLDER) -> None:
+    """Measure the baseline and, unless it is ``baseline_only``, train the model; write it all.
+
+    `limit` is of the emoji.
 
     Args:
-        data_folder: the packages with the pictures to learn from; by default ``emoji``.
-        resume: go on from ``<output>.state``, which every epoch writes and a finished training
-            removes.
-        limit: use only so many emoji (for a quick try).
-        callbacks: told of every epoch and of the results.
+        data_folder: the packages with the pictures to learn from.
 
     Raises:
         FileNotFoundError: a package is not there; the message has the command that fetches them.
-        FileNotFoundError, ValueError: ``resume`` without a state, or with one of other settings.
     """
-    choices = {"baseline_only": baseline_only, "limit": limit}
-    training = Training(
-        output, settings, resume=resume, choices=choices, callbacks=callbacks, say=say
-    )
+    settings, limit, say = training.settings, training.limit, training.say
     test = Collection.load()
     if limit is not None:
         test = test.head(limit)
-    pictures = torch.stack(
-        [data.pictures(style, test.emoji, data_folder or FOLDER) for style in LEARNED]
-    )
+    pictures = torch.stack([data.pictures(style, test.emoji, data_folder) for style in LEARNED])
     say(
         f"emoji: {len(test):,}, each in two styles to learn from ({', '.join(LEARNED)}) and in a "
         f"third to test with (twemoji), names and keywords in {' and '.join(LANGUAGES)}; "
@@ -359,7 +340,7 @@ def train(
     subwords = Subwords.of(texts, settings.subwords)
     config = Config(len(subwords))
     model = None
-    if not baseline_only:
+    if not training.baseline_only:
         torch.manual_seed(settings.seed)
         model = EmojiRetrieval(config)
         training.stage(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastfusion.applications import checkpoint
 from fastfusion.applications.sentiment.data import AUDIO, CLASSES, FACE, MODALITIES, VOCABULARY
 from fastfusion.models import SentimentTransformer
-from fastfusion.models.parts import TokenEmbedding, encoder, mean
+from fastfusion.models.parts import PooledClassifier, TokenEmbedding
 
 CHECKPOINT = checkpoint.FOLDER / "sentiment.safetensors"
 FORMAT = "fastfusion sentiment 1"
@@ -101,27 +101,26 @@ class SpokenSentiment(nn.Module):
         return self.transformer(*made, text_padding, audio_padding, video_padding)
 
 
-class OneModality(nn.Module):
+class OneModality(PooledClassifier):
     """As much of :class:`SpokenSentiment` as one modality needs."""
 
     def __init__(self, config: Config, modality: str) -> None:
-        super().__init__()
-        self.modality = modality
-        self.features = _features(config)[modality]
+        # Drawn first, as they were when the weights that ship were trained.
+        features = _features(config)[modality]
         # As deep as a stream of the model: its encoder, the fusion and what comes behind it.
-        self.encoder = encoder(
+        super().__init__(
             config.width,
             config.num_heads,
             config.dim_feedforward,
             2 * config.num_layers + 1,
+            len(CLASSES),
             dropout=config.dropout,
         )
-        self.output = nn.Linear(config.width, len(CLASSES))
+        self.modality, self.features = modality, features
 
     def forward(self, given: Tensor, padding: Tensor) -> Tensor:
         """Logits (B, 3) of one modality and its mask."""
-        tokens = self.encoder(_of(self.features, given), src_key_padding_mask=padding)
-        return self.output(mean(tokens, padding))
+        return self.classify(_of(self.features, given), padding)
 
 
 @dataclass
@@ -135,8 +134,8 @@ class Checkpoint:
 
     def networks(self) -> dict[str, nn.Module]:
         """Those that there are, by the names that they have in a file."""
-        alone: dict[str, nn.Module] = {f"{name}_alone": net for name, net in self.alone.items()}
-        return alone if self.model is None else alone | {"model": self.model}
+        alone = {f"{name}_alone": network for name, network in self.alone.items()}
+        return checkpoint.present(**alone, model=self.model)
 
     def metadata(self) -> dict[str, Any]:
         """What a file says of its networks."""
@@ -154,11 +153,8 @@ class Checkpoint:
         if tuple(about["vocabulary"]) != VOCABULARY:
             raise ValueError(f"{path} was made with other words than this version draws")
         config = Config(**about["config"])
-        model = None
-        if "model" in content.weights:
-            model = SpokenSentiment(config)
-            content.fill("model", model)
-        alone = {name: OneModality(config, name) for name in MODALITIES}
-        for name, network in alone.items():
-            content.fill(f"{name}_alone", network)
+        model = content.model(lambda: SpokenSentiment(config))
+        alone = {
+            name: content.fill(f"{name}_alone", OneModality(config, name)) for name in MODALITIES
+        }
         return cls(config, model, alone, about["training"])

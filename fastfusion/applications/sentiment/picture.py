@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfusion.core.extras import require
+from fastfusion.plotting import new_figure
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,7 @@ class Panel:
 
 def draw(panels: list[Panel], path: Path) -> None:
     """Write a picture with a block per sample."""
-    require("matplotlib")
-    figure_type = require("matplotlib.figure").Figure
-    figure = figure_type(figsize=(5.2 * len(panels), 7.4), dpi=100, layout="constrained")
-    # The canvas of Agg needs no display and leaves the caller's backend alone.
-    require("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    figure = new_figure(5.2 * len(panels), 7.4)
     figure.suptitle(
         "Cross-modal attention of three modalities (synthetic): how much of their attention the "
         "words give to each moment (mean of the heads)",

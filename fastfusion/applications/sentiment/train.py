@@ -3,16 +3,14 @@
 In some samples one modality is missing, or two are, so that the model learns to do without.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastfusion.applications.callbacks import Callback
 from fastfusion.applications.sentiment.data import MODALITIES, Opinions, make
 from fastfusion.applications.sentiment.model import (
     FORMAT,
@@ -144,31 +142,12 @@ def with_subsets(model: SpokenSentiment, opinions: Opinions) -> dict[str, float]
     }
 
 
-def train(
-    output: Path,
-    settings: Settings,
-    *,
-    baseline_only: bool = False,
-    resume: bool = False,
-    limit: int | None = None,
-    callbacks: Sequence[Callback] = (),
-    say: Callable[[str], None] = print,
-) -> None:
-    """Train a baseline for each modality and, unless ``baseline_only``, the model; write them.
+def train(training: Training[Settings]) -> None:
+    """Train a baseline per modality and, unless it is ``baseline_only``, the model; write all.
 
-    Args:
-        resume: go on from ``<output>.state``, which every epoch writes and a finished training
-            removes.
-        limit: make only so many samples to learn from, and as many to test with.
-        callbacks: told of every epoch and of the results.
-
-    Raises:
-        FileNotFoundError, ValueError: ``resume`` without a state, or with one of other settings.
+    `limit` is of the samples to learn from, and as many to test with.
     """
-    choices = {"baseline_only": baseline_only, "limit": limit}
-    training = Training(
-        output, settings, resume=resume, choices=choices, callbacks=callbacks, say=say
-    )
+    settings, limit, say = training.settings, training.limit, training.say
     learning = make(min(limit or LEARNING, LEARNING), settings.seed)
     testing = make(min(limit or TESTING, TESTING), TEST_SEED + settings.seed)
     say(
@@ -186,7 +165,7 @@ def train(
         say(f"{name} alone: {results[f'{name}_alone']:.2%} of the test samples right")
 
     model = None
-    if not baseline_only:
+    if not training.baseline_only:
         torch.manual_seed(settings.seed)
         model = SpokenSentiment(config)
         batches = Batches(learning, settings, settings.missing)

@@ -6,5 +6,4 @@ from fastfusion.applications.vqa.train import Settings, train
 
 PICTURE = "vqa_attention.png"
 
-
 __all__ = ["CHECKPOINT", "PICTURE", "Settings", "example", "show", "train"]

@@ -5,11 +5,7 @@ from torch import Tensor
 
 from fastfusion.applications.vqa.model import GRID, EasyVQA, QuestionOnly
 from fastfusion.data.easy_vqa import Split, drawn
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 pixels to float32 from 0 to 1."""
-    return images.to(torch.float32) / 255
+from fastfusion.models.parts import to_float
 
 
 def shape_tokens(images: Tensor) -> Tensor:

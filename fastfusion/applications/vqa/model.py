@@ -108,8 +108,7 @@ class Checkpoint:
 
     def networks(self) -> dict[str, nn.Module]:
         """Those that there are, by the names that they have in a file."""
-        blind: dict[str, nn.Module] = {"question_only": self.question_only}
-        return blind if self.model is None else blind | {"model": self.model}
+        return checkpoint.present(question_only=self.question_only, model=self.model)
 
     def metadata(self) -> dict[str, Any]:
         """What a file says of its networks."""
@@ -130,10 +129,7 @@ class Checkpoint:
         content = checkpoint.load(path, FORMAT)
         about = content.metadata
         config = Config(**about["config"])
-        model, question_only = None, QuestionOnly(config)
-        if "model" in content.weights:
-            model = EasyVQA(config)
-            content.fill("model", model)
-        content.fill("question_only", question_only)
+        model = content.model(lambda: EasyVQA(config))
+        question_only = content.fill("question_only", QuestionOnly(config))
         vocabulary = Vocabulary(about["vocabulary"])
         return cls(config, vocabulary, about["answers"], model, question_only, about["training"])

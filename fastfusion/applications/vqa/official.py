@@ -10,8 +10,8 @@ The folder holds the official files under their names, and for each image its re
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastfusion.applications.callbacks import Callback
 from fastfusion.applications.training import Outcome, Schedule, Training, shuffled
 from fastfusion.data import vqa
 from fastfusion.data.easy_vqa import Vocabulary, words
@@ -27,6 +26,8 @@ from fastfusion.data.vqa import AnswerVocabulary, Question
 from fastfusion.models import VQATransformer
 from fastfusion.models.parts import TokenEmbedding
 
+CHECKPOINT = Path("vqa_v2.safetensors")  # that is made; none ships
+FOLDER = Path("vqa_v2")  # of the files, unless another is named
 FORMAT = "fastfusion vqa v2 1"
 MAX_WORDS = 24  # the longest question has 23, and what is behind is cut off
 MIN_WORD_COUNT = 3
@@ -42,6 +43,7 @@ class Settings(Schedule):
     warmup_steps: int = 1000
     weight_decay: float = 0.01
     min_count: int = vqa.MIN_COUNT  # of an answer that is learnt
+    sizes: Mapping[str, Any] = field(default_factory=dict)  # of Config, other than its defaults
 
 
 @dataclass(frozen=True)
@@ -198,41 +200,24 @@ def predict(
     return found
 
 
-def train(
-    output: Path,
-    folder: Path,
-    settings: Settings,
-    *,
-    sizes: dict[str, Any] | None = None,
-    resume: bool = False,
-    limit: int | None = None,
-    callbacks: Sequence[Callback] = (),
-    say: Callable[[str], None] = print,
-) -> None:
+def train(training: Training[Settings], folder: Path = FOLDER) -> None:
     """Train on the train split, write the checkpoint, and answer the val split by the official
-    accuracy; its answers lie in ``<output>.results.json``.
+    accuracy; its answers lie in ``<output>.results.json``. `limit` is of the questions of each
+    split, and there is no baseline.
 
     Args:
         folder: as this file's first lines say.
-        sizes: of :class:`Config`, where other than its defaults.
-        resume: go on from ``<output>.state``.
-        limit: use only so many questions of each split.
-        callbacks: told of every epoch and of the results.
 
     Raises:
-        FileNotFoundError, ValueError: files that are missing or of another form; ``resume`` without
-            a state, or with one of other settings.
+        FileNotFoundError, ValueError: files that are missing or of another form.
     """
-    training = Training(
-        output, settings, resume=resume, choices={"limit": limit, "sizes": sizes},
-        callbacks=callbacks, say=say,
-    )  # fmt: skip
+    settings, limit, say = training.settings, training.limit, training.say
     learning, testing = (Folder(folder, split, limit) for split in ("train2014", "val2014"))
     vocabulary = word_vocabulary(learning.questions)
     answers = AnswerVocabulary.of(learning.questions, settings.min_count)
     batches = Batches(learning, vocabulary, answers, settings)
     feature_dim = learning.features(learning.questions[0].image_id).shape[1]
-    config = Config(feature_dim, len(vocabulary), len(answers), **(sizes or {}))
+    config = Config(feature_dim, len(vocabulary), len(answers), **settings.sizes)
     say(
         f"VQA v2.0: {len(batches.questions):,} of {len(learning.questions):,} questions to learn "
         f"from, {len(testing.questions):,} to test with; {len(answers):,} answers, "
@@ -247,7 +232,7 @@ def train(
     found = vqa.evaluate(predictions, testing.questions)
     for name, value in {"all": found.overall, **found.by_answer_type}.items():
         say(f"official accuracy, {name}: {value:.2f}")
-    results = output.with_name(output.name + ".results.json")
+    results = training.output.with_name(training.output.name + ".results.json")
     vqa.write_results(results, predictions)
     say(f"wrote {results}")
     about = {

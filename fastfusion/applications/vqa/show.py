@@ -14,13 +14,13 @@ from fastfusion.applications.vqa.evaluate import (
     predict,
     predict_from_question,
     shape_tokens,
-    to_float,
 )
 from fastfusion.applications.vqa.model import CHECKPOINT, Checkpoint, EasyVQA
 from fastfusion.applications.vqa.picture import Panel, draw
 from fastfusion.core.extras import check_before_work
 from fastfusion.data import easy_vqa as data
 from fastfusion.data.easy_vqa import Split
+from fastfusion.models.parts import to_float
 
 # Questions of every kind, and the words whose attention the picture shows.
 EXAMPLES = {
@@ -128,19 +128,19 @@ def _side_by_side(model: EasyVQA, split: Split, tokens: Tensor) -> None:
     """The model beside its twin of stock torch.nn, and its copies with narrower weights."""
     some = split.head(SOME_IMAGES)
     pairs = {n: _pairs(split, tokens, _spread(split, n)) for n in (1, 8, 32)}
-    found = compare(
+    times = compare(
         model,
         {f"batch {n}": pairs[n] for n in (1, 8)},
         pairs[32],
         lambda each: accuracy(predict(each, some, tokens), some),
     )
     stem = 1e3 * medians({"stem": partial(model.stem, pairs[1][0])}, 30, 5)["stem"]
-    ms = found.milliseconds["batch 1"]
-    ours = ms["fastfusion"]
+    alone = times["batch 1"]
+    ours, int8 = alone["fastfusion"], alone["fastfusion int8"]
     print(
         f"  accuracy of the same {len(some):,} questions; what made the difference, batch 1: fused "
-        f"layers {ms['stock torch.nn'] / ours:.2f}x, their products in bfloat16 another "
-        f"{ours / ms['fastfusion bf16']:.2f}x or in integers {ours / ms['fastfusion int8']:.2f}x; "
+        f"layers {alone['stock torch.nn'] / ours:.2f}x, their products in bfloat16 another "
+        f"{ours / alone['fastfusion bf16']:.2f}x or in integers {ours / int8:.2f}x; "
         f"the image stem's convolutions, {stem:.2f} ms, are the same in all"
     )
 

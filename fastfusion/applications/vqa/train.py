@@ -5,15 +5,13 @@ several.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastfusion.applications.callbacks import Callback
 from fastfusion.applications.training import Outcome, Schedule, Training, shuffled
 from fastfusion.applications.vqa.evaluate import (
     accuracy,
@@ -129,31 +127,12 @@ class Batches:
             yield Batch(pixels, shape, self.tokens[texts], image_index, text_index, answer)
 
 
-def train(
-    output: Path,
-    settings: Settings,
-    *,
-    baseline_only: bool = False,
-    resume: bool = False,
-    limit: int | None = None,
-    callbacks: Sequence[Callback] = (),
-    say: Callable[[str], None] = print,
-) -> None:
-    """Train the question-only baseline and, unless ``baseline_only``, the model; write both.
+def train(training: Training[Settings]) -> None:
+    """Train the question-only baseline and, unless it is ``baseline_only``, the model; write both.
 
-    Args:
-        resume: go on from ``<output>.state``, which every epoch writes and a finished training
-            removes.
-        limit: use only so many images of each split (for a quick try).
-        callbacks: told of every epoch and of the results.
-
-    Raises:
-        FileNotFoundError, ValueError: ``resume`` without a state, or with one of other settings.
+    `limit` is of the images of each split.
     """
-    choices = {"baseline_only": baseline_only, "limit": limit}
-    training = Training(
-        output, settings, resume=resume, choices=choices, callbacks=callbacks, say=say
-    )
+    settings, limit, say = training.settings, training.limit, training.say
     learning, testing = data.load("train", limit), data.load("test", limit)
     vocabulary = data.Vocabulary.of(learning.texts)
     tokens, test_tokens = vocabulary.encode(learning.texts), vocabulary.encode(testing.texts)
@@ -180,7 +159,7 @@ def train(
         "question_only_method": "the text half of the model, trained in the same way for "
         f"{short.epochs} epochs without the images",
     }
-    if not baseline_only:
+    if not training.baseline_only:
         torch.manual_seed(settings.seed)
         model = EasyVQA(config)
         training.stage("model", model, model_step(model, settings), batches)
