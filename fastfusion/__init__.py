@@ -23,20 +23,15 @@ from fastfusion.ops.norm import norm
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from fastfusion.ops.varlen_attention import varlen_attention
 
-from fastfusion import integrations, mask, nn, ops  # isort: skip
+from fastfusion import integrations, nn, ops  # isort: skip
 from fastfusion.nn._attention_maps import attention_maps  # isort: skip
-from fastfusion.plotting import attention_page, plot_attention  # isort: skip
-from fastfusion.quantization import QuantizationReport, QuantizedLayer, quantize  # isort: skip
-from fastfusion.statistics import AttentionStatistics, attention_statistics  # isort: skip
-from fastfusion.acceleration import (  # isort: skip
-    AccelerationReport,
-    accelerate,
-    register_swap,
-    restore,
-)
 
 if TYPE_CHECKING:
-    from fastfusion import data, distributed, models
+    from fastfusion import data, distributed, mask, models
+    from fastfusion.acceleration import AccelerationReport, accelerate, register_swap, restore
+    from fastfusion.plotting import attention_page, plot_attention
+    from fastfusion.quantization import QuantizationReport, QuantizedLayer, quantize
+    from fastfusion.statistics import AttentionStatistics, attention_statistics
 
 __version__ = "0.1.0"
 
@@ -81,8 +76,29 @@ __all__ = [
 ]
 
 
+# What calls and layers do without is imported when it is first named.
+_LATER = {
+    "acceleration": ("AccelerationReport", "accelerate", "register_swap", "restore"),
+    "data": (),
+    "distributed": (),
+    "mask": (),
+    "models": (),
+    "plotting": ("attention_page", "plot_attention"),
+    "quantization": ("QuantizationReport", "QuantizedLayer", "quantize"),
+    "statistics": ("AttentionStatistics", "attention_statistics"),
+}
+_HOMES = {name: module for module, names in _LATER.items() for name in (module, *names)}
+
+
 def __getattr__(name: str) -> Any:
-    """Rooms that few need are imported by who names them: half of the time of importing all."""
-    if name in ("data", "distributed", "models"):
-        return import_module(f"fastfusion.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"fastfusion.{home}")
+    found = module if name == home else getattr(module, name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
