@@ -18,6 +18,10 @@ from typing import Any
 # the option so early, but inherit the variable.
 _ON_GPU = "--device cuda" in " ".join(sys.argv).replace("=", " ")
 os.environ.setdefault("TRITON_INTERPRET", "0" if _ON_GPU else "1")
+# torch looks compiled graphs up by their forward alone: a backward of another checkout, or of a
+# schema of yesterday, would run.
+_COMPILED = Path(__file__).parents[1].joinpath("build/inductor")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_COMPILED))
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

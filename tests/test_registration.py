@@ -134,8 +134,8 @@ class TestOpcheck:
     def test_backward(self, mask: Any, with_lse: bool) -> None:
         grads = (torch.randn(2, 1, 5, 6), torch.randn(2, 1, 5) if with_lse else None)
         arguments = (
-            *grads, *self.operands(), mask, PADDING, None, None, 0.0, False,
-            False, None, False, None, None, None, True,
+            *grads, True, *self.operands(), mask, PADDING, None, None, 0.0, False,
+            False, None, False, None, None, None,
         )  # fmt: skip
         torch.library.opcheck(op("attention_backward"), arguments)
 

@@ -21,8 +21,8 @@ std::tuple<Tensor, Tensor> attention_forward(const AttentionInputs& in) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Gradients<2>& gradients,
-                                                              const AttentionInputs& in,
-                                                              bool mask_gradient) {
+                                                              bool mask_gradient,
+                                                              const AttentionInputs& in) {
   ff::AttentionBackward p;
   describe(p, in);
   const Kind kind = kind_of(in.query);

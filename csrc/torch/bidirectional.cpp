@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(const Bidirecti
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_backward(
-    const Gradients<4>& gradients, const BidirectionalInputs& in, bool mask_gradient) {
+    const Gradients<4>& gradients, bool mask_gradient, const BidirectionalInputs& in) {
   ff::BidirectionalBackward p;
   describe(p, in);
   const Kind kind = kind_of(in.query);

@@ -15,7 +15,7 @@ struct AttentionInputs {
   MaybeTensor key_padding_mask = from.maybe_tensor("key_padding_mask");
   MaybeTensor alibi_slopes = from.maybe_tensor("alibi_slopes");
   MaybeTensor seed = from.maybe_tensor("seed");
-  double dropout_p = from.number("dropout_p");
+  double dropout_p = from.number("dropout_p", "0.");
   bool is_causal = from.flag("is_causal");
   bool bottom_right = from.flag("bottom_right");
   std::optional<double> scale = from.maybe_number("scale");
@@ -36,7 +36,7 @@ struct BidirectionalInputs {
   MaybeTensor key_padding_mask = from.maybe_tensor("key_padding_mask");
   MaybeTensor alibi_slopes = from.maybe_tensor("alibi_slopes");
   MaybeTensor seed = from.maybe_tensor("seed");
-  double dropout_p = from.number("dropout_p");
+  double dropout_p = from.number("dropout_p", "0.");
   bool is_causal = from.flag("is_causal");
   bool bottom_right = from.flag("bottom_right");
   std::optional<double> scale = from.maybe_number("scale");
@@ -57,7 +57,7 @@ struct VarlenInputs {
   MaybeTensor seed = from.maybe_tensor("seed");
   int64_t max_seqlen_q = from.integer("max_seqlen_q");
   int64_t max_seqlen_k = from.integer("max_seqlen_k");
-  double dropout_p = from.number("dropout_p");
+  double dropout_p = from.number("dropout_p", "0.");
   bool is_causal = from.flag("is_causal");
   bool bottom_right = from.flag("bottom_right");
   std::optional<double> scale = from.maybe_number("scale");
@@ -144,7 +144,7 @@ struct LinearInputs {
   MaybeTensor bias = from.maybe_tensor("bias");
   MaybeTensor residual = from.maybe_tensor("residual");
   MaybeTensor weight_scale = from.maybe_tensor("weight_scale");
-  int64_t activation = from.integer("activation");
+  int64_t activation = from.integer("activation", "0");
 };
 
 struct NormInputs {

@@ -110,8 +110,8 @@ std::tuple<Tensor, Tensor> varlen_forward(const VarlenInputs& in) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_backward(const Gradients<2>& gradients,
-                                                           const VarlenInputs& in,
-                                                           bool mask_gradient) {
+                                                           bool mask_gradient,
+                                                           const VarlenInputs& in) {
   ff::AttentionBackward p;
   const Packing packing = describe(p, in);
   const MaybeTensor &grad_out = gradients[0], &grad_lse = gradients[1];

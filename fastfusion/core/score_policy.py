@@ -144,6 +144,9 @@ def bounds(window: Any) -> tuple[int | None, int | None]:
     return left, right
 
 
+NONE = (None, None, None)  # those that `plain_kinds` gives, of calls without
+
+
 def plain_kinds(window: Any, softcap: Any) -> tuple[Any, ...] | None:
     """The last fields of a call with these as they came; None where `check_kinds` is to look."""
     if window is not None and not (

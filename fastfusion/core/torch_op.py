@@ -50,10 +50,10 @@ class Definition:
 
     Attributes:
         name: of the torch ops, without a backend's prefix.
-        call: the NamedTuple of its arguments, in the order of the schema: first those tensors that
-            may have a gradient, of which the last is a mask (None, bool, or without a gradient as
-            well), then the other tensors, then numbers. `conditions()` gives what holds for the
-            sizes, dtypes and devices of a legal one.
+        call: the NamedTuple of its arguments, in the order and with the defaults of the schema:
+            first those tensors that may have a gradient, of which the last is a mask (None, bool,
+            or without a gradient as well), then the other tensors, then numbers. `conditions()`
+            gives what holds for the sizes, dtypes and devices of a legal one.
         gradients: how many arguments may have a gradient.
         results: how many outputs a caller gets who asks for no log-sum-exps.
         outputs: how many there are in all.
@@ -81,13 +81,33 @@ class Definition:
         hints = get_type_hints(self.call).values()
         return sum(hint in (Tensor, Tensor | None) for hint in hints)
 
+    @cached_property
+    def _tail(self) -> tuple[int, tuple[Any, ...]]:
+        """From where on all numbers have defaults, and these."""
+        fields, defaults = self.call._fields, self.call._field_defaults
+        start = max(self.tensors, len(fields) - len(defaults))
+        return start, tuple(defaults[name] for name in fields[start:])
+
+    def given(self, call: Any) -> Any:
+        """The arguments of a call without those at its end that are as the schema has them: each
+        costs the dispatcher 0.1 us."""
+        end, defaults = self._tail
+        if call[end:] != defaults:
+            return call
+        if end == self.tensors:
+            while call[end - 1] is None:
+                end -= 1
+        return call[:end]
+
     def schema(self, writes: bool = False) -> str:
         """The arguments; those of a call that writes have alias letters."""
         hints = get_type_hints(self.call).items()
         types = {name: _SCHEMA_TYPES[hint] for name, hint in hints}
         for letter, name in zip("abcd", self.written if writes else (), strict=False):
             types[name] = f"Tensor({letter}!)?"
-        return ", ".join(f"{kind} {name}" for name, kind in types.items())
+        defaults = self.call._field_defaults
+        otherwise = {name: f"={_written(defaults[name])}" for name in defaults}
+        return ", ".join(f"{kind} {name}{otherwise.get(name, '')}" for name, kind in types.items())
 
     def define(self, name: str) -> None:
         """Give the ops of a backend their schemas."""
@@ -98,7 +118,7 @@ class Definition:
         LIBRARY.define(f"{name}({self.schema()}) -> {results}")
         LIBRARY.define(f"{name}_forward({self.schema()}) -> {results}")
         LIBRARY.define(
-            f"{name}_backward({grads}, {self.schema()}, bool mask_gradient) -> {gradients}"
+            f"{name}_backward({grads}, bool mask_gradient, {self.schema()}) -> {gradients}"
         )
 
     def without_lse(self, outputs: tuple[Tensor, ...]) -> Any:
@@ -113,17 +133,22 @@ class Definition:
 
     def fake_backward(self, *given: Any) -> tuple[Tensor, ...]:
         """Gradients in memory as the outputs have it: (batch, length, heads, dim), or packed."""
-        tensors = given[self.outputs :][: self.gradients]
-        *others, mask = tensors
+        mask_gradient, *call = given[self.outputs :]
+        *others, mask = self.call(*call)[: self.gradients]
 
         def like(t: Tensor) -> Tensor:
             if t.dim() == 3:
                 return t.new_empty(t.shape)
             return t.new_empty(t.shape[0], t.shape[2], t.shape[1], t.shape[3]).transpose(1, 2)
 
-        wanted = given[-1] and mask is not None and mask.is_floating_point()
+        wanted = mask_gradient and mask is not None and mask.is_floating_point()
         gradient = mask.new_empty(mask.shape) if wanted else others[0].new_empty(0)
         return *map(like, others), gradient
+
+
+def _written(default: Any) -> str:
+    """A default as torch prints it."""
+    return "0." if isinstance(default, float) else str(default)
 
 
 def needs_gradient(definition: Definition, call: Any) -> bool:
@@ -164,7 +189,8 @@ class TorchOp:
         self.graph, self.raw, self.backward = (found[s] for s in ("", "_forward", "_backward"))
         self.out = found.get("_out")
         if self.out is not None:
-            self.run, self.run_with_lse = self.out, self.raw
+            # What is called in the end, without the 0.2 us of a frame around it.
+            self.run, self.run_with_lse = self.out._op, self.raw._op
         self.transformed, self.eager, self.eager_with_lse = _functions(self)
         LIBRARY.impl(name, self._autograd_kernel, "Autograd")
         torch.library.register_vmap(f"fastfusion::{name}", self.transformed.vmap)
@@ -173,33 +199,42 @@ class TorchOp:
     def __call__(self, call: Any, lse: bool) -> Any:
         """The results of a call, and with `lse` the log-sum-exps behind them."""
         definition = self.definition
-        wants_gradient = needs_gradient(definition, call)
         if _is_compiling():
             if _transforms_active():
                 outputs = definition.reference(call)
-            elif wants_gradient or is_exporting():
+            elif needs_gradient(definition, call) or is_exporting():
                 outputs = self.graph(*call)
             elif lse or self.out is None:
                 outputs = self.raw(*call)
             else:
                 return self.out(*call)
-        elif forward_ad._current_level >= 0 or (not self.traceable and _tracing() is not None):
+            return outputs if lse else definition.without_lse(outputs)
+        return self.run_eagerly(call, lse)
+
+    def run_eagerly(self, call: Any, lse: bool) -> Any:
+        """The same where nothing is being compiled."""
+        definition = self.definition
+        wants_gradient = needs_gradient(definition, call)
+        if forward_ad._current_level >= 0 or (not self.traceable and _tracing() is not None):
             outputs = definition.reference(call)
         elif _transforms_active():
             outputs = self.transformed.apply(*call)
         elif wants_gradient:
-            return (self.eager_with_lse if lse else self.eager).apply(*call)
+            return (self.eager_with_lse if lse else self.eager).apply(*definition.given(call))
         else:
-            return (self.run_with_lse if lse else self.run)(*call)
+            return (self.run_with_lse if lse else self.run)(*definition.given(call))
         return outputs if lse else definition.without_lse(outputs)
 
     def run_backward(self, *given: Any) -> tuple[Tensor, ...]:
-        """The gradients, of the arguments of the backward op: likewise."""
-        return self.backward(*given)
+        """The gradients, of the arguments of the backward op: those of the outputs, whether that of
+        the mask is wanted, and the call; likewise."""
+        gradients: tuple[Tensor, ...] = self.backward(*given)
+        return gradients
 
     def _autograd_kernel(self, *given: Any) -> tuple[Tensor, ...]:
-        if needs_gradient(self.definition, given):
-            return self.transformed.apply(*given)
+        call = self.definition.call(*given)
+        if needs_gradient(self.definition, call):
+            return self.transformed.apply(*call)
         return self.raw(*given)
 
     def flops(self, counter: Any) -> None:
@@ -207,7 +242,7 @@ class TorchOp:
         definition, outputs = self.definition, self.definition.outputs
 
         def backward(*given: Any, out_val: Any = None) -> int:
-            return definition.flops(definition.call(*given[outputs:-1]), True)
+            return definition.flops(definition.call(*given[outputs + 1 :]), True)
 
         count_forward(counter, definition, self.graph, self.raw, self.out)
         counter.register_flop_formula(self.backward.overloadpacket, get_raw=True)(backward)
@@ -248,7 +283,7 @@ class ForwardOp:
         if _transforms_active() or (not _is_compiling() and forward_ad._current_level >= 0):
             outputs = self.definition.reference(call)
             return outputs if lse else self.definition.without_lse(outputs)
-        return (self.forward if lse else self.out)(*call)
+        return (self.forward if lse else self.out)(*self.definition.given(call))
 
     def flops(self, counter: Any) -> None:
         """Say to torch.utils.flop_counter what the ops cost."""
@@ -272,7 +307,7 @@ class CachingOp(ForwardOp):
         writes = getattr(call, self.definition.written[0]) is not None
         watched = _transforms_active() or (not _is_compiling() and forward_ad._current_level >= 0)
         if writes and not watched:
-            return self.cached(*call)
+            return self.cached(*self.definition.given(call))
         return super().__call__(call, lse)
 
     def flops(self, counter: Any) -> None:
@@ -325,7 +360,7 @@ class LaunchedOp(TorchOp):
             _is_compiling()
             or _dispatch_modes()
             or _transforms_active()
-            or not PLAIN.issuperset(map(type, given[: outputs + self.definition.tensors]))
+            or not PLAIN.issuperset(map(type, self._tensors(given)))
             # Gradients of is_grads_batched have no memory to launch on.
             or any(
                 g is not None and torch._C._dispatch_keys(g).has(_BATCHED) for g in given[:outputs]
@@ -336,9 +371,15 @@ class LaunchedOp(TorchOp):
 
     def _launch_backward(self, *given: Any) -> tuple[Tensor, ...]:
         outputs = self.definition.outputs
-        call = self.definition.call(*given[outputs:-1])
-        gradients: tuple[Tensor, ...] = self.launch_backward(given[:outputs], call, given[-1])
+        grads, mask_gradient, call = given[:outputs], given[outputs], given[outputs + 1 :]
+        gradients: tuple[Tensor, ...]
+        gradients = self.launch_backward(grads, self.definition.call(*call), mask_gradient)
         return gradients
+
+    def _tensors(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Those of the arguments of the backward op."""
+        first = self.definition.outputs
+        return given[:first] + given[first + 1 :][: self.definition.tensors]
 
 
 class LaunchedForwardOp(ForwardOp):
@@ -365,7 +406,7 @@ class LaunchedForwardOp(ForwardOp):
         if _tracing() is not None:
             return definition.without_lse(definition.reference(call))
         if _dispatch_modes() or not PLAIN.issuperset(map(type, call[: definition.tensors])):
-            return self.forward(*call)
+            return self.forward(*self.definition.given(call))
         return self.launch(call)
 
 
@@ -375,6 +416,7 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
     definition, leading = op.definition, op.definition.tensors
     outputs, gradients = definition.outputs, definition.gradients
     without_gradient = (None,) * (len(definition.call._fields) - gradients)
+    first = outputs + 1  # argument of the backward op that is one of the forward's
     absent = (None,) * (outputs - definition.results)  # gradients of log-sum-exps
 
     class Backward(Function):
@@ -391,20 +433,19 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.save_for_backward(*inputs[: outputs + leading])
-            ctx.options = inputs[outputs + leading :]
+            ctx.save_for_backward(*inputs[:outputs], *inputs[first : first + leading])
+            ctx.mask_gradient, ctx.options = inputs[outputs], inputs[first + leading :]
             ctx.set_materialize_grads(False)
 
         @staticmethod
         def backward(ctx: Any, *second: Tensor | None) -> Any:
-            *options, mask_gradient = ctx.options
             grads, tensors = ctx.saved_tensors[:outputs], ctx.saved_tensors[outputs:]
-            last = gradients if mask_gradient else gradients - 1
+            last = gradients if ctx.mask_gradient else gradients - 1
             given = [i for i, g in enumerate(grads) if g is not None]
 
             def gradient(*primals: Tensor) -> tuple[Tensor, ...]:
-                def reference(*first: Tensor) -> tuple[Tensor, ...]:
-                    call = definition.call(*first, *tensors[last:], *options)
+                def reference(*inputs: Tensor) -> tuple[Tensor, ...]:
+                    call = definition.call(*inputs, *tensors[last:], *ctx.options)
                     found = definition.reference(call)
                     return tuple(found[i] for i in given)
 
@@ -414,15 +455,15 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
                 return pullback(tuple(g.to(r.dtype) for g, r in pairs))
 
             linearized: Any = torch.func.vjp(gradient, *(grads[i] for i in given), *tensors[:last])
-            first, pullback = linearized
+            results, pullback = linearized
             pulled = pullback(
                 tuple(
-                    torch.zeros_like(f) if s is None else s.to(f.dtype)
-                    for f, s in zip(first, second, strict=False)
+                    torch.zeros_like(r) if s is None else s.to(r.dtype)
+                    for r, s in zip(results, second, strict=False)
                 )
             )
-            found: list[Any] = [None] * (outputs + leading + len(ctx.options))
-            for i, value in zip((*given, *range(outputs, outputs + last)), pulled, strict=True):
+            found: list[Any] = [None] * (first + leading + len(ctx.options))
+            for i, value in zip((*given, *range(first, first + last)), pulled, strict=True):
                 found[i] = value
             return tuple(found)
 
@@ -446,14 +487,18 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            needed = ctx.needs_input_grad
             if all([g is None for g in grads]):
-                return ((None,) * gradients) + without_gradient
-            mask_gradient = ctx.needs_input_grad[gradients - 1]
-            differentiable = _is_grad_enabled() or _transforms_active()
-            run = Backward.apply if differentiable else op.run_backward
+                return (None,) * len(needed)
+            mask_gradient = len(needed) >= gradients and needed[gradients - 1]
             grads = grads if len(grads) == outputs else grads + absent
-            found = run(*grads, *ctx.saved_tensors, *ctx.options, mask_gradient)
-            return (*found[:-1], found[-1] if mask_gradient else None, *without_gradient)
+            given = (*ctx.saved_tensors, *ctx.options)
+            if _is_grad_enabled() or _transforms_active():
+                found = Backward.apply(*grads, mask_gradient, *definition.call(*given))
+            else:
+                found = op.run_backward(*grads, mask_gradient, *given)
+            found = (*found[:-1], found[-1] if mask_gradient else None, *without_gradient)
+            return found[: len(needed)]
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:

@@ -30,7 +30,7 @@ def backward(
     definition: Any, apply: Callable[..., Any], size: int, dims: Dims, given: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     """All gradients of the backward op `apply`; an empty one of the mask is not vmapped."""
-    first, mask_gradient = definition.outputs, given[-1]
+    mask_gradient, first = given[definition.outputs], definition.outputs + 1
     leading = first + definition.tensors
     if size == 0:
         fake = definition.fake_backward(*_without(given[:leading], dims), *given[leading:])
@@ -77,15 +77,15 @@ def _one_by_one(
 
 
 def _folded(tensors: tuple[Any, ...], dims: Dims, size: int, batch: int, mask_at: int) -> list[Any]:
-    """All tensors with the vmapped dimension in the batch, contiguous."""
+    """All tensors with the vmapped dimension in the batch, contiguous; what is none as it is."""
 
     def fold(tensor: Tensor, dim: int | None) -> Tensor:
         tensor = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
         return tensor.flatten(0, 1).contiguous()
 
     return [
-        None
-        if tensor is None
+        tensor
+        if not isinstance(tensor, Tensor)
         else _folded_mask(tensor, dim, size, batch)
         if index == mask_at
         else fold(tensor, dim)

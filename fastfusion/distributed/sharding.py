@@ -114,23 +114,24 @@ def _ask_again_for_other_options(op: Any) -> None:
 
 
 def _rule(name: str, layout: Layout, op: Any) -> Any:
-    names = [argument.name for argument in op._schema.arguments]
+    defaults = {argument.name: argument.default_value for argument in op._schema.arguments}
+    names = list(defaults)
     returns = len(op._schema.returns)
     backward = op._schema.name.endswith("_backward")
 
     def rule(*given: Any) -> list[tuple[list[Any], list[Any]]]:
-        call = dict(zip(names, given, strict=True))
+        call = {**defaults, **dict(zip(names, given, strict=False))}
         found = []
         for letter in ("", *_letters(name, layout, call)):
             inputs = {a: _input(layout, a, call[a], letter) for a in names}
             if backward:
-                first = names[len(layout.outputs) :][: layout.gradients]
+                first = names[len(layout.outputs) + 1 :][: layout.gradients]
                 outputs = [_gradient(inputs[argument], letter) for argument in first]
                 if not call["mask_gradient"]:
                     outputs[-1] = Replicate()  # a tensor without numbers
             else:
                 outputs = [_place(dims, letter) for dims in layout.outputs[:returns]]
-            found.append((outputs, list(inputs.values())))
+            found.append((outputs, list(inputs.values())[: len(given)]))
         return found
 
     return rule

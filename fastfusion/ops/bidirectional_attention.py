@@ -67,15 +67,15 @@ class Call(NamedTuple):
     key: Tensor  # (B, H, Lk, D)
     value: Tensor  # (B, H, Lk, Dv)
     query_value: Tensor  # (B, H, Lq, Dw)
-    attn_mask: Tensor | None  # broadcasts to (B, H, Lq, Lk)
-    query_padding_mask: Tensor | None  # (B, Lq)
-    key_padding_mask: Tensor | None  # (B, Lk)
-    alibi_slopes: Tensor | None  # (B, H)
-    seed: Tensor | None
-    dropout_p: float
-    is_causal: bool
-    bottom_right: bool
-    scale: float | None
+    attn_mask: Tensor | None = None  # broadcasts to (B, H, Lq, Lk)
+    query_padding_mask: Tensor | None = None  # (B, Lq)
+    key_padding_mask: Tensor | None = None  # (B, Lk)
+    alibi_slopes: Tensor | None = None  # (B, H)
+    seed: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    bottom_right: bool = False
+    scale: float | None = None
     window_left: int | None = None  # no bound
     window_right: int | None = None
     softcap: float | None = None
@@ -216,7 +216,7 @@ def bidirectional_attention(
             )  # fmt: skip
             if answer is not NotImplemented:
                 return answer
-        kinds: Any = ()
+        kinds: Any = score_policy.NONE
         if window is not None or softcap is not None:
             kinds = score_policy.plain_kinds(window, softcap)
         if (
@@ -224,10 +224,11 @@ def bidirectional_attention(
             and arguments.are_plain(attn_mask, dropout_p, scale, causal_alignment)
             and kinds is not None
         ):
-            call = Call(
+            # 0.1 us less than by its own constructor.
+            call = tuple.__new__(Call, (
                 *tensors, None, 0.0, is_causal, causal_alignment == "bottom_right", scale,
                 *kinds,
-            )  # fmt: skip
+            ))  # fmt: skip
             results = OP.attempt(backend, call, return_lse)
             if results is not None:
                 return results

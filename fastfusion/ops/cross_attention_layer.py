@@ -83,10 +83,10 @@ class Call(NamedTuple):
     attn_mask: Tensor | None  # broadcasts to (B, H, Lq, Lk)
     key_padding_mask: Tensor | None  # (B, Lk)
     num_heads: int
-    scale: float | None
-    query_norm_eps: float | None  # None: no norm
-    context_norm_eps: float | None
-    rms_norm: bool
+    scale: float | None = None
+    query_norm_eps: float | None = None  # None: no norm
+    context_norm_eps: float | None = None
+    rms_norm: bool = False
 
     def head_dims(self) -> tuple[int, ...]:
         return (self.q_weight.shape[0] // self.num_heads,)

@@ -71,10 +71,10 @@ class Call(NamedTuple):
 
     input: Tensor  # (..., width), width > 0
     weight: Tensor  # (features, width); or packed
-    bias: Tensor | None  # (features,)
-    residual: Tensor | None  # (..., features)
-    weight_scale: Tensor | None  # (features,), of a packed weight
-    activation: int  # place in ACTIVATIONS
+    bias: Tensor | None = None  # (features,)
+    residual: Tensor | None = None  # (..., features)
+    weight_scale: Tensor | None = None  # (features,), of a packed weight
+    activation: int = 0  # place in ACTIVATIONS
 
     @property
     def features(self) -> int:

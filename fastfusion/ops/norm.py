@@ -44,7 +44,7 @@ class Call(NamedTuple):
     bias: Tensor | None  # (width,)
     residual: Tensor | None  # as input
     eps: float
-    rms: bool
+    rms: bool = False
 
     def conditions(self) -> Iterator[Any]:
         """What holds for every call."""

@@ -60,15 +60,15 @@ class Call(NamedTuple):
     query: Tensor  # (B, H, Lq, D)
     key: Tensor  # (B, Hkv, Lk, D), Hkv divides H
     value: Tensor  # (B, Hkv, Lk, Dv)
-    attn_mask: Tensor | None  # broadcasts to (B, H, Lq, Lk)
-    key_padding_mask: Tensor | None  # (B, Lk)
-    alibi_slopes: Tensor | None  # (B, H)
-    seed: Tensor | None
-    dropout_p: float
-    is_causal: bool
-    bottom_right: bool
-    scale: float | None
-    enable_gqa: bool  # where H is not Hkv
+    attn_mask: Tensor | None = None  # broadcasts to (B, H, Lq, Lk)
+    key_padding_mask: Tensor | None = None  # (B, Lk)
+    alibi_slopes: Tensor | None = None  # (B, H)
+    seed: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    bottom_right: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False  # where H is not Hkv
     window_left: int | None = None  # no bound
     window_right: int | None = None
     softcap: float | None = None
@@ -209,7 +209,7 @@ def scaled_dot_product_attention(
             )  # fmt: skip
             if answer is not NotImplemented:
                 return answer
-        kinds: Any = ()
+        kinds: Any = score_policy.NONE
         if window is not None or softcap is not None:
             kinds = score_policy.plain_kinds(window, softcap)
         if (
@@ -217,10 +217,11 @@ def scaled_dot_product_attention(
             and arguments.are_plain(attn_mask, dropout_p, scale, causal_alignment)
             and kinds is not None
         ):
-            call = Call(
+            # 0.1 us less than by its own constructor.
+            call = tuple.__new__(Call, (
                 *tensors, None, 0.0, is_causal, causal_alignment == "bottom_right", scale,
                 enable_gqa, *kinds,
-            )  # fmt: skip
+            ))  # fmt: skip
             result = OP.attempt(backend, call, return_lse)
             if result is not None:
                 return result
@@ -326,7 +327,7 @@ def normalize(given: Arguments) -> Call:
     seed = philox.draw_seed(query.device) if given.dropout_p > 0.0 else None
     return Call(
         query, key, value, attn_mask, key_padding_mask, slopes, seed, given.dropout_p, is_causal,
-        causal_alignment == "bottom_right", scale, enable_gqa or kv_heads != heads,
+        causal_alignment == "bottom_right", scale, bool(enable_gqa or kv_heads != heads),
         *score_policy.kinds_of(given),
     )  # fmt: skip
 
