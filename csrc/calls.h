@@ -208,6 +208,19 @@ struct AttentionForward : Attention {
   Type out_type() const { return sums ? Type::kFloat32 : type; }
 };
 
+// Entropy of the weights of each query, and what each key receives of all of them; without values.
+struct WeightStatistics : Attention {
+  const Bool* query_padding = nullptr;  // (B, Lq), true = the query does not count
+  int64_t query_padding_batch = 0, query_padding_column = 0;
+  MutableLse lse;      // (B, H, Lq)
+  MutableLse entropy;  // likewise, or none
+  MutableLse mass;     // (B, H, Lk), 0 where nobody writes; or none
+
+  bool ignores(int64_t b, int64_t query) const {
+    return query_padding && query_padding[b * query_padding_batch + query * query_padding_column];
+  }
+};
+
 struct AttentionBackward : Attention {
   View grad_out;  // (B, H, Lq, Dv)
   LseGradient grad_lse;

@@ -13,6 +13,7 @@ from fastfusion._cuda_graph import CudaGraphed, cuda_graph
 from fastfusion._info import Info, explain, info
 from fastfusion.core.export_mode import export_mode
 from fastfusion.core.op import BackendUnavailableError, Explanation, use_backend
+from fastfusion.ops.attention_statistics import AttentionStatistics, attention_statistics
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
 from fastfusion.ops.cross_attention_layer import cross_attention_layer
 from fastfusion.ops.cross_modal_layer import cross_modal_layer
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from fastfusion.acceleration import AccelerationReport, accelerate, register_swap, restore
     from fastfusion.plotting import attention_page, plot_attention
     from fastfusion.quantization import QuantizationReport, QuantizedLayer, quantize
-    from fastfusion.statistics import AttentionStatistics, attention_statistics
 
 __version__ = "0.1.0"
 
@@ -85,7 +85,6 @@ _LATER = {
     "models": (),
     "plotting": ("attention_page", "plot_attention"),
     "quantization": ("QuantizationReport", "QuantizedLayer", "quantize"),
-    "statistics": ("AttentionStatistics", "attention_statistics"),
 }
 _HOMES = {name: module for module, names in _LATER.items() for name in (module, *names)}
 

@@ -140,6 +140,11 @@ def op_inputs(batch: int, q_len: int, kv_len: int) -> dict[str, Tensor]:
     return inputs
 
 
+@torch.no_grad()  # or it would be calls of attention, which may need gradients
+def statistics(*tensors: Tensor, **options: Any) -> Any:
+    return ff.attention_statistics(*tensors, enable_gqa=True, **options)
+
+
 def calls(t: dict[str, Tensor]) -> list[Any]:
     query, key, value = t["query"], t["key"], t["value"]
     grouped = (query, t["nan_key"][:, :2], t["nan_value"][:, :2])
@@ -167,6 +172,10 @@ def calls(t: dict[str, Tensor]) -> list[Any]:
         attention(query, key, value, is_causal=True, window=(2, None), alibi_slopes=t["slopes"]),
         bidirectional(*sides, window=(3, 1), softcap=0.9, alibi_slopes=t["slopes"]),
         varlen(*packed, *longest, window=(2, 1), softcap=0.9, alibi_slopes=t["slopes"], **bottom),
+        statistics(
+            query, t["nan_key"][:, :2], attn_mask=t["bools"], key_padding_mask=t["no_keys"],
+            query_padding_mask=t["no_queries"], **bottom,
+        )[:2],
     ]  # fmt: skip
 
 

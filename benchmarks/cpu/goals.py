@@ -80,6 +80,7 @@ def run(rounds: int, min_time: float, most: float) -> Iterator[tuple[str, list[G
     yield "2 threads against 1", threads(effort)
     for dtype in ("float32", "bfloat16"):
         yield f"bidirectional, {dtype}", list(bidirectional(dtype, effort))
+    yield "statistics of the weights against attention", list(statistics(effort))
     yield "one call, memory", [*calls(effort), *memory()]
 
 
@@ -87,7 +88,6 @@ def shares(dtype: str, effort: Effort) -> Iterator[Goal]:
     """Operations per second of the kernel over those of a loop of products."""
     native: Any = library.native
     op = torch.ops.fastfusion.attention_out.default
-    rest = (None, None, None, None, 0.0, False, False, None, False, None, None, None)
     few = [torch.randn(1, 1, 1, 8, dtype=getattr(torch, dtype)) for _ in range(3)]
     spec = ops.spec("scaled_dot_product_attention")
     for name, limit in SHARES[dtype].items():
@@ -99,8 +99,8 @@ def shares(dtype: str, effort: Effort) -> Iterator[Goal]:
         call = inputs(shape, dtype)
         timed = measure(
             {
-                "kernel": partial(op, call["query"], call["key"], call["value"], *rest),
-                "empty": partial(op, *few, *rest),
+                "kernel": partial(op, call["query"], call["key"], call["value"]),
+                "empty": partial(op, *few),
                 "peak": partial(native.peak_operations, dtype, 10000),
             },
             effort.rounds,
@@ -263,15 +263,29 @@ def bidirectional(dtype: str, effort: Effort) -> Iterator[Goal]:
             yield Goal(f"{about}, {which}, each", ratios[worst], each, detail=names[worst])
 
 
+def statistics(effort: Effort) -> Iterator[Goal]:
+    """What mass and entropy take, beside attention itself."""
+    for length in (512, 2048):
+        call = inputs(shape_of(length, length), "float32")
+        names = ("query", "key")
+        with torch.inference_mode():
+            timed = in_turns(
+                partial(ff.attention_statistics, **{name: call[name] for name in names}),
+                attend(call),
+                effort,
+            )
+        ratio = timed.ratio("a", "b").median
+        yield Goal(f"mass and entropy, {length}x{length}", ratio, 1.6, at_most=True)
+
+
 def calls(effort: Effort) -> Iterator[Goal]:
     """What a call costs that has next to nothing to compute."""
     query = torch.randn(1, 1, 1, 8)
     op = torch.ops.fastfusion.attention_out.default
-    rest = (None, None, None, None, 0.0, False, False, None, False, None, None, None)
     with torch.inference_mode():
         timed = in_turns(
             partial(ff.scaled_dot_product_attention, query, query, query),
-            lambda: op(query, query, query, *rest),
+            lambda: op(query, query, query),
             effort,
         )
     for name, key, limit in (("public call on 1x1", "a", 6.0), ("the op alone", "b", 3.8)):

@@ -30,6 +30,7 @@ struct KernelTable {
   int64_t (*attention_parts)(const AttentionForward&);
   void (*attention_part)(const AttentionForward&, int64_t begin, int64_t end);
   void (*attention_backward_part)(const AttentionBackward&, int64_t begin, int64_t end);
+  void (*weight_statistics)(const WeightStatistics&, ParallelFor);
   void (*bidirectional_forward)(const BidirectionalForward&, ParallelFor);
   void (*bidirectional_backward)(const BidirectionalBackward&, ParallelFor);
   void (*linear)(const Linear&, ParallelFor);

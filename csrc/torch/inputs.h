@@ -66,6 +66,20 @@ struct VarlenInputs {
   std::optional<double> softcap = from.maybe_number("softcap");
 };
 
+struct WeightStatisticsInputs {
+  Arguments& from;
+  Tensor query = from.tensor("query");
+  Tensor key = from.tensor("key");
+  MaybeTensor attn_mask = from.maybe_tensor("attn_mask");
+  MaybeTensor query_padding_mask = from.maybe_tensor("query_padding_mask");
+  MaybeTensor key_padding_mask = from.maybe_tensor("key_padding_mask");
+  bool entropy = from.flag("entropy");
+  bool mass = from.flag("mass");
+  bool is_causal = from.flag("is_causal");
+  bool bottom_right = from.flag("bottom_right");
+  std::optional<double> scale = from.maybe_number("scale");
+};
+
 struct CrossAttentionLayerInputs {
   Arguments& from;
   Tensor query = from.tensor("query");

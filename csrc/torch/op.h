@@ -168,8 +168,9 @@ std::string signature() {
   Schema inputs;
   Arguments arguments(&inputs);
   static_cast<void>(Call<kKernel>{arguments});
-  return "(" + inputs.text() + ") -> " +
-         text(static_cast<typename Call<kKernel>::Result*>(nullptr));
+  std::string all = "(";  // GCC 12 warns of "(" + text
+  all += inputs.text() + ") -> ";
+  return all += text(static_cast<typename Call<kKernel>::Result*>(nullptr));
 }
 
 template <auto kKernel>

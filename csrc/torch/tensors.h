@@ -168,17 +168,16 @@ inline void describe_options(ff::Attention& p, const Inputs& in) {
   }
 }
 
-// Dtype and device, once sizes are known to agree.
-template <class Inputs>
-inline void describe_kind(ff::Attention& p, const Inputs& in) {
+// Dtype and device of a query and what goes with it, once sizes are known to agree.
+template <class... Others>
+inline void describe_kind(ff::Attention& p, const Tensor& query, const Others&... others) {
   const bool grouped = p.kv_heads > 0 ? p.heads % p.kv_heads == 0 : p.heads == 0;
   STD_TORCH_CHECK(p.head_dim > 0 && grouped,
                   "fastfusion: the shapes of query, key and value do not fit");
   STD_TORCH_CHECK(p.kv_len <= INT32_MAX && p.q_len <= INT32_MAX, "fastfusion: too long");
-  const ScalarType type = in.query.scalar_type();
-  STD_TORCH_CHECK(in.key.scalar_type() == type && in.value.scalar_type() == type &&
-                      is_here(in.query, in.query) && is_here(in.key, in.query) &&
-                      is_here(in.value, in.query) && type != ScalarType::Bool,
+  const ScalarType type = query.scalar_type();
+  const bool alike = ((others.scalar_type() == type && is_here(others, query)) && ...);
+  STD_TORCH_CHECK(alike && is_here(query, query) && type != ScalarType::Bool,
                   "fastfusion: dtypes or devices differ");
   p.type = kernel_type(type);
 }
@@ -229,7 +228,7 @@ inline void describe_batched(ff::Attention& p, const Inputs& in) {
   p.kv_heads = k[1], p.kv_len = k[2], p.value_dim = v[3];
   STD_TORCH_CHECK(k[0] == q[0] && v[0] == q[0] && v[1] == k[1] && v[2] == k[2] && k[3] == q[3],
                   "fastfusion: the shapes of query, key and value do not fit");
-  describe_kind(p, in);
+  describe_kind(p, in.query, in.key, in.value);
   p.query = view(in.query), p.key = view(in.key), p.value = view(in.value);
 
   describe_masks(p, in.query, in.attn_mask, in.key_padding_mask);

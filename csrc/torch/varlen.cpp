@@ -61,7 +61,7 @@ Packing describe(ff::Attention& p, const VarlenInputs& in) {
   STD_TORCH_CHECK(
       value.size(0) == p.kv_len && value.size(1) == p.kv_heads && key.size(2) == p.head_dim,
       "fastfusion: the shapes of query, key and value do not fit");
-  describe_kind(p, in);
+  describe_kind(p, in.query, in.key, in.value);
   p.query = packed_view(query), p.key = packed_view(key), p.value = packed_view(value);
   describe_options(p, in);
   Packing packing{offsets_of(in.cu_seqlens_q, p.q_len, in.max_seqlen_q),

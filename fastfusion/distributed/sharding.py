@@ -51,6 +51,9 @@ LAYOUTS: dict[str, Layout] = {
     "bidirectional": Layout(_BOTH, ("bhqd", "bhkd", "bhq", "bhk"), "bh", gradients=5),
     # A sequence may begin on one rank and end on another: heads alone are independent.
     "varlen": Layout(_PACKED, ("thd", "th"), "h", gradients=4),
+    "weight_statistics": Layout(
+        {**_ATTENTION, "query_padding_mask": "bq"}, ("bhq", "bhk"), "bh"
+    ),
     "linear": Layout(
         {"input": "blw", "weight": "fw", "bias": "f", "residual": "blf", "weight_scale": "f"},
         ("blf",), "blf",

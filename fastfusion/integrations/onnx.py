@@ -84,10 +84,10 @@ def _results(op: Any, outputs: tuple[Any, ...]) -> Any:
 def _translation(op: Any, fused: bool) -> Callable[..., Any]:
     """`op` as a function that torch's exporter calls with ONNX values and Python numbers."""
     formula = _formula(op)
-    names = [argument.name for argument in op._schema.arguments]
+    defaults = {argument.name: argument.default_value for argument in op._schema.arguments}
 
     def translate(*args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
         return _results(op, formula(_Script(fused), **given))
 
     return translate
@@ -488,10 +488,45 @@ def _attend(
     return out, op.Squeeze(op.Add(shift, op.Log(total)), [-1])
 
 
+def _statistics(
+    op: Any,
+    *,
+    query: Any,
+    key: Any,
+    attn_mask: Any,
+    query_padding_mask: Any,
+    key_padding_mask: Any,
+    is_causal: bool,
+    bottom_right: bool,
+    scale: float | None,
+    **asked: bool,
+) -> tuple[Any, Any]:
+    """Entropy and mass, whichever is asked for: what nobody uses is left out."""
+    grouped = _is_grouped(op, query, key)
+    query, key = (_cast(op, t, op.dtype(t), _FLOAT) for t in (query, key))
+    offset = _difference(op, query, key) if bottom_right else None
+    bias, visible = _kinds(op, query, key, *_split(op, attn_mask), offset, is_causal)
+    if key_padding_mask is not None:
+        key = _hide(op, key, key_padding_mask)
+        visible = _and(op, visible, op.Not(op.Unsqueeze(key_padding_mask, [1, 2])))
+    scores = _scores(op, query, _repeat(op, key, query) if grouped else key, scale, bias)
+    if visible is not None:
+        scores = op.Where(visible, scores, -torch.inf)
+    dead = op.Equal(op.ReduceMax(scores, [-1], keepdims=1), -torch.inf)
+    weights = op.Where(dead, 0.0, op.Softmax(scores, axis=-1))
+    if query_padding_mask is not None:
+        weights = op.Where(op.Unsqueeze(query_padding_mask, [1, 3]), 0.0, weights)
+    none = op.Equal(weights, 0.0)
+    terms = op.Mul(weights, op.Log(op.Where(none, 1.0, weights)))
+    entropy = op.Neg(op.ReduceSum(terms, [-1], keepdims=0))
+    return entropy, op.ReduceSum(weights, [2], keepdims=0)
+
+
 _FORMULAS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "attention": _attention,
     "bidirectional": _bidirectional,
     "varlen": _varlen,
+    "weight_statistics": _statistics,
 }
 
 

@@ -7,6 +7,7 @@ from fastfusion.core import flops
 from fastfusion.core.int8 import pack_int8, unpack_int8
 from fastfusion.core.layers import Norm
 from fastfusion.core.op import Op
+from fastfusion.ops import attention_statistics as _statistics
 from fastfusion.ops import bidirectional_attention as _bidirectional
 from fastfusion.ops import cross_attention_layer as _cross_attention
 from fastfusion.ops import cross_modal_layer as _cross_modal
@@ -24,7 +25,8 @@ ATTENTION: tuple[Op, ...] = (_attention.OP, _bidirectional.OP, _varlen.OP)
 LAYERS: tuple[Op, ...] = (_cross_attention.OP, _cross_modal.OP)
 ALL: tuple[Op, ...] = (*ATTENTION, _linear.OP, _norm.OP, _encoder.OP, _decoder.OP, *LAYERS)
 
-# The public functions, by which `explain` is asked.
+# The public functions, by which `explain` is asked; statistics are no results of the dtype and the
+# shapes of an op in `ALL`.
 FUNCTIONS: dict[Callable[..., Any], Op] = {
     _attention.scaled_dot_product_attention: _attention.OP,
     _bidirectional.bidirectional_attention: _bidirectional.OP,
@@ -35,6 +37,7 @@ FUNCTIONS: dict[Callable[..., Any], Op] = {
     _decoder.decoder_layer: _decoder.OP,
     _cross_attention.cross_attention_layer: _cross_attention.OP,
     _cross_modal.cross_modal_layer: _cross_modal.OP,
+    _statistics.attention_statistics: _statistics.OP,
 }
 
 __all__ = [

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from suite import needs_native
 from torch import Tensor
 
 import fastfusion as ff
 from fastfusion.backends import library
+from fastfusion.ops import attention_statistics
+
+WHAT = attention_statistics.WHAT
 
 BACKENDS = ["reference"] + ["cpu"] * (library.native is not None)
 
@@ -106,10 +110,75 @@ def test_statistics_are_those_of_the_weights(name: str, backend: str) -> None:
     assert found.mass.shape == (2, 4, 36) and found.entropy.shape == (2, 4, 20)
 
 
+LARGE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "padding": {"key_padding_mask": some(2, 1100), "query_padding_mask": some(2, 130, seed=3)},
+    "everything": {
+        "attn_mask": normal(2, 1, 130, 1100, seed=4), "is_causal": True, "scale": 0.3,
+        "key_padding_mask": some(2, 1100), "causal_alignment": "bottom_right",
+        "query_padding_mask": some(2, 130, seed=3),
+    },
+}  # fmt: skip
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LARGE)
+def test_kernel_over_tiles_and_blocks(name: str, dtype: torch.dtype, isa: str) -> None:
+    """More queries than a register tile and more keys than a task has, of either head in turn."""
+    case = LARGE[name]
+    query, key = normal(2, 2, 130, 24, dtype=dtype), normal(2, 1, 1100, 24, seed=1, dtype=dtype)
+    found = ff.attention_statistics(query, key, enable_gqa=True, backend="cpu", **case)
+    weights = weights_of(query, key, **case)
+    if "query_padding_mask" in case:
+        weights = weights.masked_fill(case["query_padding_mask"][:, None, :, None], 0.0)
+    torch.testing.assert_close(found.mass.double(), weights.sum(2), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(found.entropy.double(), entropy_of(weights), rtol=2e-5, atol=2e-5)
+
+
+@needs_native
+def test_same_bits_for_any_threads_and_batch_mates() -> None:
+    query, key = normal(2, 2, 700, 24), normal(2, 2, 1100, 24, seed=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = ff.attention_statistics(query, key)
+    torch.set_num_threads(2)
+    found = ff.attention_statistics(query, key)
+    torch.set_num_threads(before)
+    alone = ff.attention_statistics(query[1:, 1:], key[1:, 1:])
+    for one, two, three in zip(expected[:2], found[:2], alone[:2], strict=True):
+        assert torch.equal(one, two) and torch.equal(one[1:, 1:], three)
+
+
+@needs_native
+def test_queries_that_do_not_count_are_not_read() -> None:
+    ignored = some(2, 20)
+    query = Q.masked_fill(ignored[:, None, :, None], math.nan)
+    found = ff.attention_statistics(query, K, query_padding_mask=ignored)
+    expected = ff.attention_statistics(Q, K, query_padding_mask=ignored)
+    assert torch.equal(found.mass, expected.mass) and torch.equal(found.entropy, expected.entropy)
+    spoiled = ff.attention_statistics(query, K)
+    assert bool(spoiled.mass.isnan().all())
+    assert torch.equal(spoiled.entropy.isnan(), ignored[:, None].expand(2, 4, 20))
+
+
+@needs_native
+def test_op_and_explanation() -> None:
+    call = attention_statistics.OP.call(
+        Q, K, attn_mask=some(20, 36), key_padding_mask=some(2, 36), query_padding_mask=some(2, 20)
+    )
+    torch.library.opcheck(torch.ops.fastfusion.weight_statistics_forward.default, tuple(call))
+    assert ff.explain(ff.attention_statistics, Q, K).chosen == "cpu"
+    empty = ff.attention_statistics(Q, K[:, :, :0])
+    assert empty.mass.shape == (2, 4, 0) and not empty.entropy.any()
+    assert not ff.attention_statistics(Q[:, :, :0], K).mass.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(dtype: torch.dtype) -> None:
     query, key = Q.to(dtype), K.to(dtype)
-    found = ff.attention_statistics(query, key, what=ff.statistics.WHAT)
+    found = ff.attention_statistics(query, key, what=WHAT)
     weights = weights_of(query, key)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert found.mass.dtype == found.entropy.dtype == found.weights.dtype == wide
@@ -145,7 +214,7 @@ def test_padded_queries_do_not_count(name: str, backend: str) -> None:
     padding = some(2, 20, share=0.5, seed=9)
     case = CASES[name]
     found = ff.attention_statistics(
-        Q, K, what=ff.statistics.WHAT, query_padding_mask=padding, backend=backend, **case
+        Q, K, what=WHAT, query_padding_mask=padding, backend=backend, **case
     )
     weights = weights_of(Q, K, **case).masked_fill(padding[:, None, :, None], 0.0)
     torch.testing.assert_close(found.mass.double(), weights.sum(2), rtol=2e-5, atol=2e-5)
@@ -156,7 +225,7 @@ def test_padded_queries_do_not_count(name: str, backend: str) -> None:
 def test_hidden_keys_are_not_read() -> None:
     padding = some(2, 36)
     key = K.masked_fill(padding[:, None, :, None], float("nan")).requires_grad_()
-    found = ff.attention_statistics(Q, key, what=ff.statistics.WHAT, key_padding_mask=padding)
+    found = ff.attention_statistics(Q, key, what=WHAT, key_padding_mask=padding)
     assert all(bool(t.isfinite().all()) for t in found)
     assert not found.mass.detach()[padding[:, None].expand(2, 4, 36)].any()
     (gradient,) = torch.autograd.grad(found.mass.square().sum() + found.entropy.sum(), key)
@@ -167,7 +236,7 @@ def test_grouped_heads_and_other_ranks() -> None:
     key = K[:, :2]
     found = ff.attention_statistics(Q, key, enable_gqa=True)
     torch.testing.assert_close(found.mass.double(), weights_of(Q, key).sum(2), rtol=2e-5, atol=2e-5)
-    flat = ff.attention_statistics(Q[0, 0], K[0, 0], what=ff.statistics.WHAT)
+    flat = ff.attention_statistics(Q[0, 0], K[0, 0], what=WHAT)
     assert flat.mass.shape == (36,) and flat.entropy.shape == (20,) and flat.keys.shape == (20, 5)
     three = ff.attention_statistics(Q[0], K[0])
     torch.testing.assert_close(three.mass[0], flat.mass)
@@ -180,9 +249,9 @@ def test_grouped_heads_and_other_ranks() -> None:
 
 def test_many_rows_at_a_time_are_one_result(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["everything"]
-    whole = ff.attention_statistics(Q, K, what=ff.statistics.WHAT, **case)
-    monkeypatch.setattr(ff.statistics, "_AT_A_TIME", 3 * 2 * 4 * 36)
-    parts = ff.attention_statistics(Q, K, what=ff.statistics.WHAT, **case)
+    whole = ff.attention_statistics(Q, K, what=WHAT, **case)
+    monkeypatch.setattr(attention_statistics, "_AT_A_TIME", 3 * 2 * 4 * 36)
+    parts = ff.attention_statistics(Q, K, what=WHAT, **case)
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b)
 

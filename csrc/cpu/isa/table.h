@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/attention/attention.h"
+#include "cpu/attention/weight_statistics.h"
 #include "cpu/bidirectional/backward.h"
 #include "cpu/bidirectional/forward.h"
 #include "cpu/gemm/peak.h"
@@ -24,6 +25,7 @@ constexpr KernelTable table(const char* isa) {
           attention_parts<HalfMath>,
           attention_part<HalfMath>,
           attention_backward_part<HalfMath>,
+          weight_statistics,
           bidirectional_forward<HalfMath>,
           bidirectional_backward<HalfMath>,
           linear<HalfMath>,
