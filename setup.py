@@ -1,14 +1,13 @@
 """Builds the package. What is static stands in pyproject.toml; here is what has to be computed.
 
-The native part is three shared libraries, built by ninja from a build.ninja that this file writes:
+The native part is two shared libraries, built by ninja from a build.ninja that this file writes:
 
     fastfusion/libfastfusion_cpu.so   the CPU kernels; knows neither torch nor Python
     fastfusion/_torch_ops.so          their registration with torch (stable ABI, torch >= 2.11)
-    fastfusion/_native.<abi>.so       pybind11: CPU features, kernel tables and build facts
 
-One kernel library under two front ends, so that a process holds one copy of the ISA choice.
-Without a C++ compiler the native part is left out and the package runs on its reference; a compiler
-that is there and fails is an error. CXX, CXXFLAGS and LDFLAGS are honoured as usual.
+Neither knows Python's C interface: a wheel serves every Python. Without a C++ compiler the native
+part is left out and the package runs on its reference; a compiler that is there and fails is an
+error. CXX, CXXFLAGS and LDFLAGS are honoured as usual; CXX may be a compiler for another machine.
 
 Where torch is a CUDA build, or with ``build_ext --cuda``, and where nvcc is found ($NVCC first):
 
@@ -16,8 +15,8 @@ Where torch is a CUDA build, or with ``build_ext --cuda``, and where nvcc is fou
     fastfusion/_torch_cuda_ops.so     their registration, loaded where torch is a CUDA build
 
 TORCH_CUDA_ARCH_LIST names their architectures as it does for torch's own extensions ("8.0;9.0+PTX",
-"Ampere", "native"); USE_CUDA=0 leaves them out. What a build left out, and why, it records in
-fastfusion/_build.json, for ``fastfusion.info()``.
+"Ampere", "native"); USE_CUDA=0 leaves them out. What a build left out, and why, and what it was
+built with, it records in fastfusion/_build.json, for ``fastfusion.info()``.
 
 ``build_emulated`` compiles the CUDA kernels for the host, for tests: they are never installed.
 """
@@ -32,11 +31,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from importlib import metadata, util
 from pathlib import Path
 
 from setuptools import Command, Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -74,6 +73,8 @@ COMPILE_FLAGS = [
 LINK_FLAGS = ["-shared", "-Wl,-rpath,$ORIGIN"]
 COMPLETE = "-Wl,--no-undefined"
 CUDA_OPS = "cuda*.cpp"  # the front ends that are not part of _torch_ops.so
+OLD_LIBRARIES = "csrc/torch/old_libraries.cpp"  # for every library with torch's headers in it
+TORCH_LIBRARIES = ["-ltorch", "-ltorch_cpu", "-lc10"]
 TORCH_FLAGS = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
 # Binaries are not portable to Tegra (87, 110), nor from one generation to the next, of which 10 and
@@ -107,24 +108,30 @@ RECORD = "_build.json"
 MAPPED = ["kernels", "benchmarks"]
 
 
+def find_command(variable: str, *usual: str) -> list[str] | None:
+    """What an environment variable names, where it is set, otherwise the first usual command."""
+    named = os.environ.get(variable)
+    commands = map(shlex.split, [named] if named else usual)
+    return next((command for command in commands if shutil.which(command[0])), None)
+
+
 def find_compiler() -> list[str] | None:
-    """The C++ compiler's command: $CXX alone where it is set, otherwise the first usual name."""
-    named = os.environ.get("CXX")
-    for candidate in [named] if named else ["g++", "c++", "clang++"]:
-        command = shlex.split(candidate)
-        if shutil.which(command[0]):
-            return command
-    return None
+    """The C++ compiler's command."""
+    return find_command("CXX", "g++", "c++", "clang++")
+
+
+def machine_of(compiler: list[str]) -> str:
+    """What a compiler compiles for: x86_64, aarch64, ..."""
+    command = [*compiler, "-dumpmachine"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode or not found.stdout.strip():
+        raise SystemExit(f"fastfusion: {shlex.join(command)} fails: {found.stderr}")
+    return found.stdout.partition("-")[0].strip()
 
 
 def find_nvcc() -> list[str] | None:
-    """nvcc's command: $NVCC alone where it is set, otherwise that of PATH or the usual folder."""
-    named = os.environ.get("NVCC")
-    for candidate in [named] if named else ["nvcc", "/usr/local/cuda/bin/nvcc"]:
-        command = shlex.split(candidate)
-        if shutil.which(command[0]):
-            return command
-    return None
+    """nvcc's command."""
+    return find_command("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc")
 
 
 class LeftOut(Exception):
@@ -189,9 +196,9 @@ def cuda_ops() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/torch").glob(CUDA_OPS))
 
 
-def isa_flags() -> dict[str, str]:
-    """The rows of ISA_FLAGS for this machine's architecture whose source exists."""
-    rows = ISA_FLAGS.get(platform.machine(), {"scalar": ""})
+def isa_flags(machine: str) -> dict[str, str]:
+    """The rows of ISA_FLAGS for an architecture whose source exists."""
+    rows = ISA_FLAGS.get(machine, {"scalar": ""})
     return {
         isa: flags for isa, flags in rows.items() if (ROOT / f"csrc/cpu/isa/{isa}.cpp").exists()
     }
@@ -224,28 +231,20 @@ class NinjaFile:
         self.objects = objects
         self.link_extra = [*extra, *shlex.split(os.environ.get("LDFLAGS", ""))]
         self.compile_extra = extra
-        self.lines = [
-            f"builddir = {escape(objects)}",
-            "rule compile",
-            f"  command = {quote(compiler)} $flags -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = compile $in",
-            "rule link",
-            f"  command = {quote(compiler)} $flags $in -o $out $libraries",
-            "  description = link $out",
-        ]
+        self.lines = [f"builddir = {escape(objects)}"]
+        rules = {
+            "compile": (compiler, "$flags -MMD -MF $out.d -c $in -o $out"),
+            "link": (compiler, "$flags $in -o $out $libraries"),
+        }
         if nvcc is not None:
-            self.lines += [
-                "rule nvcc",
-                f"  command = {quote(nvcc)} $flags -MD -MF $out.d -c $in -o $out",
-                "  depfile = $out.d",
-                "  deps = gcc",
-                "  description = nvcc $in",
-                "rule nvcc_link",
-                f"  command = {quote(nvcc)} $flags $in -o $out",
-                "  description = link $out",
-            ]
+            rules["nvcc"] = (nvcc, "$flags -MD -MF $out.d -c $in -o $out")
+            rules["nvcc_link"] = (nvcc, "$flags $in -o $out")
+        for name, (command, arguments) in rules.items():
+            self.lines += [f"rule {name}", f"  command = {quote(command)} {arguments}"]
+            if " -c " in arguments:
+                self.lines += ["  depfile = $out.d", "  deps = gcc", f"  description = {name} $in"]
+            else:
+                self.lines.append("  description = link $out")
 
     def nvcc(self, target: Path, sources: list[str], codes: list[str], flags: list[str]) -> Path:
         """Adds one shared library of CUDA sources, each compiled by itself."""
@@ -320,32 +319,26 @@ def torch_flags(torch: Path) -> list[str]:
 
 def torch_libraries(torch: Path) -> list[str]:
     """What they are linked with."""
-    return [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    return [f"-L{torch / 'lib'}", *TORCH_LIBRARIES]
 
 
-def build_facts(compiler: list[str]) -> list[str]:
-    """What `ff.info()` reports on the build, as macros for csrc/python.cpp."""
+def torch_elsewhere(ninja: NinjaFile) -> list[Path]:
+    """Libraries that hold nothing but the names of torch's, to link with for another machine: the
+    loader has to know the names, and finds the symbols in the torch that is there."""
+    names = [flag.replace("-l", "lib") + ".so" for flag in TORCH_LIBRARIES]
+    empty = ["-x", "c++", "/dev/null"]
+    return [
+        ninja.link(ninja.objects / "torch" / name, [], [f"-Wl,-soname,{name}"], empty)
+        for name in names
+    ]
+
+
+def built_with(compiler: list[str]) -> str:
+    """What `ff.info()` reports on the build."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
     if version.returncode or not version.stdout.strip():
         raise SystemExit(f"fastfusion: {shlex.join(compiler)} --version fails: {version.stderr}")
-    facts = {
-        "FF_BUILD_COMPILER": version.stdout.strip().splitlines()[0],
-        "FF_BUILD_TORCH": metadata.version("torch"),
-        "FF_BUILD_ISAS": ",".join(isa_flags()),
-    }
-    return [f'-D{name}="{value}"' for name, value in facts.items()]
-
-
-def python_includes() -> list[str]:
-    """Include flags of the pybind11 module."""
-    import pybind11
-
-    include = sysconfig.get_path("include")
-    if not (Path(include) / "Python.h").exists():
-        raise SystemExit(
-            "fastfusion: Python.h not found; install Python's headers (package python3-dev)"
-        )
-    return ["-isystem", include, "-isystem", pybind11.get_include()]
+    return f"{version.stdout.strip().splitlines()[0]}, torch {metadata.version('torch')}"
 
 
 def write_ninja(
@@ -354,8 +347,9 @@ def write_ninja(
     """Writes build.ninja, which puts the libraries into ``package``; returns its path."""
     torch = torch_folder()
     ninja = NinjaFile(compiler, temp, nvcc)
+    machine = machine_of(compiler)
 
-    kernels = [ninja.compile(*source) for source in cpu_sources(isa_flags()).items()]
+    kernels = [ninja.compile(*source) for source in cpu_sources(isa_flags(machine)).items()]
     cpu = ninja.link(
         package / "libfastfusion_cpu.so",
         kernels,
@@ -368,7 +362,11 @@ def write_ninja(
         for source in sorted((ROOT / "csrc/torch").glob("*.cpp"))
         if not source.match(CUDA_OPS)
     ]
-    ninja.link(package / "_torch_ops.so", [*torch_ops, cpu], [COMPLETE], torch_libraries(torch))
+    if machine == platform.machine():
+        ninja.link(package / "_torch_ops.so", [*torch_ops, cpu], [COMPLETE], torch_libraries(torch))
+    else:
+        inputs = [*torch_ops, cpu, *torch_elsewhere(ninja)]
+        ninja.link(package / "_torch_ops.so", inputs, ["-Wl,--no-as-needed"], [])
 
     if nvcc is not None:
         # Nobody else is to find the runtime that is linked in.
@@ -378,14 +376,10 @@ def write_ninja(
         # Streams are in libtorch_cuda.so, which a CPU build of torch lacks: it is not linked as
         # complete. libtorch.so, kept though it defines nothing, leads to it where there is one, so
         # that what was built beside a CPU build loads beside a CUDA build.
-        ops = [ninja.compile(source, torch_flags(torch)) for source in cuda_ops()]
+        sources = [*cuda_ops(), OLD_LIBRARIES]
+        ops = [ninja.compile(source, torch_flags(torch), "cuda") for source in sources]
         libraries = ["-Wl,--no-as-needed", *torch_libraries(torch)]
         ninja.link(package / "_torch_cuda_ops.so", [*ops, cuda], [], libraries)
-
-    # An extension module takes Python's symbols from the interpreter that loads it.
-    module = ninja.compile("csrc/python.cpp", [*python_includes(), *build_facts(compiler)])
-    name = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
-    ninja.link(package / name, [module, cpu], [], [])
 
     return ninja.write()
 
@@ -424,14 +418,16 @@ def announce(file: Path, codes: list[str]) -> bool:
     return "no work to do" not in steps
 
 
-def write_record(package: Path, cpu: str | None, cuda: str | None) -> None:
-    """Leaves why each part was left out, None where it was built, for ``fastfusion.info()``."""
-    (package / RECORD).write_text(json.dumps({"cpu": cpu, "cuda": cuda}) + "\n")
+def write_record(package: Path, cpu: str | None, cuda: str | None, compiler: str = "") -> None:
+    """Leaves why each part was left out, None where it was built, and with what, for
+    ``fastfusion.info()``."""
+    facts = {"cpu": cpu, "cuda": cuda, "built with": compiler}
+    (package / RECORD).write_text(json.dumps(facts) + "\n")
 
 
 def run_ninja(file: Path, verbose: bool, what: str) -> None:
-    """Builds everything that a build.ninja names."""
-    quiet = [] if verbose else ["--quiet"]
+    """Builds everything that a build.ninja names; a terminal sees how far it is."""
+    quiet = [] if verbose or sys.stdout.isatty() else ["--quiet"]
     if subprocess.run(
         [sys.executable, "-m", "ninja", *quiet, "-f", str(file)], cwd=ROOT
     ).returncode:
@@ -482,17 +478,12 @@ class BuildNative(build_ext):
                     raise SystemExit(f"fastfusion: no CUDA kernels: {reason}") from None
                 print(f"fastfusion: CUDA kernels left out: {reason}")
                 no_cuda = str(reason)
-        editable = self.inplace or self.editable_mode
-        # pip gives every editable build a new temporary folder, which would recompile everything.
-        temp = (
-            ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
-            if editable
-            else Path(self.build_temp)
-        )
-        file = write_ninja(compiler, temp.resolve(), package, nvcc, codes)
+        # Not build_temp: pip gives every editable build a new one, and all would be compiled again.
+        temp = ROOT / self.get_finalized_command("build").build_base / "native"
+        file = write_ninja(compiler, temp, package, nvcc, codes)
         if announce(file, codes):
             run_ninja(file, self.distribution.verbose, "the native part")
-        write_record(package, None, no_cuda)
+        write_record(package, None, no_cuda, built_with(compiler))
 
     def package_folder(self) -> Path:
         """The folder that receives the libraries."""
@@ -501,12 +492,7 @@ class BuildNative(build_ext):
 
     def get_outputs(self) -> list[str]:
         """The libraries and the record."""
-        names = [
-            "libfastfusion_cpu.so",
-            "_torch_ops.so",
-            "_native" + sysconfig.get_config_var("EXT_SUFFIX"),
-            RECORD,
-        ]
+        names = ["libfastfusion_cpu.so", "_torch_ops.so", RECORD]
         cuda = ["libfastfusion_cuda.so", "_torch_cuda_ops.so"]
         folder = self.package_folder()
         names += [name for name in cuda if (folder / name).exists()]
@@ -532,6 +518,18 @@ class BuildPython(build_py):
         """The Python files and the record."""
         record = [] if native_left_out() is None else [f"{self.build_lib}/fastfusion/{RECORD}"]
         return [*super().get_outputs(include_bytecode), *record]
+
+
+class Wheel(bdist_wheel):
+    """``bdist_wheel`` of libraries that know no Python, for the machine of the compiler."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Any Python 3; a platform where there is a native part."""
+        python, abi, platform_tag = super().get_tag()
+        compiler = find_compiler()
+        if self.root_is_pure or compiler is None:
+            return python, abi, platform_tag
+        return "py3", "none", f"linux_{machine_of(compiler)}"
 
 
 class BuildEmulated(Command):
@@ -570,7 +568,7 @@ def native_extensions() -> list[Extension]:
         print(f"fastfusion: native part left out: {missing}")
         return []
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
-    return [Extension("fastfusion._native", sources)]
+    return [Extension("fastfusion._torch_ops", sources)]
 
 
 if __name__ == "__main__":
@@ -593,6 +591,7 @@ if __name__ == "__main__":
         include_package_data=False,
         ext_modules=native_extensions(),
         cmdclass={
+            "bdist_wheel": Wheel,
             "build_py": BuildPython,
             "build_ext": BuildNative,
             "build_emulated": BuildEmulated,

@@ -89,7 +89,7 @@ def info() -> Info:
     if native is not None:
         facts["cpu isa"] = f"{native.isa()} (built: {', '.join(native.isas())})"
         facts["cpu features"] = ", ".join(native.cpu_features())
-        facts["built with"] = native.build()
+        facts["built with"] = library.built_with()
     if torch.cuda.is_available():
         facts["gpu"] = ", ".join(
             torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())

@@ -7,6 +7,7 @@ tested is setup.py, and the real compiler has built the package that the other t
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -24,6 +25,9 @@ import os, pathlib, sys
 arguments = sys.argv[1:]
 if arguments == ["--version"]:
     print("fake compiler, release 12.8")
+    sys.exit()
+if arguments == ["-dumpmachine"]:
+    print({machine!r} + "-linux-gnu")
     sys.exit()
 if arguments == ["--list-gpu-arch"]:
     print(*(f"compute_{{n}}" for n in (70, 75, 80, 86, 87, 89, 90, 100, 101, 120)), sep="\\n")
@@ -66,10 +70,12 @@ def source(tmp_path: Path) -> Path:
 class Compiler:
     """A fake compiler and the command lines that it has seen."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, machine: str = platform.machine()) -> None:
         self.log = folder / "commands"
         self.path = folder / "fake-g++"
-        self.path.write_text(FAKE_COMPILER.format(python=sys.executable, log=str(self.log)))
+        self.path.write_text(
+            FAKE_COMPILER.format(python=sys.executable, log=str(self.log), machine=machine)
+        )
         self.path.chmod(0o755)
 
     def commands(self) -> list[str]:
@@ -161,7 +167,8 @@ def test_wheel_without_compiler(source: Path) -> None:
 
 def record(package: Path) -> dict[str, str | None]:
     """Why a build left out each part."""
-    return json.loads((package / "_build.json").read_text())
+    facts = json.loads((package / "_build.json").read_text())
+    return {part: facts[part] for part in ("cpu", "cuda")}
 
 
 @pytest.mark.parametrize(
@@ -183,13 +190,27 @@ def test_no_compiler_is_one_line(source: Path, cxx: str | None, wanted: str) -> 
 
 def test_wheel_with_compiler(source: Path, compiler: Compiler) -> None:
     wheel = build_wheel(source, cxx=str(compiler.path))
-    assert "-cp3" in wheel.name
+    assert wheel.name.endswith(f"-py3-none-linux_{platform.machine()}.whl"), "for every Python"
     names = zipfile.ZipFile(wheel).namelist()
     libraries = {name for name in names if name.endswith(".so")}
-    (module,) = (name for name in libraries if name.startswith("fastfusion/_native."))
-    assert libraries == {"fastfusion/libfastfusion_cpu.so", "fastfusion/_torch_ops.so", module}
+    assert libraries == {"fastfusion/libfastfusion_cpu.so", "fastfusion/_torch_ops.so"}
     assert "fastfusion/_build.json" in names
     assert not list((source / "fastfusion").glob("*.so"))
+
+
+def test_wheel_for_another_machine(source: Path, tmp_path: Path) -> None:
+    """A compiler for it says so: kernels of its instruction sets, and no library of this torch."""
+    other = "x86_64" if platform.machine() == "aarch64" else "aarch64"
+    compiler = Compiler(tmp_path, other)
+    wheel = build_wheel(source, cxx=str(compiler.path))
+    assert wheel.name.endswith(f"-py3-none-linux_{other}.whl")
+    lines = compiler.commands()
+    rows = {f"csrc/cpu/isa/{isa}.cpp" for isa in build_script()["ISA_FLAGS"][other]}
+    units = [line.split() for line in lines if " -c " in line]
+    assert rows == {u for words in units if "/isa/" in (u := words[words.index("-c") + 1])}
+    (link,) = (line for line in lines if line.endswith("_torch_ops.so"))
+    assert " -L" not in link and "--no-undefined" not in link
+    assert [f"/torch/lib{name}.so " in link for name in ("torch", "torch_cpu", "c10")] == [True] * 3
 
 
 def test_second_build_compiles_only_what_changed(source: Path, compiler: Compiler) -> None:
@@ -204,12 +225,12 @@ def test_second_build_compiles_only_what_changed(source: Path, compiler: Compile
 
     everything = build()
     assert record(source / "fastfusion")["cpu"] is None
-    assert {"csrc/torch/attention.cpp", "csrc/python.cpp", "csrc/cpu/dispatch.cpp"} <= everything
+    assert {"csrc/torch/attention.cpp", "csrc/cpu/facts.cpp", "csrc/cpu/dispatch.cpp"} <= everything
     assert (source / "fastfusion/_torch_ops.so").exists()
     assert build() == set()
-    changed = source / "csrc/python.cpp"
+    changed = source / "csrc/cpu/facts.cpp"
     changed.write_text(changed.read_text() + "\n")
-    assert build() == {"csrc/python.cpp"}
+    assert build() == {"csrc/cpu/facts.cpp"}
     # The fake compiler names this header in every depfile.
     (source / "csrc/cpu/api.h").touch()
     assert build() == everything
@@ -227,17 +248,16 @@ def test_each_isa_is_compiled_with_its_own_flags(source: Path, compiler: Compile
         for line in lines
         if " -c " in line
     }
-    machine = os.uname().machine
-    if machine == "x86_64":
+    if platform.machine() == "x86_64":
         assert {"-mavx2", "-mfma"} <= flags["isa/avx2.cpp"]
         assert {"-mavx512f", "-mavx512bw"} <= flags["isa/avx512.cpp"]
         assert "-mavx512f" not in flags["isa/avx2.cpp"]
-    for unit in ("isa/scalar.cpp", "dispatch.cpp", "csrc/torch/attention.cpp", "csrc/python.cpp"):
+    for unit in ("isa/scalar.cpp", "dispatch.cpp", "facts.cpp", "csrc/torch/attention.cpp"):
         assert not [flag for flag in flags[unit] if flag.startswith("-m")]
     assert "isa/of_another_machine.cpp" not in flags
     assert all("-ffp-contract=off" in unit for unit in flags.values())
     links = [line for line in lines if " -shared " in f" {line} "]
-    assert len(links) == 3
+    assert len(links) == 2
     assert all("-Wl,-rpath,$ORIGIN" in line for line in links)
     assert not [line for line in links if "libpython" in line or "-lpython" in line]
 

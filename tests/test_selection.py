@@ -512,7 +512,7 @@ def test_without_the_compiled_part(
 
 
 @needs_native
-@pytest.mark.parametrize("broken", ["_torch_ops*.so", "_native*.so", "libfastfusion_cpu.so"])
+@pytest.mark.parametrize("broken", ["_torch_ops.so", "libfastfusion_cpu.so"])
 def test_with_a_broken_compiled_part(broken: str, copied: Path) -> None:
     """One warning, and everything runs on the reference; info says why."""
     for built in PACKAGE.glob("*.so"):

@@ -1,4 +1,4 @@
-"""Loading of the compiled parts: the op library and the pybind11 module with build facts.
+"""Loading of the compiled parts: the op library and, beneath it, that of the kernels.
 
 `cpu_unavailable` is None when the C++ kernels are usable, and otherwise the reason as a sentence.
 A library that is there but does not load disables itself with one warning.
@@ -6,17 +6,18 @@ A library that is there but does not load disables itself with one warning.
 
 import json
 import warnings
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
-_OPS = Path(__file__).parents[1].joinpath("_torch_ops.so")
-_RECORD = Path(__file__).parents[1].joinpath("_build.json")
+from fastfusion.backends.native import Native
+
+_FOLDER = Path(__file__).parents[1]
+_OPS = _FOLDER / "_torch_ops.so"
+_RECORD = _FOLDER / "_build.json"
 _PARTS = {"cpu": "compiled part", "cuda": "CUDA part"}
 
-native: ModuleType | None = None
+native: Native | None = None
 cpu_unavailable: str | None = None
 
 
@@ -38,23 +39,28 @@ def absent(part: str) -> str:
     return f"the package was built without its {_PARTS[part]}: {reason}"
 
 
+def built_with() -> str:
+    """Compiler and torch version of the build, as its record has them."""
+    return json.loads(_RECORD.read_text())["built with"]
+
+
 def _load() -> None:
     global native, cpu_unavailable
     if not _OPS.exists():
         cpu_unavailable = absent("cpu")
         return
     try:
-        module = import_module("fastfusion._native")
+        kernels = Native(_FOLDER / "libfastfusion_cpu.so")
         torch.ops.load_library(_OPS)
-    except (ImportError, OSError, RuntimeError) as error:
+    except (AttributeError, OSError, RuntimeError) as error:
         cpu_unavailable = f"its library does not load: {error}"
         warnings.warn(f"fastfusion: CPU kernels disabled, {cpu_unavailable}", stacklevel=2)
         return
     try:
-        module.select_isa()
+        kernels.select_isa()
     except ValueError as error:  # asked for by name, so no silent second choice
         raise ValueError(f"environment variable FASTFUSION_CPU_ISA: {error}") from None
-    native = module
+    native = kernels
 
 
 _load()

@@ -124,11 +124,12 @@ inline Vec exponential(Vec score, float unit, Vec maximum) {
 // 1 / sum; 0 for a row without a key.
 inline float inverse(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
-// The maximum, in natural exponents, + log(sum); -inf for a row without a key.
+// The maximum, in natural exponents, + log(sum); -inf for a row without a key. A float32 less 1 is
+// exact in double, and log1p, unlike log, is the same symbol in every glibc since the first.
 inline float log_sum(float maximum, float sum, Base base) {
   if (sum == 0.0f) return -kInfinity;
   const double unit = base == Base::kTwo ? 0.69314718055994531 : 1.0;
-  return float(double(maximum) * unit + std::log(double(sum)));
+  return float(double(maximum) * unit + std::log1p(double(sum) - 1.0));
 }
 
 }  // namespace
