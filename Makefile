@@ -54,7 +54,7 @@ help:
 	@echo "make bench-check  whether two runs of a small set agree"
 	@echo "make docs     build the pages of docs/ and the docstrings: build/docs/index.html"
 	@echo "make wheel    build a wheel into dist/"
-	@echo "make wheels   the same for PyPI ($(PLATFORM)), and the sources"
+	@echo "make wheels   all that is to be uploaded: wheels for x86-64 and Arm, the trained models, the sources"
 	@echo "make kernels  compile the Triton and CUDA kernels for every GPU, and check them (ARGS=--quick: 5 minutes)"
 	@echo "make cuda     build the CUDA kernels with nvcc, also where torch cannot use them"
 	@echo "make gpu      test and time everything on an NVIDIA GPU (ARGS=--quick: 10 minutes; PREBUILT=DIR: less)"
@@ -209,21 +209,13 @@ wheel: $(VENV)/dependencies.stamp
 	@$(BIN)/python -m pip wheel -qq --no-build-isolation --no-deps --wheel-dir dist .
 	@ls -sh dist
 
-# For PyPI: the wheel under the tag of the oldest glibc that it runs on, which auditwheel checks, and the sources.
-# torch is not bundled. The oldest one: GCC 12's headers and library name symbols of glibc 2.32 and GCC 11.
-PLATFORM := manylinux_2_34_$(shell uname -m)
+# What is to be uploaded, in dist/; ARGS=--cuda: with a wheel of the CUDA kernels.
 $(VENV)/wheels.stamp: $(VENV)/dependencies.stamp
 	@$(BIN)/python -m pip install -qq --group dev --group wheels
 	@touch $@
 
-wheels: wheel $(VENV)/wheels.stamp
-	@PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --only-plat --plat $(PLATFORM) --exclude 'libtorch*' \
-		--exclude 'libc10*' --wheel-dir dist/repaired dist/*.whl \
-		>build/auditwheel.log 2>&1 || { cat build/auditwheel.log; exit 1; }
-	@rm dist/*.whl && mv dist/repaired/*.whl dist && rmdir dist/repaired
-	@$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null
-	@rm -rf fastfusion.egg-info
-	@ls -sh dist
+wheels: $(VENV)/wheels.stamp
+	@$(BIN)/python packaging/wheels.py $(ARGS)
 
 clean:
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks bench-results

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastfusion.core.extras import require
+from fastfusion.core.extras import MissingExtra, require
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -60,9 +60,24 @@ def load(path: Path, kind: str) -> Content:
     """Read a file that `save` has written.
 
     Raises:
+        MissingExtra: it is one of those that ship, and they are not installed.
+        FileNotFoundError: there is no such file.
         ValueError: it is of another kind.
     """
-    with require("safetensors").safe_open(path, "pt") as file:
+    if not path.exists():
+        if path.parent == FOLDER:
+            raise MissingExtra(
+                "the trained models are not installed: pip install fastfusion-checkpoints"
+            )
+        raise FileNotFoundError(
+            f"there is no checkpoint {path}; `python -m fastfusion train` makes one"
+        )
+    safetensors = require("safetensors")
+    try:
+        file = safetensors.safe_open(path, "pt")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no file of safetensors: {error}") from None
+    with file:
         texts = dict(file.metadata() or {})
         if texts.pop("format", None) != kind:
             raise ValueError(f"{path} is not a checkpoint of this demo: no format {kind!r}")

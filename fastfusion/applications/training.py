@@ -183,7 +183,9 @@ class Training(Generic[S]):
         if not resume:
             return
         if not self.path.exists():
-            raise FileNotFoundError(f"nothing to resume: there is no {self.path}")
+            raise FileNotFoundError(
+                f"nothing to resume: there is no {self.path}; leave --resume out to start"
+            )
         self.content = torch.load(self.path, weights_only=True)
         if self.content["identity"] != self.identity:
             raise ValueError(
@@ -218,7 +220,7 @@ class Training(Generic[S]):
         networks: Mapping[str, nn.Module],
         metadata: Mapping[str, Any],
         results: Mapping[str, Any],
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float16,
     ) -> dict[str, Any]:
         """Write the checkpoint, weights in `dtype`, with `results` and how they came about; returns
         all of these."""

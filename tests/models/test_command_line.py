@@ -11,6 +11,7 @@ import torch
 
 import fastfusion as ff
 from fastfusion.__main__ import _parser, main
+from fastfusion.applications.checkpoint import FOLDER
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +98,19 @@ def test_missing_extra_is_one_clear_line(
     assert printed.err.count("\n") == 1
     assert repr(package) in printed.err and 'pip install "fastfusion[demo]"' in printed.err
     assert printed.out == "", "nothing is computed before the packages are known to be there"
+
+
+def test_a_missing_checkpoint_says_where_one_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, way in (
+        (tmp_path / "none", "`python -m fastfusion train` makes one"),
+        (FOLDER / "none", "pip install fastfusion-checkpoints"),
+    ):
+        arguments = ["--output", str(tmp_path / "out.png"), "--checkpoint", str(path)]
+        assert main(["demo", *arguments]) == 1
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == 1 and way in printed.err and printed.out == ""
 
 
 def test_import_loads_no_extra() -> None:

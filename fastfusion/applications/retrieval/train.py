@@ -368,4 +368,4 @@ def train(training: Training[Settings], data_folder: Path = FOLDER) -> None:
         for name, (at_1, at_5, at_10) in recalls.items():
             say(f"{name}: recall@1 {at_1:.2%}, @5 {at_5:.2%}, @10 {at_10:.2%}")
     made = Checkpoint(config, subwords, model)
-    training.finish(FORMAT, made.networks(), made.metadata(), results, torch.float16)
+    training.finish(FORMAT, made.networks(), made.metadata(), results)

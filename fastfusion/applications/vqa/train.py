@@ -166,4 +166,5 @@ def train(training: Training[Settings]) -> None:
         results["accuracy"] = accuracy(predict(model, testing, test_tokens), testing)
         say(f"with the image: {results['accuracy']:.2%} of the test questions right")
     made = Checkpoint(config, vocabulary, answers, model, baseline)
-    training.finish(FORMAT, made.networks(), made.metadata(), results)
+    # csrc/examples/encoder.cpp reads these weights where they lie in the file.
+    training.finish(FORMAT, made.networks(), made.metadata(), results, torch.float32)
