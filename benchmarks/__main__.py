@@ -14,7 +14,10 @@ from .cpu.run import output, run, run_pinned
 def on_gpu(options: argparse.Namespace) -> int:
     """Hands over to what `make gpu` times."""
     if not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no GPU")
+        raise UsageError(
+            "--device cuda: torch sees no GPU; leave it out to time the CPU, or install a CUDA "
+            "build of torch and the GPU's driver"
+        )
     from .gpu.run import main as gpu
 
     words = ["--steps", "bench", "--dtypes", options.dtype]

@@ -159,7 +159,9 @@ def _explain(arguments: argparse.Namespace) -> object:
         torch.empty(0, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).partition("\n")[0]
-        raise ValueError(f"--device {arguments.device}: {first_line}") from None
+        raise ValueError(
+            f"--device {arguments.device}: {first_line}; leave it out for the CPU"
+        ) from None
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.zeros(

@@ -8,9 +8,9 @@ themselves.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
@@ -229,9 +229,13 @@ def show(
         f"{kind}: {shape.visual_len} visual tokens, {shape.text_len} of text, batch {shape.batch}, "
         f"{torch.get_num_threads()} thread(s), at most {budget_ms:g} ms"
     )
-    progress = partial(print, end="\r", flush=True)
-    fits = search(kind, shape, budget_ms, precisions, say=lambda line: progress(f"{line:<60}"))
-    progress(" " * 60)
+
+    def progress(line: str) -> None:
+        if sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="", flush=True)
+
+    fits = search(kind, shape, budget_ms, precisions, say=progress)
+    progress("")
     chosen = best(fits, budget_ms)
     print(
         f"  {'weights':>7} {'width':>6} {'heads':>6} {'hidden':>7} {'layers':>7} "

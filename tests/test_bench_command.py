@@ -1,6 +1,7 @@
 """The benchmark tool's command line, its comparisons, reports and pictures."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastfusion.backends import library
 from fastfusion.benchmarks.__main__ import main
 from fastfusion.benchmarks.common.results import Goal
 from fastfusion.benchmarks.common.timing import Spread
@@ -78,6 +80,29 @@ def test_json_holds_everything(tmp_path: Path) -> None:
     assert only["ratios"]["sdpa"]["median"] > 0
 
 
+def test_the_last_line_says_all_in_one(capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["--q", "5", "--k", "7", "--heads", "2", "--rounds", "1", "--quick"]
+    assert main([*own, "--peers", "sdpa"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    share = r", \d+ % of this machine's peak" * (library.native is not None)
+    assert re.fullmatch(rf"your shape: \d+\.\dx torch's SDPA{share}", printed[-1])
+
+    first, second, stock = row("a", 2.0), row("b", 8.0), row("c", 4.0)
+    stock.ratios = {"torch.nn": stock.ratios["sdpa"]}
+    first.share, second.share, stock.share = 0.5, 0.7, None
+    line = results.summary([first, second], "2 shapes")
+    assert line == (
+        "2 shapes: 4.0x torch's SDPA (geometric mean), 60 % of this machine's peak (median)"
+    )
+    assert results.summary([first, stock], "2 shapes") == (
+        "2 shapes: 2.8x stock torch (geometric mean), 50 % of this machine's peak"
+    )
+    stock.ratios = {"mine": stock.ratios["torch.nn"]}
+    assert results.summary([stock], "your module") == "your module: 4.0x mine"
+    stock.times = {}
+    assert results.summary([stock], "your module") is None, "ours was wrong"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -92,7 +117,7 @@ def test_json_holds_everything(tmp_path: Path) -> None:
         (["--shape", "vit_b16", "--q", "3", "--k", "5"], "exclude each other"),
         (["--model", "a:b"], "--model, --against and --inputs belong together"),
         (["--model", "a", "--against", "b", "--inputs", "1x2"], "'a' is not MODULE:FACTORY"),
-        (["--device", "cuda"], "--device cuda: torch sees no GPU"),
+        (["--device", "cuda"], "--device cuda: torch sees no GPU; leave it out to time"),
         (["--plots", "/nonexistent"], "--plots: there is no folder /nonexistent"),
         (["layers", "--shape", "vit_b16"], "suite layers has no shape vit_b16"),
         (["overhead", "--shape", "vit_b16"], "suite overhead has no shape vit_b16"),

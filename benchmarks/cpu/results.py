@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ..common.results import OURS, REFERENCE, Goal, in_words, slower
@@ -116,6 +117,45 @@ def table(rows: list[Row]) -> str:
     for (name, why), count in reasons.items():
         lines.append(f"{'':5}{name}: skipped for {count} shape(s): {why}")
     return "\n".join(lines)
+
+
+# What stock torch does, by the peer that does it.
+STOCK = {
+    "sdpa": "torch's SDPA",
+    "two sdpa": "two calls of torch's SDPA",
+    "linear + sdpa": "torch's layers and SDPA",
+    "layer + two sdpa": "torch's layers and SDPA",
+    "torch": "torch's linear layer",
+    "torch.nn": "torch.nn",
+}
+
+
+def summary(rows: list[Row], what: str) -> str | None:
+    """All that was timed in one line: how many times as fast as stock torch, or as the first peer,
+    and the share of the machine's peak, geometric mean and median of several rows; None where
+    nothing was.
+
+    Args:
+        what: was timed, for people.
+    """
+    rows = [row for row in rows if OURS in row.times]
+    found: list[tuple[str, float]] = []
+    for row in rows:
+        name = next((n for n in (*STOCK, *row.ratios) if n in row.ratios), None)
+        if name is not None:
+            found.append((STOCK.get(name, name), row.ratios[name].median))
+    peers = {name for name, _ in found}
+    several = len(found) > 1
+    parts = []
+    if found:
+        peer = peers.pop() if len(peers) == 1 else "stock torch"
+        mean = geometric_mean(ratio for _, ratio in found)
+        parts.append(f"{mean:.1f}x {peer}{' (geometric mean)' if several else ''}")
+    shares = [row.share for row in rows if row.share is not None]
+    if shares:
+        middle = " (median)" if len(shares) > 1 else ""
+        parts.append(f"{100 * median(shares):.0f} % of this machine's peak{middle}")
+    return f"{what}: {', '.join(parts)}" if parts else None
 
 
 def _time_cell(time: Spread | None) -> str:

@@ -135,6 +135,15 @@ class Run:
             print(f"\n{about}: each number beside its goal")
             print(*section, sep="\n", flush=True)
 
+    def summary(self) -> str | None:
+        """Everything in one line."""
+        options = self.options
+        what = "your shape" if options.own is not None else "your module" if options.model else ""
+        names = [row.shape["name"] for row in self.rows]
+        return results.summary(
+            self.rows, what or (f"{len(names)} shapes" if len(names) != 1 else names[0])
+        )
+
     def document(self) -> Document:
         """Everything that was measured."""
         options = self.options
@@ -161,6 +170,9 @@ def run(options: argparse.Namespace) -> tuple[int, Document]:
     except KeyboardInterrupt:
         interrupted = True
         print("\ninterrupted; what is above is complete", file=sys.stderr)
+    line = this.summary()
+    if line is not None:
+        print(f"\n{line}")
     wrong = any(OURS in row.problems for row in this.rows)
     return 130 if interrupted else int(wrong), this.document()
 
