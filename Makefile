@@ -41,7 +41,7 @@ OMP_NUM_THREADS=1 exec $$python -m fastfusion.benchmarks.$(MODULE_$@) $(ARGS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo example test asan emulate lint format bench bench-check docs kernels cuda gpu gpu-prebuild tune build wheel wheels clean
+.PHONY: help demo example test asan coverage coverage-cpp coverage-python emulate lint format bench bench-check docs kernels cuda gpu gpu-prebuild tune build wheel wheels clean
 
 help:
 	@echo "make demo     answer questions about images, and compare with stock torch"
@@ -49,6 +49,7 @@ help:
 	@echo "make test     run the tests"
 	@echo "make emulate  run the CPU kernels on other processors in QEMU: Arm, and x86-64 without AVX-512"
 	@echo "make asan     run the C++ and emulated CUDA kernels' tests with sanitizers of memory and undefined behaviour"
+	@echo "make coverage which lines the tests run, of Python and of C++ (coverage-python, coverage-cpp: of one)"
 	@echo "make lint     ruff, mypy, clang-format      make format   apply them"
 	@echo "make bench    the microbenchmarks, with a report and pictures in bench-results/ (5 minutes)"
 	@echo "make bench-check  whether two runs of a small set agree"
@@ -146,6 +147,32 @@ asan: $(VENV)/dependencies.stamp
 		-m pytest -n $(JOBS) -p no:benchmark -k "not triton and not scratch_memory" \
 		--emulated $(CURDIR)/build/sanitized/emulated/sm80/_emulated_ops.so \
 		$(CURDIR)/tests/ops $(CURDIR)/tests/test_native.py $(CURDIR)/tests/test_cuda.py
+
+# Lines that the tests run: of C++ by gcov, of the kernels' tests alone, with a copy of the package as `make asan` has
+# it; of Python by coverage.py. ARGS=--uncovered lists the lines of C++ that none ran; Python's always stand beside.
+COVERED := build/coverage
+COUNTED := --coverage -O1
+$(VENV)/coverage.stamp: $(VENV)/dependencies.stamp
+	@$(BIN)/python -m pip install -qq --group dev --group coverage
+	@touch $@
+
+coverage: coverage-cpp coverage-python
+
+coverage-cpp: $(VENV)/coverage.stamp
+	@echo "building with $(COUNTED)"
+	@find $(COVERED) -name '*.gcda' -delete 2>/dev/null || true
+	@CXXFLAGS="$(COUNTED)" $(BIN)/python setup.py --quiet build --build-base $(COVERED) --build-lib $(COVERED)/lib
+	@CXXFLAGS="$(COUNTED)" $(BIN)/python setup.py --quiet build_emulated --folder $(COVERED)/emulated
+	@cd $(COVERED)/lib && OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest -n $(JOBS) -p no:benchmark \
+		-k "not triton" --emulated $(CURDIR)/$(COVERED)/emulated/sm80/_emulated_ops.so $(CURDIR)/tests/ops \
+		$(CURDIR)/tests/test_native.py $(CURDIR)/tests/test_cuda.py $(CURDIR)/tests/test_registration.py
+	@$(BIN)/python tests/native/coverage.py $(COVERED) $(ARGS)
+
+coverage-python: build $(VENV)/integrations.stamp $(VENV)/coverage.stamp
+	@mkdir -p $(COVERED)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n $(JOBS) -p no:benchmark
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report --skip-covered --show-missing
 
 emulate: $(VENV)/dependencies.stamp
 	@$(BIN)/python tests/native/emulate.py
