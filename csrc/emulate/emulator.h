@@ -10,7 +10,22 @@
 
 namespace ff::cuda::emulation {
 
+#ifdef __cpp_lib_source_location
 using Location = std::source_location;
+#else  // clang before version 16
+struct Location {
+  const char* file;
+  int at_line, at_column;
+
+  static Location current(const char* file = __builtin_FILE(), int line = __builtin_LINE(),
+                          int column = __builtin_COLUMN()) {
+    return {file, line, column};
+  }
+  const char* file_name() const { return file; }
+  int line() const { return at_line; }
+  int column() const { return at_column; }
+};
+#endif
 
 // Of the CUDA thread that runs.
 struct Position {

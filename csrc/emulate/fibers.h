@@ -72,7 +72,7 @@ inline void arrived([[maybe_unused]] void* fake_stack) {
 
 // Not _longjmp: the address sanitizer takes a call that does not return as the end of all frames of
 // the stack, finds no overrun of a local array in them any more, and a switch takes 270 ns, not 75.
-FF_NO_ASAN [[noreturn]] inline void jump_to(Fiber* to, void (*run)()) {
+[[noreturn]] FF_NO_ASAN inline void jump_to(Fiber* to, void (*run)()) {
   if (to->entered) __builtin_longjmp(to->jump, 1);
   ucontext_t context;
   getcontext(&context);
