@@ -41,12 +41,13 @@ OMP_NUM_THREADS=1 exec $$python -m fastfusion.benchmarks.$(MODULE_$@) $(ARGS)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo example test asan coverage coverage-cpp coverage-python emulate lint format bench bench-check docs kernels cuda gpu gpu-prebuild tune build wheel wheels clean
+.PHONY: help demo example test matrix asan coverage coverage-cpp coverage-python emulate lint format bench bench-check docs kernels cuda gpu gpu-prebuild tune build wheel wheels clean
 
 help:
 	@echo "make demo     answer questions about images, and compare with stock torch"
 	@echo "make example  a C++ program that answers them without Python and torch: build/example/encoder"
 	@echo "make test     run the tests"
+	@echo "make matrix   run them on every version of Python, torch and compilers that can be had: docs/versions.md"
 	@echo "make emulate  run the CPU kernels on other processors in QEMU: Arm, and x86-64 without AVX-512"
 	@echo "make asan     run the C++ and emulated CUDA kernels' tests with sanitizers of memory and undefined behaviour"
 	@echo "make coverage which lines the tests run, of Python and of C++ (coverage-python, coverage-cpp: of one)"
@@ -133,6 +134,10 @@ test: build $(VENV)/integrations.stamp
 	@echo "building the CUDA kernels for their emulator"
 	@$(BIN)/python setup.py --quiet build_emulated
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -p no:benchmark
+
+# ARGS="--row torch2.11 tests/ops" takes the rows of pyproject.toml that are so named, and a part of the tests.
+matrix:
+	@$(PYTHON) tests/matrix.py --jobs $(JOBS) $(ARGS)
 
 # A copy of the package, since its libraries load with the sanitizers alone. Python's own leaks do not count, and
 # freed memory stays with them for a while (scratch_memory).

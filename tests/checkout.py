@@ -4,6 +4,7 @@ All others also run where the tests lie alone, beside a package that pip install
 """
 
 import runpy
+import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# `--cxx` of pytest: what compiles the C++ checks, where that is not what setup.py finds. $CXX would
+# also be torch.compile's compiler, which wants OpenMP beside it.
+cxx: str | None = None
 
 
 def need(*names: str) -> None:
@@ -33,4 +38,7 @@ def need_library(name: str) -> Any:
 def build_script() -> dict[str, Any]:
     """The names of setup.py; skips like `need`."""
     need("setup.py", "csrc")
-    return runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
+    names = runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
+    if cxx is not None:
+        names["find_compiler"] = lambda: shlex.split(str(cxx))
+    return names

@@ -33,6 +33,7 @@ _cuda_version = torch.version.cuda
 if not _ON_GPU:
     torch.version.cuda = None
 
+import checkout  # noqa: E402
 import triton_interpreter  # noqa: E402
 from checkout import ROOT  # noqa: E402
 from suite import DEVICE, ISAS, OpSuite  # noqa: E402
@@ -62,12 +63,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu")
     parser.addoption("--emulated", type=Path, metavar="FILE")
+    parser.addoption("--cxx", metavar="COMMAND")
     # tests/ops/test_random_calls.py
     parser.addoption("--random-seconds", type=float, default=3.3, metavar="S")
     parser.addoption("--random-example", metavar="OP:TARGET:INDEX")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    checkout.cxx = config.getoption("cxx")
     if DEVICE == "cpu":
         triton_interpreter.mend()
         emulate(config.getoption("emulated"), hasattr(config, "workerinput"))
