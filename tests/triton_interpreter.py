@@ -9,6 +9,7 @@
 - Two thirds of its time go to nothing: it replaces the builtins of Triton's language anew in every
   call of a device function, looks for overflows of integers that it then does not report, and
   builds the same types again and again.
+- Triton 3.6, which torch 2.11 asks for, takes an index out of an array, as NumPy 2.4 does not.
 """
 
 import math
@@ -26,6 +27,7 @@ def mend() -> None:
 
     # Both of its modules; it takes whatever has the globals of a function.
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    tl.core.tensor.__index__ = lambda self: int(self.handle.data.item())
     nothing = interpreter._LangPatchScope()  # to restore
     interpreter._patch_lang = lambda function: nothing
     # Its assertions do nothing but with `debug`; that it is off stands in the same options.

@@ -120,8 +120,9 @@ struct Vec {
 
   // a in the lanes whose bit is set, else b.
   static Vec select(uint16_t lanes, Vec a, Vec b) {
-    Vec result;
-    for (int i = 0; i < kLanes; ++i) result.v[i] = lanes >> i & 1 ? a.v[i] : b.v[i];
+    Vec result = b;
+    for (int i = 0; i < kLanes; ++i)
+      if (lanes >> i & 1) result.v[i] = a.v[i];
     return result;
   }
 
