@@ -348,7 +348,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         Returns:
             Tensors (..., n * embed_dim), n adding up to 3.
         """
-        width = self.embed_dim
+        width = self.num_heads * self.head_dim  # embed_dim, or what a rank has of it
         query_is_key, key_is_value = shared
         if len(in_proj) == 1:
             (whole,) = in_proj

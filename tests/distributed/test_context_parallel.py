@@ -1,14 +1,13 @@
 """Sequences on several ranks against the same attention in one process, with gradients."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import fastfusion as ff
@@ -18,22 +17,9 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 LENGTH = 24
 
 
-def _work(rank: int, world: int, store: str) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)  # the same tensors everywhere
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        for check in (check_ring, check_uneven, check_short_side, check_sequences):
-            check(rank, world)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    os._exit(0)  # as test_distributed.py says, Python's shutdown was seen to abort
-
-
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks(world: int, tmp_path: Path) -> None:
-    mp.spawn(_work, (world, str(tmp_path / "store")), nprocs=world)
+    ranks.run(world, [check_ring, check_uneven, check_short_side, check_sequences], tmp_path)
 
 
 def test_bytes_are_those_of_the_formulas(

@@ -1,37 +1,18 @@
 """Our ops on DTensors: each placement against one process, eager and compiled, with gradients."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import fastfusion as ff
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-Check = Callable[[int, Any], None]
-
-
-def spawn(world: int, check: str, tmp_path: Path) -> None:
-    """Run a function of this file in so many processes; its failures are this test's."""
-    mp.spawn(_work, (world, check, str(tmp_path / "store")), nprocs=world)
-
-
-def _work(rank: int, world: int, check: str, store: str) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)  # the same tensors everywhere
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        globals()[check](rank, world)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    os._exit(0)  # as test_distributed.py says, Python's shutdown was seen to abort
 
 
 def attention_inputs(heads: int = 4, kv_heads: int = 4) -> list[Tensor]:
@@ -204,10 +185,13 @@ def check_compiled(rank: int, world: int) -> None:
         agree(attend, attention_inputs(), [(Shard(dim),)] * 3, mesh)
 
 
-@pytest.mark.parametrize("check", ["check_attention", "check_other_ops", "check_compiled"])
-def test_two_ranks(check: str, tmp_path: Path) -> None:
-    spawn(2, check, tmp_path)
+def test_two_ranks(tmp_path: Path) -> None:
+    ranks.run(2, [check_attention, check_other_ops], tmp_path)
+
+
+def test_compiled(tmp_path: Path) -> None:
+    ranks.run(2, [check_compiled], tmp_path)
 
 
 def test_four_ranks(tmp_path: Path) -> None:
-    spawn(4, "check_two_dimensions", tmp_path)
+    ranks.run(4, [check_two_dimensions], tmp_path)

@@ -1,14 +1,13 @@
 """ff.nn under DistributedDataParallel and FSDP2: two gloo processes, gradients as in one."""
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import fastfusion as ff
@@ -48,37 +47,28 @@ def batch() -> tuple[torch.Tensor, ...]:
     return image, text, torch.arange(5).expand(2 * WORLD, 5) >= 4
 
 
-def gradients(rank: int, how: str, store: str) -> None:
+def gradients(rank: int, world: int, how: str, store: str) -> None:
     """One process: the gradients of its half, averaged by torch.distributed, for `store`."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}.init", rank=rank, world_size=WORLD)
-    try:
-        torch.manual_seed(0)
-        model: Any = Model()
-        if how == "ddp":
-            model = DistributedDataParallel(model)
-        else:
-            from torch.distributed.fsdp import fully_shard
+    model: Any = Model()
+    if how == "ddp":
+        model = DistributedDataParallel(model)
+    else:
+        from torch.distributed.fsdp import fully_shard
 
-            mesh = dist.init_device_mesh("cpu", (WORLD,))
-            for module in (model.transformer, model.fusion, model.pool):
-                fully_shard(module, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            assert isinstance(model.pool, ff.nn.MultiheadAttention)
-        half = slice(2 * rank, 2 * rank + 2)
-        model(*(t[half] for t in batch())).backward()
-        grads = {}
-        for name, parameter in model.named_parameters():
-            grad = parameter.grad
-            full = grad.full_tensor() if how == "fsdp2" else grad
-            grads[name.removeprefix("module.")] = full
-        if rank == 0:
-            torch.save(grads, store)
-    finally:
-        dist.destroy_process_group()
-    # Not by way of Python's shutdown: a process was seen to abort there, once in some 100 runs
-    # ("terminate called without an active exception", as when a thread is ended inside C++).
-    os._exit(0)
+        mesh = dist.init_device_mesh("cpu", (WORLD,))
+        for module in (model.transformer, model.fusion, model.pool):
+            fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        assert isinstance(model.pool, ff.nn.MultiheadAttention)
+    half = slice(2 * rank, 2 * rank + 2)
+    model(*(t[half] for t in batch())).backward()
+    grads = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        full = grad.full_tensor() if how == "fsdp2" else grad
+        grads[name.removeprefix("module.")] = full
+    if rank == 0:
+        torch.save(grads, store)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
@@ -89,7 +79,7 @@ def test_gradients(how: str, tmp_path: Path) -> None:
     halves = [slice(0, 2), slice(2, 4)]
     sum(single(*(t[half] for t in batch())) / WORLD for half in halves).backward()  # type: ignore[union-attr]
     store = str(tmp_path / "gradients.pt")
-    mp.start_processes(gradients, args=(how, store), nprocs=WORLD, start_method="spawn")
+    ranks.run(WORLD, [gradients], tmp_path, how, store)
     actual = torch.load(store)
     expected = {name: p.grad for name, p in single.named_parameters()}
     torch.testing.assert_close(actual, expected)
