@@ -5,6 +5,7 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,18 @@ def _parser() -> argparse.ArgumentParser:
         "packages that its training names",
     )
     train.add_argument("--resume", action="store_true", help="go on from OUTPUT.state")
+    train.add_argument(
+        "--distributed",
+        action="store_true",
+        help="share every batch among the processes that torchrun has started: torchrun "
+        "--nproc-per-node 2 -m fastfusion train NAME --distributed",
+    )
+    train.add_argument(
+        "--parts", type=_positive, help="of a batch; default: as many as processes, 1 of one"
+    )
+    train.add_argument(
+        "--timeout", type=_positive, default=300, help="seconds that processes wait for another"
+    )
     train.add_argument(
         "--log",
         action="append",
@@ -186,6 +199,7 @@ def _explain(arguments: argparse.Namespace) -> object:
 
 def _train(arguments: argparse.Namespace) -> None:
     from fastfusion.applications import callbacks
+    from fastfusion.applications.ranks import ONE, joined
     from fastfusion.applications.training import Training
 
     if arguments.data is not None and arguments.model == "vqa":
@@ -201,15 +215,18 @@ def _train(arguments: argparse.Namespace) -> None:
         for name in ("epochs", "batch_size", "lr", "seed")
         if getattr(arguments, name) is not None
     }
-    training = Training(
-        arguments.output or Path(application.CHECKPOINT.name),
-        application.Settings(**given),
-        baseline_only=arguments.baseline_only,
-        limit=arguments.limit,
-        resume=arguments.resume,
-        callbacks=[callbacks.parse(text) for text in arguments.log],
-    )
-    application.train(training, *([] if arguments.data is None else [arguments.data]))
+    with joined(arguments.timeout) if arguments.distributed else nullcontext(ONE) as ranks:
+        training = Training(
+            arguments.output or Path(application.CHECKPOINT.name),
+            application.Settings(**given),
+            baseline_only=arguments.baseline_only,
+            limit=arguments.limit,
+            resume=arguments.resume,
+            parts=arguments.parts,
+            ranks=ranks,
+            callbacks=[callbacks.parse(text) for text in arguments.log if ranks.is_first],
+        )
+        application.train(training, *([] if arguments.data is None else [arguments.data]))
 
 
 def _fit(arguments: argparse.Namespace) -> None:

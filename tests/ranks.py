@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 Check = Callable[..., None]
 
 # Ranks are forks of one process that has imported these and started no thread: 4 s less for each.
-set_forkserver_preload(["fastfusion.distributed", "fastfusion.models"])
+set_forkserver_preload(["fastfusion.distributed.tensor_parallel", "fastfusion.models"])
 
 
 def run(world: int, checks: Sequence[Check], folder: Path, *arguments: Any) -> None:

@@ -8,7 +8,9 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Generic, Protocol, TypeVar
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from fastfusion.applications import checkpoint
 from fastfusion.applications.callbacks import Callback
+from fastfusion.applications.ranks import ONE, Ranks
 from fastfusion.core.extras import check_before_work, require
 
 B = TypeVar("B")
@@ -76,6 +79,18 @@ def learning_rate(step: int, steps: int, schedule: Schedule) -> float:
     return schedule.lr * warmup * (1 + math.cos(math.pi * step / steps)) / 2
 
 
+class _Step(nn.Module):
+    """A step as the forward of a module, which DistributedDataParallel can take."""
+
+    def __init__(self, model: nn.Module, step: Callable[[Any], Outcome]) -> None:
+        super().__init__()
+        self.model, self.step = model, step
+
+    def forward(self, batch: Any) -> Tensor:
+        self.outcome = self.step(batch)
+        return self.outcome.loss
+
+
 def fit(
     model: nn.Module,
     step: Callable[[B], Outcome],
@@ -85,6 +100,8 @@ def fit(
     save: Callable[[State], None] = lambda state: None,
     title: str = "",
     callbacks: Sequence[Callback] = (),
+    parts: int = 1,
+    ranks: Ranks = ONE,
 ) -> list[float]:
     """Train a model by AdamW; returns the mean loss of every epoch.
 
@@ -93,6 +110,11 @@ def fit(
         saved: a state that ``save`` was given, to go on from.
         save: called after every epoch with all that is needed to go on from there.
         callbacks: told of every epoch's loss, share of right answers and learning rate.
+        parts: so many of ``batches`` are one batch: the loss is the mean of theirs.
+        ranks: processes that share the parts.
+
+    Raises:
+        ValueError: an epoch of fewer batches than ``parts``.
     """
     tqdm = require("tqdm").tqdm
     optimizer = torch.optim.AdamW(
@@ -103,8 +125,13 @@ def fit(
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         losses = list(saved["losses"])
-    steps = len(batches) * schedule.epochs
+    per_epoch = len(batches) // parts
+    if per_epoch == 0:
+        raise ValueError(f"an epoch has {len(batches)} parts of batches, and a batch {parts}")
     model.train()
+    run = _Step(model, step)
+    together = ranks.together(run)
+    own = ranks.own(parts)
 
     for epoch in range(len(losses), schedule.epochs):
         seed = schedule.seed * 100_003 + epoch
@@ -112,30 +139,42 @@ def fit(
         generator = torch.Generator().manual_seed(seed)  # order and augmentation
         total, right, seen, rate = 0.0, 0, 0, schedule.lr
         name = f"{title} {epoch + 1}/{schedule.epochs}"
-        with tqdm(total=len(batches), desc=name, mininterval=1.0) as bar:
-            for number, batch in enumerate(batches(generator)):
-                rate = learning_rate(epoch * len(batches) + number, steps, schedule)
+        some = iter(batches(generator))
+        with tqdm(total=per_epoch, desc=name, mininterval=1.0, disable=not ranks.is_first) as bar:
+            for number in range(per_epoch):
+                rate = learning_rate(
+                    epoch * per_epoch + number, per_epoch * schedule.epochs, schedule
+                )
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                outcome = step(batch)
                 optimizer.zero_grad()
-                outcome.loss.backward()
+                for part, batch in enumerate(islice(some, parts)):
+                    if part not in own:
+                        continue
+                    if parts > 1:
+                        torch.manual_seed(seed * 1_000_003 + number * parts + part)
+                    with nullcontext() if part == own[-1] else ranks.alone(together):
+                        (together(batch) / len(own)).backward()
+                    outcome = run.outcome
+                    total += outcome.loss.item() * outcome.count
+                    right += outcome.right
+                    seen += outcome.count
                 nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)
                 optimizer.step()
 
-                total += outcome.loss.item() * outcome.count
-                right += outcome.right
-                seen += outcome.count
                 bar.update()
                 bar.set_postfix(
                     loss=f"{total / seen:.4f}", right=f"{right / seen:.2%}", refresh=False
                 )
-        losses.append(total / seen)
-        for callback in callbacks:
-            callback.epoch(
-                title, epoch + 1, {"loss": losses[-1], "right": right / seen, "lr": rate}
+        of_all = ranks.sum(total, right, seen)
+        losses.append(of_all[0] / of_all[2])
+        if ranks.is_first:
+            values = {"loss": losses[-1], "right": of_all[1] / of_all[2], "lr": rate}
+            for callback in callbacks:
+                callback.epoch(title, epoch + 1, values)
+            save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
             )
-        save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses})
     model.eval()
     return losses
 
@@ -152,13 +191,19 @@ class Training(Generic[S]):
         output: the checkpoint to write.
         settings: a dataclass; a state of other settings is not gone on from.
         resume: go on from ``<output>.state``, which every epoch writes and `finish` removes.
+        parts: a batch is computed in so many parts, one after the other or by as many ranks, each
+            with a share of ``settings.batch_size``; what compares the samples of a batch sees those
+            of a part. By default 1; with several ranks as many as they are; with ``resume`` as many
+            as there were, where the ranks divide that.
+        ranks: processes that train together.
         baseline_only: train only the baselines that see less.
         limit: use only so many examples of each split, for a quick try.
         callbacks: told of every epoch and of the results.
         say: what prints.
 
     Raises:
-        FileNotFoundError, ValueError: ``resume`` without a state, or with one of other settings.
+        FileNotFoundError, ValueError: ``resume`` without a state, or with one of other settings;
+            ``parts`` that do not divide the batch, or that ``ranks`` do not divide.
         MissingExtra: a package that the end needs is not there.
     """
 
@@ -170,18 +215,35 @@ class Training(Generic[S]):
         baseline_only: bool = False,
         limit: int | None = None,
         resume: bool = False,
+        parts: int | None = None,
+        ranks: Ranks = ONE,
         callbacks: Sequence[Callback] = (),
         say: Callable[[str], None] = print,
     ) -> None:
         check_before_work(output)
-        self.output, self.settings, self.say, self.callbacks = output, settings, say, callbacks
+        self.output, self.callbacks, self.ranks = output, callbacks, ranks
+        self.say = say if ranks.is_first else lambda line: None
         self.baseline_only, self.limit = baseline_only, limit
         self.started = perf_counter()
         self.identity = asdict(settings) | {"baseline_only": baseline_only, "limit": limit}
         self.path = output.with_name(output.name + ".state")
         self.content: State = {"identity": self.identity}
-        if not resume:
-            return
+        if resume:
+            self._read()
+        before = self.content.get("parts", 1)
+        if parts is None:
+            parts = before if before % ranks.count == 0 else ranks.count
+        if parts % ranks.count or settings.batch_size % parts:
+            raise ValueError(
+                f"parts of a batch must be a multiple of the {ranks.count} ranks and divide "
+                f"batch_size, {settings.batch_size}, got {parts}"
+            )
+        if resume and parts != before:
+            self.say(f"batches have {parts} parts from here on, where they had {before}")
+        self.parts = self.content["parts"] = parts
+        self.settings = replace(settings, batch_size=settings.batch_size // parts)
+
+    def _read(self) -> None:
         if not self.path.exists():
             raise FileNotFoundError(
                 f"nothing to resume: there is no {self.path}; leave --resume out to start"
@@ -211,7 +273,7 @@ class Training(Generic[S]):
 
         return fit(
             model, step, batches, schedule or self.settings, self.content.get(name), save, name,
-            self.callbacks,
+            self.callbacks, self.parts, self.ranks,
         )  # fmt: skip
 
     def finish(
@@ -227,11 +289,14 @@ class Training(Generic[S]):
         facts = {
             **results,
             "settings": self.identity,
+            "parts": self.parts,
             "torch": torch.__version__,
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
             "seconds": round(perf_counter() - self.started),
         }
+        if not self.ranks.is_first:
+            return facts
         checkpoint.save(self.output, kind, networks, {**metadata, "training": facts}, dtype)
         self.path.unlink(missing_ok=True)
         for callback in self.callbacks:

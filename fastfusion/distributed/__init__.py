@@ -1,10 +1,13 @@
-"""More than one device: attention over sequences that lie on several ranks of torch.distributed.
+"""More than one device, on torch.distributed: attention over sequences in parts, modules split over
+ranks.
 
 Our ops also run on DTensors, sharded along batch, heads, or queries
 (:mod:`fastfusion.distributed.sharding`), which `import torch.distributed.tensor` alone makes known.
 """
 
-from fastfusion.distributed.checkpoints import checkpointable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from fastfusion.distributed.context_parallel import (
     gather_sequence,
     ring_attention,
@@ -12,7 +15,10 @@ from fastfusion.distributed.context_parallel import (
     sharded_bidirectional_attention,
     sharded_keys_attention,
 )
-from fastfusion.distributed.tensor_parallel import tensor_parallel_plan
+
+if TYPE_CHECKING:
+    from fastfusion.distributed.checkpoints import checkpointable
+    from fastfusion.distributed.tensor_parallel import tensor_parallel_plan
 
 __all__ = [
     "checkpointable",
@@ -23,3 +29,14 @@ __all__ = [
     "sharded_keys_attention",
     "tensor_parallel_plan",
 ]
+
+# Behind the rest of torch.distributed.tensor, whose import makes the sharding rules known: these
+# import parts of torch that may be in the middle of importing that.
+_LATER = {"checkpointable": "checkpoints", "tensor_parallel_plan": "tensor_parallel"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    return globals()[name]

@@ -1,6 +1,8 @@
 """Sequences on several ranks against the same attention in one process, with gradients."""
 
 import json
+import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ LENGTH = 24
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks(world: int, tmp_path: Path) -> None:
-    ranks.run(world, [check_ring, check_uneven, check_short_side, check_sequences], tmp_path)
+    checks = [check_ring, check_uneven, check_short_side, check_sequences]
+    ranks.run(world, checks + [check_lost_rank] * (world == 2), tmp_path)
 
 
 def test_bytes_are_those_of_the_formulas(
@@ -160,3 +163,18 @@ def check_sequences(rank: int, world: int) -> None:
         ff.distributed.ring_attention(q, q, q, key_padding_mask=torch.zeros(1, 4))
     with pytest.raises(ValueError, match=r"key_padding_mask must be \(1, 4\)"):
         ff.distributed.ring_attention(q, q, q, key_padding_mask=torch.zeros(1, 3).bool())
+
+
+def check_lost_rank(rank: int, world: int) -> None:
+    """A rank that does not come, and one that is gone, are errors within the group's timeout."""
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    q = torch.randn(1, 1, 4, 8)
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="Timed out waiting 1000ms"):
+            ff.distributed.ring_attention(q, q, q, group=group)
+    dist.barrier()
+    if rank == 1:
+        os._exit(0)
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        ff.distributed.ring_attention(q, q, q)
+    os._exit(0)
