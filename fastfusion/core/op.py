@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,42 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 # A module global and not a ContextVar: torch.compile guards on it, so a compiled function
 # recompiles when the choice changes. The environment is read once, at import.
 _forced: str | None = None
+
+
+class Taker(Protocol):
+    """What takes the place of implementations while it is on."""
+
+    @property
+    def ops(self) -> Container[str]:
+        """Their names."""
+        ...
+
+    def run(self, op: "Op", call: Any, lse: bool) -> Any:
+        """As `Op.run`."""
+
+    def describe(self, call: Any) -> str:
+        """In what way, for `explain`."""
+        ...
+
+
+_taker: Taker | None = None  # likewise a global
+
+
+@contextmanager
+def taken_by(taker: Taker | None) -> Iterator[None]:
+    """Let another run the calls of its ops in the block; None lets implementations run again."""
+    global _taker
+    before, _taker = _taker, taker
+    try:
+        yield
+    finally:
+        _taker = before
+
+
+def check_not_taken(what: str) -> None:
+    """Raise ValueError for what is not a call that another could take."""
+    if _taker is not None:
+        raise ValueError(f"{what} do not go with sequences in parts (distributed.context_parallel)")
 
 
 class BackendUnavailableError(RuntimeError):
@@ -171,7 +207,7 @@ class Op:
         change a tensor; under autocast; and in torch.jit.trace, which a kernel that refuses a call
         by an error leaves in a state that ends in a crash of the process.
         """
-        if _any_autocast() or _tracing() is not None:
+        if _any_autocast() or _tracing() is not None or (_taker is not None and self._is_taken()):
             return None
         try:
             if call[0].dim() not in self.ranks:
@@ -183,6 +219,9 @@ class Op:
             pass  # what is not about arguments will be raised again
         return None
 
+    def _is_taken(self) -> bool:
+        return _taker is not None and self.name in _taker.ops
+
     @cached_property
     def _kernels(self) -> frozenset[str]:
         return frozenset([i.backend for i in self.implementations]) - {"reference"}
@@ -190,7 +229,7 @@ class Op:
     def may_fuse(self, tensor: Tensor) -> bool:
         """Whether `fuse` is worth asking of calls on the device of a tensor: at no cost, where a
         module would make a call for nothing."""
-        if _forced is not None:
+        if _forced is not None or self._is_taken():
             return _forced in self._kernels
         return not tensor.is_cpu or "cpu" in self._kernels
 
@@ -205,6 +244,8 @@ class Op:
         if torch._C._len_torch_function_stack() > 0:  # for `explain`, which watches
             tensors = tuple([t for t in call if isinstance(t, Tensor)])
             return handle_torch_function(self.fuse, tensors, call)
+        if self._is_taken():
+            return None
         try:
             chosen = self.select(None, call)
         except BackendUnavailableError:
@@ -214,6 +255,9 @@ class Op:
     def run(self, backend: str | None, call: Any, lse: bool) -> Any:
         """Select and run, without autocast: it would round the float32 products of the
         reference."""
+        if self._is_taken():
+            assert _taker is not None
+            return _taker.run(self, call, lse)
         implementation = self.select(backend, call)
         device_type = call[0].device.type
         if autocast_dtype(device_type) is None:
@@ -224,17 +268,23 @@ class Op:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which implementation a call would take, and why each other one would not."""
+    """Which implementation a call would take, and why each other one would not.
+
+    `ranks` says what several ranks do together, where sequences lie on them in parts: the rows are
+    then of the call on this rank's.
+    """
 
     op: str
     call: str
     chosen: str | None
     rows: tuple[tuple[str, tuple[str, ...]], ...]
     path: str | None = None
+    ranks: str | None = None
 
     def __str__(self) -> str:
         width = max(len(backend) for backend, _ in self.rows)
         lines = [f"{self.op}({self.call})"]
+        lines += [] if self.ranks is None else [f"  {self.ranks}"]
         for backend, reasons in self.rows:
             if backend == self.chosen:
                 path = f": {self.path}" if self.path else ""
@@ -294,7 +344,8 @@ def _explain(op: Op, call: Any, described: Sequence[str], backend: str | None) -
     wanted = backend or _forced
     if wanted is not None and wanted not in given:
         rows.append((wanted, ("it has no implementation of this op",)))
-    return Explanation(op.name, ", ".join(described), chosen, tuple(rows), path)
+    ranks = _taker.describe(call) if _taker is not None and op._is_taken() else None
+    return Explanation(op.name, ", ".join(described), chosen, tuple(rows), path, ranks)
 
 
 if "FASTFUSION_BACKEND" in os.environ:

@@ -8,7 +8,8 @@ Our ops also run on DTensors, sharded along batch, heads, or queries
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastfusion.distributed.context_parallel import (
+from fastfusion.distributed.context import context_parallel
+from fastfusion.distributed.sequences import (
     gather_sequence,
     ring_attention,
     shard_sequence,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "checkpointable",
+    "context_parallel",
     "gather_sequence",
     "ring_attention",
     "shard_sequence",

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from fastfusion.core.op import taken_by
 from fastfusion.ops.bidirectional_attention import bidirectional_attention
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
@@ -130,10 +131,11 @@ def _block(
 
     def attend(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Pair:
         mask = hidden[0][..., : key.shape[2]] if hidden else None
-        return scaled_dot_product_attention(
-            query, key, value, is_causal=is_causal, scale=scale, key_padding_mask=mask,
-            return_lse=True,
-        )  # fmt: skip
+        with taken_by(None):  # a backward may run inside `context_parallel`
+            return scaled_dot_product_attention(
+                query, key, value, is_causal=is_causal, scale=scale, key_padding_mask=mask,
+                return_lse=True,
+            )  # fmt: skip
 
     if not causal:
         return attend(query, key, value)
@@ -290,33 +292,42 @@ class _Copy(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        return _summed(grads[0], ctx.group), None
 
 
 class _Sum(Function):
-    """The sum over the ranks, on every rank."""
+    """The sum over the ranks, on every rank.
+
+    `own_losses`: ranks have losses of their own, so its gradient is the sum of what they give;
+    else all give the same.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
-        total = tensor.contiguous().clone()
-        dist.all_reduce(total, group=group)
-        return total
+    def forward(ctx: Any, tensor: Tensor, group: Group, own_losses: bool) -> Tensor:
+        ctx.group, ctx.own_losses = group, own_losses
+        return _summed(tensor, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return grads[0], None
+        grad = _summed(grads[0], ctx.group) if ctx.own_losses else grads[0]
+        return grad, None, None
 
 
-def _merge_ranks(out: Tensor, lse: Tensor, group: Group) -> Pair:
+def _summed(tensor: Tensor, group: Group) -> Tensor:
+    total = tensor.contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def merge_ranks(out: Tensor, lse: Tensor, group: Group, own_losses: bool = False) -> Pair:
     """Attention over the keys of all ranks, from that over each rank's: one sum, of (value_dim + 1)
     numbers a row, and one maximum."""
     most = lse.detach().clone()
     dist.all_reduce(most, dist.ReduceOp.MAX, group)
     most = torch.where(most == -torch.inf, 0.0, most)  # a row without keys anywhere
     weight = (lse - most).exp().unsqueeze(-1)
-    total = _Sum.apply(torch.cat([weight * out.to(lse.dtype), weight], -1), group)
+    numbers = torch.cat([weight * out.to(lse.dtype), weight], -1)
+    total = _Sum.apply(numbers, group, own_losses)
     above, below = total[..., :-1], total[..., -1:]
     merged = above / torch.where(below == 0, 1.0, below)
     return merged.to(out.dtype), below.squeeze(-1).log() + most
@@ -354,7 +365,7 @@ def sharded_keys_attention(
         _Copy.apply(query, group), key, value, scale=scale, key_padding_mask=key_padding_mask,
         return_lse=True,
     )  # fmt: skip
-    merged = _merge_ranks(out, lse, group)
+    merged = merge_ranks(out, lse, group)
     return merged if return_lse else merged[0]
 
 
@@ -393,4 +404,4 @@ def sharded_bidirectional_attention(
         query, key, value, query_value, scale=scale, query_padding_mask=query_padding_mask,
         key_padding_mask=key_padding_mask, return_lse=True,
     )  # fmt: skip
-    return out_q, _merge_ranks(out_k, lse_k, group)[0]
+    return out_q, merge_ranks(out_k, lse_k, group)[0]
