@@ -78,7 +78,9 @@ struct Attention {
   int64_t within(int64_t key) const { return key < 0 ? 0 : key > kv_len ? kv_len : key; }
 
   bool dropout = false;
-  int64_t entry = 0;  // number of the first batch entry, for dropout
+  // Of a call that is a part of a larger one, for dropout: numbers of the first batch entry, query,
+  // key and head, and how many heads there are (0: those of the call).
+  int64_t entry = 0, first_query = 0, first_key = 0, first_head = 0, all_heads = 0;
   uint64_t seed = 0;
   uint64_t threshold = 0;  // a score is kept where its 32-bit word reaches this
   float keep_scale = 1.0f;

@@ -89,6 +89,9 @@ def test_a_bit_does_not_depend_on_the_lengths() -> None:
     whole = philox.keep_mask(seed, 0.5, 2, 3, 20, 37, stream=0)
     assert torch.equal(philox.keep_mask(seed, 0.5, 2, 3, 7, 10, stream=0), whole[:, :, :7, :10])
     assert torch.equal(philox.keep_mask(seed, 0.5, 1, 3, 20, 37, stream=0), whole[:1])
+    for first in (0, 4, 6, 7):  # in the middle of a counter's four keys, too
+        part = philox.keep_mask(philox.placed(seed, 5, first, 1, 3), 0.5, 2, 2, 9, 11, stream=0)
+        assert torch.equal(part, whole[:, 1:, 5:14, first : first + 11])
     for empty in ((0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)):
         assert philox.keep_mask(seed, 0.5, *empty, stream=0).shape == empty
 

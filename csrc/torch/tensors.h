@@ -159,10 +159,15 @@ inline void describe_options(ff::Attention& p, const Inputs& in) {
                   "fastfusion: dropout_p must be between 0 and 1 and come with a seed");
   if (in.dropout_p > 0.0) {
     const Tensor& seed = *in.seed;
-    STD_TORCH_CHECK(seed.is_cpu() && seed.numel() == 1 && seed.scalar_type() == ScalarType::Long,
-                    "fastfusion: seed must be one int64");
+    STD_TORCH_CHECK(seed.is_cpu() && (seed.numel() == 1 || seed.numel() == 5) &&
+                        seed.scalar_type() == ScalarType::Long && seed.is_contiguous(),
+                    "fastfusion: seed must be one int64, or five: with the place in a larger call");
+    const int64_t* numbers = static_cast<const int64_t*>(seed.const_data_ptr());
     p.dropout = true;
-    p.seed = uint64_t(*static_cast<const int64_t*>(seed.const_data_ptr()));
+    p.seed = uint64_t(numbers[0]);
+    if (seed.numel() == 5)
+      p.first_query = numbers[1], p.first_key = numbers[2], p.first_head = numbers[3],
+      p.all_heads = numbers[4];
     p.threshold = uint64_t(std::nearbyint(in.dropout_p * kTwo32));
     p.keep_scale = in.dropout_p < 1.0 ? float(1.0 / (1.0 - in.dropout_p)) : 0.0f;
   }

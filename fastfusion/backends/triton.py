@@ -54,7 +54,10 @@ _device_refuses._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def refuses(call: Any) -> Sequence[str]:
     """Why the kernels cannot run a call, one sentence per reason."""
-    return refuses_tensor(call[0], call.head_dims())
+    reasons = refuses_tensor(call[0], call.head_dims())
+    if call.seed is not None and call.seed.numel() > 1:
+        reasons = (*reasons, "dropout of a part of a larger call is left to the CPU and reference")
+    return reasons
 
 
 def refuses_tensor(query: Tensor, head_dims: Iterable[int] = ()) -> Sequence[str]:

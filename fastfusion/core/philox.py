@@ -3,8 +3,12 @@
 Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. The bit of score (i, j) of
 head h in batch entry b is a function of (seed, b, h, i, j) alone: key = seed, counter =
 (j // 4, i, b * heads + h, stream), word j % 4; the score is kept iff word >= round(p * 2**32).
-i and j count inside the own sequence. Stream 0 is the softmax over keys, 1 the one over queries.
+i and j count inside the own sequence. A call that is a part of a larger one has a seed with its
+place in that (`placed`), by which the numbers are those of the larger one. Stream 0 is the softmax
+over keys, 1 the one over queries.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +24,13 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 def draw_seed(device: torch.device) -> Tensor:
     """A seed from torch's generator: reproducible by `torch.manual_seed`, traceable."""
     return torch.randint(0, 2**62, (1,), device=device)
+
+
+def placed(seed: Tensor, query: int, key: int, head: int, heads: int) -> Tensor:
+    """A seed for a part of a call: int64 (5,), with the numbers of its first query, key and head in
+    the whole, and how many heads that has."""
+    place = torch.tensor([query, key, head, heads], device=seed.device)
+    return torch.cat([seed[:1], place])
 
 
 def threshold(dropout_p: float) -> int:
@@ -51,11 +62,21 @@ def keep_mask(
 ) -> Tensor:
     """Which scores dropout keeps: bool (batch, heads, q_len, kv_len)."""
     device = seed.device
-    groups = torch.arange((kv_len + 3) // 4, device=device)
-    rows = torch.arange(q_len, device=device)[:, None]
-    slices = torch.arange(batch * heads, device=device)[:, None, None]
-    words = philox((groups, rows, slices, torch.full_like(groups, stream)), seed)
+    first_row: Any = 0
+    first_column: Any = 0
+    first_head: Any = 0
+    all_heads: Any = heads
+    if seed.numel() > 1:
+        first_row, first_column, first_head, all_heads = seed[1:].unbind()
+    # Three more, for a first column in the middle of a group.
+    groups = torch.arange((kv_len + 6) // 4, device=device) + first_column // 4
+    rows = (torch.arange(q_len, device=device) + first_row)[:, None]
+    entries = torch.arange(batch, device=device)[:, None] * all_heads
+    slices = (entries + torch.arange(heads, device=device) + first_head).view(-1, 1, 1)
+    words = philox((groups, rows, slices, torch.full_like(groups, stream)), seed[:1])
     shape = (batch * heads, q_len, groups.shape[0])
-    stacked = torch.stack([w.expand(shape) for w in words], dim=-1)
-    kept = stacked.flatten(-2)[..., :kv_len] >= threshold(dropout_p)
+    stacked = torch.stack([w.expand(shape) for w in words], dim=-1).flatten(-2)
+    if seed.numel() > 1:
+        stacked = stacked[..., torch.arange(kv_len, device=device) + first_column % 4]
+    kept = stacked[..., :kv_len] >= threshold(dropout_p)
     return kept.unflatten(0, (batch, heads))

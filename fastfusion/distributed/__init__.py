@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastfusion.distributed.context import context_parallel
+from fastfusion.distributed.ring import ring_attention, ring_varlen_attention
 from fastfusion.distributed.sequences import (
     gather_sequence,
-    ring_attention,
     shard_sequence,
     sharded_bidirectional_attention,
     sharded_keys_attention,
@@ -26,6 +26,7 @@ __all__ = [
     "context_parallel",
     "gather_sequence",
     "ring_attention",
+    "ring_varlen_attention",
     "shard_sequence",
     "sharded_bidirectional_attention",
     "sharded_keys_attention",

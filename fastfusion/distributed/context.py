@@ -1,6 +1,6 @@
 """Modules that run unchanged while their sequences lie on several ranks in parts."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,12 +10,16 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastfusion import ops
+from fastfusion.core import philox
 from fastfusion.core.op import Op, taken_by
-from fastfusion.distributed.sequences import Group, merge_ranks, ring_attention
+from fastfusion.distributed.ring import pieces, ring_attention, shared_seed
+from fastfusion.distributed.sequences import Group, Pair, merge_ranks, shard_sequence
 
 
 @contextmanager
-def context_parallel(mesh: Any = None, *, lengths: Iterable[int] | None = None) -> Iterator[None]:
+def context_parallel(
+    mesh: Any = None, *, lengths: Iterable[int] | None = None, zigzag: bool = False
+) -> Iterator[None]:
     """Run modules and ops on sequences of which every rank holds a part::
 
         own = ff.distributed.shard_sequence(image, 1)  # (batch, tokens / n, width)
@@ -40,20 +44,26 @@ def context_parallel(mesh: Any = None, *, lengths: Iterable[int] | None = None) 
     is on every rank is the same on each.
 
     `lengths` tells parts from sequences that are on every rank, so that one of these may not be as
-    long as a part is. Parts are as long on every rank. In causal attention they are those of
-    ``shard_sequence(..., zigzag=True)``, which is how
-    `torch.distributed.tensor.experimental.context_parallel` shards its buffers, too: that may be
-    entered around this for them, its own attention is left to it.
+    long as a part is. Parts are as long on every rank.
+
+    Dropout of weights drops the scores that it drops on one rank whose generator is the first's;
+    other dropout draws from a rank's own generator, so seed them differently.
+
+    `torch.distributed.tensor.experimental.context_parallel` shards its buffers as zigzag parts. It
+    may be entered around this for them; its own attention is left to it.
 
     Args:
         mesh: a DeviceMesh of one dimension, or a process group; by default all ranks.
         lengths: of whole sequences that are in parts; None: all are.
+        zigzag: parts are those of ``shard_sequence(..., zigzag=True)``, which causal attention asks
+            for.
 
     Raises:
         ValueError: a length that the ranks do not divide, a mesh of several dimensions; from the
-            call of an attention: attention weights (``need_weights``, `attention_maps`), dropout of
-            weights, windows, ALiBi, packed sequences and, where both sides are in parts or it is
-            causal in another way, masks.
+            call of an attention: attention weights (``need_weights``, `attention_maps`), windows,
+            ALiBi, packed sequences; a causal one on parts that are not zigzag; masks where both
+            sides are in parts; dropout in both directions where both sides are in parts and long,
+            or parts are zigzag.
     """
     group: Group = mesh
     if hasattr(mesh, "get_group"):
@@ -67,7 +77,7 @@ def context_parallel(mesh: Any = None, *, lengths: Iterable[int] | None = None) 
         if any(length % ranks for length in given):
             raise ValueError(f"lengths must be multiples of the {ranks} ranks, got {given}")
         parts = frozenset(length // ranks for length in given)
-    with taken_by(_Parts(group, ranks, parts)):
+    with taken_by(_Parts(group, ranks, parts, zigzag)):
         yield
 
 
@@ -92,8 +102,11 @@ class _Parts:
 
     ops = frozenset(op.name for op in ops.ALL) - {"linear", "norm"}
 
-    def __init__(self, group: Group, ranks: int, parts: frozenset[int] | None) -> None:
-        self.group, self.ranks, self.parts = group, ranks, parts
+    def __init__(
+        self, group: Group, ranks: int, parts: frozenset[int] | None, zigzag: bool
+    ) -> None:
+        self.group, self.ranks, self.parts, self.zigzag = group, ranks, parts, zigzag
+        self.rank = dist.get_rank(group)
 
     def describe(self, call: Any) -> str:
         if not hasattr(call, "alibi_slopes") or call.query.dim() != 4:
@@ -112,6 +125,8 @@ class _Parts:
                 return op.run(None, call, lse)
         both = op is ops.ATTENTION[1]
         self._check(call, way, both)
+        if call.seed is not None:
+            call = call._replace(seed=shared_seed(call.seed, self.group))
         results = self._both(op, call, way) if both else self._one(op, call, way)
         count = len(results) // 2
         if lse:
@@ -132,11 +147,13 @@ class _Parts:
         """Arguments that mean something else on a part."""
         of_places = (call.window_left, call.window_right, call.alibi_slopes)
         refused = {
-            "dropout_p": call.dropout_p > 0.0,
+            "dropout_p": call.dropout_p > 0.0 and both and (way == RING or self.zigzag),
             "window and alibi_slopes": any(value is not None for value in of_places),
             "softcap": call.softcap is not None and way == RING,
-            "attn_mask": call.attn_mask is not None and way not in (NOTHING, SUM),
-            "is_causal": call.is_causal and (both or way != RING or call.bottom_right),
+            "attn_mask": call.attn_mask is not None
+            and (way not in (NOTHING, SUM) or (call.seed is not None and self.zigzag)),
+            "is_causal": call.is_causal
+            and (both or way != RING or call.bottom_right or not self.zigzag),
             "fewer heads of keys": call.query.shape[1] != call.key.shape[1],
         }
         found = ", ".join(name for name, is_so in refused.items() if is_so)
@@ -146,30 +163,50 @@ class _Parts:
                 f"{tuple(call.key.shape)} ({way.format(n=self.ranks)})"
             )
 
-    def _one(self, op: Op, call: Any, way: str) -> tuple[Tensor, Tensor]:
+    def _one(self, op: Op, call: Any, way: str) -> Pair:
         query, key, value, hidden = call.query, call.key, call.value, call.key_padding_mask
         if way == RING:
-            out, lse = ring_attention(
-                query, key, value, group=self.group, is_causal=call.is_causal, scale=call.scale,
-                key_padding_mask=hidden, return_lse=True,
+            found: Pair = ring_attention(
+                query, key, value, group=self.group, dropout_p=call.dropout_p,
+                is_causal=call.is_causal, zigzag=self.zigzag, scale=call.scale,
+                key_padding_mask=hidden, return_lse=True, seed=call.seed,
             )  # fmt: skip
-            return out, lse
+            return found
         if way == GATHER_KEYS:
             key, value = self._whole(key), self._whole(value)
             hidden = None if hidden is None else self._whole(hidden, 1)
         elif way == GATHER_QUERIES:
             query = self._whole(query)
-        with taken_by(None):
-            out, lse = op.run(
-                None,
-                call._replace(query=query, key=key, value=value, key_padding_mask=hidden),
-                True,
-            )
-        if way in (SUM, GATHER_QUERIES):
-            out, lse = merge_ranks(out, lse, self.group, own_losses=True)
+        summed = way in (SUM, GATHER_QUERIES)
+        blocks = []
+        for first_query, rows in self._pieces(query, call, not summed):
+            for first_key, columns in self._pieces(key, call, summed):
+                block = call._replace(
+                    query=query[:, :, rows], key=key[:, :, columns], value=value[:, :, columns],
+                    key_padding_mask=None if hidden is None else hidden[:, columns],
+                    seed=self._placed(call, first_query, first_key),
+                )  # fmt: skip
+                with taken_by(None):
+                    blocks.append(op.run(None, block, True))
+        if summed:
+            out, lse = merge_ranks(blocks, self.group, own_losses=True)
+        else:
+            out, lse = (torch.cat(each, 2) for each in zip(*blocks, strict=True))
         if way == GATHER_QUERIES:
             out, lse = self._own(out), self._own(lse)
         return out, lse
+
+    def _pieces(self, tensor: Tensor, call: Any, is_part: bool) -> list[tuple[int, slice]]:
+        """Where rows are in the whole, as far as dropout has to know it."""
+        length = tensor.shape[2]
+        if call.seed is None or not is_part:
+            return [(0, slice(0, length))]
+        return pieces(self.rank, [length] * self.ranks, self.zigzag)
+
+    def _placed(self, call: Any, first_query: int, first_key: int) -> Tensor | None:
+        if call.seed is None:
+            return None
+        return philox.placed(call.seed, first_query, first_key, 0, call.query.shape[1])
 
     def _both(self, op: Op, call: Any, way: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if way == RING:
@@ -193,23 +230,28 @@ class _Parts:
             for name in gathered.get(way, ())
             if (tensor := getattr(call, name)) is not None
         }
+        summed = way in (SUM, GATHER_QUERIES)  # the queries' side, which every rank has
+        parts = call.key.shape[2] if summed else call.query.shape[2]
+        first = self.rank * parts
+        seed = self._placed(call, 0, first) if summed else self._placed(call, first, 0)
         with taken_by(None):
-            out_q, out_k, lse_q, lse_k = op.run(None, call._replace(**whole), True)
-        own: Callable[[Tensor], Tensor] = self._own if whole else lambda tensor: tensor
-        # The side that every rank has attends to one that is in parts.
-        if way in (SUM, GATHER_QUERIES):
-            out_q, lse_q = map(own, merge_ranks(out_q, lse_q, self.group, own_losses=True))
-        else:
-            out_k, lse_k = map(own, merge_ranks(out_k, lse_k, self.group, own_losses=True))
-        return out_q, out_k, lse_q, lse_k
+            out_q, out_k, lse_q, lse_k = op.run(None, call._replace(**whole, seed=seed), True)
+        merged = (out_q, lse_q) if summed else (out_k, lse_k)
+        merged = merge_ranks([merged], self.group, own_losses=True)
+        out, lse = map(self._own, merged) if whole else merged
+        return (out, out_k, lse, lse_k) if summed else (out_q, out, lse_q, lse)
 
     def _whole(self, tensor: Tensor, dim: int = 2) -> Tensor:
+        """All parts, in the order of the sequence."""
         found: Tensor = _Gather.apply(tensor, dim, self.group)
-        return found
+        if not self.zigzag:
+            return found
+        halves = found.chunk(2 * self.ranks, dim)
+        return torch.cat([*halves[::2], *halves[::-2]], dim)
 
     def _own(self, tensor: Tensor) -> Tensor:
         """This rank's rows of (batch, heads, length, ...)."""
-        return tensor.chunk(self.ranks, 2)[dist.get_rank(self.group)]
+        return shard_sequence(tensor, 2, self.group, self.zigzag)
 
 
 class _Gather(Function):

@@ -22,7 +22,7 @@ Case = tuple[nn.Module, Sequence[Tensor], dict[str, Any], str, bool]
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks(world: int, tmp_path: Path) -> None:
-    others = [check_explain, check_refusals, check_torchs_own] if world == 2 else []
+    others = [check_dropout, check_explain, check_refusals, check_torchs_own] if world == 2 else []
     ranks.run(world, [check_modules, *others], tmp_path)
 
 
@@ -94,7 +94,7 @@ def check_modules(rank: int, world: int) -> None:
         if zigzag:
             each = LONG // world  # the hint counts, and the mask is not looked at
             own_masks |= {n: torch.zeros(each, each) for n in ("mask", "tgt_mask") if n in masks}
-        with context_parallel(lengths=[LONG] if "e" in places else None):
+        with context_parallel(lengths=[LONG] if "e" in places else None, zigzag=zigzag):
             found = run(copy.deepcopy(module), own_inputs, own_masks, own_given)
             with torch.no_grad():  # whole layers are ops of their own there
                 again = module.eval()(*own_inputs, **own_masks)
@@ -110,6 +110,39 @@ def check_modules(rank: int, world: int) -> None:
             rows.append((tensor, exact[name], plain[name]))
     padded = [[t.flatten() for t in kind] for kind in zip(*rows, strict=True)]
     assert_accurate(*(nn.utils.rnn.pad_sequence(kind, batch_first=True) for kind in padded))
+
+
+def check_dropout(rank: int, world: int) -> None:
+    """Of weights: the scores that one rank would drop, for every way and both kinds of parts."""
+    long, other = (torch.randn(2, 3, LONG, 8) for _ in range(2))
+    few, words = torch.randn(2, 3, 4, 8), torch.randn(2, 3, WORDS, 8)
+    calls: list[tuple[Any, Sequence[Tensor]]] = [
+        (ff.scaled_dot_product_attention, (q, k, k + 1))
+        for q, k in ((long, other), (few, long), (long, few), (words, long), (long, words))
+    ]
+    both = ff.bidirectional_attention
+    calls += [(both, (q, k, k + 1, q - 1)) for q, k in ((long, words), (words, long), (few, long))]
+    for zigzag in (False, True):
+        for op, tensors in calls:
+            if zigzag and op is both:
+                continue
+            torch.manual_seed(3)
+            expected = op(*tensors, dropout_p=0.4)
+
+            def part(tensor: Tensor, zigzag: bool = zigzag) -> Tensor:
+                every = tensor.shape[2] == WORDS
+                return tensor if every else shard_sequence(tensor, 2, zigzag=zigzag)
+
+            torch.manual_seed(3 + rank)
+            in_parts = [n.shape[2] for n in tensors if n.shape[2] != WORDS]
+            with context_parallel(lengths=in_parts, zigzag=zigzag):
+                found = op(*map(part, tensors), dropout_p=0.4)
+            pairs = zip(found, expected, strict=True) if op is both else [(found, expected)]
+            for one, whole in pairs:
+                torch.testing.assert_close(one, part(whole))
+    with pytest.raises(ValueError, match="dropout_p: not for sequences in parts"), \
+            context_parallel():  # fmt: skip
+        both(long, long, long, long, dropout_p=0.4)
 
 
 def check_explain(rank: int, world: int) -> None:
@@ -135,7 +168,7 @@ def check_refusals(rank: int, world: int) -> None:
     attention = ff.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
     with_bias = ff.nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True, batch_first=True)
     with context_parallel():
-        for options in ({"dropout_p": 0.5}, {"attn_mask": torch.ones(6, 6)}, {"window": (1, 1)}):
+        for options in ({"is_causal": True}, {"attn_mask": torch.ones(6, 6)}, {"window": (1, 1)}):
             with pytest.raises(ValueError, match="not for sequences in parts"):
                 ff.scaled_dot_product_attention(q, q, q, **options)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="attention weights do not go"):
@@ -158,7 +191,7 @@ def check_torchs_own(rank: int, world: int) -> None:
     x, mask = torch.randn(2, 8, WIDTH), nn.Transformer.generate_square_subsequent_mask(8)
     expected = layer(x, src_mask=mask, is_causal=True)
     mesh = dist.init_device_mesh("cpu", (world,))
-    with torchs(mesh, buffers=[x], buffer_seq_dims=[1]), context_parallel(mesh):
+    with torchs(mesh, buffers=[x], buffer_seq_dims=[1]), context_parallel(mesh, zigzag=True):
         assert x.shape[1] == 4
         found = layer(x, src_mask=mask[:4, :4], is_causal=True)
     assert x.shape[1] == 8

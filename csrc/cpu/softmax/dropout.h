@@ -37,24 +37,27 @@ inline void dropout_factors(const Scores& scores, const Block& block, uint32_t s
                             float* factor) {
   const Attention& p = scores.p;
   const int64_t columns = scores.columns, count = block.count;
-  const uint32_t slice = uint32_t((p.entry + scores.b) * p.heads + scores.h);
+  const int64_t heads = p.all_heads ? p.all_heads : p.heads;
+  const uint32_t slice = uint32_t((p.entry + scores.b) * heads + p.first_head + scores.h);
+  const auto key = [&](int64_t k) { return block[k] + p.first_key; };
   Philox random;
   for (int64_t j = 0; j < count;) {
-    const int64_t group = block[j] / 4;
+    const int64_t group = key(j) / 4;
     int64_t end = j;
-    while (end < count && block[end] / 4 == group) ++end;
+    while (end < count && key(end) / 4 == group) ++end;
     for (int64_t i = 0; i < columns; i += Philox::kWide) {
       const int64_t wide = columns - i < Philox::kWide ? columns - i : Philox::kWide;
       for (int64_t l = 0; l < Philox::kWide; ++l) {
         const int64_t at = i + l < scores.queries.count ? i + l : 0;
-        random.c[0][l] = uint32_t(group), random.c[1][l] = uint32_t(scores.queries[at]);
+        random.c[0][l] = uint32_t(group),
+        random.c[1][l] = uint32_t(scores.queries[at] + p.first_query);
         random.c[2][l] = slice, random.c[3][l] = stream;
       }
       random.run(p.seed);
       for (int64_t k = j; k < end; ++k)
         for (int64_t l = 0; l < wide; ++l)
           factor[k * columns + i + l] =
-              random.c[block[k] % 4][l] >= p.threshold ? p.keep_scale : 0.0f;
+              random.c[key(k) % 4][l] >= p.threshold ? p.keep_scale : 0.0f;
     }
     j = end;
   }
