@@ -20,7 +20,7 @@ WIDTH, HEADS, HIDDEN = 16, 4, 24
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks(world: int, tmp_path: Path) -> None:
-    others = [check_dropout, check_refusals] if world == 2 else []
+    others = [check_sums, check_dropout, check_refusals] if world == 2 else []
     ranks.run(world, [check_values, check_checkpoints, *others], tmp_path, tmp_path)
 
 
@@ -123,6 +123,23 @@ def compare(*kinds: Sequence[Tensor]) -> None:
     """By the rule; a slice for each tensor, with zeros behind it."""
     padded = [[tensor.detach().flatten() for tensor in kind] for kind in kinds]
     assert_accurate(*(nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in padded))
+
+
+def check_sums(rank: int, world: int, folder: Path) -> None:
+    """What docs/guide/distributed.md says that a layer exchanges."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    layer = ff.nn.TransformerEncoderLayer(WIDTH, HEADS, HIDDEN, 0.0, batch_first=True)
+    split = parallel(layer, world)
+    x = torch.randn(2, 8, WIDTH, requires_grad=True)
+    with CommDebugMode() as forward:
+        out = split(x)
+    with CommDebugMode() as backward:
+        out.sum().backward()
+    for counted in (forward, backward):
+        assert [(op.__name__, n) for op, n in counted.get_comm_counts().items()] == [
+            ("all_reduce", 2)
+        ]
 
 
 def check_dropout(rank: int, world: int, folder: Path) -> None:
