@@ -47,7 +47,7 @@ MOST_EXPECTED = 160
 M_PERTURB = -6
 
 
-# Arguments that kernels of GPUs leave to the reference.
+# Arguments that the CUDA kernels leave to others.
 KINDS = ("window", "softcap", "alibi_slopes")
 
 # Results, and gradients by name.
@@ -88,7 +88,8 @@ class Case:
     """A legal call: the shape for the op's `inputs`, and what to change in them.
 
     `why` names the fault that the case is there to catch. `in_triton` is what the shape has instead
-    where Triton's interpreter runs the call, a thousand times slower.
+    where Triton's interpreter runs the call, a thousand times slower; None: the fault is one that
+    its kernels, which have fewer ways, cannot have beside those of other cases.
     """
 
     name: str
@@ -96,7 +97,7 @@ class Case:
     shape: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     edit: Callable[[dict[str, Any]], None] | None = None
-    in_triton: dict[str, Any] = field(default_factory=dict)
+    in_triton: dict[str, Any] | None = field(default_factory=dict)
 
 
 def _double(value: Any) -> Any:
@@ -284,7 +285,7 @@ class OpSuite:
     def build(self, case: Case, dtype: torch.dtype, target: Target) -> dict[str, Any]:
         """The call of a case, without dropout where the target takes none."""
         slow = target.interpreted and target.backend == "triton"
-        shape = case.shape | (case.in_triton if slow else {})
+        shape = case.shape | ((case.in_triton or {}) if slow else {})
         call = self.inputs(shape, dtype, len(case.name))
         call.update(case.options)
         if not target.drops:
@@ -348,6 +349,8 @@ class OpSuite:
         return _expected[key]
 
     def test_accuracy(self, case: Case, target: Target, dtype: torch.dtype) -> None:
+        if case.in_triton is None and target.interpreted and target.backend == "triton":
+            return
         self.compare(target, self.build(case, dtype, target))
 
     def test_bool_bytes(self, native_target: Target) -> None:
@@ -416,9 +419,9 @@ class AttentionSuite(OpSuite):
 
     def takes(self, target: Target, call: dict[str, Any]) -> bool:
         kinds = [name for name in KINDS if name in call]
-        if target.backend not in ("triton", "cuda") or not kinds:
+        if target.backend != "cuda" or not kinds:
             return True
-        with pytest.raises(ff.BackendUnavailableError, match=f"{kinds[0]} is left to the CPU"):
+        with pytest.raises(ff.BackendUnavailableError, match=f"{kinds[0]} is left to the other"):
             target.call(type(self).function, **call)
         return False
 

@@ -18,6 +18,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
+from fastfusion.kernels.device.score_policy import DROPOUT
 from fastfusion.kernels.host import tiles
 
 # Shared memory that a block may have, in KB, by architecture.
@@ -198,7 +199,7 @@ def record(call: Callable[[], Any], arch: int, variant: str, dtype: str, size: i
 
     def keep(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         names = fn.jit_function.arg_names
-        constants = {names[at[0]]: value for at, value in compile["constants"].items()}
+        constants = {names[at[0]]: v for at, v in compile["constants"].items() if len(at) == 1}
         sizes = [str(constants[name]) for name in _SIZES if name in constants]
         warps, stages = compile["num_warps"], compile["num_stages"]
         file = TABLE_NAMES[fn.module.removeprefix("fastfusion.kernels.")]
@@ -209,7 +210,7 @@ def record(call: Callable[[], Any], arch: int, variant: str, dtype: str, size: i
             size=size,
             arch=arch,
             tile=f"{'x'.join(sizes) or '-'} {warps}w {stages}s",
-            dropout=bool(constants.get("DROPOUT")),
+            dropout=bool(constants.get("KINDS", 0) & DROPOUT.value),
             dots="PRECISION" in constants,
             own=constants.get("OWN", 0),
         )

@@ -1,8 +1,9 @@
 """The calls whose kernels `make kernels` compiles, forward and backward.
 
-For every dtype and head dim a plain call and the heaviest: float mask with its gradient, padding
-and dropout. In bfloat16, at three head dims, also what the launchers treat apart. A row of a mask
-is no multiple of 16 elements, as in most calls of real models, and so cannot be read in vectors.
+For every dtype and head dim a plain call, the heaviest (float mask with its gradient, padding and
+dropout) and one of shaped scores (window, soft cap and slopes). In bfloat16, at three head dims,
+also what the launchers treat apart. A row of a mask is no multiple of 16 elements, as in most calls
+of real models, and so cannot be read in vectors.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,6 +41,9 @@ ATTENTION = {
     "bool": ("bool", 300, 300),
     "causal": ("causal", 300, 300),
     "large scale": ("large scale", 300, 300),
+    "window": ("window", 300, 300),
+    "shaped": ("shaped", 300, 300),
+    "shaped heaviest": ("shaped heaviest", 300, 300),
     "small": ("plain", 20, 36),
     "small heaviest": ("heaviest", 20, 36),
     "tiny": ("plain", 8, 10),
@@ -63,10 +67,12 @@ BIDIRECTIONAL = {
     "long": ("plain", 600, 600),
     "long causal": ("causal", 600, 600),
     "long heaviest": ("heaviest", 600, 600),
+    "shaped": ("shaped", 600, MOST),
+    "long shaped": ("shaped", 600, 600),
     "short and long": ("plain", 8, 2100),
     "short and long heaviest": ("heaviest", 8, 2100),
 }
-VARLEN = ("plain", "heaviest", "causal")
+VARLEN = ("plain", "heaviest", "causal", "shaped")
 # variant -> rows; each with and without bias, activation and residual.
 LINEAR = {"single": 8, "few": 40, "some": 200, "many": 20000}
 # in_features, out_features: whole steps along the inner dimension, a rest, and unaligned rows.
@@ -86,7 +92,7 @@ class Case:
 
 
 # Kinds of calls without a mask.
-BARE = ("plain", "causal", "large scale")
+BARE = ("plain", "causal", "large scale", "window", "shaped")
 
 
 def _heads(length: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -105,8 +111,18 @@ def _mask(q_len: int, kv_len: int, kind: str, dtype: torch.dtype) -> Tensor | No
 
 
 def _dropout(kind: str) -> tuple[Tensor | None, float]:
-    drops = kind in ("heaviest", "shared")
+    drops = kind in ("heaviest", "shared", "shaped heaviest")
     return torch.zeros(1, dtype=torch.int64) if drops else None, 0.1 if drops else 0.0
+
+
+def _kinds(kind: str, batch: int = BATCH) -> dict[str, Any]:
+    """A window; with a soft cap and slopes, where scores are shaped."""
+    if kind == "window":
+        return {"window_left": 100, "window_right": 50}
+    if kind.startswith("shaped"):
+        slopes = torch.empty(batch, HEADS)
+        return {"window_left": 100, "softcap": 30.0, "alibi_slopes": slopes}
+    return {}
 
 
 def _attention(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dtype) -> None:
@@ -114,6 +130,7 @@ def _attention(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dtype)
     mask, scale = _mask(q_len, kv_len, kind, dtype), 1e30 if kind == "large scale" else None
     options = (*_dropout(kind), kind == "causal", False, scale)
     call = AttentionCall(query, key, key, mask, _padding(kv_len, kind), None, *options, False)
+    call = call._replace(**_kinds(kind))
     grads = attention_forward(call, kind != "plain")
     attention_backward(grads, call, mask is not None and kind != "bool")
 
@@ -123,7 +140,7 @@ def _bidirectional(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dt
         keys = kv_len
         if kv_len == MOST:
             lengths = (256, 128, 64, 32, 16)
-            extras = (0 if kind == "plain" else 2) + (dim % 8 > 0)
+            extras = {"plain": 0, "shaped": 1}.get(kind, 2) + (dim % 8 > 0)
             sizes = (width(dim), dtype.itemsize, *((extras,) if part is forward else ()))
             fits = (n for n in lengths if part.keys_on_chip(n, *sizes))
             keys = next(fits, 64)  # where none fits, the other kernels run
@@ -134,7 +151,7 @@ def _bidirectional(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dt
         return BidirectionalCall(
             query, key, key, query, mask, *paddings, None, seed, dropout_p, kind == "causal",
             False, None,
-        )  # fmt: skip
+        )._replace(**_kinds(kind))  # fmt: skip
 
     forward.bidirectional_forward(call(forward), kind != "plain")
     given = call(backward_on_chip)
@@ -150,7 +167,7 @@ def _varlen(kind: str, dim: int, dtype: torch.dtype) -> None:
     call = VarlenCall(
         tokens, tokens, tokens, mask, offsets, offsets, None, seed, 300, 300, dropout_p,
         kind == "causal", False, None,
-    )  # fmt: skip
+    )._replace(**_kinds(kind, 3))  # fmt: skip
     grads = varlen_forward(call, kind != "plain")
     varlen_backward(grads, call, mask is not None)
 
@@ -206,7 +223,10 @@ def _calls(dtype: torch.dtype, head_dims: tuple[int, ...]) -> Iterator[tuple[str
 
 def cases(quick: bool) -> Iterator[Case]:
     """All cases, or with `quick` those that find most mistakes: the two variants in bfloat16."""
-    main = ("plain", "heaviest", "few queries", "long", "long heaviest", "some", "some heaviest")
+    main = (
+        "plain", "heaviest", "shaped", "few queries", "long", "long heaviest", "some",
+        "some heaviest",
+    )  # fmt: skip
     for dtype in DTYPES[:1] if quick else DTYPES:
         element = getattr(torch, dtype)
         for variant, size, call in _calls(element, QUICK_HEAD_DIMS if quick else HEAD_DIMS):

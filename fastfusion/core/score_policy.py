@@ -253,4 +253,4 @@ def refuses_kinds(call: Any) -> Sequence[str]:
         ("softcap", call.softcap is not None),
         ("alibi_slopes", call.alibi_slopes is not None),
     )
-    return [f"{name} is left to the CPU kernels and the reference" for name, has in given if has]
+    return [f"{name} is left to the other kernels and the reference" for name, has in given if has]

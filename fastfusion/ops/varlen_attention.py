@@ -455,7 +455,7 @@ def _cpu_refuses(call: Call) -> Sequence[str]:
 
 
 def _triton_refuses(call: Call) -> Sequence[str]:
-    return [*triton.refuses(call), *score_policy.refuses_kinds(call)]
+    return [*triton.refuses(call), *score_policy.refuses_gradient(call)]
 
 
 def _lengths(shape: Mapping[str, Any], side: str) -> list[int]:

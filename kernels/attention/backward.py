@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfusion.core.score_policy import sides_of
 from fastfusion.kernels.attention import backward_short_side
 from fastfusion.kernels.attention import tma as attention_tma
 from fastfusion.kernels.attention.backward_short_side import inputs, parts_of_splits
@@ -26,92 +27,73 @@ from fastfusion.kernels.device.gradient_sums import (
     row_gradients,
     store_mask_gradient,
 )
-from fastfusion.kernels.device.masks import visible_keys, visible_range
-from fastfusion.kernels.device.rows import (
-    load_rows,
-    load_tile,
-    rows_of,
-    slice_base,
-    store_key_gradients,
-    store_rows,
+from fastfusion.kernels.device.rows import load_rows, load_tile, rows_of, store_pair, store_rows
+from fastfusion.kernels.device.score_policy import (
+    PADDING,
+    UPPER,
+    policy_of,
+    rows_seeing,
+    visible_keys,
+    visible_range,
 )
 from fastfusion.kernels.device.statistics import load_grad_lse, store_statistics
 from fastfusion.kernels.device.sums import nothing_lost
 from fastfusion.kernels.host.arguments import (
-    gradient_scale,
+    gradient_scales,
+    has_values,
+    operand,
     readable,
     rows_outside,
     rows_readable,
     score_options,
-    strides,
 )
 from fastfusion.kernels.host.plan import empty, launch, planned
 from fastfusion.kernels.host.tiles import aligned, cdiv, cut, width
 
-LENGTHS = [
-    "heads", "group", "q_len", "kv_len", "padding_batch", "threshold", "diagonal", "splits",
-    "per_split",
-]  # fmt: skip
+LENGTHS = ["numbers", "heads", "group", "q_len", "kv_len", "splits", "per_split"]
 
 
-@triton.jit(do_not_specialize=LENGTHS[:7])
+@triton.jit(do_not_specialize=LENGTHS[:5])
 def rows_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dq_ptr, statistics_ptr, mask_ptr, padding_ptr,
-    seed_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    grad_batch, grad_head, grad_row, dq_batch, dq_head, dq_row,
-    mask_batch, mask_head, mask_row, mask_column, padding_batch,
-    diagonal, heads, group, q_len, kv_len, scale, factor, threshold, keep_scale, gradient_scale,
-    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr,
-    MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
+    q, k, v, grad, grad_lse_ptr, dq, statistics_ptr, masks, numbers, heads, group, q_len, kv_len,
+    gradient_scale, KINDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
     SINGLE: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
     """dq and the statistics of the rows. Programs: (batch * heads, tiles of queries)."""
     tiles = tl.cdiv(q_len, OWN)
     index = tl.program_id(0)
-    q_start = index % tiles * OWN
-    if CAUSAL == 1:  # the longest rows first
-        q_start = (tiles - 1 - index % tiles) * OWN
     slice_index = index // tiles
     batch, head = slice_index // heads, slice_index % heads
+    policy = policy_of(masks, numbers, batch, head, slice_index, q_len, kv_len, KINDS)
+    q_start = index % tiles * OWN
+    if UPPER & KINDS:  # the longest rows first
+        q_start = (tiles - 1 - index % tiles) * OWN
     present = q_start + tl.arange(0, OWN) < q_len
     at = tl.cast(slice_index, tl.int64) * q_len + q_start + tl.arange(0, OWN)
-    padding = padding_ptr + tl.cast(batch, tl.int64) * padding_batch
-    first, last = visible_range(padding, kv_len, LOOP, PADDING)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    first, last = visible_range(policy, kv_len, KINDS, LOOP)
     kv_head = head // group
-    q, at_q = rows_of(q_ptr, batch, head, q_batch, q_head, q_row, TMA)
-    k, at_k = rows_of(k_ptr, batch, kv_head, k_batch, k_head, k_row, TMA)
-    v, at_v = rows_of(v_ptr, batch, kv_head, v_batch, v_head, v_row, TMA)
-    grad, at_grad = rows_of(grad_ptr, batch, head, grad_batch, grad_head, grad_row, TMA)
-    dq, shift, share, delta = row_gradients(
-        q, at_q, q_start, k, at_k, v, at_v, grad, at_grad,
-        load_grad_lse(grad_lse_ptr, at, present, LSE),
-        (
-            slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column, q_len,
-            kv_len, diagonal,
-        ),
-        padding, seed, slice_index, first, last, q_len, kv_len, scale, factor, threshold,
-        keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, MASK, PADDING,
-        DROPOUT, STREAM, SINGLE, DOT, PRECISION, TMA,
+    q_base, at_q = rows_of(q, batch, head, TMA)
+    k_base, at_k = rows_of(k, batch, kv_head, TMA)
+    v_base, at_v = rows_of(v, batch, kv_head, TMA)
+    grad_base, at_grad = rows_of(grad, batch, head, TMA)
+    of_rows, shift, share, delta = row_gradients(
+        q_base, at_q, q_start, k_base, at_k, v_base, at_v, grad_base, at_grad,
+        load_grad_lse(grad_lse_ptr, at, present, LSE), policy, first, last, q_len, kv_len, KINDS,
+        DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, SINGLE, DOT, PRECISION, TMA,
     )  # fmt: skip
-    base = slice_base(dq_ptr, batch, head, dq_batch, dq_head)
-    store_rows(base, dq * gradient_scale, q_start, present, dq_row, DIM)
+    base, row = rows_of(dq, batch, head)
+    store_rows(base, of_rows * gradient_scale, q_start, present, row, DIM)
     store_statistics(statistics_ptr, at, present, shift, share, delta)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def keys_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dk_ptr, dv_ptr, partial_ptr, statistics_ptr,
-    mask_ptr, padding_ptr, seed_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row,
-    v_batch, v_head, v_row, grad_batch, grad_head, grad_row, dk_batch, dk_head, dk_row,
-    dv_batch, dv_head, dv_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
-    diagonal, heads, group, q_len, kv_len, splits, per_split, scale, factor, threshold, keep_scale,
-    gradient_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
-    SPLIT: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
-    DROPOUT: tl.constexpr, STREAM: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
+    q, k, v, grad, grad_lse_ptr, dk, dv, partial_ptr, statistics_ptr, masks, numbers, heads, group,
+    q_len, kv_len, splits, per_split, gradient_scale, KINDS: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr,
+    LOOP: tl.constexpr, SPLIT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. Programs: (batch * key heads, splits, tiles of keys).
@@ -124,57 +106,48 @@ def keys_kernel(
     slice_k = index // tiles // splits
     kv_heads = heads // group
     batch, kv_head = slice_k // kv_heads, slice_k % kv_heads
-    padding = padding_ptr + tl.cast(batch, tl.int64) * padding_batch
+    of_batch = policy_of(masks, numbers, batch, 0, 0, q_len, kv_len, KINDS)
     present = k_start + tl.arange(0, OWN) < kv_len
-    visible = visible_keys(padding, k_start, kv_len, OWN, PADDING)
-    k_base, at_k = rows_of(k_ptr, batch, kv_head, k_batch, k_head, k_row, TMA)
-    v_base, at_v = rows_of(v_ptr, batch, kv_head, v_batch, v_head, v_row, TMA)
-    k = load_tile(k_base, at_k, k_start, visible, DIM, WIDTH, True, DOT, TMA)
-    v = load_tile(v_base, at_v, k_start, visible, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
-    dk = tl.zeros([OWN, WIDTH], tl.float32)
-    dv = tl.zeros([OWN, VALUE_WIDTH], tl.float32)
-    dk_lost, dv_lost = nothing_lost(dk, DOT), nothing_lost(dv, DOT)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    visible = visible_keys(of_batch.padding, k_start, kv_len, OWN, PADDING & KINDS)
+    k_base, at_k = rows_of(k, batch, kv_head, TMA)
+    v_base, at_v = rows_of(v, batch, kv_head, TMA)
+    keys = load_tile(k_base, at_k, k_start, visible, DIM, WIDTH, True, DOT, TMA)
+    values = load_tile(v_base, at_v, k_start, visible, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
+    of_keys = tl.zeros([OWN, WIDTH], tl.float32)
+    of_values = tl.zeros([OWN, VALUE_WIDTH], tl.float32)
+    keys_lost, values_lost = nothing_lost(of_keys, DOT), nothing_lost(of_values, DOT)
     row_tiles = tl.cdiv(q_len, LOOP)
     first = index // tiles % splits * per_split
     last = tl.minimum(first + per_split, group * row_tiles)
-    if PADDING:  # a tile without a visible key loops over nothing
+    if PADDING & KINDS:  # a tile without a visible key loops over nothing
         last = tl.where(tl.max(visible.to(tl.int32)) > 0, last, first)
-    lowest = 0
-    if CAUSAL == 1:
-        lowest = tl.maximum(k_start - diagonal, 0) // LOOP
     for g in range(first // row_tiles, tl.cdiv(last, row_tiles)):
         head = kv_head * group + g
         slice_index = batch * heads + head
-        q, at_q = rows_of(q_ptr, batch, head, q_batch, q_head, q_row, TMA)
-        grad, at_grad = rows_of(grad_ptr, batch, head, grad_batch, grad_head, grad_row, TMA)
-        dk, dk_lost, dv, dv_lost = key_gradients(
-            (dk, dk_lost, dv, dv_lost), k, v, visible, k_start,
-            tl.maximum(first - g * row_tiles, lowest) * LOOP,
-            tl.minimum(last - g * row_tiles, row_tiles) * LOOP,
-            q, at_q, grad, at_grad,
-            statistics_ptr, grad_lse_ptr, tl.cast(slice_index, tl.int64) * q_len,
-            (
-                slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column,
-                q_len, kv_len, diagonal,
-            ),
-            seed, slice_index, q_len, scale, factor, threshold, keep_scale, SIGN, DIM,
-            WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, CAUSAL, MASK, DROPOUT, STREAM, LSE, DOT, PRECISION,
-            TMA,
+        policy = policy_of(masks, numbers, batch, head, slice_index, q_len, kv_len, KINDS)
+        q_base, at_q = rows_of(q, batch, head, TMA)
+        grad_base, at_grad = rows_of(grad, batch, head, TMA)
+        from_row, to_row = rows_seeing(
+            policy, tl.maximum(first - g * row_tiles, 0) * LOOP,
+            tl.minimum(last - g * row_tiles, row_tiles) * LOOP, k_start, KINDS, OWN, LOOP,
         )  # fmt: skip
-    store_key_gradients(
-        dk, dv, gradient_scale, k_start, present,
+        of_keys, keys_lost, of_values, values_lost = key_gradients(
+            (of_keys, keys_lost, of_values, values_lost), keys, values, visible, k_start,
+            from_row, to_row, q_base, at_q, grad_base, at_grad, statistics_ptr, grad_lse_ptr,
+            tl.cast(slice_index, tl.int64) * q_len, policy, q_len, KINDS, DIM, WIDTH, VALUE_DIM,
+            VALUE_WIDTH, LOOP, LSE, DOT, PRECISION, TMA,
+        )  # fmt: skip
+    store_pair(
+        of_keys, of_values, gradient_scale, k_start, present,
         partial_ptr + tl.cast(index // tiles, tl.int64) * kv_len * (DIM + VALUE_DIM),
-        dk_ptr, dv_ptr, batch, kv_head, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, SPLIT,
-        DIM, VALUE_DIM,
+        dk, dv, batch, kv_head, SPLIT, DIM, VALUE_DIM,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["kv_heads", "kv_len", "splits"])
 def merge_kernel(
-    partial_ptr, dk_ptr, dv_ptr, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
-    kv_heads, kv_len, splits, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+    partial_ptr, dk, dv, kv_heads, kv_len, splits, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One key of one head: the sum of its splits. Programs: (batch * key heads, keys)."""
     index = tl.program_id(0)
@@ -183,28 +156,27 @@ def merge_kernel(
     step = tl.cast(kv_len, tl.int64) * row
     base = partial_ptr + tl.cast(slice_k, tl.int64) * splits * step + tl.cast(key, tl.int64) * row
     present = tl.arange(0, SPLITS) < splits
-    dk = tl.sum(load_rows(base, 0, present, step, DIM, WIDTH, tl.float32), 0)
-    dv = tl.sum(load_rows(base + DIM, 0, present, step, VALUE_DIM, VALUE_WIDTH, tl.float32), 0)
+    of_key = tl.sum(load_rows(base, 0, present, step, DIM, WIDTH, tl.float32), 0)
+    base += DIM
+    of_value = tl.sum(load_rows(base, 0, present, step, VALUE_DIM, VALUE_WIDTH, tl.float32), 0)
     batch, head = slice_k // kv_heads, slice_k % kv_heads
-    at = slice_base(dk_ptr, batch, head, dk_batch, dk_head) + tl.cast(key, tl.int64) * dk_row
+    at, key_row = rows_of(dk, batch, head)
     columns = tl.arange(0, WIDTH)
-    tl.store(at + columns, dk.to(dk_ptr.dtype.element_ty), mask=columns < DIM)
-    at = slice_base(dv_ptr, batch, head, dv_batch, dv_head) + tl.cast(key, tl.int64) * dv_row
+    at += tl.cast(key, tl.int64) * key_row
+    tl.store(at + columns, of_key.to(at.dtype.element_ty), mask=columns < DIM)
+    at, value_row = rows_of(dv, batch, head)
     columns = tl.arange(0, VALUE_WIDTH)
-    tl.store(at + columns, dv.to(dv_ptr.dtype.element_ty), mask=columns < VALUE_DIM)
+    at += tl.cast(key, tl.int64) * value_row
+    tl.store(at + columns, of_value.to(at.dtype.element_ty), mask=columns < VALUE_DIM)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS[:8], "batches", "mask_batches", "mask_heads"])
+@triton.jit(do_not_specialize=[*LENGTHS[:6], "batches", "mask_batches", "mask_heads"])
 def mask_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dmask_ptr, statistics_ptr, mask_ptr, padding_ptr,
-    seed_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    grad_batch, grad_head, grad_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
-    diagonal, heads, group, q_len, kv_len, splits, batches, mask_batches, mask_heads, scale, factor,
-    threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
-    SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
-    MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
-    LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, grad, grad_lse_ptr, dmask_ptr, statistics_ptr, masks, numbers, heads, group, q_len,
+    kv_len, splits, batches, mask_batches, mask_heads, KINDS: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr,
+    LOOP: tl.constexpr, SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr, LSE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a float mask: a program owns a tile of it and adds up whatever shares it, or
     every `splits`-th batch entry of that.
@@ -219,25 +191,21 @@ def mask_kernel(
     part = index // column_tiles // row_tiles
     owner = part % (mask_batches * mask_heads)
     first = owner // mask_heads + part // (mask_batches * mask_heads) * mask_batches
-    seed = tl.load(seed_ptr) if DROPOUT else 0
     total = tl.zeros([OWN, LOOP], tl.float32)
     lost = tl.zeros([OWN, LOOP], tl.float32)
     for batch in range(first, batches, mask_batches * splits):
-        padding = padding_ptr + tl.cast(batch, tl.int64) * padding_batch
         for head in range(owner % mask_heads, heads, mask_heads):
             slice_index = batch * heads + head
-            q_base = slice_base(q_ptr, batch, head, q_batch, q_head)
-            k_base = slice_base(k_ptr, batch, head // group, k_batch, k_head)
-            v_base = slice_base(v_ptr, batch, head // group, v_batch, v_head)
-            grad_base = slice_base(grad_ptr, batch, head, grad_batch, grad_head)
-            mask_base = slice_base(mask_ptr, batch, head, mask_batch, mask_head)
-            mask = (mask_base, mask_row, mask_column, q_len, kv_len, diagonal)
+            policy = policy_of(masks, numbers, batch, head, slice_index, q_len, kv_len, KINDS)
+            q_base, q_row = rows_of(q, batch, head)
+            k_base, k_row = rows_of(k, batch, head // group)
+            v_base, v_row = rows_of(v, batch, head // group)
+            grad_base, grad_row = rows_of(grad, batch, head)
             total, lost = mask_gradients(
                 total, lost, row, column, q_base, q_row, k_base, k_row, v_base, v_row, grad_base,
                 grad_row, statistics_ptr, grad_lse_ptr, tl.cast(slice_index, tl.int64) * q_len,
-                mask, padding, seed, slice_index, q_len, kv_len, scale, factor, threshold,
-                keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, SHARED_ROWS, SHARED_COLUMNS,
-                CAUSAL, MASK, PADDING, DROPOUT, STREAM, LSE, DOT, PRECISION,
+                policy, q_len, kv_len, KINDS, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, SHARED_ROWS,
+                SHARED_COLUMNS, LSE, DOT, PRECISION,
             )  # fmt: skip
     store_mask_gradient(
         dmask_ptr, total, part, row, column, rows_end, columns_end, SHARED_ROWS, SHARED_COLUMNS
@@ -271,8 +239,8 @@ def merge_splits(partial: Tensor, of_side: Tensor, of_value: Tensor, splits: int
     """Fill the gradients of keys (or queries) and of their values from the splits' parts."""
     (batch, heads, length, dim), value_dim = of_side.shape, of_value.shape[3]
     launch(
-        merge_kernel, batch * heads * length, partial, of_side, of_value,
-        **strides(dk=of_side, dv=of_value), kv_heads=heads, kv_len=length, splits=splits,
+        merge_kernel, batch * heads * length, partial, operand(of_side), operand(of_value),
+        kv_heads=heads, kv_len=length, splits=splits,
         DIM=dim, WIDTH=width(dim), VALUE_DIM=value_dim, VALUE_WIDTH=width(value_dim),
         SPLITS=width(splits), num_warps=4,
     )  # fmt: skip
@@ -283,7 +251,7 @@ def attention_backward(
     grads: tuple[Tensor | None, Tensor | None], call: Any, mask_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, d attn_mask); the last is empty if not wanted."""
-    (grad_out, grad_lse), attn_mask, is_causal = grads, call.attn_mask, call.is_causal
+    (grad_out, grad_lse), attn_mask = grads, call.attn_mask
     query, key, value = call.query, call.key, call.value
     if grad_out is None:
         grad_out = query.new_zeros(*query.shape[:3], value.shape[3])
@@ -299,22 +267,21 @@ def attention_backward(
         dmask = empty(attn_mask, attn_mask.shape)
     if batch * heads * q_len == 0 or batch * kv_heads * kv_len == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_()
-    run_time, compile_time = score_options(
-        call, (batch, heads, q_len, kv_len), readable(call.key_padding_mask)
+    scores = score_options(
+        call, (batch, heads, q_len, kv_len), None, readable(call.key_padding_mask)
     )
-    after = gradient_scale({**run_time, **compile_time})
-    masked = attn_mask is not None or call.seed is not None
+    of_queries, of_keys = gradient_scales(scores)
+    masked = has_values(call)
     group, widest = heads // kv_heads, max(width(dim), width(value_dim))
     common = {
         "grad_lse_ptr": query if grad_lse is None else grad_lse,
-        "statistics_ptr": empty(query, (batch * heads * q_len * 3,), torch.float32),
-        **strides(q=query, k=key, v=value, grad=grad_out), **run_time,
+        "statistics_ptr": empty(query, (batch * heads * q_len * 3,), torch.float32), **scores,
         "heads": heads, "group": group, "q_len": q_len, "kv_len": kv_len,
         "DIM": dim, "WIDTH": width(dim), "VALUE_DIM": value_dim, "VALUE_WIDTH": width(value_dim),
-        "STREAM": 0, "LSE": grad_lse is not None, **compile_time,
+        "LSE": grad_lse is not None,
     }  # fmt: skip
 
-    tma = attention_tma.takes(query, key, value, widest, compile_time, grad_out)
+    tma = attention_tma.takes(query, key, value, widest, scores["KINDS"], grad_out)
 
     even = tma or aligned(dim, value_dim)
 
@@ -322,28 +289,27 @@ def attention_backward(
         name = f"attention_backward_{kernel}{'_tma' if tma else ''}"
         return cut(name, query, widest, rows, even, masked)
 
-    hidden = masked or is_causal
+    hidden = masked or sides_of(call) != (None, None)
     short = backward_short_side.chosen(query, widest, kv_len, even, hidden)
     if short is not None:
         partial, splits = backward_short_side.backward(
-            (query, key, value, grad_out), (dq, dk, dv), short, tma, after, common,
-        )  # fmt: skip
+            (query, key, value, grad_out), (dq, dk, dv), short, tma, common
+        )
     else:
         operands = (query, key, value, grad_out)
         own, sizes = chosen("rows", q_len)
         launch(
             rows_kernel, batch * heads * cdiv(q_len, own),
-            *inputs(operands, own, sizes["LOOP"], tma), dq_ptr=dq, **strides(dq=dq), **common,
-            **sizes, TMA=tma, gradient_scale=compile_time["SIGN"] * after,
-            SINGLE=kv_len <= sizes["LOOP"],
+            *inputs(operands, own, sizes["LOOP"], tma), dq=operand(dq), **common, **sizes, TMA=tma,
+            gradient_scale=of_queries, SINGLE=kv_len <= sizes["LOOP"],
         )  # fmt: skip
         own, sizes = chosen("keys", kv_len)
         splits, per_split = row_splits(cdiv(q_len, sizes["LOOP"]), group, sizes["LOOP"])
         partial = parts_of_splits(query, dk, dv, splits)
         launch(
             keys_kernel, batch * kv_heads * splits * cdiv(kv_len, own),
-            *inputs(operands, sizes["LOOP"], own, tma), dk_ptr=dk, dv_ptr=dv, partial_ptr=partial,
-            **strides(dk=dk, dv=dv), **common, **sizes, TMA=tma, gradient_scale=after,
+            *inputs(operands, sizes["LOOP"], own, tma), dk=operand(dk), dv=operand(dv),
+            partial_ptr=partial, **common, **sizes, TMA=tma, gradient_scale=of_keys,
             splits=splits, per_split=per_split, SPLIT=splits > 1,
         )  # fmt: skip
     if splits > 1:
@@ -357,7 +323,8 @@ def attention_backward(
         parts = dmask if splits == 1 else empty(dmask, (splits * dmask.numel(),), torch.float32)
         launch(
             mask_kernel, splits * grid,
-            query, key, value, grad_out, dmask_ptr=parts, **common, **sizes, splits=splits,
+            *inputs((query, key, value, grad_out), own, sizes["LOOP"], False), dmask_ptr=parts,
+            **common, **sizes, splits=splits,
             batches=batch, mask_batches=shared[0], mask_heads=shared[1],
             SHARED_ROWS=shared[2] == 1 and q_len > 1,
             SHARED_COLUMNS=shared[3] == 1 and kv_len > 1,

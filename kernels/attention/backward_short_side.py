@@ -15,20 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfusion.kernels.attention import tma as attention_tma
-from fastfusion.kernels.device.gradients import gradients, partly_scaled, softmax_gradient
-from fastfusion.kernels.device.masks import visible_keys, visible_range
-from fastfusion.kernels.device.rows import (
-    load_rows,
-    load_tile,
-    rows_of,
-    slice_base,
-    store_key_gradients,
-    store_rows,
+from fastfusion.kernels.device.gradients import gradients, product_gradient, softmax_gradient
+from fastfusion.kernels.device.rows import load_rows, load_tile, rows_of, store_pair, store_rows
+from fastfusion.kernels.device.score_policy import (
+    PADDING,
+    policy_of,
+    signed,
+    visible_keys,
+    visible_range,
 )
 from fastfusion.kernels.device.scores import product, scores
 from fastfusion.kernels.device.softmax import exponentials, inverse, shift_of
 from fastfusion.kernels.device.statistics import load_grad_lse, row_sums, store_statistics
-from fastfusion.kernels.host.arguments import strides
+from fastfusion.kernels.host.arguments import gradient_scales, operand
 from fastfusion.kernels.host.plan import accepted, empty, launch
 from fastfusion.kernels.host.tiles import Tile, cdiv, tile, width
 
@@ -40,23 +39,22 @@ FEW, LONG = 128, 256
 _MOST_RANGES = 32  # of keys, whose statistics a program merges at once
 _QUERIES = 256  # of a split, so that a long call with few keys fills the GPU
 LENGTHS = [
-    "heads", "group", "q_len", "kv_len", "padding_batch", "ranges", "range_keys", "splits",
-    "per_split",
+    "numbers", "heads", "group", "q_len", "kv_len", "ranges", "range_keys", "splits", "per_split"
 ]  # fmt: skip
 
 
 @triton.jit
-def whole_statistics(x, dp, factor, MASK: tl.constexpr):
+def whole_statistics(x, dp, policy, KINDS: tl.constexpr):
     """(shift, 1 / sum, delta) of rows from all their scores."""
     shift = shift_of(tl.max(x, 1))
-    p = exponentials(x, shift[:, None], factor, MASK)
+    p = exponentials(x, shift[:, None], policy, KINDS)
     share = inverse(tl.sum(p, 1))
     return shift, share, tl.sum(p * share[:, None] * dp, 1)
 
 
 @triton.jit
 def merged_statistics(
-    base, rows, present, q_len, ranges, factor, MASK: tl.constexpr, RANGES: tl.constexpr
+    base, rows, present, q_len, ranges, policy, KINDS: tl.constexpr, RANGES: tl.constexpr
 ):
     """(shift, 1 / sum, delta) of rows from the sums over ranges of keys."""
     some = tl.arange(0, RANGES)
@@ -64,7 +62,7 @@ def merged_statistics(
     inside = present[:, None] & (some < ranges)[None, :]
     maximum = tl.load(at, mask=inside, other=-float("inf"))
     shift = shift_of(tl.max(maximum, 1))
-    alpha = exponentials(maximum, shift[:, None], factor, MASK)
+    alpha = exponentials(maximum, shift[:, None], policy, KINDS)
     share = inverse(tl.sum(alpha * tl.load(at + 1, mask=inside, other=0.0), 1))
     weighted = tl.sum(alpha * tl.load(at + 2, mask=inside, other=0.0), 1)
     return shift, share, weighted * share
@@ -72,11 +70,9 @@ def merged_statistics(
 
 @triton.jit(do_not_specialize=LENGTHS[:7])
 def sums_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, sums_ptr, padding_ptr, q_batch, q_head, q_row, k_batch, k_head,
-    k_row, v_batch, v_head, v_row, grad_batch, grad_head, grad_row, padding_batch, heads, group,
-    q_len, kv_len, ranges, range_keys, scale, factor, SIGN: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr,
-    LOOP: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, DOT: tl.constexpr,
+    q, k, v, grad, sums_ptr, masks, numbers, heads, group, q_len, kv_len, ranges, range_keys,
+    KINDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Sums of the rows over a range of keys. Programs: (batch * heads, ranges, query tiles)."""
@@ -86,24 +82,20 @@ def sums_kernel(
     at_range = index // tiles % ranges
     slice_index = index // tiles // ranges
     batch, head = slice_index // heads, slice_index % heads
-    kv_head = head // group
-    padding = padding_ptr + tl.cast(batch, tl.int64) * padding_batch
-    first, last = visible_range(padding, kv_len, OWN, PADDING)
+    policy = policy_of(masks, numbers, batch, head, slice_index, q_len, kv_len, KINDS)
+    first, last = visible_range(policy, kv_len, KINDS, OWN)
     first = tl.maximum(first, at_range * range_keys)
     last = tl.minimum(last, (at_range + 1) * range_keys)
     present = tl.arange(0, LOOP) < q_len - q_start
-    q_base, at_q = rows_of(q_ptr, batch, head, q_batch, q_head, q_row, TMA)
-    k_base, at_k = rows_of(k_ptr, batch, kv_head, k_batch, k_head, k_row, TMA)
-    v_base, at_v = rows_of(v_ptr, batch, kv_head, v_batch, v_head, v_row, TMA)
-    grad_base, at_grad = rows_of(grad_ptr, batch, head, grad_batch, grad_head, grad_row, TMA)
-    q = load_tile(q_base, at_q, q_start, present, DIM, WIDTH, True, DOT, TMA)
-    if SIGN != 1:
-        q = q * SIGN
-    grad = load_tile(grad_base, at_grad, q_start, present, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
+    q_base, at_q = rows_of(q, batch, head, TMA)
+    k_base, at_k = rows_of(k, batch, head // group, TMA)
+    v_base, at_v = rows_of(v, batch, head // group, TMA)
+    base, at_grad = rows_of(grad, batch, head, TMA)
+    rows = load_tile(q_base, at_q, q_start, present, DIM, WIDTH, True, DOT, TMA)
+    of_out = load_tile(base, at_grad, q_start, present, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
     maximum, total, weighted = row_sums(
-        q, grad, q_start, k_base, at_k, v_base, at_v, (sums_ptr, 0, 0, q_len, kv_len, 0), padding,
-        0, slice_index, first, last, kv_len, scale, factor, 0, 1.0, DIM, WIDTH, VALUE_DIM,
-        VALUE_WIDTH, OWN, 0, MASK, PADDING, False, 0, DOT, PRECISION, TMA,
+        signed(rows, KINDS), of_out, q_start, k_base, at_k, v_base, at_v, policy, first, last,
+        kv_len, KINDS, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, DOT, PRECISION, TMA,
     )  # fmt: skip
     at = (tl.cast(slice_index, tl.int64) * ranges + at_range) * q_len
     at += q_start + tl.arange(0, LOOP)
@@ -112,13 +104,10 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS[:6] + LENGTHS[7:])
 def tiles_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dq_ptr, dk_ptr, dv_ptr, partial_ptr, sums_ptr,
-    padding_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, grad_batch,
-    grad_head, grad_row, dq_batch, dq_head, dq_row, dk_batch, dk_head, dk_row, dv_batch, dv_head,
-    dv_row, padding_batch, heads, group, q_len, kv_len, splits, per_split, ranges, scale, factor,
-    gradient_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
-    RANGES: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
+    q, k, v, grad, grad_lse_ptr, dq, dk, dv, partial_ptr, sums_ptr, masks, numbers, heads, group,
+    q_len, kv_len, splits, per_split, ranges, of_queries, of_keys, KINDS: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    OWN: tl.constexpr, LOOP: tl.constexpr, RANGES: tl.constexpr, SPLIT: tl.constexpr,
     LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of keys, and dq of its scores. Programs: (batch * key heads, splits of
@@ -126,7 +115,8 @@ def tiles_kernel(
 
     RANGES: 0 where the tile has all keys; else dq is one of as many parts as there are tiles, and
     the statistics come from sums over ranges of keys, that many at most. A split is `per_split`
-    tiles of queries of the heads that share the keys, one after the other.
+    tiles of queries of the heads that share the keys, one after the other. `of_queries` and
+    `of_keys` are the scales of gradients.
     """
     tiles = tl.cdiv(kv_len, OWN)
     index = tl.program_id(0)
@@ -135,16 +125,16 @@ def tiles_kernel(
     slice_k = index // tiles // splits
     kv_heads = heads // group
     batch, kv_head = slice_k // kv_heads, slice_k % kv_heads
-    padding = padding_ptr + tl.cast(batch, tl.int64) * padding_batch
-    visible = visible_keys(padding, k_start, kv_len, OWN, PADDING)
-    k_base, at_k = rows_of(k_ptr, batch, kv_head, k_batch, k_head, k_row, TMA)
-    v_base, at_v = rows_of(v_ptr, batch, kv_head, v_batch, v_head, v_row, TMA)
-    k = load_tile(k_base, at_k, k_start, visible, DIM, WIDTH, True, DOT, TMA)
-    v = load_tile(v_base, at_v, k_start, visible, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
+    # Of all heads: such calls have neither masks of scores nor slopes.
+    policy = policy_of(masks, numbers, batch, 0, 0, q_len, kv_len, KINDS)
+    visible = visible_keys(policy.padding, k_start, kv_len, OWN, PADDING & KINDS)
+    k_base, at_k = rows_of(k, batch, kv_head, TMA)
+    v_base, at_v = rows_of(v, batch, kv_head, TMA)
+    keys = load_tile(k_base, at_k, k_start, visible, DIM, WIDTH, True, DOT, TMA)
+    values = load_tile(v_base, at_v, k_start, visible, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
     ELEMENT: tl.constexpr = k_base.dtype if TMA else k_base.dtype.element_ty
-    dk = tl.zeros([OWN, WIDTH], tl.float32)
-    dv = tl.zeros([OWN, VALUE_WIDTH], tl.float32)
-    mask = (sums_ptr, 0, 0, q_len, kv_len, 0)  # of scores: none
+    key_sum = tl.zeros([OWN, WIDTH], tl.float32)
+    value_sum = tl.zeros([OWN, VALUE_WIDTH], tl.float32)
     row_tiles = tl.cdiv(q_len, LOOP)
     first = index // tiles % splits * per_split
     for unit in range(first, tl.minimum(first + per_split, group * row_tiles)):
@@ -153,56 +143,61 @@ def tiles_kernel(
         rows = start + tl.arange(0, LOOP)
         present = tl.arange(0, LOOP) < q_len - start
         at = tl.cast(slice_index, tl.int64) * q_len + rows
-        q_base, at_q = rows_of(q_ptr, batch, head, q_batch, q_head, q_row, TMA)
-        grad_base, at_grad = rows_of(grad_ptr, batch, head, grad_batch, grad_head, grad_row, TMA)
-        q = load_tile(q_base, at_q, start, present, DIM, WIDTH, True, DOT, TMA)
-        if SIGN != 1:
-            q = q * SIGN
-        grad = load_tile(grad_base, at_grad, start, present, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
+        base, at_q = rows_of(q, batch, head, TMA)
+        queries = load_tile(base, at_q, start, present, DIM, WIDTH, True, DOT, TMA)
+        queries = signed(queries, KINDS)
+        base, at_grad = rows_of(grad, batch, head, TMA)
+        of_out = load_tile(base, at_grad, start, present, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
         grad_lse = load_grad_lse(grad_lse_ptr, at, present, LSE)
-        x = scores(q, k, start, k_start, visible, mask, scale, True, 0, MASK, False, PRECISION)
-        dp = product(grad, v, PRECISION)
+        x, derivative = scores(
+            queries, keys, policy, start, k_start, visible, KINDS, True, True, False, PRECISION
+        )
+        dp = product(of_out, values, PRECISION)
         if RANGES == 0:
-            shift, share, delta = whole_statistics(x, dp, factor, MASK)
+            shift, share, delta = whole_statistics(x, dp, policy, KINDS)
         else:
             sums = sums_ptr + 3 * tl.cast(slice_index, tl.int64) * ranges * q_len
             shift, share, delta = merged_statistics(
-                sums, rows, present, q_len, ranges, factor, MASK, RANGES
+                sums, rows, present, q_len, ranges, policy, KINDS, RANGES
             )
         _, ds = softmax_gradient(
-            x, dp, True, shift[:, None], share[:, None], delta[:, None], grad_lse[:, None], factor,
-            1.0, MASK, False,
-        )  # fmt: skip
-        ds = partly_scaled(ds, factor, MASK).to(ELEMENT).to(DOT)
-        dq = tl.dot(ds, k, input_precision=PRECISION)
+            x,
+            dp,
+            True,
+            shift[:, None],
+            share[:, None],
+            delta[:, None],
+            grad_lse[:, None],
+            policy,
+            KINDS,
+        )
+        ds = product_gradient(ds, derivative, policy, KINDS).to(ELEMENT).to(DOT)
+        row_sum = tl.dot(ds, keys, input_precision=PRECISION)
         if RANGES == 0:
-            to = slice_base(dq_ptr, batch, head, dq_batch, dq_head)
-            store_rows(to, dq * (SIGN * gradient_scale), start, present, dq_row, DIM)
+            to, to_row = rows_of(dq, batch, head)
+            store_rows(to, row_sum * of_queries, start, present, to_row, DIM)
         else:
-            to = dq_ptr + (tl.cast(slice_index, tl.int64) * tiles + key_tile) * q_len * DIM
-            store_rows(to, dq, start, present, DIM, DIM)
-        p, ds = gradients(
-            q, k, v, grad, start, k_start, visible, shift[None, :], share[None, :], delta[None, :],
-            grad_lse[None, :], mask, 0, slice_index, scale, factor, 0, 1.0, 0, MASK, False, 0, True,
-            PRECISION,
+            to = dq[0] + (tl.cast(slice_index, tl.int64) * tiles + key_tile) * q_len * DIM
+            store_rows(to, row_sum, start, present, DIM, DIM)
+        p, ds, derivative = gradients(
+            queries, keys, values, of_out, start, k_start, visible, shift[None, :], share[None, :],
+            delta[None, :], grad_lse[None, :], policy, KINDS, True, PRECISION,
         )  # fmt: skip
-        dv = tl.dot(p.to(ELEMENT).to(DOT), grad, dv, input_precision=PRECISION)
-        ds = partly_scaled(ds, factor, MASK).to(ELEMENT).to(DOT)
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        value_sum = tl.dot(p.to(ELEMENT).to(DOT), of_out, value_sum, input_precision=PRECISION)
+        ds = product_gradient(ds, derivative, policy, KINDS).to(ELEMENT).to(DOT)
+        key_sum = tl.dot(ds, queries, key_sum, input_precision=PRECISION)
     exists = k_start + tl.arange(0, OWN) < kv_len
-    store_key_gradients(
-        dk, dv, gradient_scale, k_start, exists,
+    store_pair(
+        key_sum, value_sum, of_keys, k_start, exists,
         partial_ptr + tl.cast(index // tiles, tl.int64) * kv_len * (DIM + VALUE_DIM),
-        dk_ptr, dv_ptr, batch, kv_head, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, SPLIT,
-        DIM, VALUE_DIM,
+        dk, dv, batch, kv_head, SPLIT, DIM, VALUE_DIM,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["heads", "q_len", "tiles"])
 def rows_merge_kernel(
-    parts_ptr, dq_ptr, dq_batch, dq_head, dq_row, heads, q_len, tiles, gradient_scale,
-    DIM: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    parts_ptr, dq, heads, q_len, tiles, gradient_scale, DIM: tl.constexpr, WIDTH: tl.constexpr
+):
     """dq of one row from the parts of all tiles of keys, sixteen at a time."""
     index = tl.program_id(0)
     slice_index, row = index // q_len, index % q_len
@@ -212,19 +207,18 @@ def rows_merge_kernel(
     for first in range(0, tiles, 16):
         present = first + tl.arange(0, 16) < tiles
         total += tl.sum(load_rows(base, first, present, step, DIM, WIDTH, tl.float32), 0)
-    batch, head = slice_index // heads, slice_index % heads
-    to = slice_base(dq_ptr, batch, head, dq_batch, dq_head) + tl.cast(row, tl.int64) * dq_row
+    to, to_row = rows_of(dq, slice_index // heads, slice_index % heads)
     columns = tl.arange(0, WIDTH)
-    total = (total * gradient_scale).to(dq_ptr.dtype.element_ty)
-    tl.store(to + columns, total, mask=columns < DIM)
+    total = (total * gradient_scale).to(to.dtype.element_ty)
+    tl.store(to + tl.cast(row, tl.int64) * to_row + columns, total, mask=columns < DIM)
 
 
 def inputs(
     operands: tuple[Tensor, Tensor, Tensor, Tensor], of_queries: int, of_keys: int, tma: bool
 ) -> list[Any]:
-    """query, key, value and d out, or descriptors of tiles of so many rows of them."""
+    """query, key, value and d out as kernels take them, or descriptors of tiles of so many rows."""
     rows = (of_queries, of_keys, of_keys, of_queries)
-    return list(map(attention_tma.describe, operands, rows)) if tma else list(operands)
+    return list(map(attention_tma.describe, operands, rows) if tma else map(operand, operands))
 
 
 def parts_of_splits(query: Tensor, dk: Tensor, dv: Tensor, splits: int) -> Tensor:
@@ -254,7 +248,6 @@ def backward(
     results: tuple[Tensor, Tensor, Tensor],
     cut: Tile,
     tma: bool,
-    gradient_scale: float,
     options: dict[str, Any],
 ) -> tuple[Tensor, int]:
     """Fills dq and, unless the queries are cut into several splits, dk and dv.
@@ -264,7 +257,6 @@ def backward(
         results: dq, dk, dv.
         cut: what `chosen` gave.
         tma: the operands can be read by descriptors.
-        gradient_scale: of dk; dq's has the sign of the scale besides.
         options: run-time and compile-time arguments of the backward kernels.
 
     Returns:
@@ -280,7 +272,7 @@ def backward(
     partial = parts_of_splits(query, dk, dv, splits)
     given = inputs(operands, cut.loop, cut.own, tma)
     common = {**options, "OWN": cut.own, "LOOP": cut.loop, "TMA": tma, **cut.options()}
-    ranges, sums, parts = 0, query, dq
+    ranges, sums, parts = 0, query, query
     if tiles > 1:
         range_keys = max(2 * cut.own, cdiv(cdiv(kv_len, _MOST_RANGES), cut.own) * cut.own)
         ranges = cdiv(kv_len, range_keys)
@@ -290,18 +282,17 @@ def backward(
             sums_kernel, batch * heads * ranges * cdiv(q_len, cut.loop), *given, sums_ptr=sums,
             ranges=ranges, range_keys=range_keys, **accepted(sums_kernel, common),
         )  # fmt: skip
+    of_queries, of_keys = gradient_scales(options)
     launch(
         tiles_kernel, batch * kv_heads * splits * tiles,
-        *given, dq_ptr=parts, dk_ptr=dk, dv_ptr=dv, partial_ptr=partial, sums_ptr=sums,
-        **strides(dq=dq, dk=dk, dv=dv), **accepted(tiles_kernel, common), splits=splits,
-        per_split=per_split,
-        ranges=ranges, RANGES=width(ranges) if ranges else 0, SPLIT=splits > 1,
-        gradient_scale=gradient_scale,
+        *given, dq=operand(dq) if tiles == 1 else (parts,), dk=operand(dk), dv=operand(dv),
+        partial_ptr=partial, sums_ptr=sums, **accepted(tiles_kernel, common), splits=splits,
+        per_split=per_split, ranges=ranges, RANGES=width(ranges) if ranges else 0,
+        SPLIT=splits > 1, of_queries=of_queries, of_keys=of_keys,
     )  # fmt: skip
     if tiles > 1:
         launch(
-            rows_merge_kernel, batch * heads * q_len, parts, dq, **strides(dq=dq), heads=heads,
-            q_len=q_len, tiles=tiles, DIM=dim, WIDTH=width(dim), num_warps=4,
-            gradient_scale=options["SIGN"] * gradient_scale,
+            rows_merge_kernel, batch * heads * q_len, parts, operand(dq), heads=heads, q_len=q_len,
+            tiles=tiles, DIM=dim, WIDTH=width(dim), num_warps=4, gradient_scale=of_queries,
         )  # fmt: skip
     return partial, splits

@@ -14,15 +14,16 @@ from torch import Tensor
 
 from fastfusion.kernels.attention import tma
 from fastfusion.kernels.device.attend import attend, store_results
-from fastfusion.kernels.device.masks import visible_range
-from fastfusion.kernels.device.rows import slice_base, store_rows
+from fastfusion.kernels.device.rows import rows_of, store_rows
+from fastfusion.kernels.device.score_policy import UPPER, policy_of, visible_range
 from fastfusion.kernels.device.softmax import inverse, log_sum, rescale, shift_of
 from fastfusion.kernels.host.arguments import (
+    has_values,
+    operand,
     readable,
     rows_outside,
     rows_readable,
     score_options,
-    strides,
 )
 from fastfusion.kernels.host.plan import empty, launch, planned
 from fastfusion.kernels.host.tiles import aligned, cdiv, owned, tile, width
@@ -30,48 +31,40 @@ from fastfusion.kernels.host.tiles import aligned, cdiv, owned, tile, width
 
 @triton.jit
 def attend_program(
-    index, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, padding_ptr, seed_ptr, partial_ptr,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    out_batch, out_head, out_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
-    diagonal, heads, group, q_len, kv_len, splits, scale, factor, threshold, keep_scale,
-    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    index, q, k, v, out, lse_ptr, partial_ptr, masks, numbers, heads, group, q_len, kv_len, splits,
+    KINDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, SPLIT: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr,
-    STREAM: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries, one split of keys; (batch * heads, splits, tiles), the last fastest."""
     tiles = tl.cdiv(q_len, OWN)
-    q_start = index % tiles * OWN
-    if CAUSAL == 1:  # the longest rows first
-        q_start = (tiles - 1 - index % tiles) * OWN
     slice_index = index // tiles // splits
     batch, head = slice_index // heads, slice_index % heads
-    padding = padding_ptr + tl.cast(batch, tl.int64) * padding_batch
-    first, last = visible_range(padding, kv_len, LOOP, PADDING)
+    kv_head = head // group
+    policy = policy_of(masks, numbers, batch, head, slice_index, q_len, kv_len, KINDS)
+    q_start = index % tiles * OWN
+    if UPPER & KINDS:  # the longest rows first
+        q_start = (tiles - 1 - index % tiles) * OWN
+    first, last = visible_range(policy, kv_len, KINDS, LOOP)
     if SPLIT > 0:
         split = index // tiles % splits
         first = tl.maximum(first, split * SPLIT)
         last = tl.minimum(last, (split + 1) * SPLIT)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    q_base, q_row = rows_of(q, batch, head)
+    k_base, k_row = rows_of(k, batch, kv_head)
+    v_base, v_row = rows_of(v, batch, kv_head)
     maximum, total, acc = attend(
-        slice_base(q_ptr, batch, head, q_batch, q_head), q_row, q_start,
-        slice_base(k_ptr, batch, head // group, k_batch, k_head), k_row,
-        slice_base(v_ptr, batch, head // group, v_batch, v_head), v_row,
-        (
-            slice_base(mask_ptr, batch, head, mask_batch, mask_head), mask_row, mask_column, q_len,
-            kv_len, diagonal,
-        ),
-        padding, seed, slice_index, first, last, q_len, kv_len, scale, factor, threshold,
-        keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, MASK, PADDING,
-        DROPOUT, STREAM, DOT, PRECISION,
+        q_base, q_row, q_start, k_base, k_row, v_base, v_row, policy, first, last, q_len, kv_len,
+        KINDS, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, DOT, PRECISION,
     )  # fmt: skip
     if SPLIT > 0:
         base = partial_ptr + tl.cast(index // tiles, tl.int64) * q_len * (VALUE_DIM + 2)
         store_partial(base, maximum, total, acc, q_start, q_len, VALUE_DIM)
     else:
+        out_base, out_row = rows_of(out, batch, head)
         store_results(
-            slice_base(out_ptr, batch, head, out_batch, out_head), out_row, lse_ptr, slice_index,
-            maximum, total, acc, q_start, q_len, VALUE_DIM, MASK, LSE,
+            out_base, out_row, lse_ptr, slice_index, maximum, total, acc, q_start, q_len,
+            VALUE_DIM, KINDS, LSE,
         )  # fmt: skip
 
 
@@ -86,36 +79,27 @@ def store_partial(base, maximum, total, acc, start, length, DIM: tl.constexpr):
     tl.store(statistics + 1, total, mask=present)
 
 
-LENGTHS = [
-    "heads", "group", "q_len", "kv_len", "splits", "padding_batch", "threshold", "diagonal"
-]  # fmt: skip
+LENGTHS = ["numbers", "heads", "group", "q_len", "kv_len", "splits"]
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, padding_ptr, seed_ptr, partial_ptr,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    out_batch, out_head, out_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
-    diagonal, heads, group, q_len, kv_len, splits, scale, factor, threshold, keep_scale,
-    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    q, k, v, out, lse_ptr, partial_ptr, masks, numbers, heads, group, q_len, kv_len, splits,
+    KINDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, SPLIT: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr,
-    STREAM: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     attend_program(
-        tl.program_id(0), q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, mask_ptr, padding_ptr, seed_ptr,
-        partial_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-        out_batch, out_head, out_row, mask_batch, mask_head, mask_row, mask_column, padding_batch,
-        diagonal, heads, group, q_len, kv_len, splits, scale, factor, threshold, keep_scale, SIGN,
-        DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, SPLIT, CAUSAL, MASK, PADDING, DROPOUT,
-        STREAM, LSE, DOT, PRECISION,
+        tl.program_id(0), q, k, v, out, lse_ptr, partial_ptr, masks, numbers, heads, group, q_len,
+        kv_len, splits, KINDS, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, SPLIT, LSE,
+        DOT, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["heads", "q_len", "splits"])
 def merge_kernel(
-    partial_ptr, out_ptr, lse_ptr, out_batch, out_head, out_row, heads, q_len, splits,
-    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, MASK: tl.constexpr, LSE: tl.constexpr,
+    partial_ptr, out, lse_ptr, heads, q_len, splits, VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, KINDS: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """One query of one head from the splits of its keys, sixteen at a time."""
     index = tl.program_id(0)
@@ -136,17 +120,17 @@ def merge_kernel(
     for first in range(0, splits, 16):
         present = first + some < splits
         at = base + (first + some) * step
-        alpha = rescale(tl.load(at + VALUE_DIM, mask=present, other=-float("inf")), shift, MASK)
+        alpha = rescale(tl.load(at + VALUE_DIM, mask=present, other=-float("inf")), shift, KINDS)
         total += tl.sum(alpha * tl.load(at + VALUE_DIM + 1, mask=present, other=0.0))
         inside = present[:, None] & (columns[None, :] < VALUE_DIM)
         parts = tl.load(at[:, None] + columns[None, :], mask=inside, other=0.0)
         acc += tl.sum(alpha[:, None] * parts, 0)
     batch, head = slice_index // heads, slice_index % heads
-    out = slice_base(out_ptr, batch, head, out_batch, out_head) + tl.cast(row, tl.int64) * out_row
-    acc = (acc * inverse(total)).to(out_ptr.dtype.element_ty)
-    tl.store(out + columns, acc, mask=columns < VALUE_DIM)
+    base, out_row = rows_of(out, batch, head)
+    acc = (acc * inverse(total)).to(base.dtype.element_ty)
+    tl.store(base + tl.cast(row, tl.int64) * out_row + columns, acc, mask=columns < VALUE_DIM)
     if LSE:
-        tl.store(lse_ptr + tl.cast(index, tl.int64), log_sum(maximum, total, MASK))
+        tl.store(lse_ptr + tl.cast(index, tl.int64), log_sum(maximum, total, KINDS))
 
 
 def split_length(q_len: int, kv_len: int, is_causal: bool) -> int:
@@ -171,8 +155,8 @@ def attention_forward(call: Any, return_lse: bool) -> tuple[Tensor, Tensor | Non
     lse = empty(query, (batch, heads, q_len), torch.float32) if return_lse else None
     if batch * heads * q_len == 0:
         return out, lse
-    run_time, compile_time = score_options(
-        call, (batch, heads, q_len, kv_len), readable(call.key_padding_mask)
+    scores = score_options(
+        call, (batch, heads, q_len, kv_len), None, readable(call.key_padding_mask)
     )
     widest = max(width(dim), width(value_dim))
     sizes = {
@@ -180,14 +164,12 @@ def attention_forward(call: Any, return_lse: bool) -> tuple[Tensor, Tensor | Non
         "DIM": dim, "WIDTH": width(dim), "VALUE_DIM": value_dim, "VALUE_WIDTH": width(value_dim),
         "LSE": return_lse,
     }  # fmt: skip
-    outs = (out, query if lse is None else lse)
-    if tma.takes(query, key, value, widest, compile_time):
-        options = {**sizes, **run_time, **compile_time}
-        tma.forward(query, key, value, outs, widest, options)
+    results = {"out": operand(out), "lse_ptr": query if lse is None else lse}
+    if tma.takes(query, key, value, widest, scores["KINDS"]):
+        tma.forward(query, key, value, widest, {**sizes, **scores, **results})
         return out, lse
-    masked = call.attn_mask is not None or call.seed is not None
     even = aligned(dim, value_dim)
-    chosen = tile("attention", query.dtype, widest, query.device, even, masked)
+    chosen = tile("attention", query.dtype, widest, query.device, even, has_values(call))
     split = split_length(q_len, kv_len, call.is_causal)
     splits = cdiv(kv_len, split) if split else 1
     own = owned(chosen, q_len, query.dtype)
@@ -198,15 +180,13 @@ def attention_forward(call: Any, return_lse: bool) -> tuple[Tensor, Tensor | Non
     )
     launch(
         attention_kernel, batch * heads * splits * cdiv(q_len, own),
-        query, key, value, *outs, partial_ptr=partial,
-        **strides(q=query, k=key, v=value, out=out), **run_time, **sizes, splits=splits,
-        OWN=own, LOOP=chosen.loop, SPLIT=split, STREAM=0, **compile_time, **chosen.options(),
+        *map(operand, (query, key, value)), **results, partial_ptr=partial, **scores, **sizes,
+        splits=splits, OWN=own, LOOP=chosen.loop, SPLIT=split, **chosen.options(),
     )  # fmt: skip
     if split:
         launch(
             merge_kernel, batch * heads * q_len,
-            partial, *outs, **strides(out=out), heads=heads,
-            q_len=q_len, splits=splits, VALUE_DIM=value_dim, VALUE_WIDTH=width(value_dim),
-            MASK=compile_time["MASK"], LSE=return_lse, num_warps=4,
+            partial, **results, heads=heads, q_len=q_len, splits=splits, VALUE_DIM=value_dim,
+            VALUE_WIDTH=width(value_dim), KINDS=scores["KINDS"], LSE=return_lse, num_warps=4,
         )  # fmt: skip
     return out, lse

@@ -13,9 +13,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastfusion.kernels.device.attend import attend, store_results
-from fastfusion.kernels.device.rows import slice_base
+from fastfusion.kernels.device.rows import rows_of
+from fastfusion.kernels.device.score_policy import NATURAL, NEGATIVE, UPPER, policy_of
 from fastfusion.kernels.host import tiles
-from fastfusion.kernels.host.arguments import strides
 from fastfusion.kernels.host.plan import accepted, launch
 from fastfusion.kernels.host.tiles import aligned, cdiv, tile, width
 
@@ -28,44 +28,38 @@ LONG = {64: 2048, 128: 512}
 _MAJORS = (9, 10, 11)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "q_len", "kv_len", "diagonal"])
+@triton.jit(do_not_specialize=["numbers", "heads", "group", "q_len", "kv_len"])
 def tma_kernel(
-    q_rows, k_rows, v_rows, out_ptr, lse_ptr, out_batch, out_head, out_row, diagonal, heads, group,
-    q_len, kv_len, scale, factor, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
+    q, k, v, out, lse_ptr, masks, numbers, heads, group, q_len, kv_len, KINDS: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    OWN: tl.constexpr, LOOP: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries: (batch * heads, tiles), the last fastest."""
     index, tiles = tl.program_id(0), tl.cdiv(q_len, OWN)
-    q_start = index % tiles * OWN
-    if CAUSAL == 1:  # the longest rows first
-        q_start = (tiles - 1 - index % tiles) * OWN
     slice_index = index // tiles
     batch, head = slice_index // heads, slice_index % heads
+    policy = policy_of(masks, numbers, batch, head, slice_index, q_len, kv_len, KINDS)
+    q_start = index % tiles * OWN
+    if UPPER & KINDS:  # the longest rows first
+        q_start = (tiles - 1 - index % tiles) * OWN
     at_keys = (batch, head // group)
     maximum, total, acc = attend(
-        q_rows, (batch, head), q_start, k_rows, at_keys, v_rows, at_keys,
-        (out_ptr, 0, 0, q_len, kv_len, diagonal), out_ptr, 0, slice_index, 0, kv_len, q_len, kv_len,
-        scale, factor, 0, 1.0, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, MASK,
-        False, False, 0, DOT, PRECISION, True,
+        q, (batch, head), q_start, k, at_keys, v, at_keys, policy, 0, kv_len, q_len, kv_len, KINDS,
+        DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, DOT, PRECISION, True,
     )  # fmt: skip
+    base, out_row = rows_of(out, batch, head)
     store_results(
-        slice_base(out_ptr, batch, head, out_batch, out_head), out_row, lse_ptr, slice_index,
-        maximum, total, acc, q_start, q_len, VALUE_DIM, MASK, LSE,
+        base, out_row, lse_ptr, slice_index, maximum, total, acc, q_start, q_len, VALUE_DIM,
+        NATURAL & KINDS, LSE,
     )  # fmt: skip
 
 
 def takes(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    widest: int,
-    options: dict[str, Any],
-    *others: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, widest: int, kinds: int, *others: Tensor
 ) -> bool:
     """Whether a call goes this way: long, of 16-bit operands in rows of whole 16 bytes, up to 128
-    wide (of 256 columns no second stage has room), and without what hides or drops scores.
+    wide (of 256 columns no second stage has room), and with no `kinds` but a causal mask.
 
     Rows of 40, 72 or 88 elements do at any length: from pointers each element is a load of its own.
     """
@@ -74,7 +68,7 @@ def takes(
     long = min(query.shape[2], key.shape[2]) >= LONG[max(widest, min(LONG))]
     return (
         (long or not aligned(query.shape[3], value.shape[3]))
-        and not (options["MASK"] or options["PADDING"] or options["DROPOUT"])
+        and not kinds & ~(NEGATIVE.value | UPPER.value)
         and tiles.capability(query.device)[0] in _MAJORS
         and all(_describable(t) for t in (query, key, value, *others))
     )
@@ -98,20 +92,15 @@ def describe(tensor: Tensor, rows: int) -> TensorDescriptor:
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    outs: tuple[Tensor, Tensor],
-    widest: int,
-    options: dict[str, Any],
+    query: Tensor, key: Tensor, value: Tensor, widest: int, options: dict[str, Any]
 ) -> None:
-    """Fills out (B, H, Lq, Dv) and lse (B, H, Lq), if `options` ask for it."""
+    """Fills out (B, H, Lq, Dv) and lse (B, H, Lq) of the options, if they ask for it."""
     few = key.shape[2] < LONG[max(widest, min(LONG))]
     chosen = tile(f"attention_tma{'_few' if few else ''}", query.dtype, widest, query.device)
     rows = (chosen.own, chosen.loop, chosen.loop)
     batch, heads, q_len, _ = query.shape
     launch(
         tma_kernel, batch * heads * cdiv(q_len, chosen.own),
-        *map(describe, (query, key, value), rows), *outs, **strides(out=outs[0]),
-        **accepted(tma_kernel, options), OWN=chosen.own, LOOP=chosen.loop, **chosen.options(),
+        *map(describe, (query, key, value), rows), **accepted(tma_kernel, options),
+        OWN=chosen.own, LOOP=chosen.loop, **chosen.options(),
     )  # fmt: skip

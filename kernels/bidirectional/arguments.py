@@ -3,56 +3,39 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastfusion.kernels.host.arguments import readable, rows_readable, score_options, strides
+from fastfusion.core.score_policy import sides_of
+from fastfusion.kernels.device.score_policy import BOOL_MASK, DROPOUT
+from fastfusion.kernels.host.arguments import (
+    operand,
+    readable,
+    rows_readable,
+    score_options,
+)
 from fastfusion.kernels.host.tiles import cdiv, width
 
-NAMES = ("q", "k", "v", "qv")
 
-
-def paddings(call: Any) -> dict[str, Any]:
-    """Both padding masks as the kernels take them."""
-    options: dict[str, Any] = {}
-    for side, mask in (("q", call.query_padding_mask), ("k", call.key_padding_mask)):
-        options[f"{side}_padding_ptr"] = call.query if mask is None else mask
-        options[f"{side}_padding_batch"] = 0 if mask is None else mask.stride(0)
-        options[f"{side.upper()}_PADDING"] = mask is not None
-    return options
-
-
-def common_options(call: Any, turned: bool = False) -> dict[str, Any]:
-    """Arguments of every bidirectional kernel, forward and backward; `turned`: of an `exchanged`
-    call."""
+def common_options(call: Any) -> dict[str, Any]:
+    """Arguments of every bidirectional kernel, forward and backward."""
     query, key, value, query_value = call[:4]
     sizes = (*query.shape[:3], key.shape[2])
-    run_time, compile_time = score_options(call, sizes)
-    if turned:  # the diagonal counts from queries to keys
-        run_time["diagonal"] *= -1
-        compile_time["CAUSAL"] *= -1
-    for name in ("padding_ptr", "padding_batch"):
-        del run_time[name]
-    del compile_time["PADDING"]
     dims = {"": query, "V_": value, "QV_": query_value}
     return {
-        **{f"{n}_ptr": t for n, t in zip(NAMES, (query, key, value, query_value), strict=True)},
-        **strides(q=query, k=key, v=value, qv=query_value), **run_time, **compile_time,
-        **paddings(call),
+        "q": operand(query), "k": operand(key), "v": operand(value), "qv": operand(query_value),
+        **score_options(call, sizes, call.query_padding_mask, call.key_padding_mask),
         **{f"{n}DIM": t.shape[3] for n, t in dims.items()},
         **{f"{n}WIDTH": width(t.shape[3]) for n, t in dims.items()},
         "heads": query.shape[1], "q_len": sizes[2], "kv_len": sizes[3],
     }  # fmt: skip
 
 
-def shared_sizes(
-    attn_mask: Tensor | None, seed: Tensor | None, kv_len: int, loop: int
-) -> tuple[int, int]:
+def shared_sizes(kinds: int, kv_len: int, loop: int) -> tuple[int, int]:
     """(rows of a step, padded keys) of a tile of scores; products sum over either.
 
     Beside a bool mask's bytes and random bits they are wrong below 32 (see `visible_keys`).
     """
-    bools = attn_mask is not None and attn_mask.dtype == torch.bool
-    least = 32 if bools and seed is not None else 16
+    bools, drops = kinds & BOOL_MASK.value, kinds & DROPOUT.value
+    least = 32 if bools and drops else 16
     return max(loop, least), max(width(kv_len), least)
 
 
@@ -65,8 +48,8 @@ def row_ranges(q_len: int, rows: int) -> tuple[int, int]:
 
 
 def exchanged(call: Any) -> Any:
-    """The same call with queries and keys exchanged."""
-    mask = call.attn_mask
+    """The same call with queries and keys exchanged; a causal mask becomes a window."""
+    mask, (left, right) = call.attn_mask, sides_of(call)
     return call._replace(
         query=call.key,
         key=call.query,
@@ -75,6 +58,9 @@ def exchanged(call: Any) -> Any:
         attn_mask=None if mask is None else torch.atleast_2d(mask).transpose(-1, -2),
         query_padding_mask=call.key_padding_mask,
         key_padding_mask=call.query_padding_mask,
+        is_causal=False,
+        window_left=right,
+        window_right=left,
     )
 
 

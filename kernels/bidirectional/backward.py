@@ -21,115 +21,88 @@ from fastfusion.kernels.attention.backward import merge_splits
 from fastfusion.kernels.bidirectional.arguments import common_options, exchanged, prepared
 from fastfusion.kernels.bidirectional.backward_on_chip import keys_on_chip, shared_backward
 from fastfusion.kernels.device.gradient_sums import store_mask_gradient
-from fastfusion.kernels.device.masks import visible_keys
-from fastfusion.kernels.device.rows import load_rows, slice_base
+from fastfusion.kernels.device.rows import load_rows, rows_of
+from fastfusion.kernels.device.score_policy import (
+    PADDING,
+    ROW_PADDING,
+    policy_of,
+    signed,
+    visible_keys,
+)
 from fastfusion.kernels.device.sides import both_gradients, side_gradients, side_statistics
 from fastfusion.kernels.device.statistics import load_statistics
 from fastfusion.kernels.device.sums import add
-from fastfusion.kernels.host.arguments import gradient_scale, rows_outside, rows_readable, strides
+from fastfusion.kernels.host.arguments import (
+    exchanged_kinds,
+    gradient_scales,
+    operand,
+    rows_outside,
+    rows_readable,
+)
 from fastfusion.kernels.host.plan import accepted, empty, launch, planned
 from fastfusion.kernels.host.tiles import cdiv, cut, width
 
-LENGTHS = [
-    "heads", "q_len", "kv_len", "q_padding_batch", "k_padding_batch", "threshold", "diagonal",
-    "q_programs", "q_splits", "k_splits",
-]  # fmt: skip
+LENGTHS = ["numbers", "heads", "q_len", "kv_len", "q_programs", "q_splits", "k_splits"]
 
 
-@triton.jit(do_not_specialize=LENGTHS[:8])
+@triton.jit(do_not_specialize=LENGTHS[:5])
 def statistics_kernel(
-    q_ptr, k_ptr, v_ptr, qv_ptr, grad_q_ptr, grad_k_ptr, q_statistics_ptr, k_statistics_ptr,
-    mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr, q_batch, q_head, q_row, k_batch, k_head,
-    k_row, v_batch, v_head, v_row, qv_batch, qv_head, qv_row, grad_q_batch, grad_q_head, grad_q_row,
-    grad_k_batch, grad_k_head, grad_k_row, mask_batch, mask_head, mask_row, mask_column,
-    q_padding_batch, k_padding_batch, diagonal, heads, q_len, kv_len, q_programs, scale, factor,
-    threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr,
-    OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr,
+    q, k, v, qv, grad_q, grad_k, q_statistics_ptr, k_statistics_ptr, masks, numbers, heads, q_len,
+    kv_len, q_programs, KINDS: tl.constexpr, KEY_KINDS: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr,
+    QV_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs: q_programs tiles of queries, then those of keys."""
     index = tl.program_id(0)
     if index < q_programs:
         side_statistics(
-            index, q_ptr, k_ptr, v_ptr, grad_q_ptr, q_statistics_ptr, mask_ptr, k_padding_ptr,
-            seed_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-            grad_q_batch, grad_q_head, grad_q_row, mask_batch, mask_head, mask_row, mask_column,
-            k_padding_batch, diagonal, heads, q_len, kv_len, scale, factor, threshold, keep_scale,
-            SIGN, DIM, WIDTH, V_DIM, V_WIDTH, OWN, LOOP, CAUSAL, MASK, K_PADDING, DROPOUT, 0, DOT,
-            PRECISION,
+            index, q, k, v, grad_q, q_statistics_ptr, masks, numbers, heads, q_len, kv_len, KINDS,
+            DIM, WIDTH, V_DIM, V_WIDTH, OWN, LOOP, DOT, PRECISION,
         )  # fmt: skip
     else:
         side_statistics(
-            index - q_programs, k_ptr, q_ptr, qv_ptr, grad_k_ptr, k_statistics_ptr, mask_ptr,
-            q_padding_ptr, seed_ptr, k_batch, k_head, k_row, q_batch, q_head, q_row, qv_batch,
-            qv_head, qv_row, grad_k_batch, grad_k_head, grad_k_row, mask_batch, mask_head,
-            mask_column, mask_row, q_padding_batch, diagonal, heads, kv_len, q_len, scale, factor,
-            threshold, keep_scale, SIGN, DIM, WIDTH, QV_DIM, QV_WIDTH, OWN, LOOP, -CAUSAL, MASK,
-            Q_PADDING, DROPOUT, 1, DOT, PRECISION,
+            index - q_programs, k, q, qv, grad_k, k_statistics_ptr, masks, numbers, heads, kv_len,
+            q_len, KEY_KINDS, DIM, WIDTH, QV_DIM, QV_WIDTH, OWN, LOOP, DOT, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def gradients_kernel(
-    q_ptr, k_ptr, v_ptr, qv_ptr, grad_q_ptr, grad_k_ptr, q_statistics_ptr, k_statistics_ptr,
-    q_grad_lse_ptr, k_grad_lse_ptr, dq_ptr, dk_ptr, dv_ptr, dqv_ptr, q_partial_ptr, k_partial_ptr,
-    mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr, q_batch, q_head, q_row, k_batch, k_head,
-    k_row, v_batch, v_head, v_row, qv_batch, qv_head, qv_row, grad_q_batch, grad_q_head, grad_q_row,
-    grad_k_batch, grad_k_head, grad_k_row, dq_batch, dq_head, dq_row, dk_batch, dk_head, dk_row,
-    dv_batch, dv_head, dv_row, dqv_batch, dqv_head, dqv_row, mask_batch, mask_head, mask_row,
-    mask_column, q_padding_batch, k_padding_batch, diagonal, heads, q_len, kv_len, q_programs,
-    q_splits, k_splits, scale, factor, threshold, keep_scale, gradient_scale, SIGN: tl.constexpr,
+    q, k, v, qv, grad_q, grad_k, q_statistics_ptr, k_statistics_ptr, q_grad_lse_ptr, k_grad_lse_ptr,
+    dq, dk, dv, dqv, q_partial_ptr, k_partial_ptr, masks, numbers, heads, q_len, kv_len, q_programs,
+    q_splits, k_splits, gradient_scale, KINDS: tl.constexpr, KEY_KINDS: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr,
     QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
-    Q_SPLIT: tl.constexpr, K_SPLIT: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr, DROPOUT: tl.constexpr, LSE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    Q_SPLIT: tl.constexpr, K_SPLIT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs: q_programs of the queries' side, then those of the keys'."""
     index = tl.program_id(0)
     if index < q_programs:
         side_gradients(
-            index, q_ptr, k_ptr, qv_ptr, v_ptr, grad_q_ptr, grad_k_ptr, q_statistics_ptr,
-            k_statistics_ptr, q_grad_lse_ptr, k_grad_lse_ptr, dq_ptr, dqv_ptr, q_partial_ptr,
-            mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr, q_batch, q_head, q_row, k_batch,
-            k_head, k_row, qv_batch, qv_head, qv_row, v_batch, v_head, v_row, grad_q_batch,
-            grad_q_head, grad_q_row, grad_k_batch, grad_k_head, grad_k_row, dq_batch, dq_head,
-            dq_row, dqv_batch, dqv_head, dqv_row, mask_batch, mask_head, mask_row, mask_column,
-            q_padding_batch, k_padding_batch, diagonal, heads, q_len, kv_len, q_splits, scale,
-            factor, threshold, keep_scale, gradient_scale, SIGN, DIM, WIDTH, QV_DIM, QV_WIDTH,
-            V_DIM, V_WIDTH, OWN, LOOP, Q_SPLIT, CAUSAL, MASK, Q_PADDING, K_PADDING, DROPOUT, False,
+            index, q, k, qv, v, grad_q, grad_k, q_statistics_ptr, k_statistics_ptr, q_grad_lse_ptr,
+            k_grad_lse_ptr, dq, dqv, q_partial_ptr, masks, numbers, heads, q_len, kv_len, q_splits,
+            gradient_scale, KINDS, DIM, WIDTH, QV_DIM, QV_WIDTH, V_DIM, V_WIDTH, OWN, LOOP, Q_SPLIT,
             LSE, DOT, PRECISION,
         )  # fmt: skip
     else:
         side_gradients(
-            index - q_programs, k_ptr, q_ptr, v_ptr, qv_ptr, grad_k_ptr, grad_q_ptr,
-            k_statistics_ptr, q_statistics_ptr, k_grad_lse_ptr, q_grad_lse_ptr, dk_ptr, dv_ptr,
-            k_partial_ptr, mask_ptr, k_padding_ptr, q_padding_ptr, seed_ptr, k_batch, k_head, k_row,
-            q_batch, q_head, q_row, v_batch, v_head, v_row, qv_batch, qv_head, qv_row, grad_k_batch,
-            grad_k_head, grad_k_row, grad_q_batch, grad_q_head, grad_q_row, dk_batch, dk_head,
-            dk_row, dv_batch, dv_head, dv_row, mask_batch, mask_head, mask_column, mask_row,
-            k_padding_batch, q_padding_batch, diagonal, heads, kv_len, q_len, k_splits, scale,
-            factor, threshold, keep_scale, gradient_scale, SIGN, DIM, WIDTH, V_DIM, V_WIDTH,
-            QV_DIM, QV_WIDTH, OWN, LOOP, K_SPLIT, -CAUSAL, MASK, K_PADDING, Q_PADDING, DROPOUT,
-            True, LSE, DOT, PRECISION,
+            index - q_programs, k, q, v, qv, grad_k, grad_q, k_statistics_ptr, q_statistics_ptr,
+            k_grad_lse_ptr, q_grad_lse_ptr, dk, dv, k_partial_ptr, masks, numbers, heads, kv_len,
+            q_len, k_splits, gradient_scale, KEY_KINDS, DIM, WIDTH, V_DIM, V_WIDTH, QV_DIM,
+            QV_WIDTH, OWN, LOOP, K_SPLIT, LSE, DOT, PRECISION,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*LENGTHS[:7], "batches", "mask_batches", "mask_heads"])
+@triton.jit(do_not_specialize=[*LENGTHS[:4], "batches", "mask_batches", "mask_heads"])
 def mask_kernel(
-    q_ptr, k_ptr, v_ptr, qv_ptr, grad_q_ptr, grad_k_ptr, q_statistics_ptr, k_statistics_ptr,
-    q_grad_lse_ptr, k_grad_lse_ptr, dmask_ptr, mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, qv_batch, qv_head,
-    qv_row, grad_q_batch, grad_q_head, grad_q_row, grad_k_batch, grad_k_head, grad_k_row,
-    mask_batch, mask_head, mask_row, mask_column, q_padding_batch, k_padding_batch, diagonal,
-    heads, q_len, kv_len, batches, mask_batches, mask_heads, scale, factor, threshold, keep_scale,
-    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr,
+    q, k, v, qv, grad_q, grad_k, q_statistics_ptr, k_statistics_ptr, q_grad_lse_ptr, k_grad_lse_ptr,
+    dmask_ptr, masks, numbers, heads, q_len, kv_len, batches, mask_batches, mask_heads,
+    KINDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr,
     V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr, OWN: tl.constexpr,
-    LOOP: tl.constexpr, SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr,
-    DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    LOOP: tl.constexpr, SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr, LSE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a float mask, as in attention/backward.py."""
     columns_end = 1 if SHARED_COLUMNS else kv_len
@@ -138,46 +111,40 @@ def mask_kernel(
     index = tl.program_id(0)
     column, row = index % column_tiles * LOOP, index // column_tiles % row_tiles * OWN
     owner = index // column_tiles // row_tiles
-    seed = tl.load(seed_ptr) if DROPOUT else 0
     total = tl.zeros([OWN, LOOP], tl.float32)
     lost = tl.zeros([OWN, LOOP], tl.float32)
     for batch in range(owner // mask_heads, batches, mask_batches):
-        q_padding = q_padding_ptr + tl.cast(batch, tl.int64) * q_padding_batch
-        k_padding = k_padding_ptr + tl.cast(batch, tl.int64) * k_padding_batch
         for head in range(owner % mask_heads, heads, mask_heads):
             slice_index = batch * heads + head
-            q_base = slice_base(q_ptr, batch, head, q_batch, q_head)
-            k_base = slice_base(k_ptr, batch, head, k_batch, k_head)
-            v_base = slice_base(v_ptr, batch, head, v_batch, v_head)
-            qv_base = slice_base(qv_ptr, batch, head, qv_batch, qv_head)
-            grad_q_base = slice_base(grad_q_ptr, batch, head, grad_q_batch, grad_q_head)
-            grad_k_base = slice_base(grad_k_ptr, batch, head, grad_k_batch, grad_k_head)
-            mask_base = slice_base(mask_ptr, batch, head, mask_batch, mask_head)
-            mask = (mask_base, mask_row, mask_column, q_len, kv_len, diagonal)
+            policy = policy_of(masks, numbers, batch, head, slice_index, q_len, kv_len, KINDS)
+            q_base, q_row = rows_of(q, batch, head)
+            k_base, k_row = rows_of(k, batch, head)
+            v_base, v_row = rows_of(v, batch, head)
+            qv_base, qv_row = rows_of(qv, batch, head)
+            grad_q_base, grad_q_row = rows_of(grad_q, batch, head)
+            grad_k_base, grad_k_row = rows_of(grad_k, batch, head)
             for q_start in range(row, q_len if SHARED_ROWS else row + 1, OWN):
                 present = tl.arange(0, OWN) < q_len - q_start
-                shown = visible_keys(q_padding, q_start, q_len, OWN, Q_PADDING)
-                q = load_rows(q_base, q_start, present, q_row, DIM, WIDTH, DOT)
-                if SIGN != 1:
-                    q = q * SIGN
-                qv = load_rows(qv_base, q_start, shown, qv_row, QV_DIM, QV_WIDTH, DOT)
-                grad_q = load_rows(grad_q_base, q_start, present, grad_q_row, V_DIM, V_WIDTH, DOT)
+                shown = visible_keys(policy.row_padding, q_start, q_len, OWN, ROW_PADDING & KINDS)
+                queries = load_rows(q_base, q_start, present, q_row, DIM, WIDTH, DOT)
+                queries = signed(queries, KINDS)
+                q_values = load_rows(qv_base, q_start, shown, qv_row, QV_DIM, QV_WIDTH, DOT)
+                q_grads = load_rows(grad_q_base, q_start, present, grad_q_row, V_DIM, V_WIDTH, DOT)
                 at = tl.cast(slice_index, tl.int64) * q_len + q_start + tl.arange(0, OWN)
                 of_q = load_statistics(q_statistics_ptr, q_grad_lse_ptr, at, present, LSE)
                 for k_start in range(column, kv_len if SHARED_COLUMNS else column + 1, LOOP):
                     existing = tl.arange(0, LOOP) < kv_len - k_start
-                    visible = visible_keys(k_padding, k_start, kv_len, LOOP, K_PADDING)
-                    k = load_rows(k_base, k_start, existing, k_row, DIM, WIDTH, DOT)
-                    v = load_rows(v_base, k_start, visible, v_row, V_DIM, V_WIDTH, DOT)
-                    grad_k = load_rows(
+                    visible = visible_keys(policy.padding, k_start, kv_len, LOOP, PADDING & KINDS)
+                    keys = load_rows(k_base, k_start, existing, k_row, DIM, WIDTH, DOT)
+                    k_values = load_rows(v_base, k_start, visible, v_row, V_DIM, V_WIDTH, DOT)
+                    k_grads = load_rows(
                         grad_k_base, k_start, existing, grad_k_row, QV_DIM, QV_WIDTH, DOT
                     )
                     k_at = tl.cast(slice_index, tl.int64) * kv_len + k_start + tl.arange(0, LOOP)
                     of_k = load_statistics(k_statistics_ptr, k_grad_lse_ptr, k_at, existing, LSE)
-                    ds, _ = both_gradients(
-                        q, k, qv, v, grad_q, grad_k, q_start, k_start, shown, visible, of_q, of_k,
-                        mask, seed, slice_index, scale, factor, threshold, keep_scale, CAUSAL, MASK,
-                        DROPOUT, False, PRECISION,
+                    ds, _, _ = both_gradients(
+                        queries, keys, q_values, k_values, q_grads, k_grads, q_start, k_start,
+                        shown, visible, of_q, of_k, policy, KINDS, PRECISION,
                     )  # fmt: skip
                     total, lost = add(total, lost, ds)
     store_mask_gradient(
@@ -196,24 +163,18 @@ def _split(own_len: int, other_len: int) -> tuple[int, int]:
     return cdiv(other_len, length), length
 
 
-def _common(
-    call: Any,
-    grads: list[Tensor],
-    lse_grads: list[Tensor] | None,
-    turned: bool = False,
-) -> dict[str, Any]:
+def _common(call: Any, grads: list[Tensor], lse_grads: list[Tensor] | None) -> dict[str, Any]:
     """Arguments of every gradient kernel, from those of the forward and the gradients."""
     q_lse, k_lse = (call.query, call.query) if lse_grads is None else lse_grads
     return {
-        **common_options(call, turned), "grad_q_ptr": grads[0], "grad_k_ptr": grads[1],
-        **strides(grad_q=grads[0], grad_k=grads[1]), "LSE": lse_grads is not None,
-        "q_grad_lse_ptr": q_lse, "k_grad_lse_ptr": k_lse,
+        **common_options(call), "grad_q": operand(grads[0]), "grad_k": operand(grads[1]),
+        "LSE": lse_grads is not None, "q_grad_lse_ptr": q_lse, "k_grad_lse_ptr": k_lse,
     }  # fmt: skip
 
 
 def _take_statistics(common: dict[str, Any], widest: int) -> dict[str, Tensor]:
     """(shift, 1 / sum, delta) of the rows of both sides."""
-    query, lengths = common["q_ptr"], (common["q_len"], common["kv_len"])
+    query, lengths = common["q"][0], (common["q_len"], common["kv_len"])
     slices = query.shape[0] * query.shape[1]
     # The tile of masked calls for all: that of the others would spill 600 bytes here with a mask.
     own, sizes = cut("attention_backward_rows", query, widest, max(lengths), masked=True)
@@ -223,13 +184,14 @@ def _take_statistics(common: dict[str, Any], widest: int) -> dict[str, Tensor]:
         for side, n in zip("qk", lengths, strict=True)
     }
     given = {**common, **found, **sizes, "q_programs": programs[0]}
+    given["KEY_KINDS"] = exchanged_kinds(common["KINDS"])
     launch(statistics_kernel, sum(programs), **accepted(statistics_kernel, given))
     return found
 
 
 def _sides(common: dict[str, Any], found: dict[str, Tensor], widest: int) -> None:
     """Fill `found`, each side by programs of its own."""
-    query, dim = common["q_ptr"], common["DIM"]
+    query, dim = common["q"][0], common["DIM"]
     slices = query.shape[0] * query.shape[1]
     own, sizes = cut(
         "bidirectional_backward", query, widest, max(common["q_len"], common["kv_len"])
@@ -252,15 +214,15 @@ def _sides(common: dict[str, Any], found: dict[str, Tensor], widest: int) -> Non
         programs.append(slices * splits * cdiv(length, own))
     launch(
         gradients_kernel, sum(programs), **common, **sizes, **options,
-        **{f"{n}_ptr": g for n, g in found.items()}, **strides(**found), q_programs=programs[0],
-        gradient_scale=common["SIGN"] * gradient_scale(common),
+        **{n: operand(g) for n, g in found.items()}, q_programs=programs[0],
+        KEY_KINDS=exchanged_kinds(common["KINDS"]), gradient_scale=gradient_scales(common)[0],
     )  # fmt: skip
     for partial, of_side, of_value, splits in merges:
         merge_splits(partial, of_side, of_value, splits)
 
 
 def _mask_gradient(common: dict[str, Any], dmask: Tensor, widest: int) -> None:
-    query = common["q_ptr"]
+    query = common["q"][0]
     shared = (1,) * (4 - dmask.dim()) + tuple(dmask.shape)
     own, sizes = cut("bidirectional_mask", query, widest, shared[2])
     launch(
@@ -312,9 +274,7 @@ def bidirectional_backward(
     elif shared:
         turned = {"dq": "dk", "dk": "dq", "dv": "dqv", "dqv": "dv"}
         shared_backward(
-            _common(
-                exchanged(call), grads[::-1], lse_grads and lse_grads[::-1], True
-            ),
+            _common(exchanged(call), grads[::-1], lse_grads and lse_grads[::-1]),
             {name: found[other] for name, other in turned.items()}, widest, True,
         )  # fmt: skip
     if not shared or dmask.numel():

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfusion.core.score_policy import sides_of
 from fastfusion.kernels.attention.forward import (
     attend_program,
     merge_kernel,
@@ -31,8 +32,15 @@ from fastfusion.kernels.bidirectional.arguments import (
     shared_sizes,
 )
 from fastfusion.kernels.device.dropout import kept_pair
-from fastfusion.kernels.device.masks import visible_keys
-from fastfusion.kernels.device.rows import load_rows, slice_base, store_rows
+from fastfusion.kernels.device.rows import load_rows, rows_of, store_rows
+from fastfusion.kernels.device.score_policy import (
+    DROPOUT,
+    PADDING,
+    ROW_PADDING,
+    policy_of,
+    signed,
+    visible_keys,
+)
 from fastfusion.kernels.device.scores import scores
 from fastfusion.kernels.device.softmax import (
     inverse,
@@ -44,7 +52,7 @@ from fastfusion.kernels.device.softmax import (
 )
 from fastfusion.kernels.device.sums import add, multiply_add, nothing_lost
 from fastfusion.kernels.host import tiles
-from fastfusion.kernels.host.arguments import rows_outside, strides
+from fastfusion.kernels.host.arguments import exchanged_kinds, operand, rows_outside, shapes_scores
 from fastfusion.kernels.host.plan import empty, launch, planned
 from fastfusion.kernels.host.tiles import cdiv, owned, tile, width
 
@@ -59,24 +67,18 @@ FEW_KEYS = 64
 # that takes 41 (H200).
 LONG = 512
 LENGTHS = [
-    "heads", "q_len", "kv_len", "q_padding_batch", "k_padding_batch", "threshold", "diagonal",
-    "splits", "per_split", "q_splits", "k_splits", "q_programs",
+    "numbers", "heads", "q_len", "kv_len", "splits", "per_split", "q_splits", "k_splits",
+    "q_programs",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=LENGTHS[:9])
+@triton.jit(do_not_specialize=LENGTHS[:6])
 def shared_kernel(
-    q_ptr, k_ptr, v_ptr, qv_ptr, out_q_ptr, out_k_ptr, lse_q_ptr, lse_k_ptr, partial_ptr,
-    mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr, q_batch, q_head, q_row, k_batch, k_head,
-    k_row, v_batch, v_head, v_row, qv_batch, qv_head, qv_row, out_q_batch, out_q_head, out_q_row,
-    out_k_batch, out_k_head, out_k_row, mask_batch, mask_head, mask_row, mask_column,
-    q_padding_batch, k_padding_batch, diagonal, heads, q_len, kv_len, splits, per_split, scale,
-    factor, threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    q, k, v, qv, out_q, out_k, lse_q_ptr, lse_k_ptr, partial_ptr, masks, numbers, heads, q_len,
+    kv_len, splits, per_split, KINDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, EXCHANGED: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr, K_PADDING: tl.constexpr,
-    DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    TURN_WEIGHTS: tl.constexpr,
+    LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TURN_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Programs: (batch * heads, splits of the rows). All keys are one tile of KEYS.
 
@@ -89,24 +91,19 @@ def shared_kernel(
     index = tl.program_id(0)
     slice_index = index // splits
     batch, head = slice_index // heads, slice_index % heads
-    q_base = slice_base(q_ptr, batch, head, q_batch, q_head)
-    qv_base = slice_base(qv_ptr, batch, head, qv_batch, qv_head)
-    out_q_base = slice_base(out_q_ptr, batch, head, out_q_batch, out_q_head)
-    mask_base = slice_base(mask_ptr, batch, head, mask_batch, mask_head)
-    mask = (mask_base, mask_row, mask_column, q_len, kv_len, diagonal)
-    q_padding = q_padding_ptr + tl.cast(batch, tl.int64) * q_padding_batch
-    k_padding = k_padding_ptr + tl.cast(batch, tl.int64) * k_padding_batch
-    keys = tl.arange(0, KEYS)
-    existing = keys < kv_len
-    k_visible = visible_keys(k_padding, 0, kv_len, KEYS, K_PADDING, DROPOUT)
+    policy = policy_of(masks, numbers, batch, head, slice_index, q_len, kv_len, KINDS)
+    q_base, q_row = rows_of(q, batch, head)
+    qv_base, qv_row = rows_of(qv, batch, head)
+    out_q_base, out_q_row = rows_of(out_q, batch, head)
+    ELEMENT: tl.constexpr = q_base.dtype.element_ty
+    at_keys = tl.arange(0, KEYS)
+    existing = at_keys < kv_len
+    k_visible = visible_keys(policy.padding, 0, kv_len, KEYS, PADDING & KINDS, DROPOUT & KINDS)
     # A hidden key has scores still: its own output gathers from the queries.
-    k_base = slice_base(k_ptr, batch, head, k_batch, k_head)
-    k = load_rows(k_base, 0, existing, k_row, DIM, WIDTH, DOT)
-    if SIGN != 1:
-        k = k * SIGN
-    v_base = slice_base(v_ptr, batch, head, v_batch, v_head)
-    v = load_rows(v_base, 0, k_visible, v_row, V_DIM, V_WIDTH, DOT)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    base, row = rows_of(k, batch, head)
+    keys = signed(load_rows(base, 0, existing, row, DIM, WIDTH, DOT), KINDS)
+    base, row = rows_of(v, batch, head)
+    values = load_rows(base, 0, k_visible, row, V_DIM, V_WIDTH, DOT)
     maximum = tl.full([KEYS], -float("inf"), tl.float32)
     total = tl.zeros([KEYS], tl.float32)
     total_lost = total
@@ -116,91 +113,84 @@ def shared_kernel(
     for start in range(first, tl.minimum(first + per_split, q_len), ROWS):
         rows = start + tl.arange(0, ROWS)
         present = tl.arange(0, ROWS) < q_len - start
-        q_visible = visible_keys(q_padding, start, q_len, ROWS, Q_PADDING, DROPOUT)
-        q = load_rows(q_base, start, present, q_row, DIM, WIDTH, DOT)
-        x = scores(q, k, start, 0, existing, mask, scale, False, CAUSAL, MASK, True, PRECISION)
+        q_visible = visible_keys(
+            policy.row_padding, start, q_len, ROWS, ROW_PADDING & KINDS, DROPOUT & KINDS
+        )
+        queries = load_rows(q_base, start, present, q_row, DIM, WIDTH, DOT)
+        x, _ = scores(
+            queries, keys, policy, start, 0, existing, KINDS, False, True, True, PRECISION
+        )
         by_row = tl.where(k_visible[:, None], x, -float("inf"))
-        row_maximum = scaled_maximum(tl.max(by_row, 0), factor, MASK)
-        p = weights(by_row, shift_of(row_maximum)[None, :], factor, MASK)
+        row_maximum = scaled_maximum(tl.max(by_row, 0), policy, KINDS)
+        p = weights(by_row, shift_of(row_maximum)[None, :], policy, KINDS)
         row_total = tl.sum(p, 0)
         if LSE:
             at = lse_q_ptr + tl.cast(slice_index, tl.int64) * q_len + rows
-            tl.store(at, log_sum(row_maximum, row_total, MASK), mask=present)
-        if DROPOUT:
-            keep = kept_pair(
-                seed, slice_index, 0, start, threshold, KEYS, ROWS, EXCHANGED, not EXCHANGED
-            )
-            p = tl.where(keep, p * keep_scale, 0.0)
-        p = p.to(q_ptr.dtype.element_ty).to(DOT)
+            tl.store(at, log_sum(row_maximum, row_total, KINDS), mask=present)
+        if DROPOUT & KINDS:
+            keep = kept_pair(policy, 0, start, KEYS, ROWS, EXCHANGED, not EXCHANGED)
+            p = tl.where(keep, p * policy.keep_scale, 0.0)
+        p = p.to(ELEMENT).to(DOT)
         if TURN_WEIGHTS:
-            out = tl.dot(tl.trans(p), v, input_precision=PRECISION) * inverse(row_total)[:, None]
+            out = (
+                tl.dot(tl.trans(p), values, input_precision=PRECISION) * inverse(row_total)[:, None]
+            )
         else:
-            out = tl.dot(tl.trans(v), p, input_precision=PRECISION) * inverse(row_total)[None, :]
+            out = (
+                tl.dot(tl.trans(values), p, input_precision=PRECISION) * inverse(row_total)[None, :]
+            )
             out = tl.trans(out)
         store_rows(out_q_base, out, start, present, out_q_row, V_DIM)
 
         by_column = tl.where(q_visible[None, :], x, -float("inf"))
-        grown = tl.maximum(maximum, scaled_maximum(tl.max(by_column, 1), factor, MASK))
+        grown = tl.maximum(maximum, scaled_maximum(tl.max(by_column, 1), policy, KINDS))
         shift = shift_of(grown)
-        p = weights(by_column, shift[:, None], factor, MASK)
-        alpha = rescale(maximum, shift, MASK)
+        p = weights(by_column, shift[:, None], policy, KINDS)
+        alpha = rescale(maximum, shift, KINDS)
         total, total_lost = add(total * alpha, total_lost * alpha, tl.sum(p, 1))
         maximum = grown
-        if DROPOUT:
-            keep = kept_pair(
-                seed, slice_index, 0, start, threshold, KEYS, ROWS, not EXCHANGED, not EXCHANGED
-            )
-            p = tl.where(keep, p * keep_scale, 0.0)
-        p = p.to(q_ptr.dtype.element_ty).to(DOT)
-        qv = load_rows(qv_base, start, q_visible, qv_row, QV_DIM, QV_WIDTH, DOT)
+        if DROPOUT & KINDS:
+            keep = kept_pair(policy, 0, start, KEYS, ROWS, not EXCHANGED, not EXCHANGED)
+            p = tl.where(keep, p * policy.keep_scale, 0.0)
+        p = p.to(ELEMENT).to(DOT)
+        row_values = load_rows(qv_base, start, q_visible, qv_row, QV_DIM, QV_WIDTH, DOT)
         if tl.float32 == DOT:
             acc_lost = acc_lost * alpha[:, None]
-        acc, acc_lost = multiply_add(acc * alpha[:, None], acc_lost, p, qv, PRECISION)
+        acc, acc_lost = multiply_add(acc * alpha[:, None], acc_lost, p, row_values, PRECISION)
     if SPLIT:
         base = partial_ptr + tl.cast(index, tl.int64) * kv_len * (QV_DIM + 2)
         store_partial(base, maximum, total, acc, 0, kv_len, QV_DIM)
     else:
-        out_k_base = slice_base(out_k_ptr, batch, head, out_k_batch, out_k_head)
+        base, out_row = rows_of(out_k, batch, head)
         out = acc * inverse(total)[:, None]
-        store_rows(out_k_base, out, 0, existing, out_k_row, QV_DIM)
+        store_rows(base, out, 0, existing, out_row, QV_DIM)
         if LSE:
-            at = lse_k_ptr + tl.cast(slice_index, tl.int64) * kv_len + keys
-            tl.store(at, log_sum(maximum, total, MASK), mask=existing)
+            at = lse_k_ptr + tl.cast(slice_index, tl.int64) * kv_len + at_keys
+            tl.store(at, log_sum(maximum, total, KINDS), mask=existing)
 
 
-@triton.jit(do_not_specialize=LENGTHS[:7] + LENGTHS[9:])
+@triton.jit(do_not_specialize=LENGTHS[:4] + LENGTHS[6:])
 def both_kernel(
-    q_ptr, k_ptr, v_ptr, qv_ptr, out_q_ptr, out_k_ptr, lse_q_ptr, lse_k_ptr, partial_q_ptr,
-    partial_k_ptr, mask_ptr, q_padding_ptr, k_padding_ptr, seed_ptr, q_batch, q_head, q_row,
-    k_batch, k_head, k_row, v_batch, v_head, v_row, qv_batch, qv_head, qv_row, out_q_batch,
-    out_q_head, out_q_row, out_k_batch, out_k_head, out_k_row, mask_batch, mask_head, mask_row,
-    mask_column, q_padding_batch, k_padding_batch, diagonal, heads, q_len, kv_len, q_programs,
-    q_splits, k_splits, scale, factor, threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr,
-    QV_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, Q_SPLIT: tl.constexpr,
-    K_SPLIT: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, Q_PADDING: tl.constexpr,
-    K_PADDING: tl.constexpr, DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, qv, out_q, out_k, lse_q_ptr, lse_k_ptr, partial_q_ptr, partial_k_ptr, masks, numbers,
+    heads, q_len, kv_len, q_programs, q_splits, k_splits, KINDS: tl.constexpr,
+    KEY_KINDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, V_DIM: tl.constexpr,
+    V_WIDTH: tl.constexpr, QV_DIM: tl.constexpr, QV_WIDTH: tl.constexpr, OWN: tl.constexpr,
+    LOOP: tl.constexpr, Q_SPLIT: tl.constexpr, K_SPLIT: tl.constexpr, LSE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Programs: q_programs of the queries' direction, then those of the keys'."""
     index = tl.program_id(0)
     if index < q_programs:
         attend_program(
-            index, q_ptr, k_ptr, v_ptr, out_q_ptr, lse_q_ptr, mask_ptr, k_padding_ptr, seed_ptr,
-            partial_q_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-            out_q_batch, out_q_head, out_q_row, mask_batch, mask_head, mask_row, mask_column,
-            k_padding_batch, diagonal, heads, 1, q_len, kv_len, q_splits, scale, factor, threshold,
-            keep_scale, SIGN, DIM, WIDTH, V_DIM, V_WIDTH, OWN, LOOP, Q_SPLIT, CAUSAL, MASK,
-            K_PADDING, DROPOUT, 0, LSE, DOT, PRECISION,
+            index, q, k, v, out_q, lse_q_ptr, partial_q_ptr, masks, numbers, heads, 1, q_len,
+            kv_len, q_splits, KINDS, DIM, WIDTH, V_DIM, V_WIDTH, OWN, LOOP, Q_SPLIT, LSE,
+            DOT, PRECISION,
         )  # fmt: skip
     else:
         attend_program(
-            index - q_programs, k_ptr, q_ptr, qv_ptr, out_k_ptr, lse_k_ptr, mask_ptr,
-            q_padding_ptr, seed_ptr, partial_k_ptr, k_batch, k_head, k_row, q_batch, q_head, q_row,
-            qv_batch, qv_head, qv_row, out_k_batch, out_k_head, out_k_row, mask_batch, mask_head,
-            mask_column, mask_row, q_padding_batch, diagonal, heads, 1, kv_len, q_len, k_splits,
-            scale, factor, threshold, keep_scale, SIGN, DIM, WIDTH, QV_DIM, QV_WIDTH, OWN, LOOP,
-            K_SPLIT, -CAUSAL, MASK, Q_PADDING, DROPOUT, 1, LSE, DOT, PRECISION,
+            index - q_programs, k, q, qv, out_k, lse_k_ptr, partial_k_ptr, masks, numbers, heads, 1,
+            kv_len, q_len, k_splits, KEY_KINDS, DIM, WIDTH, QV_DIM, QV_WIDTH, OWN, LOOP, K_SPLIT,
+            LSE, DOT, PRECISION,
         )  # fmt: skip
 
 
@@ -211,9 +201,9 @@ def keys_on_chip(kv_len: int, widest: int, itemsize: int, extras: int) -> bool:
 
 
 def extras(call: Any) -> int:
-    """A mask, random bits, and rows that are read one element at a time."""
+    """A mask, random bits, a cap or slopes, and rows that are read one element at a time."""
     unaligned = any(t.shape[3] % 8 for t in (call.query, call.value, call.query_value))
-    return (call.attn_mask is not None) + (call.seed is not None) + unaligned
+    return sum((call.attn_mask is not None, call.seed is not None, shapes_scores(call), unaligned))
 
 
 class Results:
@@ -231,7 +221,7 @@ class Results:
         out_q, out_k = self.outs
         lse_q, lse_k = (query if s is None else s for s in self.statistics)
         self.options = {
-            **strides(out_q=out_q, out_k=out_k), "out_q_ptr": out_q, "out_k_ptr": out_k,
+            "out_q": operand(out_q), "out_k": operand(out_k),
             "lse_q_ptr": lse_q, "lse_k_ptr": lse_k, "LSE": return_lse,
         }  # fmt: skip
 
@@ -241,15 +231,15 @@ class Results:
         elements = batch * heads * splits * length * (dim + 2) if splits > 1 else 0
         return empty(self.query, (elements,), torch.float32) if elements else self.query
 
-    def merge(self, side: int, partial: Tensor, splits: int, mask_kind: int) -> None:
+    def merge(self, side: int, partial: Tensor, splits: int, kinds: int) -> None:
         out, lse = self.outs[side], self.statistics[side]
         batch, heads, length, dim = out.shape
         if splits > 1 and length > 0:
             launch(
                 merge_kernel, batch * heads * length,
-                partial, out, self.query if lse is None else lse, **strides(out=out), heads=heads,
+                partial, operand(out), self.query if lse is None else lse, heads=heads,
                 q_len=length, splits=splits, VALUE_DIM=dim, VALUE_WIDTH=width(dim),
-                MASK=mask_kind, LSE=lse is not None, num_warps=4,
+                KINDS=kinds, LSE=lse is not None, num_warps=4,
             )  # fmt: skip
 
     def all(self) -> tuple[Any, ...]:
@@ -260,13 +250,15 @@ def _shared(call: Any, return_lse: bool, widest: int, turned: bool) -> tuple[Any
     """One score matrix, with keys no longer than queries."""
     query, kv_len = call.query, call.key.shape[2]
     results = Results(call, return_lse)
-    few = kv_len <= FEW_KEYS and not call.is_causal  # a diagonal takes registers of its own
+    # A diagonal takes registers of its own, and so do a cap and slopes.
+    bounded = sides_of(call) != (None, None)
+    few = kv_len <= FEW_KEYS and not (bounded or shapes_scores(call))
     name = "bidirectional_few" if few else "bidirectional"
     chosen = tile(name, query.dtype, widest, query.device)
-    rows, keys = shared_sizes(call.attn_mask, call.seed, kv_len, chosen.loop)
+    common = common_options(call)
+    rows, keys = shared_sizes(common["KINDS"], kv_len, chosen.loop)
     splits, per_split = row_ranges(query.shape[2], rows)
     partial = results.partial(1, splits)
-    common = common_options(call, turned)
     launch(
         shared_kernel, query.shape[0] * query.shape[1] * splits,
         **common, **results.options, partial_ptr=partial, splits=splits, per_split=per_split,
@@ -274,7 +266,7 @@ def _shared(call: Any, return_lse: bool, widest: int, turned: bool) -> tuple[Any
         TURN_WEIGHTS=tiles.capability(query.device)[0] >= 9,
         **chosen.options(),
     )  # fmt: skip
-    results.merge(1, partial, splits, common["MASK"])
+    results.merge(1, partial, splits, common["KINDS"])
     return results.all()
 
 
@@ -295,11 +287,12 @@ def _both(call: Any, return_lse: bool, widest: int) -> tuple[Any, ...]:
     launch(
         both_kernel, batch * heads * sum(programs),
         **common, **results.options, partial_q_ptr=partials[0], partial_k_ptr=partials[1],
+        KEY_KINDS=exchanged_kinds(common["KINDS"]),
         q_programs=batch * heads * programs[0], q_splits=q_splits, k_splits=k_splits, OWN=own,
         LOOP=chosen.loop, Q_SPLIT=lengths[0], K_SPLIT=lengths[1], **chosen.options(),
     )  # fmt: skip
-    results.merge(0, partials[0], q_splits, common["MASK"])
-    results.merge(1, partials[1], k_splits, common["MASK"])
+    results.merge(0, partials[0], q_splits, common["KINDS"])
+    results.merge(1, partials[1], k_splits, common["KINDS"])
     return results.all()
 
 

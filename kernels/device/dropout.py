@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from fastfusion.kernels.device.score_policy import EXCHANGED
+
 
 @triton.jit
 def random_words(
@@ -25,28 +27,32 @@ def random_words(
 
 @triton.jit
 def kept_pair(
-    seed, slice_index, a_start, b_start, threshold, A: tl.constexpr, B: tl.constexpr,
-    STREAM: tl.constexpr, EXCHANGED: tl.constexpr,
+    policy, a_start, b_start, A: tl.constexpr, B: tl.constexpr, STREAM: tl.constexpr,
+    EXCHANGED: tl.constexpr,
 ):  # fmt: skip
     """Which scores of an (A, B) tile dropout keeps; EXCHANGED: the rows are keys, not queries."""
+    seed, slice_index = policy.seed, policy.slice_index
     if EXCHANGED:
         words = tl.trans(random_words(seed, slice_index, b_start, a_start, B, A, STREAM))
     else:
         words = random_words(seed, slice_index, a_start, b_start, A, B, STREAM)
-    return words >= threshold
+    return words >= policy.threshold
 
 
 @triton.jit
 def kept(
-    seed, slice_index, q_start, k_start, threshold, Q: tl.constexpr, K: tl.constexpr,
-    STREAM: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    policy, q_start, k_start, KINDS: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Which scores of a tile of one attention dropout keeps.
 
     Stream 1 is the softmax over queries of a bidirectional call: there the rows of a tile are its
     keys, and bits count (query, key) as in the whole.
     """
-    keep = kept_pair(seed, slice_index, q_start, k_start, threshold, Q, K, STREAM, STREAM == 1)
+    if EXCHANGED & KINDS:
+        keep = kept_pair(policy, q_start, k_start, Q, K, 1, True)
+    else:
+        keep = kept_pair(policy, q_start, k_start, Q, K, 0, False)
     if KEYS_FIRST:
         keep = tl.trans(keep)
     return keep

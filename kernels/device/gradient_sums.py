@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from fastfusion.kernels.device.gradients import gradients, partly_scaled, product_gradient
-from fastfusion.kernels.device.masks import seen_range, visible_keys
+from fastfusion.kernels.device.gradients import gradients, product_gradient, weight_gradient
 from fastfusion.kernels.device.rows import load_rows, load_tile
+from fastfusion.kernels.device.score_policy import PADDING, seen_range, signed, visible_keys
 from fastfusion.kernels.device.scores import scores
 from fastfusion.kernels.device.softmax import exponentials, inverse, shift_of
 from fastfusion.kernels.device.statistics import load_statistics, row_statistics
@@ -14,59 +14,52 @@ from fastfusion.kernels.device.sums import add, multiply_add, nothing_lost
 
 @triton.jit
 def row_gradients(
-    q_base, q_row, q_start, k_base, k_row, v_base, v_row, grad_base, grad_row, grad_lse,
-    mask, padding, seed, slice_index, first, last, q_len, kv_len, scale, factor, threshold,
-    keep_scale,
-    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr,
-    MASK: tl.constexpr, PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr,
+    q_base, q_row, q_start, k_base, k_row, v_base, v_row, grad_base, grad_row, grad_lse, policy,
+    first, last, q_len, kv_len, KINDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr,
     SINGLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr = False,
 ):  # fmt: skip
     """(dq before its gradient_scale, shift, 1 / sum, delta) of OWN queries; SINGLE: their keys fit
     one tile."""
     present = q_start + tl.arange(0, OWN) < q_len
     q = load_tile(q_base, q_row, q_start, present, DIM, WIDTH, True, DOT, TMA)
-    if SIGN != 1:
-        q = q * SIGN
+    q = signed(q, KINDS)
     grad = load_tile(grad_base, grad_row, q_start, present, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
     ELEMENT: tl.constexpr = k_base.dtype if TMA else k_base.dtype.element_ty
-    first, last = seen_range(first, last, q_start, mask[5], OWN, LOOP, CAUSAL)
+    first, last = seen_range(policy, first, last, q_start, KINDS, OWN, LOOP)
     dq = tl.zeros([OWN, WIDTH], tl.float32)
     dq_lost = nothing_lost(dq, DOT)
     if SINGLE:
-        visible = visible_keys(padding, 0, kv_len, LOOP, PADDING)
+        visible = visible_keys(policy.padding, 0, kv_len, LOOP, PADDING & KINDS)
         k = load_tile(k_base, k_row, 0, visible, DIM, WIDTH, True, DOT, TMA)
         v = load_tile(v_base, v_row, 0, visible, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
-        x = scores(q, k, q_start, 0, visible, mask, scale, True, CAUSAL, MASK, False, PRECISION)
-        dp, _ = product_gradient(
-            grad, v, seed, slice_index, q_start, 0, threshold, keep_scale, DROPOUT, STREAM, False,
-            PRECISION,
-        )  # fmt: skip
+        x, derivative = scores(
+            q, k, policy, q_start, 0, visible, KINDS, True, True, False, PRECISION
+        )
+        dp, _ = weight_gradient(grad, v, policy, q_start, 0, KINDS, False, PRECISION)
         shift = shift_of(tl.max(x, 1))
-        p = exponentials(x, shift[:, None], factor, MASK)
+        p = exponentials(x, shift[:, None], policy, KINDS)
         share = inverse(tl.sum(p, 1))
         p = p * share[:, None]
         delta = tl.sum(p * dp, 1)
         ds = p * ((dp - delta[:, None]) + grad_lse[:, None])
-        ds = partly_scaled(ds, factor, MASK)
+        ds = product_gradient(ds, derivative, policy, KINDS)
         ds = ds.to(ELEMENT).to(DOT)
         dq, dq_lost = multiply_add(dq, dq_lost, ds, k, PRECISION)
     else:
         shift, share, delta = row_statistics(
-            q, grad, q_start, k_base, k_row, v_base, v_row, mask, padding, seed, slice_index,
-            first, last, kv_len, scale, factor, threshold, keep_scale, DIM, WIDTH, VALUE_DIM,
-            VALUE_WIDTH, LOOP, CAUSAL, MASK, PADDING, DROPOUT, STREAM, DOT, PRECISION, TMA,
+            q, grad, q_start, k_base, k_row, v_base, v_row, policy, first, last, kv_len, KINDS, DIM,
+            WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, DOT, PRECISION, TMA,
         )  # fmt: skip
         for start in range(first, last, LOOP):
-            visible = visible_keys(padding, start, kv_len, LOOP, PADDING)
+            visible = visible_keys(policy.padding, start, kv_len, LOOP, PADDING & KINDS)
             k = load_tile(k_base, k_row, start, visible, DIM, WIDTH, True, DOT, TMA)
             v = load_tile(v_base, v_row, start, visible, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
-            _, ds = gradients(
+            _, ds, derivative = gradients(
                 q, k, v, grad, q_start, start, visible, shift[:, None], share[:, None],
-                delta[:, None], grad_lse[:, None], mask, seed, slice_index, scale, factor,
-                threshold, keep_scale, CAUSAL, MASK, DROPOUT, STREAM, False, PRECISION,
+                delta[:, None], grad_lse[:, None], policy, KINDS, False, PRECISION,
             )  # fmt: skip
-            ds = partly_scaled(ds, factor, MASK)
+            ds = product_gradient(ds, derivative, policy, KINDS)
             ds = ds.to(ELEMENT).to(DOT)
             dq, dq_lost = multiply_add(dq, dq_lost, ds, k, PRECISION)
     return dq, shift, share, delta
@@ -74,13 +67,10 @@ def row_gradients(
 
 @triton.jit
 def key_gradients(
-    state, k, v, visible, k_start, first, last, q_base, q_row, grad_base, grad_row,
-    statistics_ptr, grad_lse_ptr, at, mask, seed, slice_index, q_len, scale, factor, threshold,
-    keep_scale,
-    SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, STREAM: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr = False,
+    state, k, v, visible, k_start, first, last, q_base, q_row, grad_base, grad_row, statistics_ptr,
+    grad_lse_ptr, at, policy, q_len, KINDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, LOOP: tl.constexpr, LSE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr = False,
 ):  # fmt: skip
     """(dk before its gradient_scale, dv) of a tile of keys, continued over queries [first, last)
     of a head.
@@ -94,21 +84,19 @@ def key_gradients(
         rows = start + tl.arange(0, LOOP)
         present = tl.arange(0, LOOP) < q_len - start
         q = load_tile(q_base, q_row, start, present, DIM, WIDTH, True, DOT, TMA)
-        if SIGN != 1:
-            q = q * SIGN
+        q = signed(q, KINDS)
         grad = load_tile(
             grad_base, grad_row, start, present, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA
         )
         shift, share, delta, grad_lse = load_statistics(
             statistics_ptr, grad_lse_ptr, at + rows, present, LSE
         )
-        p, ds = gradients(
+        p, ds, derivative = gradients(
             q, k, v, grad, start, k_start, visible, shift[None, :], share[None, :],
-            delta[None, :], grad_lse[None, :], mask, seed, slice_index, scale, factor, threshold,
-            keep_scale, CAUSAL, MASK, DROPOUT, STREAM, True, PRECISION,
+            delta[None, :], grad_lse[None, :], policy, KINDS, True, PRECISION,
         )  # fmt: skip
         p = p.to(ELEMENT).to(DOT)
-        ds = partly_scaled(ds, factor, MASK)
+        ds = product_gradient(ds, derivative, policy, KINDS)
         ds = ds.to(ELEMENT).to(DOT)
         dv, dv_lost = multiply_add(dv, dv_lost, p, grad, PRECISION)
         dk, dk_lost = multiply_add(dk, dk_lost, ds, q, PRECISION)
@@ -118,12 +106,10 @@ def key_gradients(
 @triton.jit
 def mask_gradients(
     total, lost, row, column, q_base, q_row, k_base, k_row, v_base, v_row, grad_base, grad_row,
-    statistics_ptr, grad_lse_ptr, at, mask, padding, seed, slice_index, q_len, kv_len, scale,
-    factor, threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, SHARED_ROWS: tl.constexpr,
-    SHARED_COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    PADDING: tl.constexpr, DROPOUT: tl.constexpr, STREAM: tl.constexpr, LSE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    statistics_ptr, grad_lse_ptr, at, policy, q_len, kv_len, KINDS: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
+    SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(sums of dS in a tile of the mask, what their rounding lost), continued over a head.
 
@@ -135,21 +121,19 @@ def mask_gradients(
     for q_start in range(row, q_len if SHARED_ROWS else tl.minimum(row + 1, q_len), OWN):
         present = tl.arange(0, OWN) < q_len - q_start
         q = load_rows(q_base, q_start, present, q_row, DIM, WIDTH, DOT)
-        if SIGN != 1:
-            q = q * SIGN
+        q = signed(q, KINDS)
         grad = load_rows(grad_base, q_start, present, grad_row, VALUE_DIM, VALUE_WIDTH, DOT)
         shift, share, delta, grad_lse = load_statistics(
             statistics_ptr, grad_lse_ptr, at + q_start + tl.arange(0, OWN), present, LSE
         )
         last = kv_len if SHARED_COLUMNS else tl.minimum(column + 1, kv_len)
         for k_start in range(column, last, LOOP):
-            visible = visible_keys(padding, k_start, kv_len, LOOP, PADDING)
+            visible = visible_keys(policy.padding, k_start, kv_len, LOOP, PADDING & KINDS)
             k = load_rows(k_base, k_start, visible, k_row, DIM, WIDTH, DOT)
             v = load_rows(v_base, k_start, visible, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
-            _, ds = gradients(
+            _, ds, _ = gradients(
                 q, k, v, grad, q_start, k_start, visible, shift[:, None], share[:, None],
-                delta[:, None], grad_lse[:, None], mask, seed, slice_index, scale, factor,
-                threshold, keep_scale, CAUSAL, MASK, DROPOUT, STREAM, False, PRECISION,
+                delta[:, None], grad_lse[:, None], policy, KINDS, False, PRECISION,
             )  # fmt: skip
             total, lost = add(total, lost, ds)
     return total, lost

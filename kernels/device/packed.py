@@ -1,12 +1,13 @@
-"""Device functions of packed sequences: which rows a program has, and the mask of its sequence."""
+"""Device functions of packed sequences: which rows a program has."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def bounds(offsets_ptr, stride, sequence, inside, total):
+def bounds(offsets, sequence, inside, total):
     """(first row, number of rows) of a sequence; behind the last one, of what it leaves."""
+    offsets_ptr, stride = offsets
     begin = tl.load(offsets_ptr + sequence * stride).to(tl.int64)
     end = tl.load(offsets_ptr + (sequence + 1) * stride, mask=inside, other=0).to(tl.int64)
     begin = tl.minimum(tl.maximum(begin, 0), total)
@@ -15,16 +16,14 @@ def bounds(offsets_ptr, stride, sequence, inside, total):
 
 
 @triton.jit
-def find_tile(
-    offsets_ptr, stride, total, other_ptr, other_stride, other_total, sequences, index,
-    OWN: tl.constexpr,
-):  # fmt: skip
+def find_tile(offsets, total, others, other_total, sequences, index, OWN: tl.constexpr):
     """Where tile `index` is, counting OWN rows a tile of each sequence, and of the rows behind all.
 
     Returns the sequence, the first row of the tile in it, where it begins and its length, and the
     same two of the other side. Rows behind the last sequence are one more, whose other side is
     empty. Offsets beyond the tokens end with them.
     """
+    offsets_ptr, stride = offsets
     passed = 0
     tiles_before = 0
     seen = 0
@@ -40,22 +39,7 @@ def find_tile(
         tiles_before = tl.maximum(tiles_before, tl.max(tl.where(before, upto, 0), 0))
         seen += tl.sum(tiles, 0)
     inside = passed < sequences
-    first, length = bounds(offsets_ptr, stride, passed, inside, total)
-    other_first, other_length = bounds(other_ptr, other_stride, passed, inside, other_total)
+    first, length = bounds(offsets, passed, inside, total)
+    other_first, other_length = bounds(others, passed, inside, other_total)
     other_length = tl.where(inside, other_length, 0)
     return passed, (index - tiles_before) * OWN, first, length, other_first, other_length
-
-
-@triton.jit
-def sequence_mask(
-    mask_ptr, sequence, head, mask_batch, mask_head, mask_row, mask_column, mask_rows, mask_columns,
-    bottom_right, q_len, kv_len,
-):  # fmt: skip
-    """The `mask` (see masks.py) of a head of a sequence.
-
-    `mask_rows` and `mask_columns`, the longest lengths, bound what is read of it even where a
-    sequence is longer.
-    """
-    base = mask_ptr + tl.cast(sequence, tl.int64) * mask_batch + tl.cast(head, tl.int64) * mask_head
-    diagonal = bottom_right * (kv_len - q_len)
-    return base, mask_row, mask_column, mask_rows, mask_columns, diagonal

@@ -51,12 +51,22 @@ def load_tile(
 
 
 @triton.jit
-def rows_of(ptr, batch, head, batch_stride, head_stride, row_stride, TMA: tl.constexpr):
-    """Where the rows of a head are, as `load_tile` takes it."""
+def rows_of(operand, batch, head, TMA: tl.constexpr = False):
+    """Where the rows of a head are, as `load_tile` takes it; an operand is (pointer, strides of
+    batch, head and row), or a descriptor."""
     if TMA:
-        return ptr, (batch, head)
+        return operand, (batch, head)
     else:
+        ptr, batch_stride, head_stride, row_stride = operand
         return slice_base(ptr, batch, head, batch_stride, head_stride), row_stride
+
+
+@triton.jit
+def tokens_of(operand, first, head):
+    """The same of packed sequences: where the rows of a head of the tokens from `first` on are; an
+    operand is (pointer, strides of token and head)."""
+    ptr, row_stride, head_stride = operand
+    return ptr + first * row_stride + head * head_stride, row_stride
 
 
 @triton.jit
@@ -69,18 +79,18 @@ def store_rows(base, tile, start, present, stride, DIM: tl.constexpr):
 
 
 @triton.jit
-def store_key_gradients(
-    dk, dv, gradient_scale, start, present, partial, dk_ptr, dv_ptr, batch, head, dk_batch, dk_head,
-    dk_row, dv_batch, dv_head, dv_row, SPLIT: tl.constexpr, DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
+def store_pair(
+    of_side, of_value, gradient_scale, start, present, partial, side, value, batch, head,
+    SPLIT: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Keys' gradients: those of one split side by side from `partial` on, or into their places."""
+    """Gradients of keys, say, and of their values: those of one split side by side from `partial`
+    on, or into their places."""
     if SPLIT:
         row: tl.constexpr = DIM + VALUE_DIM
-        store_rows(partial, dk * gradient_scale, start, present, row, DIM)
-        store_rows(partial + DIM, dv, start, present, row, VALUE_DIM)
+        store_rows(partial, of_side * gradient_scale, start, present, row, DIM)
+        store_rows(partial + DIM, of_value, start, present, row, VALUE_DIM)
     else:
-        base = slice_base(dk_ptr, batch, head, dk_batch, dk_head)
-        store_rows(base, dk * gradient_scale, start, present, dk_row, DIM)
-        base = slice_base(dv_ptr, batch, head, dv_batch, dv_head)
-        store_rows(base, dv, start, present, dv_row, VALUE_DIM)
+        base, row_stride = rows_of(side, batch, head)
+        store_rows(base, of_side * gradient_scale, start, present, row_stride, DIM)
+        base, row_stride = rows_of(value, batch, head)
+        store_rows(base, of_value, start, present, row_stride, VALUE_DIM)

@@ -7,7 +7,19 @@ product takes the tile as it lies in registers).
 import triton
 import triton.language as tl
 
-from fastfusion.kernels.device.masks import EXTREME, EXTREME_FLOAT, FLOAT_MASK
+from fastfusion.kernels.device.score_policy import (
+    BIASED,
+    BOOL_MASK,
+    CAPPED,
+    FLOAT_MASK,
+    LOWER,
+    NATURAL,
+    UPPER,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# tanh is 1 in float32 from here on.
+SATURATED = tl.constexpr(9.02)
 
 
 @triton.jit
@@ -28,16 +40,54 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def scores(
-    q, k, q_start, k_start, visible, mask, scale, EDGE: tl.constexpr, CAUSAL: tl.constexpr,
-    MASK: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of scores, -inf where hidden: raw products, or in natural units.
+def times(x, factor):
+    """x * factor, rounded: as a plain product it would become one fma with what follows, and the
+    largest score less the maximum not 0."""
+    return tl.fma(x, tl.zeros_like(x) + factor, tl.zeros_like(x))
 
-    EDGE says that the tile may hold keys that are absent or hidden, CAUSAL that it may hold some
-    behind the diagonal.
+
+@triton.jit
+def polynomial(x, a, b, c, d):
+    """a x^4 + b x^3 + c x^2 + d x + 1."""
+    zero = tl.zeros_like(x)
+    value = tl.fma(zero + a, x, zero + b)
+    value = tl.fma(value, x, zero + c)
+    value = tl.fma(value, x, zero + d)
+    return tl.fma(value, x, zero + 1.0)
+
+
+@triton.jit
+def capped(x, policy):
+    """cap * tanh(x / cap), of a cap; tanh(y) / y is a rational function of y^2 that errs by 2e-8
+    and is 1 at 0, so that small scores stay what they are."""
+    bound = SATURATED * policy.cap  # unlike a minimum, `where` keeps NaN
+    x = tl.where(x > bound, bound, tl.where(x < -bound, -bound, x))
+    y = x * policy.inverse_cap
+    square = y * y
+    top = polynomial(square, 1.338442235e-8, 2.063592829e-5, 3.497464604e-3, 1.338269328e-1)
+    bottom = polynomial(square, 7.790306204e-7, 3.288528326e-4, 2.588438783e-2, 4.671601454e-1)
+    return times(x, top / bottom)
+
+
+@triton.jit
+def cap_derivative(x, policy):
+    """1 - tanh^2 of x / cap, but for the differences, in which nothing is left of a score that is
+    far beyond the cap."""
+    power = tl.exp2(tl.abs(x * policy.inverse_cap) * (-2.0 * LOG2E))
+    return 4.0 * power / ((1.0 + power) * (1.0 + power))
+
+
+@triton.jit
+def scores(
+    q, k, policy, q_start, k_start, visible, KINDS: tl.constexpr, EDGE: tl.constexpr,
+    BOUNDED: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(one tile of scores, -inf where hidden: raw products, or in natural units; the derivative of
+    the soft cap, of a capped call).
+
+    EDGE says that the tile may hold keys that are absent or hidden, BOUNDED that it may hold some
+    outside of the bounds.
     """
-    mask_ptr, mask_row, mask_column, mask_rows, mask_columns, diagonal = mask
     rows, keys = tl.arange(0, q.shape[0]), tl.arange(0, k.shape[0])
     if KEYS_FIRST:
         x = product(k, q, PRECISION)
@@ -45,25 +95,38 @@ def scores(
     else:
         x = product(q, k, PRECISION)
         rows, keys, shown = rows[:, None], keys[None, :], visible[None, :]
-    if MASK >= EXTREME:  # no plain product: with the maximum taken off it would become one fma
-        x = tl.fma(x, tl.zeros_like(x) + scale, tl.zeros_like(x))
-    if MASK != 0 and MASK != EXTREME:
-        base = mask_ptr + tl.cast(q_start, tl.int64) * mask_row
-        base += tl.cast(k_start, tl.int64) * mask_column
-        inside = (rows < mask_rows - q_start) & (keys < mask_columns - k_start)
-        value = tl.load(base + (rows * mask_row + keys * mask_column), mask=inside, other=0)
-        if MASK >= FLOAT_MASK and MASK <= EXTREME_FLOAT:
-            x = tl.fma(x, tl.zeros_like(x) + scale, value.to(tl.float32))
-        else:
+    derivative = x
+    if NATURAL & KINDS and (not FLOAT_MASK & KINDS or (CAPPED | BIASED) & KINDS):
+        x = times(x, policy.scale)
+    if CAPPED & KINDS:
+        derivative = cap_derivative(x, policy)
+        x = capped(x, policy)
+    if BIASED & KINDS:
+        distance = tl.abs(rows - keys + (q_start + policy.diagonal - k_start)).to(tl.float32)
+        x = tl.fma(distance, tl.zeros_like(x) - policy.slope, x)
+    if (BOOL_MASK | FLOAT_MASK) & KINDS:
+        base = policy.mask + tl.cast(q_start, tl.int64) * policy.mask_row
+        base += tl.cast(k_start, tl.int64) * policy.mask_column
+        inside = (rows < policy.mask_rows - q_start) & (keys < policy.mask_columns - k_start)
+        at = base + (rows * policy.mask_row + keys * policy.mask_column)
+        value = tl.load(at, mask=inside, other=0)
+        if BOOL_MASK & KINDS:
             x = tl.where(value != 0, x, -float("inf"))
-    if CAUSAL != 0:
-        if CAUSAL == 1:
-            before = rows - keys >= k_start - q_start - diagonal
+        elif (CAPPED | BIASED) & KINDS:
+            x = x + value.to(tl.float32)
         else:
-            before = keys - rows >= q_start - k_start - diagonal
+            x = tl.fma(x, tl.zeros_like(x) + policy.scale, value.to(tl.float32))
+    if BOUNDED and (UPPER | LOWER) & KINDS:
+        offset = k_start - q_start
+        if UPPER & KINDS:
+            inside = rows - keys >= offset - policy.upper
+            if LOWER & KINDS:
+                inside = inside & (rows - keys <= offset - policy.lower)
+        else:
+            inside = rows - keys <= offset - policy.lower
         if EDGE:
-            before = shown & before
-        x = tl.where(before, x, -float("inf"))
+            inside = shown & inside
+        x = tl.where(inside, x, -float("inf"))
     elif EDGE:
         x = tl.where(shown, x, -float("inf"))
-    return x
+    return x, derivative

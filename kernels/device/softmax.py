@@ -4,25 +4,26 @@ Exponents are of base 2. As a rule scores stay raw products, and one fma per sco
 x * factor - shift, does scale, log2(e) and maximum. With a float mask they are in natural units and
 the maximum is subtracted first, because a mask of finfo.min times log2(e) would be -inf. So they
 are for an extreme scale, which may overflow by log2(e) alone, or make NaN of -inf; and from about
-2^26 on by what the largest score loses where it is rounded to the shift.
+2^26 on by what the largest score loses where it is rounded to the shift. A soft cap and ALiBi need
+them anyway.
 """
 
 import triton
 import triton.language as tl
 
-from fastfusion.kernels.device.masks import FLOAT_MASK
+from fastfusion.kernels.device.score_policy import NATURAL
+from fastfusion.kernels.device.scores import LOG2E
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def scaled_maximum(maximum, factor, MASK: tl.constexpr):
+def scaled_maximum(maximum, policy, KINDS: tl.constexpr):
     """A maximum of scores in the unit of exponents, in which the running maximum is kept."""
-    if MASK >= FLOAT_MASK:
+    if NATURAL & KINDS:
         return maximum
     else:
-        return maximum * factor
+        return maximum * policy.factor
 
 
 @triton.jit
@@ -32,38 +33,38 @@ def shift_of(maximum):
 
 
 @triton.jit
-def weights(x, shift, factor, MASK: tl.constexpr):
+def weights(x, shift, policy, KINDS: tl.constexpr):
     """exp(scores - maximum), the shift broadcast to the tile by the caller."""
-    if MASK >= FLOAT_MASK:
+    if NATURAL & KINDS:
         return tl.exp2((x - shift) * LOG2E)
     else:
-        return tl.exp2(tl.fma(x, tl.zeros_like(x) + factor, tl.zeros_like(x) - shift))
+        return tl.exp2(tl.fma(x, tl.zeros_like(x) + policy.factor, tl.zeros_like(x) - shift))
 
 
 @triton.jit
-def rescale(before, shift, MASK: tl.constexpr):
+def rescale(before, shift, KINDS: tl.constexpr):
     """By what sums are multiplied when the maximum moves from `before` to `shift`."""
-    if MASK >= FLOAT_MASK:
+    if NATURAL & KINDS:
         return tl.exp2((before - shift) * LOG2E)
     else:
         return tl.exp2(before - shift)
 
 
 @triton.jit
-def exponentials(x, maximum, factor, MASK: tl.constexpr):
+def exponentials(x, maximum, policy, KINDS: tl.constexpr):
     """exp(scores - maximum) with the plain maximum, for gradients: the greatest is exactly 1, so
     that a softmax over one key has exactly no gradient. One operation more than `weights`."""
-    if MASK >= FLOAT_MASK:
+    if NATURAL & KINDS:
         return tl.exp2((x - maximum) * LOG2E)
     else:
-        return tl.exp2((x - maximum) * factor)
+        return tl.exp2((x - maximum) * policy.factor)
 
 
 @triton.jit
-def log_sum(maximum, total, MASK: tl.constexpr):
+def log_sum(maximum, total, KINDS: tl.constexpr):
     """The natural log-sum-exp; -inf where no score is visible."""
     lse = tl.log(tl.where(total == 0.0, 1.0, total))
-    if MASK >= FLOAT_MASK:
+    if NATURAL & KINDS:
         return maximum + lse
     else:
         return maximum * LN2 + lse

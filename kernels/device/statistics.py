@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from fastfusion.kernels.device.gradients import product_gradient
-from fastfusion.kernels.device.masks import visible_keys
+from fastfusion.kernels.device.gradients import weight_gradient
 from fastfusion.kernels.device.rows import load_tile
+from fastfusion.kernels.device.score_policy import PADDING, visible_keys
 from fastfusion.kernels.device.scores import scores
 from fastfusion.kernels.device.softmax import exponentials, inverse, shift_of
 from fastfusion.kernels.device.sums import add
@@ -38,11 +38,9 @@ def store_statistics(statistics_ptr, at, present, shift, share, delta):
 
 @triton.jit
 def row_sums(
-    q, grad, q_start, k_base, k_row, v_base, v_row, mask, padding, seed, slice_index, first, last,
-    kv_len, scale, factor, threshold, keep_scale,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
-    DROPOUT: tl.constexpr, STREAM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q, grad, q_start, k_base, k_row, v_base, v_row, policy, first, last, kv_len,
+    KINDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, LOOP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr = False,
 ):  # fmt: skip
     """(maximum, sum of e, sum of e * dP) of a tile of queries over the keys [first, last), where
@@ -51,18 +49,15 @@ def row_sums(
     total = tl.zeros([q.shape[0]], tl.float32)
     total_lost, weighted, weighted_lost = total, total, total
     for start in range(first, last, LOOP):
-        visible = visible_keys(padding, start, kv_len, LOOP, PADDING)
+        visible = visible_keys(policy.padding, start, kv_len, LOOP, PADDING & KINDS)
         k = load_tile(k_base, k_row, start, visible, DIM, WIDTH, True, DOT, TMA)
         v = load_tile(v_base, v_row, start, visible, VALUE_DIM, VALUE_WIDTH, True, DOT, TMA)
-        x = scores(q, k, q_start, start, visible, mask, scale, True, CAUSAL, MASK, False, PRECISION)
-        dp, _ = product_gradient(
-            grad, v, seed, slice_index, q_start, start, threshold, keep_scale, DROPOUT, STREAM,
-            False, PRECISION,
-        )  # fmt: skip
+        x, _ = scores(q, k, policy, q_start, start, visible, KINDS, True, True, False, PRECISION)
+        dp, _ = weight_gradient(grad, v, policy, q_start, start, KINDS, False, PRECISION)
         grown = tl.maximum(maximum, tl.max(x, 1))
         shift = shift_of(grown)
-        p = exponentials(x, shift[:, None], factor, MASK)
-        alpha = exponentials(maximum, shift, factor, MASK)
+        p = exponentials(x, shift[:, None], policy, KINDS)
+        alpha = exponentials(maximum, shift, policy, KINDS)
         total, total_lost = add(total * alpha, total_lost * alpha, tl.sum(p, 1))
         weighted, weighted_lost = add(weighted * alpha, weighted_lost * alpha, tl.sum(p * dp, 1))
         maximum = grown
@@ -71,18 +66,15 @@ def row_sums(
 
 @triton.jit
 def row_statistics(
-    q, grad, q_start, k_base, k_row, v_base, v_row, mask, padding, seed, slice_index, first, last,
-    kv_len, scale, factor, threshold, keep_scale,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, PADDING: tl.constexpr,
-    DROPOUT: tl.constexpr, STREAM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q, grad, q_start, k_base, k_row, v_base, v_row, policy, first, last, kv_len,
+    KINDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, LOOP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr = False,
 ):  # fmt: skip
     """(shift, 1 / sum, delta) of a tile of queries, in one pass over the keys [first, last)."""
     maximum, total, weighted = row_sums(
-        q, grad, q_start, k_base, k_row, v_base, v_row, mask, padding, seed, slice_index, first,
-        last, kv_len, scale, factor, threshold, keep_scale, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH,
-        LOOP, CAUSAL, MASK, PADDING, DROPOUT, STREAM, DOT, PRECISION, TMA,
+        q, grad, q_start, k_base, k_row, v_base, v_row, policy, first, last, kv_len, KINDS, DIM,
+        WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, DOT, PRECISION, TMA,
     )  # fmt: skip
     share = inverse(total)
     return shift_of(maximum), share, weighted * share

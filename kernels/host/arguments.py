@@ -1,28 +1,39 @@
-"""What the launchers share: number formats, strides, arguments common to all kernels."""
+"""What the launchers share: number formats, operands, the score policy of a call."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.kernels.device.masks import (
-    BOOL_MASK,
-    EXTREME,
-    EXTREME_BOOL,
-    EXTREME_FLOAT,
-    FLOAT_MASK,
-)
+from fastfusion.core.score_policy import sides_of
+from fastfusion.kernels.device import score_policy as flags
 from fastfusion.kernels.host.plan import INTERPRETED, empty
 
-# Values of MASK by the mask's being there and of bools, and by whether the scale is extreme.
-_MASKS = {
-    (False, False): (0, EXTREME.value),
-    (True, False): (FLOAT_MASK.value, EXTREME_FLOAT.value),
-    (True, True): (BOOL_MASK.value, EXTREME_BOOL.value),
-}
+# A side of a window that shows all keys, and leaves room for lengths beside it in 32 bits.
+_FARTHEST = 2**30
 _ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Numbers(NamedTuple):
+    """Numbers of which kernels are compiled for none in particular: `policy_of` reads them."""
+
+    left: int
+    right: int
+    bottom_right: int
+    mask_rows: int
+    mask_columns: int
+    row_padding_batch: int
+    padding_batch: int
+    slopes_batch: int
+    slopes_head: int
+    threshold: int
+    keep_scale: float
+    scale: float
+    factor: float
+    cap: float
+    inverse_cap: float
 
 
 def numbers(dtype: torch.dtype) -> dict[str, Any]:
@@ -48,59 +59,100 @@ def readable(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else rows_readable(mask)
 
 
-def score_options(
-    call: Any, sizes: tuple[int, int, int, int], key_padding_mask: Tensor | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run-time and compile-time arguments that say how the scores of a call are made; the same in
-    all kernels.
+def operand(tensor: Tensor) -> tuple[Any, ...]:
+    """A tensor as kernels take it: with its strides but for the last, which is 1."""
+    return tensor, *tensor.stride()[:-1]
 
-    `sizes` are those that the mask broadcasts to: batch, heads, queries, keys.
+
+def score_options(
+    call: Any,
+    sizes: tuple[int, int, int, int],
+    row_padding: Tensor | None = None,
+    padding: Tensor | None = None,
+) -> dict[str, Any]:
+    """The arguments that say how the scores of a call are made, and how they are multiplied; the
+    same in all kernels.
+
+    Args:
+        call: of an op.
+        sizes: those that the mask broadcasts to: batch, heads, queries, keys.
+        row_padding, padding: of queries and of keys.
     """
     query, attn_mask, seed, dropout_p = call.query, call.attn_mask, call.seed, call.dropout_p
+    slopes, softcap = call.alibi_slopes, call.softcap
     scale = query.shape[-1] ** -0.5 if call.scale is None else float(call.scale)
-    masked = attn_mask is not None
-    bools = attn_mask is not None and attn_mask.dtype == torch.bool
-    mask_strides = attn_mask.expand(sizes).stride() if attn_mask is not None else (0, 0, 0, 0)
     extreme = not 2.0**-16 <= abs(scale) <= 2.0**16
     factor = abs(scale) * math.log2(math.e)
     if extreme:  # for gradients, see `gradient_scale`
         factor = 2.0 ** round(math.log2(abs(scale)) / 2) if scale else 1.0
-    run_time = {
-        "mask_ptr": query if attn_mask is None else attn_mask,
-        **dict(
-            zip(("mask_batch", "mask_head", "mask_row", "mask_column"), mask_strides, strict=True)
-        ),
-        "padding_ptr": query if key_padding_mask is None else key_padding_mask,
-        "padding_batch": 0 if key_padding_mask is None else key_padding_mask.stride(0),
-        "seed_ptr": query if seed is None else seed,
-        "diagonal": sizes[3] - sizes[2] if call.is_causal and call.bottom_right else 0,
-        "threshold": min(round(dropout_p * 2**32), 2**32 - 1),
-        "keep_scale": 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
-        "scale": abs(scale),
-        "factor": factor,
+    left, right = sides_of(call)
+    has = {
+        flags.NEGATIVE: scale < 0,
+        flags.UPPER: right is not None,
+        flags.LOWER: left is not None,
+        flags.CAPPED: softcap is not None,
+        flags.BIASED: slopes is not None,
+        flags.BOOL_MASK: attn_mask is not None and attn_mask.dtype == torch.bool,
+        flags.FLOAT_MASK: attn_mask is not None and attn_mask.dtype != torch.bool,
+        flags.EXTREME: extreme,
+        flags.ROW_PADDING: row_padding is not None,
+        flags.PADDING: padding is not None,
+        flags.DROPOUT: seed is not None,
     }
-    compile_time = {
-        "SIGN": -1 if scale < 0 else 1,
-        "CAUSAL": int(call.is_causal),
-        "MASK": _MASKS[masked, bools][extreme],
-        "PADDING": key_padding_mask is not None,
-        "DROPOUT": seed is not None,
-        **numbers(query.dtype),
-    }
-    return run_time, compile_time
+    natural = shapes_scores(call) or extreme or has[flags.FLOAT_MASK]
+    kinds = sum(flag.value for flag, given in has.items() if given)
+    kinds += flags.NATURAL.value if natural else 0
+    given = Numbers(
+        left=0 if left is None else min(left, _FARTHEST),
+        right=0 if right is None else min(right, _FARTHEST),
+        bottom_right=int(call.bottom_right),
+        mask_rows=sizes[2],
+        mask_columns=sizes[3],
+        row_padding_batch=0 if row_padding is None else row_padding.stride(0),
+        padding_batch=0 if padding is None else padding.stride(0),
+        slopes_batch=0 if slopes is None else slopes.stride(0),
+        slopes_head=0 if slopes is None else slopes.stride(1),
+        threshold=min(round(dropout_p * 2**32), 2**32 - 1),
+        keep_scale=1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0,
+        scale=abs(scale),
+        factor=factor,
+        cap=1.0 if softcap is None else softcap,
+        inverse_cap=1.0 if softcap is None else 1.0 / softcap,
+    )
+    mask_strides = (0, 0, 0, 0) if attn_mask is None else attn_mask.expand(sizes).stride()
+    masks = (attn_mask, *mask_strides, row_padding, padding, seed, slopes)
+    return {
+        "masks": masks, "numbers": tuple(given), "KINDS": kinds, **numbers(query.dtype),
+    }  # fmt: skip
 
 
-def gradient_scale(options: dict[str, Any]) -> float:
-    """What sums of dS are multiplied by: the scale without its sign, or of an extreme one what its
-    square root, taken before, leaves over. Either way to put in all at once could overflow."""
-    extreme = options["MASK"] >= EXTREME_FLOAT.value
-    return options["scale"] / options["factor"] if extreme else options["scale"]
+def exchanged_kinds(kinds: int) -> int:
+    """KINDS of the softmax over queries, of those of a call."""
+    found = kinds | flags.EXCHANGED.value
+    for one, other in ((flags.UPPER, flags.LOWER), (flags.ROW_PADDING, flags.PADDING)):
+        found &= ~(one.value | other.value)
+        found |= one.value * bool(kinds & other.value) | other.value * bool(kinds & one.value)
+    return found
 
 
-def strides(**tensors: Tensor) -> dict[str, int]:
-    """Strides of batch, head and row, by the names that the kernels give them."""
-    parts = ("batch", "head", "row")
-    return {f"{n}_{p}": t.stride(i) for n, t in tensors.items() for i, p in enumerate(parts)}
+def shapes_scores(call: Any) -> bool:
+    """Whether scores are more than products, before masks."""
+    return call.softcap is not None or call.alibi_slopes is not None
+
+
+def has_values(call: Any) -> bool:
+    """Whether a call has what takes registers beside the scores: a mask's values, random bits, a
+    cap or slopes."""
+    return call.attn_mask is not None or call.seed is not None or shapes_scores(call)
+
+
+def gradient_scales(options: dict[str, Any]) -> tuple[float, float]:
+    """What sums of dS are multiplied by, of queries and of keys: the scale, or of an extreme one
+    what its square root, taken before, leaves over. Either way to put in all at once could
+    overflow. Queries carry the sign in the products."""
+    kinds, given = options["KINDS"], Numbers(*options["numbers"])
+    scale = given.scale / given.factor if kinds & flags.EXTREME.value else given.scale
+    return -scale if kinds & flags.NEGATIVE.value else scale, scale
 
 
 def rows_outside(like: Tensor, batch: int, heads: int, length: int, dim: int) -> Tensor:

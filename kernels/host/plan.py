@@ -37,8 +37,9 @@ def forget() -> None:
     _plans.clear()
 
 
-# Where an argument stands, whose memory it is, and the fields of a descriptor but for the memory.
-_Place = tuple[int, int, dict[str, Any] | None]
+# Where an argument stands and whose memory it is: of a tensor; of a descriptor, whose fields but
+# for the memory come along; or of several tensors within a tuple, by their places in it.
+_Place = tuple[int, int | list[tuple[int, int]], Any]
 
 
 def with_base(fields: dict[str, Any], base: Tensor) -> TensorDescriptor:
@@ -58,29 +59,37 @@ class _Plan:
         self.results: list[int | None] = []
         self.repeatable = True
 
-    def place(self, tensor: Tensor) -> int | None:
-        """Whose memory a tensor is: the first of the same address, as in every call of the kind."""
+    def place(self, tensor: Tensor) -> int:
+        """Whose memory a tensor is: the first of the same address, as in every call of the kind. If
+        there is none, the plan is not repeatable."""
         address = tensor.data_ptr()
         for index, known in enumerate(self.tensors):
             if known.data_ptr() == address:
                 return index
-        return None
+        self.repeatable = False
+        return -1
 
     def add_launch(
         self, kernel: Any, compiled: Any, grid: tuple[int, ...], given: dict[str, Any]
     ) -> None:
         values = [given[name] for name in kernel.arg_names]
-        places = []
+        places: list[_Place] = []
         for position, value in enumerate(values):
-            described = isinstance(value, TensorDescriptor)
-            if described or isinstance(value, Tensor):
-                place = self.place(value.base if described else value)
-                if place is None:
-                    self.repeatable = False
-                    return
-                fields = {**vars(value), "base": None} if described else None
-                places.append((position, place, fields))
-                values[position] = None
+            if isinstance(value, TensorDescriptor):
+                places.append((position, self.place(value.base), {**vars(value), "base": None}))
+            elif isinstance(value, Tensor):
+                places.append((position, self.place(value), None))
+            elif isinstance(value, tuple):
+                within = [(i, self.place(t)) for i, t in enumerate(value) if isinstance(t, Tensor)]
+                if not within:
+                    continue
+                rest = [None if isinstance(part, Tensor) else part for part in value]
+                places.append((position, within, rest))
+            else:
+                continue
+            values[position] = None
+        if not self.repeatable:
+            return
         if INTERPRETED:
             options = {k: v for k, v in given.items() if k in ("num_warps", "num_stages")}
             self.launches.append((kernel, grid, values, places, options))
@@ -103,9 +112,16 @@ class _Plan:
             tensors.append(torch.empty_strided(size, stride, dtype=dtype, device=tensors[0].device))
         for kernel, grid, values, places, options in self.launches:
             arguments = values.copy()
-            for position, place, fields in places:
-                tensor = tensors[place]
-                arguments[position] = tensor if fields is None else with_base(fields, tensor)
+            for position, place, rest in places:
+                if isinstance(place, list):
+                    parts = rest.copy()
+                    for i, of_part in place:
+                        parts[i] = tensors[of_part]
+                    arguments[position] = tuple(parts)
+                elif rest is None:
+                    arguments[position] = tensors[place]
+                else:
+                    arguments[position] = with_base(rest, tensors[place])
             kernel[grid](*arguments, **options)
         return tuple([None if i is None else tensors[i] for i in self.results])
 

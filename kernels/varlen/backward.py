@@ -13,145 +13,119 @@ from fastfusion.kernels.device.gradient_sums import (
     row_gradients,
     store_mask_gradient,
 )
-from fastfusion.kernels.device.packed import bounds, find_tile, sequence_mask
-from fastfusion.kernels.device.rows import load_rows, store_rows
+from fastfusion.kernels.device.packed import bounds, find_tile
+from fastfusion.kernels.device.rows import load_rows, store_rows, tokens_of
+from fastfusion.kernels.device.score_policy import policy_of, rows_seeing
 from fastfusion.kernels.device.statistics import load_grad_lse, store_statistics
 from fastfusion.kernels.device.sums import nothing_lost
-from fastfusion.kernels.host.arguments import gradient_scale, rows_readable
+from fastfusion.kernels.host.arguments import gradient_scales, operand, rows_readable
 from fastfusion.kernels.host.plan import empty, launch, planned
 from fastfusion.kernels.host.tiles import aligned, cdiv, cut, tile, width
-from fastfusion.kernels.varlen.arguments import NAMES, common_options, sizes_of, token_strides
+from fastfusion.kernels.varlen.arguments import NAMES, common_options, sizes_of
 
 
 @triton.jit(do_not_specialize=NAMES)
 def rows_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dq_ptr, statistics_ptr, q_offsets_ptr,
-    k_offsets_ptr, mask_ptr, seed_ptr, q_row, q_head, k_row, k_head, v_row, v_head, grad_row,
-    grad_head, dq_row, dq_head, mask_batch, mask_head, mask_row, mask_column, mask_rows,
-    mask_columns, bottom_right, q_offsets_step, k_offsets_step, heads, group, sequences, q_total,
-    k_total, scale, factor, threshold, keep_scale, gradient_scale, SIGN: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, grad, grad_lse_ptr, dq, statistics_ptr, q_offsets, k_offsets, masks, numbers, heads,
+    group, sequences, q_total, k_total, gradient_scale, KINDS: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr,
+    LOOP: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq and the statistics of the rows, (heads, tokens). Programs as in the forward."""
     head = tl.program_id(0) % heads
     sequence, q_start, q_first, q_len, k_first, kv_len = find_tile(
-        q_offsets_ptr, q_offsets_step, q_total, k_offsets_ptr, k_offsets_step, k_total, sequences,
-        tl.program_id(0) // heads, OWN,
-    )  # fmt: skip
-    mask = sequence_mask(
-        mask_ptr, sequence, head, mask_batch, mask_head, mask_row, mask_column, mask_rows,
-        mask_columns, bottom_right, q_len, kv_len,
-    )  # fmt: skip
+        q_offsets, q_total, k_offsets, k_total, sequences, tl.program_id(0) // heads, OWN
+    )
+    slice_index = sequence * heads + head
+    policy = policy_of(masks, numbers, sequence, head, slice_index, q_len, kv_len, KINDS)
     present = q_start + tl.arange(0, OWN) < q_len
     at = tl.cast(head, tl.int64) * q_total + q_first + q_start + tl.arange(0, OWN)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
-    dq, shift, share, delta = row_gradients(
-        q_ptr + q_first * q_row + head * q_head, q_row, q_start,
-        k_ptr + k_first * k_row + (head // group) * k_head, k_row,
-        v_ptr + k_first * v_row + (head // group) * v_head, v_row,
-        grad_ptr + q_first * grad_row + head * grad_head, grad_row,
-        load_grad_lse(grad_lse_ptr, at, present, LSE),
-        mask, q_ptr, seed, sequence * heads + head, 0, kv_len, q_len, kv_len, scale, factor,
-        threshold, keep_scale, SIGN, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, CAUSAL, MASK,
-        False, DROPOUT, 0, False, DOT, PRECISION,
+    q_base, q_row = tokens_of(q, q_first, head)
+    k_base, k_row = tokens_of(k, k_first, head // group)
+    v_base, v_row = tokens_of(v, k_first, head // group)
+    grad_base, grad_row = tokens_of(grad, q_first, head)
+    of_rows, shift, share, delta = row_gradients(
+        q_base, q_row, q_start, k_base, k_row, v_base, v_row, grad_base, grad_row,
+        load_grad_lse(grad_lse_ptr, at, present, LSE), policy, 0, kv_len, q_len, kv_len, KINDS, DIM,
+        WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, False, DOT, PRECISION,
     )  # fmt: skip
-    base = dq_ptr + q_first * dq_row + head * dq_head
-    store_rows(base, dq * gradient_scale, q_start, present, dq_row, DIM)
+    base, row = tokens_of(dq, q_first, head)
+    store_rows(base, of_rows * gradient_scale, q_start, present, row, DIM)
     store_statistics(statistics_ptr, at, present, shift, share, delta)
 
 
 @triton.jit(do_not_specialize=NAMES)
 def keys_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dk_ptr, dv_ptr, statistics_ptr, q_offsets_ptr,
-    k_offsets_ptr, mask_ptr, seed_ptr, q_row, q_head, k_row, k_head, v_row, v_head, grad_row,
-    grad_head, dk_row, dk_head, dv_row, dv_head, mask_batch, mask_head, mask_row, mask_column,
-    mask_rows, mask_columns, bottom_right, q_offsets_step, k_offsets_step, heads, group, sequences,
-    q_total, k_total, scale, factor, threshold, keep_scale, gradient_scale, SIGN: tl.constexpr,
+    q, k, v, grad, grad_lse_ptr, dk, dv, statistics_ptr, q_offsets, k_offsets, masks, numbers,
+    heads, group, sequences, q_total, k_total, gradient_scale, KINDS: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    OWN: tl.constexpr, LOOP: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr,
-    DROPOUT: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    OWN: tl.constexpr, LOOP: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. Programs: (tiles of keys, key heads), the last fastest."""
     kv_heads = heads // group
     kv_head = tl.program_id(0) % kv_heads
     sequence, k_start, k_first, kv_len, q_first, q_len = find_tile(
-        k_offsets_ptr, k_offsets_step, k_total, q_offsets_ptr, q_offsets_step, q_total, sequences,
-        tl.program_id(0) // kv_heads, OWN,
-    )  # fmt: skip
+        k_offsets, k_total, q_offsets, q_total, sequences, tl.program_id(0) // kv_heads, OWN
+    )
     present = k_start + tl.arange(0, OWN) < kv_len
-    k_base = k_ptr + k_first * k_row + kv_head * k_head
-    v_base = v_ptr + k_first * v_row + kv_head * v_head
-    k = load_rows(k_base, k_start, present, k_row, DIM, WIDTH, DOT)
-    v = load_rows(v_base, k_start, present, v_row, VALUE_DIM, VALUE_WIDTH, DOT)
-    dk = tl.zeros([OWN, WIDTH], tl.float32)
-    dv = tl.zeros([OWN, VALUE_WIDTH], tl.float32)
-    dk_lost, dv_lost = nothing_lost(dk, DOT), nothing_lost(dv, DOT)
-    seed = tl.load(seed_ptr) if DROPOUT else 0
-    lowest = 0
-    if CAUSAL:
-        lowest = tl.maximum(k_start - bottom_right * (kv_len - q_len), 0) // LOOP * LOOP
+    base, row = tokens_of(k, k_first, kv_head)
+    keys = load_rows(base, k_start, present, row, DIM, WIDTH, DOT)
+    base, row = tokens_of(v, k_first, kv_head)
+    values = load_rows(base, k_start, present, row, VALUE_DIM, VALUE_WIDTH, DOT)
+    of_keys = tl.zeros([OWN, WIDTH], tl.float32)
+    of_values = tl.zeros([OWN, VALUE_WIDTH], tl.float32)
+    keys_lost, values_lost = nothing_lost(of_keys, DOT), nothing_lost(of_values, DOT)
     for g in range(0, group):
         head = kv_head * group + g
-        mask = sequence_mask(
-            mask_ptr, sequence, head, mask_batch, mask_head, mask_row, mask_column, mask_rows,
-            mask_columns, bottom_right, q_len, kv_len,
+        slice_index = sequence * heads + head
+        policy = policy_of(masks, numbers, sequence, head, slice_index, q_len, kv_len, KINDS)
+        first, last = rows_seeing(policy, 0, q_len, k_start, KINDS, OWN, LOOP)
+        q_base, q_row = tokens_of(q, q_first, head)
+        grad_base, grad_row = tokens_of(grad, q_first, head)
+        of_keys, keys_lost, of_values, values_lost = key_gradients(
+            (of_keys, keys_lost, of_values, values_lost), keys, values, present, k_start, first,
+            last, q_base, q_row, grad_base, grad_row, statistics_ptr, grad_lse_ptr,
+            tl.cast(head, tl.int64) * q_total + q_first, policy, q_len, KINDS, DIM, WIDTH,
+            VALUE_DIM, VALUE_WIDTH, LOOP, LSE, DOT, PRECISION,
         )  # fmt: skip
-        dk, dk_lost, dv, dv_lost = key_gradients(
-            (dk, dk_lost, dv, dv_lost), k, v, present, k_start, lowest, q_len,
-            q_ptr + q_first * q_row + head * q_head, q_row,
-            grad_ptr + q_first * grad_row + head * grad_head, grad_row, statistics_ptr,
-            grad_lse_ptr, tl.cast(head, tl.int64) * q_total + q_first, mask, seed,
-            sequence * heads + head, q_len, scale, factor, threshold, keep_scale, SIGN, DIM, WIDTH,
-            VALUE_DIM, VALUE_WIDTH, LOOP, CAUSAL, MASK, DROPOUT, 0, LSE, DOT, PRECISION,
-        )  # fmt: skip
-    base = dk_ptr + k_first * dk_row + kv_head * dk_head
-    store_rows(base, dk * gradient_scale, k_start, present, dk_row, DIM)
-    base = dv_ptr + k_first * dv_row + kv_head * dv_head
-    store_rows(base, dv, k_start, present, dv_row, VALUE_DIM)
+    base, row = tokens_of(dk, k_first, kv_head)
+    store_rows(base, of_keys * gradient_scale, k_start, present, row, DIM)
+    base, row = tokens_of(dv, k_first, kv_head)
+    store_rows(base, of_values, k_start, present, row, VALUE_DIM)
 
 
-@triton.jit(do_not_specialize=[*NAMES, "mask_batches", "mask_heads"])
+@triton.jit(do_not_specialize=[*NAMES, "rows_end", "columns_end", "mask_batches", "mask_heads"])
 def mask_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, grad_lse_ptr, dmask_ptr, statistics_ptr, q_offsets_ptr,
-    k_offsets_ptr, mask_ptr, seed_ptr, q_row, q_head, k_row, k_head, v_row, v_head, grad_row,
-    grad_head, mask_batch, mask_head, mask_row, mask_column, mask_rows, mask_columns, bottom_right,
-    q_offsets_step, k_offsets_step, heads, group, sequences, q_total, k_total, mask_batches,
-    mask_heads, scale, factor, threshold, keep_scale, SIGN: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr,
-    LOOP: tl.constexpr, SHARED_ROWS: tl.constexpr, SHARED_COLUMNS: tl.constexpr,
-    CAUSAL: tl.constexpr, MASK: tl.constexpr, DROPOUT: tl.constexpr, LSE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, grad, grad_lse_ptr, dmask_ptr, statistics_ptr, q_offsets, k_offsets, masks, numbers,
+    heads, group, sequences, q_total, k_total, rows_end, columns_end, mask_batches, mask_heads,
+    KINDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, SHARED_ROWS: tl.constexpr,
+    SHARED_COLUMNS: tl.constexpr, LSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a float mask, as in attention/backward.py."""
-    columns_end = 1 if SHARED_COLUMNS else mask_columns
-    rows_end = 1 if SHARED_ROWS else mask_rows
+    """The gradient of a float mask of `rows_end` by `columns_end`, as in attention/backward.py."""
     column_tiles, row_tiles = tl.cdiv(columns_end, LOOP), tl.cdiv(rows_end, OWN)
     index = tl.program_id(0)
     column, row = index % column_tiles * LOOP, index // column_tiles % row_tiles * OWN
     owner = index // column_tiles // row_tiles
-    seed = tl.load(seed_ptr) if DROPOUT else 0
     total = tl.zeros([OWN, LOOP], tl.float32)
     lost = tl.zeros([OWN, LOOP], tl.float32)
     for sequence in range(owner // mask_heads, sequences, mask_batches):
         inside = sequence < sequences
-        q_first, q_len = bounds(q_offsets_ptr, q_offsets_step, sequence, inside, q_total)
-        k_first, kv_len = bounds(k_offsets_ptr, k_offsets_step, sequence, inside, k_total)
+        q_first, q_len = bounds(q_offsets, sequence, inside, q_total)
+        k_first, kv_len = bounds(k_offsets, sequence, inside, k_total)
         for head in range(owner % mask_heads, heads, mask_heads):
-            mask = sequence_mask(
-                mask_ptr, sequence, head, mask_batch, mask_head, mask_row, mask_column, mask_rows,
-                mask_columns, bottom_right, q_len, kv_len,
-            )  # fmt: skip
+            slice_index = sequence * heads + head
+            policy = policy_of(masks, numbers, sequence, head, slice_index, q_len, kv_len, KINDS)
+            q_base, q_row = tokens_of(q, q_first, head)
+            k_base, k_row = tokens_of(k, k_first, head // group)
+            v_base, v_row = tokens_of(v, k_first, head // group)
+            grad_base, grad_row = tokens_of(grad, q_first, head)
             total, lost = mask_gradients(
-                total, lost, row, column, q_ptr + q_first * q_row + head * q_head, q_row,
-                k_ptr + k_first * k_row + (head // group) * k_head, k_row,
-                v_ptr + k_first * v_row + (head // group) * v_head, v_row,
-                grad_ptr + q_first * grad_row + head * grad_head, grad_row, statistics_ptr,
-                grad_lse_ptr, tl.cast(head, tl.int64) * q_total + q_first, mask, q_ptr, seed,
-                sequence * heads + head, q_len, kv_len, scale, factor, threshold, keep_scale, SIGN,
-                DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, SHARED_ROWS, SHARED_COLUMNS, CAUSAL, MASK,
-                False, DROPOUT, 0, LSE, DOT, PRECISION,
+                total, lost, row, column, q_base, q_row, k_base, k_row, v_base, v_row, grad_base,
+                grad_row, statistics_ptr, grad_lse_ptr, tl.cast(head, tl.int64) * q_total + q_first,
+                policy, q_len, kv_len, KINDS, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, SHARED_ROWS,
+                SHARED_COLUMNS, LSE, DOT, PRECISION,
             )  # fmt: skip
     store_mask_gradient(
         dmask_ptr, total, owner, row, column, rows_end, columns_end, SHARED_ROWS, SHARED_COLUMNS
@@ -181,21 +155,20 @@ def varlen_backward(
     grad_lse = None if grad_lse is None else grad_lse.t().contiguous()
     common = {
         **common_options(call, query, key, value),
-        "grad_ptr": grad_out, "grad_lse_ptr": query if grad_lse is None else grad_lse,
-        "LSE": grad_lse is not None, **token_strides(grad=grad_out),
+        "grad": operand(grad_out), "grad_lse_ptr": query if grad_lse is None else grad_lse,
+        "LSE": grad_lse is not None,
         "statistics_ptr": empty(query, (heads * total * 3,), torch.float32),
     }  # fmt: skip
+    of_queries, of_keys = gradient_scales(common)
     chosen = tile("varlen_rows", query.dtype, widest, query.device, aligned(dim, value.shape[2]))
     launch(
         rows_kernel, (cdiv(total, chosen.own) + sequences) * heads,
-        **common, dq_ptr=dq, **token_strides(dq=dq), **sizes_of(chosen),
-        gradient_scale=common["SIGN"] * gradient_scale(common),
+        **common, dq=operand(dq), **sizes_of(chosen), gradient_scale=of_queries,
     )  # fmt: skip
     chosen = tile("varlen_keys", query.dtype, widest, query.device, aligned(dim, value.shape[2]))
     launch(
         keys_kernel, (cdiv(key.shape[0], chosen.own) + sequences) * key.shape[1],
-        **common, dk_ptr=dk, dv_ptr=dv, **token_strides(dk=dk, dv=dv),
-        gradient_scale=gradient_scale(common), **sizes_of(chosen),
+        **common, dk=operand(dk), dv=operand(dv), gradient_scale=of_keys, **sizes_of(chosen),
     )  # fmt: skip
     if dmask.numel():
         shared = (1,) * (4 - dmask.dim()) + tuple(dmask.shape)
@@ -204,7 +177,8 @@ def varlen_backward(
         launch(
             mask_kernel,
             shared[0] * shared[1] * cdiv(shared[2], own) * cdiv(shared[3], sizes["LOOP"]),
-            **common, **sizes, dmask_ptr=dmask, mask_batches=shared[0], mask_heads=shared[1],
+            **common, **sizes, dmask_ptr=dmask, rows_end=shared[2], columns_end=shared[3],
+            mask_batches=shared[0], mask_heads=shared[1],
             SHARED_ROWS=shared[2] == 1 and call.max_seqlen_q > 1,
             SHARED_COLUMNS=shared[3] == 1 and call.max_seqlen_k > 1,
         )  # fmt: skip

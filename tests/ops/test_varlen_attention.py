@@ -173,7 +173,7 @@ CASES = [
     Case("one_sign", "long sums of one sign", shape([3, 2], [4500, 4100]), edit=one_sign,
          in_triton={"kv_lens": [1500, 1100]}),
     Case("window", "each sequence has a window of its own", shape([50, 7, 330], [50, 70, 330]),
-         {"window": (20, 3)}),
+         {"window": (20, 3)}, in_triton={"q_lens": [50, 7, 130], "kv_lens": [50, 70, 130]}),
     Case("window_bottom_right", "decoding with a window", shape([1, 2, 40], [300, 77, 60], heads=3),
          LAST | {"window": (64, None)}),
     Case("softcap", "scores that a cap bends", shape(*MIXED, 40), {"softcap": 0.8}),

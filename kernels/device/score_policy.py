@@ -1,0 +1,187 @@
+"""The score policy: all that a call does to the products of queries and keys before the softmax
+over them, for every kernel. A kind of mask is a field of `Policy` and its part in
+
+    range      seen_range, rows_seeing: the keys that a tile of queries may see, and the other way
+    shape      `scores` in scores.py: a soft cap, then ALiBi, then a float mask, in natural units
+    mask       the same function: bools, bounds, keys that are absent or hidden
+    derivative `product_gradient` in gradients.py: through the cap, and the part of extreme scales
+
+in this order, which is FlashAttention's. Launchers hand it over as three arguments (see
+kernels/host/arguments.py), of which `policy_of` makes that of one head.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+# What kernels are compiled for, as bits of KINDS.
+NEGATIVE = tl.constexpr(1)  # the sign of the scale
+UPPER = tl.constexpr(2)  # a row sees no column behind its upper bound
+LOWER = tl.constexpr(4)  # nor any before its lower one
+CAPPED = tl.constexpr(8)  # a soft cap
+BIASED = tl.constexpr(16)  # slopes of ALiBi
+BOOL_MASK = tl.constexpr(32)
+FLOAT_MASK = tl.constexpr(64)
+NATURAL = tl.constexpr(128)  # scores are in natural units, and not raw products
+EXTREME = tl.constexpr(256)  # dS times the scale, or scores times log2(e), might overflow
+ROW_PADDING = tl.constexpr(512)
+PADDING = tl.constexpr(1024)  # of columns
+DROPOUT = tl.constexpr(2048)
+EXCHANGED = tl.constexpr(4096)  # the softmax over queries: rows are keys, and columns queries
+
+
+class Policy(NamedTuple):
+    """What decides about the scores of one head, with KINDS, in which the bits of UPPER and LOWER,
+    ROW_PADDING and PADDING are those of rows and columns as they are here.
+
+    Attributes:
+        mask, mask_row, mask_column: where the attn_mask of the head begins, and its strides.
+        mask_rows, mask_columns: how many of either it has.
+        row_padding, padding: where those of the batch entry begin, of rows and of columns.
+        diagonal: row i stands beside column i + diagonal.
+        lower, upper: row i sees the columns from i + lower to i + upper.
+        slope: of ALiBi.
+        cap, inverse_cap: of the soft cap.
+        scale: of products, without its sign, which rows or columns carry.
+        factor: see `weights` in softmax.py; of an extreme scale see `gradient_scales`.
+        seed, slice_index, threshold, keep_scale: of dropout.
+    """
+
+    mask: Any
+    mask_row: Any
+    mask_column: Any
+    mask_rows: Any
+    mask_columns: Any
+    row_padding: Any
+    padding: Any
+    diagonal: Any
+    lower: Any
+    upper: Any
+    slope: Any
+    cap: Any
+    inverse_cap: Any
+    scale: Any
+    factor: Any
+    seed: Any
+    slice_index: Any
+    threshold: Any
+    keep_scale: Any
+
+
+@triton.jit
+def policy_of(masks, numbers, batch, head, slice_index, row_len, column_len, KINDS: tl.constexpr):
+    """The policy of a head of a batch entry, from what `score_options` makes of a call."""
+    mask, mask_batch, mask_head, mask_row, mask_column, row_padding, padding, seed, slope = masks
+    (
+        left, right, bottom_right, mask_rows, mask_columns, row_padding_batch, padding_batch,
+        slopes_batch, slopes_head, threshold, keep_scale, scale, factor, cap, inverse_cap,
+    ) = numbers  # fmt: skip
+    if EXCHANGED & KINDS:
+        mask_row, mask_column = mask_column, mask_row
+        mask_rows, mask_columns = mask_columns, mask_rows
+        row_padding, padding = padding, row_padding
+        row_padding_batch, padding_batch = padding_batch, row_padding_batch
+        left, right = right, left
+    if (BOOL_MASK | FLOAT_MASK) & KINDS:
+        mask += tl.cast(batch, tl.int64) * mask_batch + tl.cast(head, tl.int64) * mask_head
+    if ROW_PADDING & KINDS:
+        row_padding += tl.cast(batch, tl.int64) * row_padding_batch
+    if PADDING & KINDS:
+        padding += tl.cast(batch, tl.int64) * padding_batch
+    if DROPOUT & KINDS:
+        seed = tl.load(seed)
+    if BIASED & KINDS:
+        slope = tl.load(slope + tl.cast(batch, tl.int64) * slopes_batch + head * slopes_head)
+    diagonal = bottom_right * (column_len - row_len)
+    return Policy(
+        mask, mask_row, mask_column, mask_rows, mask_columns, row_padding, padding, diagonal,
+        diagonal - left, diagonal + right, slope, cap, inverse_cap, scale, factor, seed,
+        slice_index, threshold, keep_scale,
+    )  # fmt: skip
+
+
+@triton.jit
+def signed(tile, KINDS: tl.constexpr):
+    """Rows or columns with the sign of the scale."""
+    if NEGATIVE & KINDS:
+        tile = tile * -1
+    return tile
+
+
+@triton.jit
+def visible_keys(
+    padding_ptr, start, kv_len, KEYS: tl.constexpr, PADDED: tl.constexpr,
+    APART: tl.constexpr = False,
+):  # fmt: skip
+    """Which of the keys start, start + 1, ... exist and are not hidden by the padding mask.
+
+    APART: for products over 16 keys or rows of weights that random bits drop. Triton before 3.8
+    takes 16-bit weights that follow from a byte and from a join for unpacked 4-bit ones, and gives
+    their product 8 a lane, which is wrong below 32. It does not look through a reduction: here the
+    maximum of one flag each.
+    """
+    at = start + tl.arange(0, KEYS)
+    visible = tl.arange(0, KEYS) < kv_len - start
+    if PADDED and APART:
+        flags = tl.load(padding_ptr + at[:, None], mask=visible[:, None], other=1)
+        visible = visible & (tl.max(flags.to(tl.int32), 1) == 0)
+    elif PADDED:
+        visible = visible & (tl.load(padding_ptr + at, mask=visible, other=1) == 0)
+    return visible
+
+
+@triton.jit
+def visible_range(policy, kv_len, KINDS: tl.constexpr, KEYS: tl.constexpr):
+    """[first, last) around all columns that padding shows, first a multiple of KEYS; hidden ends
+    cost nothing.
+
+    Bounds and no test inside the loop, since a branch there would keep loads from being pipelined.
+    """
+    if PADDING & KINDS:
+        first, last = kv_len, 0
+        for start in range(0, kv_len, 1024):
+            at = start + tl.arange(0, 1024)
+            visible = visible_keys(policy.padding, start, kv_len, 1024, True)
+            first = tl.minimum(first, tl.min(tl.where(visible, at, kv_len)))
+            last = tl.maximum(last, tl.max(tl.where(visible, at + 1, 0)))
+        return first // KEYS * KEYS, last
+    else:
+        return 0, kv_len
+
+
+@triton.jit
+def seen_range(
+    policy, first, last, start, KINDS: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr
+):
+    """[first, last) without the tiles of LOOP columns that no row of OWN from `start` on sees."""
+    if UPPER & KINDS:
+        last = tl.minimum(last, tl.maximum(start + OWN + policy.upper, 0))
+    if LOWER & KINDS:
+        first = tl.maximum(first, tl.maximum(start + policy.lower, 0) // LOOP * LOOP)
+    return first, last
+
+
+@triton.jit
+def rows_seeing(
+    policy, first, last, start, KINDS: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr
+):
+    """[first, last) without the tiles of LOOP rows that see none of OWN columns from `start` on."""
+    if LOWER & KINDS:
+        last = tl.minimum(last, tl.maximum(start + OWN - policy.lower, 0))
+    if UPPER & KINDS:
+        first = tl.maximum(first, tl.maximum(start - policy.upper, 0) // LOOP * LOOP)
+    return first, last
+
+
+@triton.jit
+def first_edge(policy, first, last, start, KINDS: tl.constexpr, LOOP: tl.constexpr):
+    """Where in the range that rows from `start` on see, in steps of LOOP, columns begin that may be
+    absent or hidden from some of them."""
+    edge = first
+    if not PADDING & KINDS and not LOWER & KINDS:
+        edge = last // LOOP * LOOP
+        if UPPER & KINDS:
+            edge = tl.minimum(edge, tl.maximum(start + policy.upper + 1, 0) // LOOP * LOOP)
+            edge = tl.maximum(edge, first)
+    return edge
