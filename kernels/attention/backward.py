@@ -285,9 +285,12 @@ def attention_backward(
 
     even = tma or aligned(dim, value_dim)
 
+    # The derivative of a cap takes as many registers as the scores, of which rows have none left.
+    roomy = even and call.softcap is None
+
     def chosen(kernel: str, rows: int) -> tuple[int, dict[str, int]]:
         name = f"attention_backward_{kernel}{'_tma' if tma else ''}"
-        return cut(name, query, widest, rows, even, masked)
+        return cut(name, query, widest, rows, roomy if kernel == "rows" else even, masked)
 
     hidden = masked or sides_of(call) != (None, None)
     short = backward_short_side.chosen(query, widest, kv_len, even, hidden)

@@ -83,16 +83,14 @@ def policy_of(masks, numbers, batch, head, slice_index, row_len, column_len, KIN
         row_padding, padding = padding, row_padding
         row_padding_batch, padding_batch = padding_batch, row_padding_batch
         left, right = right, left
-    if (BOOL_MASK | FLOAT_MASK) & KINDS:
-        mask += tl.cast(batch, tl.int64) * mask_batch + tl.cast(head, tl.int64) * mask_head
-    if ROW_PADDING & KINDS:
-        row_padding += tl.cast(batch, tl.int64) * row_padding_batch
-    if PADDING & KINDS:
-        padding += tl.cast(batch, tl.int64) * padding_batch
-    if DROPOUT & KINDS:
-        seed = tl.load(seed)
-    if BIASED & KINDS:
-        slope = tl.load(slope + tl.cast(batch, tl.int64) * slopes_batch + head * slopes_head)
+    # What is not there is 0, since Triton 3.6 makes no tuple of None.
+    batch, head = tl.cast(batch, tl.int64), tl.cast(head, tl.int64)
+    masked: tl.constexpr = (BOOL_MASK | FLOAT_MASK) & KINDS
+    mask = mask + batch * mask_batch + head * mask_head if masked else 0
+    row_padding = row_padding + batch * row_padding_batch if ROW_PADDING & KINDS else 0
+    padding = padding + batch * padding_batch if PADDING & KINDS else 0
+    seed = tl.load(seed) if DROPOUT & KINDS else 0
+    slope = tl.load(slope + batch * slopes_batch + head * slopes_head) if BIASED & KINDS else 0.0
     diagonal = bottom_right * (column_len - row_len)
     return Policy(
         mask, mask_row, mask_column, mask_rows, mask_columns, row_padding, padding, diagonal,

@@ -100,7 +100,7 @@ def score_options(
         flags.DROPOUT: seed is not None,
     }
     natural = shapes_scores(call) or extreme or has[flags.FLOAT_MASK]
-    kinds = sum(flag.value for flag, given in has.items() if given)
+    kinds = sum(flag.value for flag, is_there in has.items() if is_there)
     kinds += flags.NATURAL.value if natural else 0
     given = Numbers(
         left=0 if left is None else min(left, _FARTHEST),
