@@ -24,6 +24,7 @@ from fastfusion.kernels.host.arguments import (
     rows_outside,
     rows_readable,
     score_options,
+    units,
 )
 from fastfusion.kernels.host.plan import empty, launch, planned
 from fastfusion.kernels.host.tiles import aligned, cdiv, owned, tile, width
@@ -187,6 +188,6 @@ def attention_forward(call: Any, return_lse: bool) -> tuple[Tensor, Tensor | Non
         launch(
             merge_kernel, batch * heads * q_len,
             partial, **results, heads=heads, q_len=q_len, splits=splits, VALUE_DIM=value_dim,
-            VALUE_WIDTH=width(value_dim), KINDS=scores["KINDS"], LSE=return_lse, num_warps=4,
+            VALUE_WIDTH=width(value_dim), KINDS=units(scores), LSE=return_lse, num_warps=4,
         )  # fmt: skip
     return out, lse

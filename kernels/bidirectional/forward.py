@@ -52,7 +52,13 @@ from fastfusion.kernels.device.softmax import (
 )
 from fastfusion.kernels.device.sums import add, multiply_add, nothing_lost
 from fastfusion.kernels.host import tiles
-from fastfusion.kernels.host.arguments import exchanged_kinds, operand, rows_outside, shapes_scores
+from fastfusion.kernels.host.arguments import (
+    exchanged_kinds,
+    operand,
+    rows_outside,
+    shapes_scores,
+    units,
+)
 from fastfusion.kernels.host.plan import empty, launch, planned
 from fastfusion.kernels.host.tiles import cdiv, owned, tile, width
 
@@ -266,7 +272,7 @@ def _shared(call: Any, return_lse: bool, widest: int, turned: bool) -> tuple[Any
         TURN_WEIGHTS=tiles.capability(query.device)[0] >= 9,
         **chosen.options(),
     )  # fmt: skip
-    results.merge(1, partial, splits, common["KINDS"])
+    results.merge(1, partial, splits, units(common))
     return results.all()
 
 
@@ -291,8 +297,8 @@ def _both(call: Any, return_lse: bool, widest: int) -> tuple[Any, ...]:
         q_programs=batch * heads * programs[0], q_splits=q_splits, k_splits=k_splits, OWN=own,
         LOOP=chosen.loop, Q_SPLIT=lengths[0], K_SPLIT=lengths[1], **chosen.options(),
     )  # fmt: skip
-    results.merge(0, partials[0], q_splits, common["KINDS"])
-    results.merge(1, partials[1], k_splits, common["KINDS"])
+    results.merge(0, partials[0], q_splits, units(common))
+    results.merge(1, partials[1], k_splits, units(common))
     return results.all()
 
 

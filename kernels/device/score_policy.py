@@ -1,13 +1,15 @@
 """The score policy: all that a call does to the products of queries and keys before the softmax
-over them, for every kernel. A kind of mask is a field of `Policy` and its part in
+over them, for every kernel. A kind of mask is a bit of KINDS, fields of `Policy` and its part in
 
     range      seen_range, rows_seeing: the keys that a tile of queries may see, and the other way
     shape      `scores` in scores.py: a soft cap, then ALiBi, then a float mask, in natural units
     mask       the same function: bools, bounds, keys that are absent or hidden
     derivative `product_gradient` in gradients.py: through the cap, and the part of extreme scales
 
-in this order, which is FlashAttention's. Launchers hand it over as three arguments (see
-kernels/host/arguments.py), of which `policy_of` makes that of one head.
+in this order, which is FlashAttention's. Launchers hand it over as three arguments: `masks`, tensors
+with their strides; `numbers`, for none of which a kernel is compiled anew; and KINDS, what it is
+compiled for (`score_options` in kernels/host/arguments.py). `policy_of` makes of them the policy
+of one head. KINDS stays an argument of its own: variables that are tuples hold no constants.
 """
 
 from typing import Any, NamedTuple

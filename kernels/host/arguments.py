@@ -135,6 +135,11 @@ def exchanged_kinds(kinds: int) -> int:
     return found
 
 
+def units(options: dict[str, Any]) -> int:
+    """Of the KINDS of a call all that merges of its splits ask for, so that they are few builds."""
+    return int(options["KINDS"] & flags.NATURAL.value)
+
+
 def shapes_scores(call: Any) -> bool:
     """Whether scores are more than products, before masks."""
     return call.softcap is not None or call.alibi_slopes is not None
