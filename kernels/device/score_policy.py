@@ -6,10 +6,10 @@ over them, for every kernel. A kind of mask is a bit of KINDS, fields of `Policy
     mask       the same function: bools, bounds, keys that are absent or hidden
     derivative `product_gradient` in gradients.py: through the cap, and the part of extreme scales
 
-in this order, which is FlashAttention's. Launchers hand it over as three arguments: `masks`, tensors
-with their strides; `numbers`, for none of which a kernel is compiled anew; and KINDS, what it is
-compiled for (`score_options` in kernels/host/arguments.py). `policy_of` makes of them the policy
-of one head. KINDS stays an argument of its own: variables that are tuples hold no constants.
+in this order, which is FlashAttention's. Launchers hand it over as three arguments: `masks`, the
+tensors with their strides; `numbers`, for none of which a kernel is compiled anew; and KINDS, what
+it is compiled for (`score_options` in kernels/host/arguments.py). `policy_of` makes of them the
+policy of one head. KINDS stays an argument of its own: variables that are tuples hold no constants.
 """
 
 from typing import Any, NamedTuple
