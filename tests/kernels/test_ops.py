@@ -115,8 +115,8 @@ def test_opcheck_backward(run: Any, make: Any, backend: str, mask_gradient: bool
     outputs = raw(f"{name}_forward", backend)(*arguments)
     grads = [torch.randn_like(o) for o in outputs]
     op = raw(f"{name}_backward", backend)
-    torch.library.opcheck(op, (*grads, *arguments, mask_gradient))
-    torch.library.opcheck(op, (grads[0], *[None] * (len(grads) - 1), *arguments, mask_gradient))
+    torch.library.opcheck(op, (*grads, mask_gradient, *arguments))
+    torch.library.opcheck(op, (grads[0], *[None] * (len(grads) - 1), mask_gradient, *arguments))
 
 
 @each_op
@@ -232,7 +232,7 @@ def test_a_mask_is_not_read_behind_the_longest_lengths() -> None:
     given = (*tensors[:3], around[:, :, :4, :3], *tensors[3:], *options)
     out, lse = torch.ops.fastfusion.triton_varlen_forward(*given)
     ones = torch.ones_like(out)
-    grads = torch.ops.fastfusion.triton_varlen_backward(ones, None, *given, True)
+    grads = torch.ops.fastfusion.triton_varlen_backward(ones, None, True, *given)
     assert not any(t.isnan().any() for t in (out, lse, *grads))
 
 
