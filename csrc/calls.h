@@ -44,6 +44,16 @@ struct Slopes {
   float at(int64_t b, int64_t h) const { return data[b * batch + h * head]; }
 };
 
+// The keys that each query sees, where a rule of places does not say it: those from `first` to
+// before `end`, (B, Lq), none if they are not in order. In an entry that is `scattered` it sees
+// only those in between whose segment is its own. No data: the rule does.
+struct KeyRanges {
+  const int32_t *first = nullptr, *end = nullptr;
+  const Bool* scattered = nullptr;  // (B)
+  const int32_t *q_segments = nullptr,
+                *k_segments = nullptr;  // (B, Lq), (B, Lk), of scattered ones
+};
+
 // How far a query sees that sees all keys: beyond any length, and sums of it with lengths are
 // exact.
 constexpr int64_t kEndless = int64_t{1} << 40;
@@ -66,15 +76,20 @@ struct Attention {
   // Query i stands beside key i + diagonal, and sees as many keys left of it and right of it.
   int64_t diagonal = 0;
   int64_t left = kEndless, right = kEndless;
+  KeyRanges ranges;  // what these three say, and segments and prefixes (cpu/key_ranges.h)
   Slopes alibi;
   bool exchanged = false;  // queries and keys have changed places: the keys have the diagonal
 
   constexpr bool causal() const { return right == 0; }
-  constexpr bool windowed() const { return left < kEndless || right < kEndless; }
+  constexpr bool windowed() const { return left < kEndless || right < kEndless || ranges.first; }
 
-  // The keys that a query sees end before this one, and begin with that one.
-  int64_t keys_seen_by(int64_t query) const { return within(query + diagonal + right + 1); }
-  int64_t first_seen_by(int64_t query) const { return within(query + diagonal - left); }
+  // The keys that a query of entry b sees end before this one, and begin with that one.
+  int64_t keys_seen_by(int64_t b, int64_t query) const {
+    return ranges.end ? ranges.end[b * q_len + query] : within(query + diagonal + right + 1);
+  }
+  int64_t first_seen_by(int64_t b, int64_t query) const {
+    return ranges.first ? ranges.first[b * q_len + query] : within(query + diagonal - left);
+  }
   int64_t within(int64_t key) const { return key < 0 ? 0 : key > kv_len ? kv_len : key; }
 
   bool dropout = false;

@@ -9,7 +9,7 @@ the rest becomes one bool mask. `mask.explain()` says which is which.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -117,6 +117,40 @@ class _Bias(Mask):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class _Prefix(Mask):
+    length: int | Tensor
+
+    def __repr__(self) -> str:
+        return f"prefix({_form(self.length) if isinstance(self.length, Tensor) else self.length})"
+
+    def visible(self, q_len: int, kv_len: int, device: Any = None) -> Tensor:
+        places = torch.arange(kv_len, device=device)
+        return places < self.lengths(device)[:, None, None, None]
+
+    def lengths(self, device: Any) -> Tensor:
+        """int (batch,), or of 1."""
+        return torch.as_tensor(self.length, device=device).reshape(-1)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Segments(Mask):
+    of_queries: Tensor
+    of_keys: Tensor
+
+    def __repr__(self) -> str:
+        return f"segments({_form(self.of_queries)})"
+
+    def visible(self, q_len: int, kv_len: int, device: Any = None) -> Tensor:
+        if (self.of_queries.shape[1], self.of_keys.shape[1]) != (q_len, kv_len):
+            raise ValueError(
+                f"segments are {_form(self.of_queries)} and {_form(self.of_keys)}, of {q_len} "
+                f"queries and {kv_len} keys"
+            )
+        keys = self.of_keys.to(device)[:, None, None, :]
+        return self.of_queries.to(device)[:, None, :, None] == keys
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class _Rule(Mask):
     """A mask that is written out for given lengths."""
 
@@ -180,28 +214,38 @@ def _all(masks: tuple[Mask, ...]) -> Mask:
 class _Plan:
     """What of a mask goes into which argument, and the sentences that say so."""
 
-    band: _Band | None
-    hidden: Tensor | None
-    added: Tensor | None
-    others: list[Mask]
-    said: list[tuple[Mask, str]]
+    band: _Band | None = None
+    prefix: _Prefix | None = None  # of keys that are seen right of a causal band, too
+    segments: _Segments | None = None
+    hidden: Tensor | None = None
+    added: Tensor | None = None
+    others: list[Mask] = field(default_factory=list)
+    said: list[tuple[Mask, str]] = field(default_factory=list)
 
     @classmethod
     def of(cls, mask: Mask) -> "_Plan":
-        plan = cls(None, None, None, [], [])
+        plan = cls()
         for part in mask.masks if isinstance(mask, _All) else (mask,):
             plan.said.append((part, plan.take(part)))
         return plan
 
     def take(self, part: Mask) -> str:
         """Put a part where it belongs; returns what to say of it."""
-        if isinstance(part, _Band) and (self.band is None or self.band.alignment == part.alignment):
+        if isinstance(part, _Band) and self._takes(part):
             one = self.band or part
             left = [n for n in (one.left, part.left) if n is not None]
             right = [n for n in (one.right, part.right) if n is not None]
             self.band = replace(part, left=min(left, default=None), right=min(right, default=None))
             causal = part.left is None and part.right == 0
             return "is_causal" if causal else "window, whose keys alone are read"
+        band, prefix = _causal_and_prefix(part)
+        bounded = self.band is not None and self.band.right is not None
+        if prefix is not None and not bounded and self._takes(band):
+            self.band, self.prefix = replace(self.band or band, right=None), prefix
+            return "prefix_len, beside which a call is causal"
+        if isinstance(part, _Segments) and self.segments is None:
+            self.segments = part
+            return "segment_ids_q and segment_ids_k, whose keys alone are read"
         if isinstance(part, _Padding) and (
             self.hidden is None or self.hidden.shape == part.hidden.shape
         ):
@@ -215,6 +259,13 @@ class _Plan:
         self.others.append(part)
         return "a part of attn_mask, written out"
 
+    def _takes(self, band: "_Band") -> bool:
+        """Whether a band combines with what is there: of one alignment, and none of its own right
+        side beside a prefix."""
+        if self.prefix is not None and band.right is not None:
+            return False
+        return self.band is None or self.band.alignment == band.alignment
+
     def arguments(self, q_len: int, kv_len: int, device: Any) -> dict[str, Any]:
         given: dict[str, Any] = {}
         if self.band is not None:
@@ -225,6 +276,12 @@ class _Plan:
                 given["is_causal"] = True
             if left is not None or right not in (0, None):
                 given["window"] = (left, right)
+        if self.prefix is not None:
+            given["prefix_len"] = self.prefix.lengths(device)
+        if self.segments is not None:
+            self.segments.visible(q_len, kv_len, "meta")  # checks the lengths
+            given["segment_ids_q"] = self.segments.of_queries.to(device)
+            given["segment_ids_k"] = self.segments.of_keys.to(device)
         if self.hidden is not None:
             given["key_padding_mask"] = self.hidden
         if self.others:
@@ -236,6 +293,15 @@ class _Plan:
         elif self.added is not None:
             given["attn_mask"] = self.added
         return given
+
+
+def _causal_and_prefix(mask: Mask) -> tuple[Any, Any]:
+    """The two of `causal() | prefix(n)`; None and None of other masks."""
+    parts = mask.masks if isinstance(mask, _Any) else ()
+    bands = [p for p in parts if isinstance(p, _Band) and p.left is None and p.right == 0]
+    prefixes = [p for p in parts if isinstance(p, _Prefix)]
+    one_of_each = len(parts) == 2 and len(bands) == len(prefixes) == 1
+    return (bands[0], prefixes[0]) if one_of_each else (None, None)
 
 
 def _form(tensor: Tensor) -> str:
@@ -299,15 +365,7 @@ def prefix(length: int | Tensor) -> Mask:
     Args:
         length: an int, or int (batch,) for each batch entry.
     """
-
-    def rule(q_len: int, kv_len: int, device: Any) -> Tensor:
-        places = torch.arange(kv_len, device=device)
-        if isinstance(length, Tensor):
-            return places < length.to(device)[:, None, None, None]
-        return (places < length)[None, None, None]
-
-    given = _form(length) if isinstance(length, Tensor) else length
-    return _Rule(f"prefix({given})", rule)
+    return _Prefix(length)
 
 
 def segments(of_queries: Tensor, of_keys: Tensor | None = None) -> Mask:
@@ -321,16 +379,7 @@ def segments(of_queries: Tensor, of_keys: Tensor | None = None) -> Mask:
     for name, each in {"of_queries": of_queries, "of_keys": keys}.items():
         if each.dim() != 2 or each.is_floating_point() or each.dtype == torch.bool:
             raise ValueError(f"{name} must be int (batch, length), got {_form(each)}")
-
-    def rule(q_len: int, kv_len: int, device: Any) -> Tensor:
-        if (of_queries.shape[1], keys.shape[1]) != (q_len, kv_len):
-            raise ValueError(
-                f"segments are {_form(of_queries)} and {_form(keys)}, of {q_len} queries and "
-                f"{kv_len} keys"
-            )
-        return of_queries.to(device)[:, None, :, None] == keys.to(device)[:, None, None, :]
-
-    return _Rule(f"segments({_form(of_queries)})", rule)
+    return _Segments(of_queries, keys)
 
 
 def from_mask_mod(mask_mod: Callable[..., Tensor], batch: int = 1, heads: int = 1) -> Mask:

@@ -69,6 +69,8 @@ class Drawn:
         causal: where a causal mask is aligned; "object": one of torch's own, at the bottom right.
         window, softcap: as of the op.
         slopes: of which sizes alibi_slopes are: "one", "heads" or "entries".
+        segments: how their numbers lie: "sorted", "turned" or "scattered".
+        prefix: whether there is one.
         number: what the scale and the longest lengths are: of "python", "numpy" or a "tensor".
         loss: the results that gradients start from: "all", "out" or "lse".
     """
@@ -93,6 +95,8 @@ class Drawn:
     window: tuple[int | None, int | None] | None = None
     softcap: float | None = None
     slopes: str | None = None
+    segments: str | None = None
+    prefix: bool = False
     number: str = "python"
 
     # Whether the op computes of doubles what the formula does.
@@ -281,6 +285,21 @@ class Built:
             sizes = {"one": (1,), "heads": (heads,), "entries": (*batch, heads)}[drawn.slopes]
             self.option("alibi_slopes", (self.random(*sizes) - 0.2).to(DEVICE))
 
+    def ranges(self, batch: tuple[int, ...], q_len: int, kv_len: int) -> None:
+        """Segments and a prefix, of integers of some kind."""
+        kind, dtypes = self.drawn.segments, (torch.int64, torch.int32, torch.uint8)
+        dtype = dtypes[self.drawn.seed % 3]
+        for name, length in (("segment_ids_q", q_len), ("segment_ids_k", kv_len)):
+            if kind is None:
+                break
+            ids = (self.random(*batch, length) * 4).floor()
+            if kind != "scattered":
+                ids = ids.sort(-1, descending=kind == "turned").values
+            self.option(name, ids.to(DEVICE, dtype))
+        if self.drawn.prefix:
+            lengths = self.random(*batch) * (kv_len + 2)
+            self.option("prefix_len", lengths.floor().to(DEVICE, torch.int64))
+
     def padding(self, name: str, kind: str | None, narrow: bool, *target: int) -> None:
         """A padding mask (..., length): some hidden, the tail of each, whole samples, or all;
         `narrow`: the same for all samples, which broadcasts."""
@@ -386,6 +405,10 @@ def draw_common(rng: random.Random, target: Target, operands: tuple[str, ...]) -
         drawn["softcap"] = rng.choice((0.3, 1.0, 5.0, 50.0))
     if rng.random() < 0.15 and target.backend not in ("triton", "cuda"):
         drawn["slopes"] = rng.choice(("one", "heads", "entries"))
+    if rng.random() < 0.15 and target.backend not in ("triton", "cuda"):
+        drawn["segments"] = rng.choice(("sorted", "turned", "scattered"))
+    if rng.random() < 0.1 and target.backend not in ("triton", "cuda"):
+        drawn["prefix"] = True
     drawn["number"] = rng.choice(("python",) * 6 + ("numpy", "tensor"))
     half = drawn["dtype"] == "float16"
     kind = rng.random()

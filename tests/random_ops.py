@@ -91,6 +91,7 @@ class Attention(Drawn):
         built.causal(self.q_len, self.kv_len)
         if self.rank > 2:
             built.kinds(batch, heads[0])
+            built.ranges(batch, self.q_len, self.kv_len)
         built.padding("key_padding_mask", self.padding, self.narrow, *batch, self.kv_len)
         if self.nan_behind:
             built.spoil("key_padding_mask", "key", "value")
@@ -177,6 +178,7 @@ class Bidirectional(Drawn):
         built.mask(target)
         built.causal(self.q_len, self.kv_len)
         built.kinds(batch, self.kv_heads)
+        built.ranges(batch, self.q_len, self.kv_len)
         built.padding("query_padding_mask", self.query_padding, False, *batch, self.q_len)
         built.padding("key_padding_mask", self.key_padding, self.narrow, *batch, self.kv_len)
         if self.nan_behind:

@@ -49,6 +49,8 @@ M_PERTURB = -6
 
 # Arguments that the CUDA kernels leave to others.
 KINDS = ("window", "softcap", "alibi_slopes")
+# Those that the Triton kernels leave, too.
+RARE_KINDS = ("segment_ids_q", "segment_ids_k", "prefix_len")
 
 # Results, and gradients by name.
 Evaluated = tuple[tuple[Tensor, ...], dict[str, Tensor]]
@@ -418,10 +420,11 @@ class AttentionSuite(OpSuite):
     slow_scale_cases: ClassVar[tuple[str, ...]] = ()
 
     def takes(self, target: Target, call: dict[str, Any]) -> bool:
-        kinds = [name for name in KINDS if name in call]
-        if target.backend != "cuda" or not kinds:
+        left = {"cuda": (*KINDS, *RARE_KINDS), "triton": RARE_KINDS}.get(target.backend, ())
+        kinds = [name for name in left if name in call]
+        if not kinds:
             return True
-        with pytest.raises(ff.BackendUnavailableError, match=f"{kinds[0]} is left to the other"):
+        with pytest.raises(ff.BackendUnavailableError, match=f"{kinds[0]} is left to the"):
             target.call(type(self).function, **call)
         return False
 
@@ -494,12 +497,29 @@ def shaped(
     return scores
 
 
-def outside(scores: Tensor, is_causal: bool, window: Any, alignment: str) -> Tensor:
-    """The scores that a causal mask and a window hide."""
+def outside(
+    scores: Tensor,
+    is_causal: bool,
+    window: Any,
+    alignment: str,
+    segment_ids_q: Tensor | None = None,
+    segment_ids_k: Tensor | None = None,
+    prefix_len: Tensor | None = None,
+) -> Tensor:
+    """The scores that a causal mask, a window, segments and a prefix hide, of three dimensions at
+    least if there are segments or a prefix."""
     distance = distances(scores, alignment)
     left, right = window or (None, None)
-    hidden = distance < (0 if is_causal else -torch.inf if right is None else -right)
-    return hidden if left is None else hidden | (distance > left)
+    if prefix_len is None:
+        hidden = distance < (0 if is_causal else -torch.inf if right is None else -right)
+    else:
+        keys = torch.arange(scores.shape[-1], device=scores.device)
+        hidden = (distance < 0) & (keys >= prefix_len[..., None, None, None])
+    if left is not None:
+        hidden = hidden | (distance > left)
+    if segment_ids_q is None or segment_ids_k is None:
+        return hidden
+    return hidden | (segment_ids_q[..., None, :, None] != segment_ids_k[..., None, None, :])
 
 
 def plain_attention(
@@ -517,6 +537,9 @@ def plain_attention(
     window: Any = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    segment_ids_q: Tensor | None = None,
+    segment_ids_k: Tensor | None = None,
+    prefix_len: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Unfused attention as a user writes it, every step in the dtype of the inputs."""
     if enable_gqa:
@@ -537,7 +560,9 @@ def plain_attention(
     elif attn_mask is not None:
         # Without a dimension it would not count among the dtypes.
         scores = scores.to(torch.promote_types(scores.dtype, attn_mask.dtype)) + attn_mask
-    hidden = outside(scores, is_causal, window, causal_alignment)
+    hidden = outside(
+        scores, is_causal, window, causal_alignment, segment_ids_q, segment_ids_k, prefix_len
+    )
     scores = scores.masked_fill(hidden, -torch.inf)
     if key_padding_mask is not None:
         per_head = key_padding_mask[..., None, None, :] if scores.dim() > 2 else key_padding_mask

@@ -131,6 +131,9 @@ def op_inputs(batch: int, q_len: int, kv_len: int) -> dict[str, Tensor]:
         "begin_q": offsets(q_lens),
         "begin_k": offsets(kv_lens),
         "slopes": torch.rand(HEADS),
+        "q_ids": torch.randint(0, 3, (batch, q_len)),
+        "k_ids": torch.randint(1, 4, (batch, kv_len)),
+        "prefix": torch.randint(0, kv_len, (batch,)),
         "packed_bools": torch.rand(HEADS, LONGEST, LONGEST) > 0.3,
     }
     # What padding hides is not read.
@@ -171,6 +174,9 @@ def calls(t: dict[str, Tensor]) -> list[Any]:
         attention(query, key, value, t["bias"], softcap=0.7, return_lse=True),
         attention(query, key, value, is_causal=True, window=(2, None), alibi_slopes=t["slopes"]),
         bidirectional(*sides, window=(3, 1), softcap=0.9, alibi_slopes=t["slopes"]),
+        attention(query, key, value, segment_ids_q=t["q_ids"], segment_ids_k=t["k_ids"]),
+        bidirectional(*sides, segment_ids_q=t["q_ids"], segment_ids_k=t["k_ids"],
+                      prefix_len=t["prefix"]),
         varlen(*packed, *longest, window=(2, 1), softcap=0.9, alibi_slopes=t["slopes"], **bottom),
         statistics(
             query, t["nan_key"][:, :2], attn_mask=t["bools"], key_padding_mask=t["no_keys"],
@@ -183,6 +189,7 @@ B, L, S = Dim("B"), Dim("L"), Dim("S")
 OP_AXES = {
     "query": {0: B, 2: L}, "key": {0: B, 2: S}, "value": {0: B, 2: S}, "query_value": {0: B, 2: L},
     "bools": {0: L, 1: S}, "bias": {0: B, 2: L, 3: S}, "no_keys": {0: B, 1: S},
+    "q_ids": {0: B, 1: L}, "k_ids": {0: B, 1: S}, "prefix": {0: B},
     "no_queries": {0: B, 1: L}, "packed_query": {0: Dim("Tq")}, "packed_key": {0: Dim("Tk")},
     "packed_value": {0: Dim("Tk")}, "begin_q": {0: Dim("N")}, "begin_k": {0: Dim("N")},
     "slopes": None, "packed_bools": None, "nan_key": {0: B, 2: S}, "nan_value": {0: B, 2: S},
@@ -196,7 +203,7 @@ def test_ops(opset: int) -> None:
     program = export(module, inputs, OP_AXES, opset_version=opset)
     operators = [node.op_type for node in program.model.graph]
     # No float mask, a positive scale, no packed sequences, one direction, no cap and no slopes.
-    assert operators.count("Attention") == (5 if opset >= 23 else 0)
+    assert operators.count("Attention") == (6 if opset >= 23 else 0)
     model = program.model_proto.SerializeToString()
     for sizes in OTHERS:
         assert_right(model, module, op_inputs(*sizes))

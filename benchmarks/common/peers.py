@@ -39,10 +39,19 @@ def attend_mask(call: Arguments) -> Tensor | None:
 
 
 def whole_mask(call: Arguments) -> Tensor | None:
-    """`attend_mask` with the causal mask and the window worked in too."""
+    """`attend_mask` with the causal mask, the window, segments and prefix worked in too."""
     mask = attend_mask(call)
-    if call.get("is_causal"):
+    prefix, q_ids, k_ids = (
+        call.get(name) for name in ("prefix_len", "segment_ids_q", "segment_ids_k")
+    )
+    if prefix is not None:
+        keys = torch.arange(call["key"].shape[-2], device=call["key"].device)
+        seen = lower_triangle(call["query"], call["key"]) | (keys < prefix[:, None, None, None])
+        mask = both_masks(mask, seen)
+    elif call.get("is_causal"):
         mask = both_masks(mask, lower_triangle(call["query"], call["key"]))
+    if q_ids is not None and k_ids is not None:
+        mask = both_masks(mask, q_ids[:, None, :, None] == k_ids[:, None, None, :])
     if call.get("window"):
         left, right = (torch.inf if side is None else side for side in call["window"])
         distance = distances(call["query"], call["key"])

@@ -35,8 +35,8 @@ def compiled_formula(call: Arguments) -> Callable[[], Tensor]:
 
 
 def flex(call: Arguments) -> Callable[[], Tensor]:
-    """FlexAttention under torch.compile; key padding, causality and windows as its block mask, soft
-    caps and ALiBi as its score function."""
+    """FlexAttention under torch.compile; key padding, causality, windows, segments and prefixes as
+    its block mask, soft caps and ALiBi as its score function."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     require_compiler()
@@ -45,12 +45,18 @@ def flex(call: Arguments) -> Callable[[], Tensor]:
     query, key = call["query"], call["key"]
     padding, causal = call.get("key_padding_mask"), bool(call.get("is_causal"))
     window, softcap, slopes = (call.get(n) for n in ("window", "softcap", "alibi_slopes"))
+    ranges = ("segment_ids_q", "segment_ids_k", "prefix_len")
+    q_ids, k_ids, prefix = (call.get(name) for name in ranges)
     mask = shaped = None
-    if padding is not None or causal or window:
+    if not (padding is q_ids is prefix is None) or causal or window:
         left, right = window or (None, None)
 
         def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
-            shown = q >= k if causal else k >= 0
+            shown = q >= k if causal or prefix is not None else k >= 0
+            if prefix is not None:
+                shown = shown | (k < prefix[b])
+            if q_ids is not None and k_ids is not None:
+                shown = shown & (q_ids[b, q] == k_ids[b, k])
             if left is not None:
                 shown = shown & (q - k <= left)
             if right is not None:

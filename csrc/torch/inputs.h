@@ -23,6 +23,9 @@ struct AttentionInputs {
   std::optional<int64_t> window_left = from.maybe_integer("window_left");
   std::optional<int64_t> window_right = from.maybe_integer("window_right");
   std::optional<double> softcap = from.maybe_number("softcap");
+  MaybeTensor segment_ids_q = from.maybe_tensor("segment_ids_q");
+  MaybeTensor segment_ids_k = from.maybe_tensor("segment_ids_k");
+  MaybeTensor prefix_len = from.maybe_tensor("prefix_len");
 };
 
 struct BidirectionalInputs {
@@ -43,6 +46,9 @@ struct BidirectionalInputs {
   std::optional<int64_t> window_left = from.maybe_integer("window_left");
   std::optional<int64_t> window_right = from.maybe_integer("window_right");
   std::optional<double> softcap = from.maybe_number("softcap");
+  MaybeTensor segment_ids_q = from.maybe_tensor("segment_ids_q");
+  MaybeTensor segment_ids_k = from.maybe_tensor("segment_ids_k");
+  MaybeTensor prefix_len = from.maybe_tensor("prefix_len");
 };
 
 struct VarlenInputs {

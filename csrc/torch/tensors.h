@@ -236,6 +236,10 @@ inline void describe_batched(ff::Attention& p, const Inputs& in) {
   describe_kind(p, in.query, in.key, in.value);
   p.query = view(in.query), p.key = view(in.key), p.value = view(in.value);
 
+#ifdef FF_TORCH_CUDA
+  STD_TORCH_CHECK(!in.segment_ids_q && !in.segment_ids_k && !in.prefix_len,
+                  "fastfusion: the CUDA kernels have no segments and no prefixes");
+#endif
   describe_masks(p, in.query, in.attn_mask, in.key_padding_mask);
   describe_slopes(p, in.query, in.alibi_slopes, p.batch);
   describe_options(p, in);

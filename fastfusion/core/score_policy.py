@@ -1,4 +1,4 @@
-"""Kinds of masks that are numbers: causal masks, windows, soft caps and ALiBi, of every attention.
+"""Kinds of masks that are numbers: causal masks, windows, soft caps, ALiBi, segments and prefixes.
 
 With x the scaled products of queries and keys, scores are, as FlashAttention makes them
 (`flash_attn_func` of flash-attn 2.6 and later):
@@ -10,7 +10,9 @@ With x the scaled products of queries and keys, scores are, as FlashAttention ma
 where query i stands beside key i + diagonal, and sees the keys from i + diagonal - left to
 i + diagonal + right of its window (Beltagy et al., "Longformer", 2020). The diagonal is 0, or
 kv_len - q_len with causal_alignment="bottom_right", which is FlashAttention's. A causal mask is a
-window whose right side is 0.
+window whose right side is 0; beside a prefix (the prefix LM of Raffel et al., "T5", 2020, section
+3.2.1) all queries see its keys, too. Of segments a query sees the keys of its own: sequences that
+are packed into one (Krell et al., "Efficient Sequence Packing without Cross-contamination", 2021).
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,6 +36,8 @@ class Policy(NamedTuple):
         diagonal: query i stands beside key i + diagonal; a tensor has one for each batch entry.
         left, right: how many keys a query sees before that one and behind it; None: all of them.
         softcap, alibi_slopes: as in the formula; slopes (batch, heads).
+        segments: numbers (batch, q_len) and (batch, kv_len); a query sees the keys of its own.
+        prefix: (batch,), how many keys all queries see, whatever is right of them.
     """
 
     diagonal: int | Tensor = 0
@@ -41,11 +45,13 @@ class Policy(NamedTuple):
     right: int | None = None
     softcap: float | None = None
     alibi_slopes: Tensor | None = None
+    segments: tuple[Tensor, Tensor] | None = None
+    prefix: Tensor | None = None
 
     @property
     def hides(self) -> bool:
         """Whether some scores may be -inf by it."""
-        return self.left is not None or self.right is not None
+        return not (self.left is self.right is self.segments is None)
 
     def shape(self, scores: Tensor) -> Tensor:
         """The scaled products (batch, heads, q_len, kv_len) with cap and ALiBi."""
@@ -58,21 +64,28 @@ class Policy(NamedTuple):
         return scores
 
     def hide(self, scores: Tensor) -> Tensor:
-        """-inf where a key is outside of the window."""
+        """-inf where a query does not see a key."""
         if not self.hides:
             return scores
         q_len, kv_len = scores.shape[-2:]
         return scores.masked_fill(~self.visible(q_len, kv_len, scores.device), -torch.inf)
 
     def visible(self, q_len: int, kv_len: int, device: Any) -> Tensor:
-        """bool, broadcastable to (batch, heads, q_len, kv_len): True where a key is in the
-        window."""
+        """bool, broadcastable to (batch, heads, q_len, kv_len): True where a query sees a key."""
         distance = self._distance(q_len, kv_len, device)
         seen = torch.ones_like(distance, dtype=torch.bool)
         if self.left is not None:
             seen = seen & (distance <= self.left)
         if self.right is not None:
-            seen = seen & (distance >= -self.right)
+            near = distance >= -self.right
+            if self.prefix is not None:
+                near = near | (
+                    torch.arange(kv_len, device=device) < self.prefix[:, None, None, None]
+                )
+            seen = seen & near
+        if self.segments is not None:
+            of_queries, of_keys = self.segments
+            seen = seen & (of_queries[:, None, :, None] == of_keys[:, None, None, :])
         return seen
 
     def _distance(self, q_len: int, kv_len: int, device: Any) -> Tensor:
@@ -90,16 +103,27 @@ class Kinds(NamedTuple):
     window: Any = None
     softcap: Any = None
     alibi_slopes: Any = None
+    segment_ids_q: Any = None
+    segment_ids_k: Any = None
+    prefix_len: Any = None
 
-    def policy(self, query: Tensor) -> Policy:
-        """Of queries (batch, heads, q_len, head_dim), once they are checked."""
+    def policy(self, query: Tensor, key: Tensor) -> Policy:
+        """Of queries and keys (batch, heads, length, head_dim), once they are checked."""
         left, right, softcap = kinds_of(self)
         slopes = slopes_of(self.alibi_slopes, query, *query.shape[:2])
-        return Policy(0, left, right, softcap, slopes)
+        *ids, prefix = ranges_of(self, query.shape[:1], query.shape[2], key.shape[2])
+        right = right if prefix is None else 0
+        return Policy(0, left, right, softcap, slopes, _pair(ids), prefix)
 
-    def check(self, query: Tensor) -> None:
-        """Raise TypeError or ValueError for what is not legal beside these queries."""
-        check_kinds(self, query, tuple(query.shape[:2]), shapes(query=query))
+    def check(self, query: Tensor, key: Tensor) -> None:
+        """Raise TypeError or ValueError for what is not legal beside these queries and keys."""
+        sizes = shapes(query=query, key=key)
+        check_kinds(self, query, tuple(query.shape[:2]), sizes)
+        check_ranges(self, query, key, tuple(query.shape[:1]), sizes)
+
+
+# Those that modules name where they do not go with something else.
+KINDS = "window, softcap, alibi_slopes, segment ids and prefix_len"
 
 
 def causal(diagonal: int | None) -> Policy:
@@ -110,7 +134,26 @@ def causal(diagonal: int | None) -> Policy:
 def policy_of(call: Any, diagonal: Any) -> Policy:
     """That of an op's call, whose queries stand beside this diagonal."""
     left, right = sides_of(call)
-    return Policy(diagonal, left, right, call.softcap, call.alibi_slopes)
+    *ids, prefix = _ranges(call)
+    return Policy(diagonal, left, right, call.softcap, call.alibi_slopes, _pair(ids), prefix)
+
+
+def _ranges(call: Any) -> tuple[Any, Any, Any]:
+    """Segments and prefix of a call; packed sequences have none."""
+    q_ids, k_ids, prefix = (getattr(call, name, None) for name in _RANGES)
+    return q_ids, k_ids, prefix
+
+
+def _has_ranges(call: Any) -> bool:
+    return any([numbers is not None for numbers in _ranges(call)])
+
+
+_RANGES = ("segment_ids_q", "segment_ids_k", "prefix_len")
+
+
+def _pair(ids: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+    of_queries, of_keys = ids
+    return None if of_queries is None else (of_queries, of_keys)
 
 
 def sides_of(call: Any) -> tuple[int | None, int | None]:
@@ -119,7 +162,8 @@ def sides_of(call: Any) -> tuple[int | None, int | None]:
 
 
 def scores_seen(call: Any, q_len: int, kv_len: int) -> int:
-    """How many scores a window leaves; a causal mask alone hides none here, as in torch's count."""
+    """How many scores a window leaves; a causal mask alone hides none here, as in torch's count,
+    nor do segments and prefixes, which are numbers of tensors."""
     if call.window_left is call.window_right is None:
         return q_len * kv_len
     left, right = sides_of(call)
@@ -136,6 +180,11 @@ def scores_seen(call: Any, q_len: int, kv_len: int) -> int:
 
     seen = q_len * kv_len if right is None else up_to(diagonal + right)
     return seen - (0 if left is None else up_to(diagonal - left - 1))
+
+
+def hides(call: Any) -> bool:
+    """Whether a query of a call may see less than all keys, but for masks and padding."""
+    return sides_of(call) != (None, None) or _has_ranges(call)
 
 
 def bounds(window: Any) -> tuple[int | None, int | None]:
@@ -204,6 +253,66 @@ def check_kinds(given: Any, query: Tensor, leading: tuple[int, ...], sizes: str)
         )
 
 
+def check_ranges(
+    given: Any, query: Tensor, key: Tensor, leading: tuple[int, ...], sizes: str
+) -> None:
+    """Raise TypeError or ValueError for segments or a prefix that are not legal.
+
+    Args:
+        given: the arguments of an op.
+        leading: batch dimensions, to which all broadcast.
+        sizes: what was given, for messages.
+    """
+    q_ids, k_ids, prefix = _ranges(given)
+    lengths = (*leading, query.shape[-2]), (*leading, key.shape[-2])
+    for name, ids, target in zip(_RANGES, (q_ids, k_ids, prefix), (*lengths, leading), strict=True):
+        if ids is None:
+            continue
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"{name} must be a Tensor or None, got {type(ids).__name__}")
+        check_dense(name, ids)
+        if ids.dtype not in _INTEGERS:
+            raise TypeError(f"{name} must be integers, got {ids.dtype}")
+        check_device(name, ids, "query", query)
+        if not broadcasts(ids, target):
+            raise ValueError(
+                f"{name} must broadcast to {target}, got shape {tuple(ids.shape)}; {sizes}"
+            )
+    if (q_ids is None) != (k_ids is None):
+        given_one, other = _RANGES[:2] if k_ids is None else _RANGES[1::-1]
+        raise ValueError(f"{given_one} comes with {other}, which is None; {sizes}")
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def ranges_of(given: Any, outer: Sequence[Any], q_len: Any, kv_len: Any) -> tuple[Any, Any, Any]:
+    """Segments and prefix of an op's arguments as calls have them, of one batch dimension in the
+    place of those of `outer`."""
+
+    def whole(numbers: Any, *length: Any) -> Any:
+        if numbers is None:
+            return None
+        return numbers.to(torch.int64).expand(*outer, *length).flatten(0, len(outer) - 1)
+
+    q_ids, k_ids, prefix = _ranges(given)
+    return whole(q_ids, q_len), whole(k_ids, kv_len), whole(prefix)
+
+
+def ranges_fit(call: Any, batch: Any) -> Iterator[Any]:
+    """What holds for segments and prefix of a call of so many entries."""
+    q_ids, k_ids, prefix = _ranges(call)
+    yield (q_ids is None) == (k_ids is None)
+    yield prefix is None or call.is_causal
+    lengths = (call.query.shape[2],), (call.key.shape[2],), ()
+    for numbers, length in zip((q_ids, k_ids, prefix), lengths, strict=True):
+        if numbers is not None:
+            yield numbers.dtype == torch.int64 and numbers.device == call.query.device
+            yield numbers.dim() == 1 + len(length)
+            for size, expected in zip(numbers.shape, (batch, *length), strict=True):
+                yield size == expected
+
+
 def kinds_of(given: Any) -> tuple[int | None, int | None, float | None]:
     """Window and soft cap of an op's arguments, as its call has them."""
     softcap = number("softcap", given.softcap)
@@ -233,7 +342,14 @@ def kinds_fit(call: Any, *leading: Any) -> Iterator[Any]:
 
 def has_kinds(call: Any) -> bool:
     """Whether a call has any but a causal mask."""
-    return not (call.alibi_slopes is call.softcap is call.window_left is call.window_right is None)
+    if not (call.alibi_slopes is call.softcap is call.window_left is call.window_right is None):
+        return True
+    return has_rare_kinds(call)
+
+
+def has_rare_kinds(call: Any) -> bool:
+    """Whether a call has segments or a prefix."""
+    return _has_ranges(call)
 
 
 def refuses_gradient(call: Any) -> Sequence[str]:
@@ -248,9 +364,18 @@ def refuses_kinds(call: Any) -> Sequence[str]:
     """Why kernels that have none of them cannot run a call."""
     if not has_kinds(call):
         return ()
-    given = (
+    given = [
         ("window", not (call.window_left is call.window_right is None)),
         ("softcap", call.softcap is not None),
         ("alibi_slopes", call.alibi_slopes is not None),
-    )
-    return [f"{name} is left to the other kernels and the reference" for name, has in given if has]
+    ]
+    reasons = [f"{n} is left to the other kernels and the reference" for n, has in given if has]
+    return [*reasons, *refuses_rare_kinds(call)]
+
+
+def refuses_rare_kinds(call: Any) -> Sequence[str]:
+    """Why kernels that have no segments and prefixes cannot run a call."""
+    if not has_rare_kinds(call):
+        return ()
+    given = [name for name in ("segment_ids_q", "prefix_len") if getattr(call, name) is not None]
+    return [f"{name} is left to the CPU kernels and the reference" for name in given]

@@ -52,8 +52,9 @@ class Definition:
         name: of the torch ops, without a backend's prefix.
         call: the NamedTuple of its arguments, in the order and with the defaults of the schema:
             first those tensors that may have a gradient, of which the last is a mask (None, bool,
-            or without a gradient as well), then the other tensors, then numbers. `conditions()`
-            gives what holds for the sizes, dtypes and devices of a legal one.
+            or without a gradient as well), then the other tensors, then numbers, then tensors that
+            few calls have. `conditions()` gives what holds for the sizes, dtypes and devices of a
+            legal one.
         gradients: how many arguments may have a gradient.
         results: how many outputs a caller gets who asks for no log-sum-exps.
         outputs: how many there are in all.
@@ -77,23 +78,39 @@ class Definition:
 
     @cached_property
     def tensors(self) -> int:
-        """How many arguments are tensors; they come first."""
-        hints = get_type_hints(self.call).values()
-        return sum(hint in (Tensor, Tensor | None) for hint in hints)
+        """How many arguments before the numbers are tensors."""
+        return self._are_tensors.index(False)
 
     @cached_property
-    def _tail(self) -> tuple[int, tuple[Any, ...]]:
+    def rare(self) -> int:
+        """From where on the arguments are tensors again."""
+        return len(self._are_tensors) - self._are_tensors[::-1].index(False)
+
+    @cached_property
+    def _are_tensors(self) -> list[bool]:
+        hints = get_type_hints(self.call).values()
+        return [hint in (Tensor, Tensor | None) for hint in hints]
+
+    def tensors_of(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Those of the arguments, or the first of them, that are no numbers."""
+        return (*given[: self.tensors], *given[self.rare :])
+
+    @cached_property
+    def _tail(self) -> tuple[int, int, tuple[Any, ...]]:
         """From where on all numbers have defaults, and these."""
         fields, defaults = self.call._fields, self.call._field_defaults
         start = max(self.tensors, len(fields) - len(defaults))
-        return start, tuple(defaults[name] for name in fields[start:])
+        return start, self.rare, tuple(defaults[name] for name in fields[start : self.rare])
 
     def given(self, call: Any) -> Any:
         """The arguments of a call without those at its end that are as the schema has them: each
         costs the dispatcher 0.1 us."""
-        end, defaults = self._tail
-        if call[end:] != defaults:
-            return call
+        end, rare, defaults = self._tail
+        for tensor in call[rare:]:  # by `==` the first would be asked for its 2 us of numbers
+            if tensor is not None:
+                return call
+        if call[end:rare] != defaults:
+            return call[:rare]
         if end == self.tensors:
             while call[end - 1] is None:
                 end -= 1
@@ -349,7 +366,7 @@ class LaunchedOp(TorchOp):
 
     def _run(self, given: tuple[Any, ...], lse: bool) -> tuple[Tensor, ...]:
         definition = self.definition
-        watched = _dispatch_modes() or not PLAIN.issuperset(map(type, given[: definition.tensors]))
+        watched = _dispatch_modes() or not PLAIN.issuperset(map(type, definition.tensors_of(given)))
         outputs: tuple[Tensor, ...]
         outputs = self.raw(*given) if watched else self.launch(definition.call(*given), lse)
         return outputs
@@ -379,7 +396,7 @@ class LaunchedOp(TorchOp):
     def _tensors(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
         """Those of the arguments of the backward op."""
         first = self.definition.outputs
-        return given[:first] + given[first + 1 :][: self.definition.tensors]
+        return given[:first] + self.definition.tensors_of(given[first + 1 :])
 
 
 class LaunchedForwardOp(ForwardOp):
@@ -405,7 +422,7 @@ class LaunchedForwardOp(ForwardOp):
         definition = self.definition
         if _tracing() is not None:
             return definition.without_lse(definition.reference(call))
-        if _dispatch_modes() or not PLAIN.issuperset(map(type, call[: definition.tensors])):
+        if _dispatch_modes() or not PLAIN.issuperset(map(type, definition.tensors_of(call))):
             return self.forward(*self.definition.given(call))
         return self.launch(call)
 
@@ -413,7 +430,7 @@ class LaunchedForwardOp(ForwardOp):
 def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
     """The autograd functions of an op: for torch.func and graphs, for eager calls, and for eager
     calls with log-sum-exps."""
-    definition, leading = op.definition, op.definition.tensors
+    definition, leading, rare = op.definition, op.definition.tensors, op.definition.rare
     outputs, gradients = definition.outputs, definition.gradients
     without_gradient = (None,) * (len(definition.call._fields) - gradients)
     first = outputs + 1  # argument of the backward op that is one of the forward's
@@ -433,19 +450,21 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.save_for_backward(*inputs[:outputs], *inputs[first : first + leading])
-            ctx.mask_gradient, ctx.options = inputs[outputs], inputs[first + leading :]
+            call = inputs[first:]
+            ctx.save_for_backward(*inputs[:outputs], *definition.tensors_of(call))
+            ctx.mask_gradient, ctx.options = inputs[outputs], call[leading:rare]
             ctx.set_materialize_grads(False)
 
         @staticmethod
         def backward(ctx: Any, *second: Tensor | None) -> Any:
-            grads, tensors = ctx.saved_tensors[:outputs], ctx.saved_tensors[outputs:]
+            grads, saved = ctx.saved_tensors[:outputs], ctx.saved_tensors[outputs:]
+            tensors, others = saved[:leading], (*ctx.options, *saved[leading:])
             last = gradients if ctx.mask_gradient else gradients - 1
             given = [i for i, g in enumerate(grads) if g is not None]
 
             def gradient(*primals: Tensor) -> tuple[Tensor, ...]:
                 def reference(*inputs: Tensor) -> tuple[Tensor, ...]:
-                    call = definition.call(*inputs, *tensors[last:], *ctx.options)
+                    call = definition.call(*inputs, *tensors[last:], *others)
                     found = definition.reference(call)
                     return tuple(found[i] for i in given)
 
@@ -462,7 +481,7 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
                     for r, s in zip(results, second, strict=False)
                 )
             )
-            found: list[Any] = [None] * (first + leading + len(ctx.options))
+            found: list[Any] = [None] * (first + leading + len(others))
             for i, value in zip((*given, *range(first, first + last)), pulled, strict=True):
                 found[i] = value
             return tuple(found)
@@ -472,8 +491,8 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
             return vmap.backward(definition, Backward.apply, info.batch_size, in_dims, given)
 
     def save(ctx: Any, inputs: Any) -> None:
-        ctx.save_for_backward(*inputs[:leading])
-        ctx.options = inputs[leading:]
+        ctx.save_for_backward(*definition.tensors_of(inputs))
+        ctx.options = inputs[leading:rare]
         ctx.set_materialize_grads(False)
 
     class Transformed(Function):
@@ -492,7 +511,8 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
                 return (None,) * len(needed)
             mask_gradient = len(needed) >= gradients and needed[gradients - 1]
             grads = grads if len(grads) == outputs else grads + absent
-            given = (*ctx.saved_tensors, *ctx.options)
+            saved = ctx.saved_tensors
+            given = (*saved[:leading], *ctx.options, *saved[leading:])
             if _is_grad_enabled() or _transforms_active():
                 found = Backward.apply(*grads, mask_gradient, *definition.call(*given))
             else:

@@ -16,13 +16,12 @@ def forward(
     leading = definition.tensors
     out_dims = (0,) * definition.outputs
     if size == 0:
-        fake = definition.fake(definition.call(*_without(given[:leading], dims), *given[leading:]))
+        fake = definition.fake(definition.call(*_without(given, dims)))
         return tuple(t.new_empty(0, *t.shape) for t in fake), out_dims
     if not definition.folds or given[leading - 1] is not None:  # the seed
-        return _one_by_one(apply, size, dims, given, leading), out_dims
+        return _one_by_one(apply, size, dims, given), out_dims
     batch = _batch(given[0], dims[0])
-    tensors = _folded(given[:leading], dims, size, batch, definition.gradients - 1)
-    outputs = apply(*tensors, *given[leading:])
+    outputs = apply(*_folded(given, dims, size, batch, definition.gradients - 1))
     return tuple(_unfold(t, size, batch) for t in outputs), out_dims
 
 
@@ -33,17 +32,16 @@ def backward(
     mask_gradient, first = given[definition.outputs], definition.outputs + 1
     leading = first + definition.tensors
     if size == 0:
-        fake = definition.fake_backward(*_without(given[:leading], dims), *given[leading:])
+        fake = definition.fake_backward(*_without(given, dims))
         return tuple(t.new_empty(0, *t.shape) for t in fake), (0,) * definition.gradients
     if not definition.folds or given[leading - 1] is not None or mask_gradient:
         # A dropout mask is a function of the batch index, and a mask's gradient is a sum over the
         # batch: neither survives folding.
-        results = _one_by_one(apply, size, dims, given, leading)
+        results = _one_by_one(apply, size, dims, given)
         return results, (0,) * definition.gradients
     batch = _batch(given[first], dims[first])
     mask_at = first + definition.gradients - 1
-    tensors = _folded(given[:leading], dims, size, batch, mask_at)
-    *gradients, empty = apply(*tensors, *given[leading:])
+    *gradients, empty = apply(*_folded(given, dims, size, batch, mask_at))
     dims = (*(0,) * len(gradients), None)
     return (*(_unfold(t, size, batch) for t in gradients), empty), dims
 
@@ -52,31 +50,30 @@ def _batch(query: Tensor, dim: int | None) -> int:
     return query.shape[0 if dim is None or dim > 0 else 1]
 
 
-def _without(tensors: tuple[Any, ...], dims: Dims) -> list[Any]:
-    """Tensors of the same kind as one entry of a vmapped dimension, which may have none."""
+def _without(given: tuple[Any, ...], dims: Dims) -> list[Any]:
+    """Arguments of the same kind as one entry of a vmapped dimension, which may have none."""
     return [
         t if t is None or d is None else t.new_empty(t.shape[:d] + t.shape[d + 1 :])
-        for t, d in zip(tensors, dims, strict=False)
+        for t, d in zip(given, dims, strict=True)
     ]
 
 
 def _one_by_one(
-    apply: Callable[..., Any], size: int, dims: Dims, given: tuple[Any, ...], leading: int
+    apply: Callable[..., Any], size: int, dims: Dims, given: tuple[Any, ...]
 ) -> tuple[Tensor, ...]:
     results = [
         apply(
             *(
                 t if t is None or d is None else t.select(d, index)
-                for t, d in zip(given[:leading], dims, strict=False)
-            ),
-            *given[leading:],
+                for t, d in zip(given, dims, strict=True)
+            )
         )
         for index in range(size)
     ]
     return tuple(torch.stack(column) for column in zip(*results, strict=True))
 
 
-def _folded(tensors: tuple[Any, ...], dims: Dims, size: int, batch: int, mask_at: int) -> list[Any]:
+def _folded(given: tuple[Any, ...], dims: Dims, size: int, batch: int, mask_at: int) -> list[Any]:
     """All tensors with the vmapped dimension in the batch, contiguous; what is none as it is."""
 
     def fold(tensor: Tensor, dim: int | None) -> Tensor:
@@ -89,7 +86,7 @@ def _folded(tensors: tuple[Any, ...], dims: Dims, size: int, batch: int, mask_at
         else _folded_mask(tensor, dim, size, batch)
         if index == mask_at
         else fold(tensor, dim)
-        for index, (tensor, dim) in enumerate(zip(tensors, dims, strict=False))
+        for index, (tensor, dim) in enumerate(zip(given, dims, strict=True))
     ]
 
 

@@ -36,7 +36,7 @@ class Layout:
 
 _ATTENTION = {
     "query": "bhqd", "key": "bhkd", "value": "bhkd", "attn_mask": "bhqk", "key_padding_mask": "bk",
-    "alibi_slopes": "bh",
+    "alibi_slopes": "bh", "segment_ids_q": "bq", "segment_ids_k": "bk", "prefix_len": "b",
 }  # fmt: skip
 _BOTH = {
     **_ATTENTION, "query_value": "bhqd", "query_padding_mask": "bq",
@@ -111,7 +111,7 @@ def register() -> None:
 def _ask_again_for_other_options(op: Any) -> None:
     """Let what is kept of a rule's answers depend on all numbers and flags: torch takes integers
     alone into account, and would shard the queries of a causal call as those of the last one."""
-    first = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
+    first = next((i for i, a in enumerate(op._schema.arguments) if "Tensor" not in str(a.type)), 0)
     infos = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
     infos[op] = RuntimeSchemaInfo(first, needs_pytree=True)
 

@@ -410,10 +410,16 @@ def _kinds(
     window_left: int | None = None,
     window_right: int | None = None,
     alibi_slopes: Any = None,
+    segment_ids_q: Any = None,
+    segment_ids_k: Any = None,
+    prefix_len: Any = None,
     **others: Any,
 ) -> tuple[Any, Any]:
-    """The bias and the visible scores with what causal masks, windows and ALiBi add to them.
-    Queries stand beside the keys of the same number, or `offset` further."""
+    """The bias and the visible scores with what causal masks, windows, segments, prefixes and ALiBi
+    add to them. Queries stand beside the keys of the same number, or `offset` further."""
+    if segment_ids_q is not None:
+        rows, columns = op.Unsqueeze(segment_ids_q, [1, 3]), op.Unsqueeze(segment_ids_k, [1, 2])
+        visible = _and(op, visible, op.Equal(rows, columns))
     window_right = 0 if is_causal else window_right
     if window_left is window_right is alibi_slopes is None:
         return bias, visible
@@ -423,7 +429,10 @@ def _kinds(
         place = op.Add(place, offset)
     keys = _range(op, _size(op, key, 2))
     if window_right == 0:
-        visible = _and(op, visible, op.LessOrEqual(keys, place))
+        near = op.LessOrEqual(keys, place)
+        if prefix_len is not None:
+            near = op.Or(near, op.Less(keys, op.Unsqueeze(prefix_len, [1, 2, 3])))
+        visible = _and(op, visible, near)
     elif window_right is not None:
         visible = _and(op, visible, op.LessOrEqual(keys, op.Add(place, window_right)))
     if window_left is not None:

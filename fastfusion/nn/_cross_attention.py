@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
 from fastfusion.core import arguments
-from fastfusion.core.score_policy import Kinds, Window
+from fastfusion.core.score_policy import KINDS, Kinds, Window
 from fastfusion.nn import _nested
 from fastfusion.nn._attention_maps import RecordsAttention
 from fastfusion.nn._checks import (
@@ -147,6 +147,9 @@ class CrossAttention(RecordsAttention):
         window: Window = None,
         softcap: float | None = None,
         alibi_slopes: Tensor | None = None,
+        segment_ids_q: Tensor | None = None,
+        segment_ids_k: Tensor | None = None,
+        prefix_len: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from `query` to `context`.
 
@@ -167,7 +170,11 @@ class CrossAttention(RecordsAttention):
             softcap: scores become softcap * tanh(score / softcap) before masks.
             alibi_slopes: broadcastable to (batch, num_heads): a score falls by slope * the distance
                 of the key from the query's own.
-                These three do not go with nested tensors.
+            segment_ids_q, segment_ids_k: integers, broadcastable to (batch, q_len) and (batch,
+                kv_len): a query sees the keys of its own segment alone.
+            prefix_len: integers, broadcastable to (batch,): a query sees the keys up to its own,
+                and the first so many.
+                These do not go with nested tensors.
 
         Returns:
             (batch, q_len, out_dim), nested in the layout of `query` if that is; with
@@ -179,11 +186,19 @@ class CrossAttention(RecordsAttention):
             TypeError, ValueError: arguments that do not fit; the message names and prints them.
         """
         kinds = None
-        if not (window is softcap is alibi_slopes is None):
-            kinds = Kinds(window, softcap, alibi_slopes)
+        if not (
+            window
+            is softcap
+            is alibi_slopes
+            is segment_ids_q
+            is segment_ids_k
+            is prefix_len
+            is None
+        ):
+            kinds = Kinds(window, softcap, alibi_slopes, segment_ids_q, segment_ids_k, prefix_len)
         if is_nested(query, context):
             if kinds is not None:
-                raise ValueError("window, softcap and alibi_slopes do not go with nested tensors")
+                raise ValueError(f"{KINDS} do not go with nested tensors")
             return self._forward_nested(
                 query, context, key_padding_mask, attn_mask, need_weights, average_attn_weights
             )
@@ -218,7 +233,8 @@ class CrossAttention(RecordsAttention):
         if not with_weights:
             out = scaled_dot_product_attention(
                 q, k, v, attn_mask, dropout_p, key_padding_mask=key_padding_mask, window=window,
-                softcap=softcap, alibi_slopes=alibi_slopes,
+                softcap=softcap, alibi_slopes=alibi_slopes, segment_ids_q=segment_ids_q,
+                segment_ids_k=segment_ids_k, prefix_len=prefix_len,
             )  # fmt: skip
             return self.out_proj(out.transpose(1, 2).flatten(2))
         if attn_mask is not None:

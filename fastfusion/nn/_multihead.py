@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fastfusion.core.arguments import autocast_dtype
 from fastfusion.core.op import check_not_taken
 from fastfusion.core.reference import cast
-from fastfusion.core.score_policy import Kinds, Window
+from fastfusion.core.score_policy import KINDS, Kinds, Window
 from fastfusion.nn import _nested
 from fastfusion.nn._attention_maps import RecordsAttention
 from fastfusion.nn._linear import apply, project
@@ -110,6 +110,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         window: Window = None,
         softcap: float | None = None,
         alibi_slopes: Tensor | None = None,
+        segment_ids_q: Tensor | None = None,
+        segment_ids_k: Tensor | None = None,
+        prefix_len: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `query` to `key` and `value`.
 
@@ -131,7 +134,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
             softcap: scores become softcap * tanh(score / softcap) before masks.
             alibi_slopes: broadcastable to (batch, num_heads): a score falls by slope * the distance
                 of the key from the query's own.
-                These three, which torch's module has not, go with neither nested tensors nor
+            segment_ids_q, segment_ids_k: integers, broadcastable to (batch, q_len) and (batch,
+                kv_len): a query sees the keys of its own segment alone.
+            prefix_len: integers, broadcastable to (batch,): attention is causal without a mask,
+                but all queries see the first so many keys.
+                These, which torch's module has not, go with neither nested tensors nor
                 `add_bias_kv` nor `add_zero_attn`.
 
         Returns:
@@ -141,8 +148,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         """
         batched = query.dim() == 3
         kinds = None
-        if not (window is softcap is alibi_slopes is None):
-            kinds = Kinds(window, softcap, alibi_slopes)
+        if not (
+            window
+            is softcap
+            is alibi_slopes
+            is segment_ids_q
+            is segment_ids_k
+            is prefix_len
+            is None
+        ):
+            kinds = Kinds(window, softcap, alibi_slopes, segment_ids_q, segment_ids_k, prefix_len)
             self._check_kinds(query, key, value)
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
@@ -159,8 +174,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
             )  # fmt: skip
             if kinds is not None:
                 raise ValueError(
-                    "window, softcap and alibi_slopes do not go with these tensors, which torch's "
-                    "own code takes (of mixed dtypes, or subclasses)"
+                    f"{KINDS} do not go with these tensors, which torch's own code takes (of mixed "
+                    "dtypes, or subclasses)"
                 )
             return result
         if (
@@ -211,7 +226,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
             out = scaled_dot_product_attention(
                 cast(q, dtype), cast(k, dtype), cast(v, dtype), bias, dropout_p, is_causal,
                 key_padding_mask=padding, window=window, softcap=softcap,
-                alibi_slopes=alibi_slopes,
+                alibi_slopes=alibi_slopes, segment_ids_q=segment_ids_q,
+                segment_ids_k=segment_ids_k, prefix_len=prefix_len,
             )  # fmt: skip
             out = cast(out, q.dtype)
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)
@@ -220,11 +236,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
 
     def _check_kinds(self, *tensors: Tensor) -> None:
         if any(t.is_nested for t in tensors):
-            raise ValueError("window, softcap and alibi_slopes do not go with nested tensors")
+            raise ValueError(f"{KINDS} do not go with nested tensors")
         if self.bias_k is not None or self.add_zero_attn:
             raise ValueError(
-                "window, softcap and alibi_slopes do not go with add_bias_kv and add_zero_attn, "
-                "whose keys have no place"
+                f"{KINDS} do not go with add_bias_kv and add_zero_attn, whose keys have no place"
             )
 
     def _is_legal(

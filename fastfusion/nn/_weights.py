@@ -44,7 +44,7 @@ def attention_with_weights(
             float to be added, where -inf hides.
         key_padding_mask: bool (batch, kv_len), True = ignore; NaN in such a key spreads nowhere.
         dropout_p: applied whenever it is above 0.
-        kinds: window, soft cap and slopes, as of the op.
+        kinds: window, soft cap, slopes, segments and prefix, as of the op.
 
     Returns:
         (batch, heads, q_len, value_dim) and (batch, heads, q_len, kv_len) in the query's dtype, or
@@ -53,8 +53,8 @@ def attention_with_weights(
     check_not_taken("attention weights")
     policy = Policy()
     if kinds is not None:
-        kinds.check(query)
-        policy = kinds.policy(query)
+        kinds.check(query, key)
+        policy = kinds.policy(query, key)
     return _in_float32(_attend, (query, key, value), attn_mask, key_padding_mask, dropout_p, policy)
 
 

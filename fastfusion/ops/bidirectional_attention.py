@@ -51,6 +51,9 @@ class Arguments(NamedTuple):
     window: Any = None
     softcap: Any = None
     alibi_slopes: Any = None
+    segment_ids_q: Any = None
+    segment_ids_k: Any = None
+    prefix_len: Any = None
     scale: Any = None
     dropout_p: Any = 0.0
     return_lse: Any = False
@@ -79,6 +82,9 @@ class Call(NamedTuple):
     window_left: int | None = None  # no bound
     window_right: int | None = None
     softcap: float | None = None
+    segment_ids_q: Tensor | None = None  # (B, Lq)
+    segment_ids_k: Tensor | None = None  # (B, Lk)
+    prefix_len: Tensor | None = None  # (B,), of a causal call
 
     def head_dims(self) -> tuple[int, ...]:
         return self.query.shape[-1], self.value.shape[-1], self.query_value.shape[-1]
@@ -102,6 +108,7 @@ class Call(NamedTuple):
         yield from arguments.padding_fits(self.key_padding_mask, query, batch, kv_len)
         yield arguments.numbers_fit(self.seed, query, self.scale)
         yield from score_policy.kinds_fit(self, batch, heads)
+        yield from score_policy.ranges_fit(self, batch)
 
 
 @overload
@@ -119,6 +126,9 @@ def bidirectional_attention(
     window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    segment_ids_q: Tensor | None = None,
+    segment_ids_k: Tensor | None = None,
+    prefix_len: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: Literal[False] = False,
@@ -139,6 +149,9 @@ def bidirectional_attention(
     window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    segment_ids_q: Tensor | None = None,
+    segment_ids_k: Tensor | None = None,
+    prefix_len: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: Literal[True],
@@ -158,6 +171,9 @@ def bidirectional_attention(
     window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    segment_ids_q: Tensor | None = None,
+    segment_ids_k: Tensor | None = None,
+    prefix_len: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -185,6 +201,11 @@ def bidirectional_attention(
         alibi_slopes: broadcastable to (batch, heads), float32 or of the query's dtype: a score
             falls by slope * the distance of the key from the query's own (ALiBi). Its gradient is
             the reference's.
+        segment_ids_q: integers, broadcastable to (batch, q_len): a query sees the keys of its own
+            segment alone, as of sequences that are packed into one. Comes with `segment_ids_k`.
+        segment_ids_k: likewise (batch, kv_len).
+        prefix_len: integers, broadcastable to (batch,): the call is causal, but all queries see the
+            first so many keys, as of a picture before a text.
         scale: factor of the scores, any finite number; 1 / sqrt(head_dim) by default.
         dropout_p: probability of dropping a weight, drawn anew for each direction.
         return_lse: also return the log-sum-exp of each row and of each column of the scores.
@@ -204,15 +225,16 @@ def bidirectional_attention(
             query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask,
             alibi_slopes,
         )  # fmt: skip
-        if has_torch_function_variadic(*tensors):
+        ranges = (segment_ids_q, segment_ids_k, prefix_len)
+        if has_torch_function_variadic(*tensors, *ranges):
             answer = arguments.ask_torch_function(
                 bidirectional_attention,
                 Arguments(
                     *tensors[:-1], is_causal, causal_alignment, window, softcap, alibi_slopes,
-                    scale, dropout_p, return_lse, backend,
+                    *ranges, scale, dropout_p, return_lse, backend,
                 ),
                 _POSITIONAL,
-                tensors,
+                (*tensors, *ranges),
             )  # fmt: skip
             if answer is not NotImplemented:
                 return answer
@@ -226,8 +248,8 @@ def bidirectional_attention(
         ):
             # 0.1 us less than by its own constructor.
             call = tuple.__new__(Call, (
-                *tensors, None, 0.0, is_causal, causal_alignment == "bottom_right", scale,
-                *kinds,
+                *tensors, None, 0.0, is_causal or prefix_len is not None,
+                causal_alignment == "bottom_right", scale, *kinds, *ranges,
             ))  # fmt: skip
             results = OP.attempt(backend, call, return_lse)
             if results is not None:
@@ -235,8 +257,8 @@ def bidirectional_attention(
     call = normalize(
         Arguments(
             query, key, value, query_value, attn_mask, query_padding_mask, key_padding_mask,
-            is_causal, causal_alignment, window, softcap, alibi_slopes, scale, dropout_p,
-            return_lse,
+            is_causal, causal_alignment, window, softcap, alibi_slopes, segment_ids_q,
+            segment_ids_k, prefix_len, scale, dropout_p, return_lse,
         )
     )  # fmt: skip
     results = OP.run(backend, call, return_lse)
@@ -276,6 +298,7 @@ def check(given: Arguments) -> None:
         "key_padding_mask", given.key_padding_mask, query, (*batch, kv_len), sizes
     )
     score_policy.check_kinds(given, query, leading, sizes)
+    score_policy.check_ranges(given, query, key, batch, sizes)
     arguments.check_scale(given.scale, query)
     arguments.check_dropout(given.dropout_p)
     arguments.check_flag("return_lse", given.return_lse)
@@ -309,10 +332,11 @@ def normalize(given: Arguments) -> Call:
     )
     seed = philox.draw_seed(query.device) if given.dropout_p > 0.0 else None
     slopes = score_policy.slopes_of(given.alibi_slopes, query, *query.shape[:2])
+    ranges = score_policy.ranges_of(given, query.shape[:1], query.shape[2], key.shape[2])
     return Call(
         query, key, value, query_value, attn_mask, query_padding, key_padding, slopes, seed,
-        given.dropout_p, is_causal, causal_alignment == "bottom_right", scale,
-        *score_policy.kinds_of(given),
+        given.dropout_p, is_causal or given.prefix_len is not None,
+        causal_alignment == "bottom_right", scale, *score_policy.kinds_of(given), *ranges,
     )  # fmt: skip
 
 
@@ -394,7 +418,11 @@ def _cpu_refuses(call: Call) -> Sequence[str]:
 
 
 def _triton_refuses(call: Call) -> Sequence[str]:
-    return [*triton.refuses(call), *score_policy.refuses_gradient(call)]
+    return [
+        *triton.refuses(call),
+        *score_policy.refuses_gradient(call),
+        *score_policy.refuses_rare_kinds(call),
+    ]
 
 
 def _cuda_refuses(call: Call) -> Sequence[str]:

@@ -47,6 +47,9 @@ class Arguments(NamedTuple):
     window: Any = None
     softcap: Any = None
     alibi_slopes: Any = None
+    segment_ids_q: Any = None
+    segment_ids_k: Any = None
+    prefix_len: Any = None
     return_lse: Any = False
     backend: Any = None
 
@@ -72,6 +75,9 @@ class Call(NamedTuple):
     window_left: int | None = None  # no bound
     window_right: int | None = None
     softcap: float | None = None
+    segment_ids_q: Tensor | None = None  # (B, Lq)
+    segment_ids_k: Tensor | None = None  # (B, Lk)
+    prefix_len: Tensor | None = None  # (B,), of a causal call
 
     def head_dims(self) -> tuple[int, ...]:
         return self.query.shape[-1], self.value.shape[-1]
@@ -91,6 +97,7 @@ class Call(NamedTuple):
         yield from arguments.padding_fits(self.key_padding_mask, query, batch, kv_len)
         yield arguments.numbers_fit(self.seed, query, self.scale)
         yield from score_policy.kinds_fit(self, batch, heads)
+        yield from score_policy.ranges_fit(self, batch)
 
 
 @overload
@@ -109,6 +116,9 @@ def scaled_dot_product_attention(
     window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    segment_ids_q: Tensor | None = None,
+    segment_ids_k: Tensor | None = None,
+    prefix_len: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -128,6 +138,9 @@ def scaled_dot_product_attention(
     window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    segment_ids_q: Tensor | None = None,
+    segment_ids_k: Tensor | None = None,
+    prefix_len: Tensor | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -146,6 +159,9 @@ def scaled_dot_product_attention(
     window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    segment_ids_q: Tensor | None = None,
+    segment_ids_k: Tensor | None = None,
+    prefix_len: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -181,6 +197,12 @@ def scaled_dot_product_attention(
         alibi_slopes: broadcastable to (batch, heads), float32 or of the query's dtype: a score
             falls by slope * the distance of the key from the query's own (ALiBi). Its gradient is
             the reference's.
+        segment_ids_q: integers, broadcastable to (batch, q_len): a query sees the keys of its own
+            segment alone, as of sequences that are packed into one. Comes with `segment_ids_k`.
+        segment_ids_k: likewise (batch, kv_len). Where the tokens of a segment lie together, tiles
+            of others cost nothing.
+        prefix_len: integers, broadcastable to (batch,): the call is causal, but all queries see the
+            first so many keys, as of a picture before a text.
         return_lse: also return the log-sum-exp of each row of scores.
         backend: "cpu", "triton", "cuda" or "reference" to insist on one; None chooses.
 
@@ -196,16 +218,17 @@ def scaled_dot_product_attention(
     """
     if not _is_compiling():
         tensors = (query, key, value, attn_mask, key_padding_mask, alibi_slopes)
-        if has_torch_function_variadic(*tensors):
+        ranges = (segment_ids_q, segment_ids_k, prefix_len)
+        if has_torch_function_variadic(*tensors, *ranges):
             answer = arguments.ask_torch_function(
                 scaled_dot_product_attention,
                 Arguments(
                     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                    key_padding_mask, causal_alignment, window, softcap, alibi_slopes, return_lse,
-                    backend,
+                    key_padding_mask, causal_alignment, window, softcap, alibi_slopes, *ranges,
+                    return_lse, backend,
                 ),
                 _POSITIONAL,
-                tensors,
+                (*tensors, *ranges),
             )  # fmt: skip
             if answer is not NotImplemented:
                 return answer
@@ -219,8 +242,8 @@ def scaled_dot_product_attention(
         ):
             # 0.1 us less than by its own constructor.
             call = tuple.__new__(Call, (
-                *tensors, None, 0.0, is_causal, causal_alignment == "bottom_right", scale,
-                enable_gqa, *kinds,
+                *tensors, None, 0.0, is_causal or prefix_len is not None,
+                causal_alignment == "bottom_right", scale, enable_gqa, *kinds, *ranges,
             ))  # fmt: skip
             result = OP.attempt(backend, call, return_lse)
             if result is not None:
@@ -228,7 +251,8 @@ def scaled_dot_product_attention(
     call = normalize(
         Arguments(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-            key_padding_mask, causal_alignment, window, softcap, alibi_slopes, return_lse,
+            key_padding_mask, causal_alignment, window, softcap, alibi_slopes, segment_ids_q,
+            segment_ids_k, prefix_len, return_lse,
         )
     )  # fmt: skip
     result = OP.run(backend, call, return_lse)
@@ -285,6 +309,7 @@ def check(given: Arguments) -> None:
         "key_padding_mask", given.key_padding_mask, query, (*leading, kv_len), sizes
     )
     score_policy.check_kinds(given, query, (*leading, *heads), sizes)
+    score_policy.check_ranges(given, query, key, leading, sizes)
     arguments.check_dropout(given.dropout_p)
     arguments.check_scale(given.scale, query)
     arguments.check_flag("return_lse", given.return_lse)
@@ -317,6 +342,7 @@ def normalize(given: Arguments) -> Call:
     query = _widened(query, (*outer, heads))
     key, value = _widened(key, (*outer, kv_heads)), _widened(value, (*outer, kv_heads))
     slopes = score_policy.slopes_of(given.alibi_slopes, query, *outer, heads)
+    ranges = score_policy.ranges_of(given, outer, query.shape[-2], key.shape[-2])
     if rank > 4:
         slopes = None if slopes is None else slopes.flatten(0, rank - 4)
         query, key, value = (t.flatten(0, rank - 4) for t in (query, key, value))
@@ -326,9 +352,9 @@ def normalize(given: Arguments) -> Call:
             key_padding_mask = key_padding_mask.flatten(0, rank - 4)
     seed = philox.draw_seed(query.device) if given.dropout_p > 0.0 else None
     return Call(
-        query, key, value, attn_mask, key_padding_mask, slopes, seed, given.dropout_p, is_causal,
-        causal_alignment == "bottom_right", scale, bool(enable_gqa or kv_heads != heads),
-        *score_policy.kinds_of(given),
+        query, key, value, attn_mask, key_padding_mask, slopes, seed, given.dropout_p,
+        is_causal or given.prefix_len is not None, causal_alignment == "bottom_right", scale,
+        bool(enable_gqa or kv_heads != heads), *score_policy.kinds_of(given), *ranges,
     )  # fmt: skip
 
 
@@ -378,8 +404,7 @@ _TRITON = triton.torch_op(
 
 def _cpu_path(call: Call) -> str:
     lengths = call.query.shape[2], call.key.shape[2]
-    windowed = score_policy.sides_of(call) != (None, None)
-    return cpu.path(call.query, *lengths, windowed, call.dropout_p > 0.0)
+    return cpu.path(call.query, *lengths, score_policy.hides(call), call.dropout_p > 0.0)
 
 
 def _cpu_refuses(call: Call) -> Sequence[str]:
@@ -390,7 +415,11 @@ def _cpu_refuses(call: Call) -> Sequence[str]:
 
 
 def _triton_refuses(call: Call) -> Sequence[str]:
-    return [*triton.refuses(call), *score_policy.refuses_gradient(call)]
+    return [
+        *triton.refuses(call),
+        *score_policy.refuses_gradient(call),
+        *score_policy.refuses_rare_kinds(call),
+    ]
 
 
 def _cuda_refuses(call: Call) -> Sequence[str]:
@@ -422,7 +451,8 @@ def inputs(
 
     Args:
         shape: q_len, kv_len and head_dim; optionally batch, heads, kv_heads, value_dim, causal,
-            window, softcap, alibi (slopes of the paper), and mask: "key_padding" (the last quarter
+            window, softcap, alibi (slopes of the paper), segments (into how many even ones queries
+            and keys are cut), prefix (its length), and mask: "key_padding" (the last quarter
             of the keys of every second entry hidden), "bool", "bias" (a float per head and score)
             or None.
     """
@@ -451,6 +481,12 @@ def inputs(
     if shape.get("alibi"):
         powers = torch.arange(1, heads + 1, device=device) * (-8.0 / heads)
         call["alibi_slopes"] = torch.exp2(powers)
+    if shape.get("segments"):
+        for name, length in (("segment_ids_q", q_len), ("segment_ids_k", kv_len)):
+            places = torch.arange(length, device=device)
+            call[name] = (places * shape["segments"] // length).expand(batch, length)
+    if shape.get("prefix"):
+        call["prefix_len"] = torch.full((batch,), shape["prefix"], device=device)
     mask = shape.get("mask")
     if mask == "key_padding":
         hidden = torch.zeros(batch, kv_len, dtype=torch.bool, device="cpu")
@@ -470,18 +506,26 @@ def inputs(
 def cost(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
     """Floating-point operations of the two products, and bytes read and written once.
 
-    Scores that the diagonal, a window or key padding (as `inputs` makes it) hides do not count.
+    Scores that the diagonal, a window, segments or key padding (as `inputs` makes them) hide do not
+    count.
     """
     batch, heads = shape.get("batch", 1), shape.get("heads", 1)
     kv_heads, dim = shape.get("kv_heads", heads), shape["head_dim"]
     value_dim, q_len, kv_len = shape.get("value_dim", dim), shape["q_len"], shape["kv_len"]
 
     left, right = shape.get("window") or (None, None)
+    prefix, segments = shape.get("prefix") or 0, shape.get("segments") or 1
 
     def scores(keys: int) -> int:
-        far = 0 if shape.get("causal") else keys if right is None else right
+        far = 0 if shape.get("causal") or prefix else keys if right is None else right
         near = q_len if left is None else left
-        return sum(max(0, min(i + far + 1, keys) - max(i - near, 0)) for i in range(q_len))
+
+        def seen(i: int) -> int:
+            own = i * segments // q_len
+            first, end = -(-own * kv_len // segments), -(-(own + 1) * kv_len // segments)
+            return min(max(i + far + 1, prefix), end, keys) - max(i - near, first, 0)
+
+        return sum(max(0, seen(i)) for i in range(q_len))
 
     padded = (batch + 1) // 2 if shape.get("mask") == "key_padding" else 0
     seen = padded * scores(kv_len - kv_len // 4) + (batch - padded) * scores(kv_len)

@@ -86,6 +86,7 @@ MORE = {
     ("TransformerDecoder", "forward"): [("cache", None)],
     ("MultiheadAttention", "forward"): [
         ("window", None), ("softcap", None), ("alibi_slopes", None),
+        ("segment_ids_q", None), ("segment_ids_k", None), ("prefix_len", None),
     ],
 }  # fmt: skip
 

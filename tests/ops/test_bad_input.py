@@ -137,7 +137,7 @@ def number_rows(op: str) -> list[Bad]:
         for value in given:
             kind = type(value).__name__
             rows.append(Bad(op, f"{name}_{kind}", {name: value}, TypeError, (name, kind)))
-    return rows + kind_rows(op)
+    return rows + kind_rows(op) + ([] if op == VARLEN else range_rows(op))
 
 
 def kind_rows(op: str) -> list[Bad]:
@@ -173,6 +173,28 @@ def kind_rows(op: str) -> list[Bad]:
             ("alibi_slopes", f"({batch}, 4)", f"({batch}, 3)")),
         Bad(op, "slopes_batch", {"alibi_slopes": torch.rand(batch + 1, 4)}, ValueError,
             ("alibi_slopes", f"({batch}, 4)", f"({batch + 1}, 4)")),
+    ]  # fmt: skip
+
+
+def range_rows(op: str) -> list[Bad]:
+    """Faults of segments and prefixes, of two entries and lengths 5 and 6."""
+    q_ids, k_ids = torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)
+    both, prefix = {"segment_ids_q": q_ids, "segment_ids_k": k_ids}, torch.tensor([1, 2])
+    return [
+        Bad(op, "segments_alone", {"segment_ids_k": k_ids}, ValueError,
+            ("segment_ids_k comes with segment_ids_q",)),
+        Bad(op, "segments_list", both | {"segment_ids_k": [0] * 6}, TypeError,
+            ("segment_ids_k", "list")),
+        Bad(op, "segments_floats", both | {"segment_ids_q": q_ids.float()}, TypeError,
+            ("segment_ids_q", "integers", "float32")),
+        Bad(op, "segments_length", both | {"segment_ids_k": q_ids}, ValueError,
+            ("segment_ids_k", "(2, 6)", "(2, 5)")),
+        Bad(op, "prefix_bools", {"prefix_len": prefix > 1}, TypeError, ("prefix_len", "bool")),
+        Bad(op, "prefix_int", {"prefix_len": 3}, TypeError, ("prefix_len", "int")),
+        Bad(op, "prefix_batch", {"prefix_len": torch.ones(3, dtype=torch.long)}, ValueError,
+            ("prefix_len", "(2,)", "(3,)")),
+        Bad(op, "prefix_device", {"prefix_len": prefix.to("meta")}, ValueError,
+            ("prefix_len", "meta", "cpu")),
     ]  # fmt: skip
 
 

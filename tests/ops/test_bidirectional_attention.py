@@ -46,6 +46,9 @@ def plain_bidirectional(
     window: Any = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    segment_ids_q: Tensor | None = None,
+    segment_ids_k: Tensor | None = None,
+    prefix_len: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,7 +60,9 @@ def plain_bidirectional(
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
         scores = scores.to(torch.promote_types(scores.dtype, attn_mask.dtype)) + attn_mask
-    hidden = outside(scores, is_causal, window, causal_alignment)
+    hidden = outside(
+        scores, is_causal, window, causal_alignment, segment_ids_q, segment_ids_k, prefix_len
+    )
     scores = scores.masked_fill(hidden, -torch.inf)
     rows = columns = scores
     if key_padding_mask is not None:
@@ -112,6 +117,27 @@ def hide_holes(call: dict[str, Any]) -> None:
 
 def slopes(call: dict[str, Any]) -> None:
     call["alibi_slopes"] = 0.3 * torch.rand(call["query"].shape[:2])
+
+
+def segments(kind: str) -> Any:
+    """Three segments of each side, "sorted" or "scattered"; each of entry 0 has one that the other
+    has not."""
+
+    def edit(call: dict[str, Any]) -> None:
+        for name, other, more in (("segment_ids_q", "query", 0), ("segment_ids_k", "key", 1)):
+            ids = torch.randint(0, 3, (2, call[other].shape[2]))
+            if kind == "sorted":
+                ids = ids.sort(-1).values
+            ids[0] += more
+            call[name] = ids
+
+    return edit
+
+
+def prefix(call: dict[str, Any]) -> None:
+    """One that ends within the keys, and one of more than there are."""
+    kv_len = call["key"].shape[2]
+    call["prefix_len"] = torch.tensor([kv_len // 3, kv_len + 5])
 
 
 def both(*edits: Any) -> Any:
@@ -205,6 +231,11 @@ CASES = [
          {"softcap": 0.8}, in_triton={"q_len": 20}),
     Case("softcap_few", "among few", shape(3, 40, 40), {"softcap": 0.8}, in_triton=None),
     Case("alibi", "slopes in both softmaxes", shape(30, 70), edit=slopes),
+    Case("segments", "score tiles of which some see nothing", shape(150, 300),
+         edit=both(segments("sorted"), hide_holes)),
+    Case("segments_few", "scattered, among few", shape(3, 40), edit=segments("scattered")),
+    Case("prefix", "of each entry", shape(60, 130, mask="bias"), {"dropout_p": 0.2},
+         edit=both(prefix, hide_holes)),
     Case("all_kinds", "window, cap and slopes", shape(65, 130, mask="bias"),
          {"window": (50, 40), "softcap": 1.1, "dropout_p": 0.2}, edit=both(slopes, hide_holes),
          in_triton={"q_len": 65, "kv_len": 70, "head_dim": 32}),

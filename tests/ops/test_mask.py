@@ -54,13 +54,34 @@ CASES: dict[str, tuple[Any, Tensor, set[str]]] = {
         mask.causal() & mask.causal("bottom_right"), CAUSAL & LATE, {"is_causal", "attn_mask"}
     ),
     "not": (~mask.causal(), ~CAUSAL, {"attn_mask"}),
-    "prefix": (mask.causal() | mask.prefix(3), CAUSAL | (COLUMNS < 3), {"attn_mask"}),
+    "prefix": (mask.causal() | mask.prefix(3), CAUSAL | (COLUMNS < 3), {"prefix_len"}),
+    "prefix alone": (mask.prefix(3), COLUMNS < 3, {"attn_mask"}),
+    "prefix and window": (
+        mask.window(2, None) & (mask.prefix(3) | mask.causal()),
+        (CAUSAL | (COLUMNS < 3)) & (ROWS - COLUMNS <= 2),
+        {"prefix_len", "window"},
+    ),
+    "late prefix": (
+        mask.causal("bottom_right") | mask.prefix(7),
+        LATE | (COLUMNS < 7),
+        {"prefix_len", "causal_alignment"},
+    ),
+    "prefix and more": (  # another right side counts for keys of the prefix, too
+        (mask.causal() | mask.prefix(4)) & mask.window(None, 1),
+        (CAUSAL | (COLUMNS < 4)) & (COLUMNS - ROWS <= 1),
+        {"prefix_len", "attn_mask"},
+    ),
     "prefixes": (
         (mask.causal() | mask.prefix(torch.tensor([1, 4]))) & mask.padding(HIDDEN),
         (CAUSAL | (torch.tensor([1, 4])[:, None, None, None] > COLUMNS)) & ~HIDDEN[:, None, None],
-        {"attn_mask", "key_padding_mask"},
+        {"prefix_len", "key_padding_mask"},
     ),
-    "segments": (mask.segments(Q_PARTS, K_PARTS), SAME, {"attn_mask"}),
+    "segments": (mask.segments(Q_PARTS, K_PARTS), SAME, {"segment_ids_q", "segment_ids_k"}),
+    "segments twice": (
+        mask.segments(Q_PARTS, K_PARTS) & mask.segments(Q_PARTS // 2, K_PARTS),
+        SAME & ((Q_PARTS // 2)[:, None, :, None] == K_PARTS[:, None, None]),
+        {"segment_ids_q", "segment_ids_k", "attn_mask"},
+    ),
     "mod": (
         mask.from_mask_mod(lambda b, h, q, k: (q + k + b) % 2 == 0, batch=B) & mask.causal(),
         ((ROWS + COLUMNS + torch.arange(B)[:, None, None, None]) % 2 == 0) & CAUSAL,

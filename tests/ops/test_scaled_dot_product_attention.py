@@ -70,6 +70,27 @@ def slopes_of(*sizes: int) -> Any:
     return edit
 
 
+def segments(kind: str) -> Any:
+    """Three segments of each side, "sorted", "turned" (the last one first), or "scattered"; keys of
+    entry 0 have one that queries have not, queries one that keys have not."""
+
+    def edit(call: dict[str, Any]) -> None:
+        for name, other, more in (("segment_ids_q", "query", 0), ("segment_ids_k", "key", 1)):
+            ids = torch.randint(0, 3, (2, call[other].shape[2]))
+            if kind != "scattered":
+                ids = ids.sort(-1, descending=kind == "turned").values
+            ids[0] += more
+            call[name] = ids
+
+    return edit
+
+
+def prefix(call: dict[str, Any]) -> None:
+    """One that ends within the keys, and one of more than there are."""
+    kv_len = call["key"].shape[2]
+    call["prefix_len"] = torch.tensor([kv_len // 3, kv_len + 5])
+
+
 def both(*edits: Any) -> Any:
     def edit(call: dict[str, Any]) -> None:
         for each in edits:
@@ -187,6 +208,20 @@ CASES = [
          slopes_of(2), in_triton=None),
     Case("alibi_holes", "distances over hidden keys", shape(21, 301), LAST,
          both(slopes_of(2), hide_all_of_one), in_triton={"kv_len": 101}),
+    Case("segments", "ranges of each tile, and rows without a segment", shape(150, 700),
+         edit=segments("sorted")),
+    Case("segments_turned", "ranges that go backwards, among hidden keys and masks", shape(
+        65, 580, mask="bias", heads=4, kv_heads=2), {"dropout_p": 0.2, "softcap": 0.9},
+        both(segments("turned"), hide_all_of_one)),
+    Case("segments_scattered", "keys of others within the ranges, and a window", shape(
+        60, 300, mask="bool"), {"window": (90, 40), **LAST}, segments("scattered")),
+    Case("segments_few", "one at a time, of a long row of keys", shape(
+        3, 1300, heads=4, kv_heads=2), edit=segments("scattered")),
+    Case("prefix", "ranges of each entry", shape(150, 400), edit=prefix),
+    Case("prefix_few", "one at a time", shape(2, 300), {"window": (280, None), **LAST}, prefix),
+    Case("all_ranges", "prefix, window and segments", shape(65, 580, heads=4, kv_heads=2),
+         {"window": (300, None), "dropout_p": 0.2, **LAST},
+         both(segments("sorted"), prefix, hide_all_of_one)),
     Case("all_kinds", "window, cap and slopes", shape(65, 580, mask="bias", heads=4, kv_heads=2),
          {"window": (90, 40), "softcap": 1.1, **LAST}, both(slopes_of(2, 4), hide_all_of_one),
          in_triton={"q_len": 40, "kv_len": 130}),

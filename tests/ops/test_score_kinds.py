@@ -25,6 +25,9 @@ KINDS: list[dict[str, Any]] = [
     {"alibi_slopes": SLOPES},
     {"window": (3, None), "is_causal": True, "causal_alignment": "bottom_right", "softcap": 0.9,
      "alibi_slopes": torch.stack((SLOPES, -SLOPES))},
+    {"segment_ids_q": torch.tensor([[0, 1, 1, 2, 3], [5, 5, 3, 4, 5]]),
+     "segment_ids_k": torch.tensor([[0, 0, 1, 1, 1, 3, 3], [3, 4, 5, 4, 3, 5, 3]]),
+     "prefix_len": torch.tensor([3, 6])},
 ]  # fmt: skip
 kinds = pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_native), "triton"]

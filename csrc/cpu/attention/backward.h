@@ -121,7 +121,7 @@ class BackwardTask {
   // is the only one stays in the first cache in between, tile by tile.
   void walk(int64_t b, int64_t group, const Positions& keys) {
     const Slice key(p_.key, p_.type, b, group), value(p_.value, p_.type, b, group);
-    for (int64_t i = 0; i < count_; ++i) look<Math>(p_, keys, tile_[i]);
+    for (int64_t i = 0; i < count_; ++i) look<Math>(p_, b, keys, tile_[i]);
     const bool one_block = keys.count <= kBlock;
     for (int pass = 0; pass < 2 - one_block; ++pass) {
       const bool first = pass == 0, last = pass == 1 || one_block;

@@ -205,7 +205,7 @@ inline void decode_tasks(int64_t begin, int64_t end, const void* context) {
       for (int64_t row = 0; row < members * p.q_len; ++row) {
         const int64_t b = slice / p.kv_heads, query = row % p.q_len;
         const int64_t h = slice % p.kv_heads * members + row / p.q_len;
-        const KeyRange seen = keys_seen(p, query, query);
+        const KeyRange seen = keys_seen(p, b, one(query));
         const Positions keys = visible_keys(p, b, seen.first, seen.end, s.list);
         decode_row<decltype(kind)>(p, b, h, query, keys, s);
       }

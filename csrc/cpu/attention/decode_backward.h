@@ -45,7 +45,7 @@ class DecodeBackwardTask {
   }
 
   void run(int64_t b, int64_t group) {
-    const KeyRange seen = keys_seen(p_, 0, p_.q_len - 1);
+    const KeyRange seen = keys_seen(p_, b, {{p_.q_len, nullptr}, 0, p_.q_len});
     const Positions keys = visible_keys(p_, b, seen.first, seen.end, list_);
     for (int64_t r = 0; r < rows_; ++r) {
       const int64_t h = group * members_ + r / p_.q_len, query = r % p_.q_len;

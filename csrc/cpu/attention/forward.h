@@ -67,14 +67,14 @@ class ForwardTask {
       const int64_t tile = first + i;
       const int64_t place = tile % tiles.count;
       start(b, group * members + tile / tiles.count, tiles[place], tiles.is_tail(place), i);
-      const int64_t seen = keys_seen(p_, tile_[i].queries).end;
+      const int64_t seen = keys_seen(p_, b, tile_[i].queries).end;
       limit = limit > seen ? limit : seen;
     }
     const Slice key(p_.key, p_.type, b, group), value(p_.value, p_.type, b, group);
     const Positions keys = visible_keys(p_, b, 0, limit, list_);
     int64_t begin = keys.count;
     for (int64_t i = 0; i < count_; ++i) {
-      look<Math>(p_, keys, tile_[i]);
+      look<Math>(p_, b, keys, tile_[i]);
       begin = begin < tile_[i].begin ? begin : tile_[i].begin;
     }
     // Blocks begin at the same keys for each tile, whichever tiles walk with it.

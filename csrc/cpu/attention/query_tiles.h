@@ -54,8 +54,8 @@ struct QueryTile {
 
 // Tells a tile which of the keys it sees, from a whole step of the products on.
 template <class Math>
-inline void look(const Attention& p, const Positions& keys, QueryTile& tile) {
-  const KeyRange range = keys_seen(p, tile.queries);
+inline void look(const Attention& p, int64_t b, const Positions& keys, QueryTile& tile) {
+  const KeyRange range = keys_seen(p, b, tile.queries);
   tile.begin = keys.before(range.first) / Math::kDepth * Math::kDepth;
   tile.visible = keys.before(range.end);
 }

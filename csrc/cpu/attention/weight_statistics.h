@@ -100,7 +100,7 @@ class QueryStatisticsTask {
     QueryTile& tile = tile_[i];
     tile = {h, queries, padded(queries.count), 0, 0, false, {sums, sums + kMost, nullptr}};
     weighted_[i] = sums + 2 * kMost;
-    look<Float32Math>(p_, keys, tile);
+    look<Float32Math>(p_, b, keys, tile);
     query_[i] = Packing<Float32Math>::lanes(Slice(p_.query, p_.type, b, h), queries, p_.head_dim,
                                             scaling_.factor, queries_ + i * query_floats());
     tile.statistics.clear(tile.columns);
@@ -178,7 +178,7 @@ class KeyStatisticsTask {
     const QueryTiles tiles = all_query_tiles(p_);
     for (int64_t i = 0; i < tiles.count; ++i) {
       QueryTile tile{h, tiles[i], padded(tiles[i].count), 0, 0, false, {}};
-      look<Float32Math>(p_, keys, tile);
+      look<Float32Math>(p_, b, keys, tile);
       if (seen(tile, all).count <= 0 || !start(b, tile)) continue;
       for (int64_t n = 0; n * kBlock < all.count; ++n) {
         const Block whole = block(all, n), some = seen(tile, whole);

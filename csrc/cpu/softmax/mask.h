@@ -1,4 +1,4 @@
-// Masks of scores: which of them a mask, the diagonal and the window hide, and what a mask adds.
+// Masks of scores: which of them a mask and the ranges of queries hide, and what a mask adds.
 // The last part of the score policy (scores.h), and the policy as a whole: make_scores.
 #pragma once
 
@@ -42,22 +42,20 @@ inline Vec mask_lanes(const Scores& s, int64_t offset, int64_t first, int64_t co
 // The queries that see a key, of `count` from the `first` on, as bits.
 inline uint16_t lanes_that_see(const Scores& s, int64_t first, int64_t count, int64_t key) {
   const Attention& p = s.p;
-  const auto below = [](int64_t n) { return n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1; };
-  const int64_t from = key - p.diagonal - p.right, last = key - p.diagonal + p.left;
-  if (s.queries.adjacent()) {
+  if (!p.ranges.first && s.queries.adjacent()) {
+    const auto below = [](int64_t n) { return n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1; };
+    const int64_t from = key - p.diagonal - p.right, last = key - p.diagonal + p.left;
     const int64_t query = s.queries[first];
     return uint16_t(below(last + 1 - query) & ~below(from - query));
   }
   uint32_t lanes = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t query = s.queries[first + i];
-    lanes |= uint32_t(from <= query && query <= last) << i;
-  }
+  for (int64_t i = 0; i < count; ++i)
+    lanes |= uint32_t(sees(p, s.b, s.queries[first + i], key)) << i;
   return uint16_t(lanes);
 }
 
-// Multiplies by `unit`, adds the mask, puts -inf where it, or if `kHides` the diagonal or the
-// window hides a score, and takes the maximum of every query.
+// Multiplies by `unit`, adds the mask, puts -inf where it, or if `kHides` the range of its query
+// hides a score, and takes the maximum of every query.
 template <bool kHides>
 inline void mask_scores(const Scores& s, const Block& block, float unit, float* maximum) {
   constexpr int64_t kLanes = Vec::kLanes;
@@ -69,9 +67,7 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
   const int64_t head = s.b * p.mask.batch + s.h * p.mask.head;
   for (int64_t lane = 0; lane < s.columns; lane += kLanes) {
     const int64_t left = s.queries.count - lane, some = left < kLanes ? left : kLanes;
-    // All queries of the register see the keys in between.
-    const int64_t first_seen = s.queries[lane + some - 1] + p.diagonal - p.left;
-    const int64_t last_seen = s.queries[lane] + p.diagonal + p.right;
+    const KeyRange all = kHides ? keys_seen_by_all(s, lane, some) : KeyRange{0, p.kv_len};
     Vec largest = hidden;
     for (int64_t first = 0; first < block.count; first += kLanes) {
       const int64_t count = block.count - first < kLanes ? block.count - first : kLanes;
@@ -100,7 +96,7 @@ inline void mask_scores(const Scores& s, const Block& block, float unit, float* 
         } else if (p.mask.data) {
           score = logical ? Vec::select(bias[k], score, hidden) : score + bias[k];
         }
-        if (kHides && (block[first + k] < first_seen || block[first + k] > last_seen))
+        if (kHides && (block[first + k] < all.first || block[first + k] >= all.end))
           score = Vec::select(lanes_that_see(s, lane, some, block[first + k]), score, hidden);
         score.store(at);
         largest = Vec::max(score, largest);
@@ -214,8 +210,8 @@ inline void make_scores_in_place(const Scores& s, const Block& block, Base base,
   mask_scores(s, block, unit, maximum);
 }
 
-// A row of products, in natural exponents: shapes them, adds the mask, and hides what it, the
-// diagonal or the window hides.
+// A row of products, in natural exponents: shapes them, adds the mask, and hides what it or the
+// range of the query hides.
 inline void make_row(const Scores& s, const Block& block) {
   constexpr int64_t kLanes = Vec::kLanes;
   const Attention& p = s.p;
@@ -240,10 +236,9 @@ inline void make_row(const Scores& s, const Block& block) {
     (logical ? Vec::select(bias, score, Vec::set(-kInfinity)) : score + bias)
         .store(s.data + j, some);
   }
-  const KeyRange seen = keys_seen(p, s.queries);
-  int64_t first = 0, end = block.count;
-  while (first < end && block[first] < seen.first) s.data[first++] = -kInfinity;
-  while (end > first && block[end - 1] >= seen.end) s.data[--end] = -kInfinity;
+  if (!crosses_range(s, block)) return;
+  for (int64_t j = 0; j < block.count; ++j)
+    if (!sees(p, s.b, s.queries[0], block[j])) s.data[j] = -kInfinity;
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 // The score policy: all that a call does to the products of queries and keys before the softmax
 // over them, for every kernel. A kind of mask is a field of the call and its part in
 //
-//     range      keys_seen: the keys that a block of queries may see; others are not multiplied
+//     range      keys_seen: the keys that a block of queries may see; others are not multiplied.
+//                Segments and prefixes are ranges of each query, made before (key_ranges.h)
 //     shape      ScoreShape: a soft cap, then ALiBi, with the derivative of the cap
 //     mask       mask.h: float and bool masks, and what diagonal and window hide within the range
 //
@@ -33,19 +34,48 @@ struct KeyRange {
   int64_t first, end;
 };
 
-// Those that any of these queries may see.
-inline KeyRange keys_seen(const Attention& p, int64_t first_query, int64_t last_query) {
-  return {p.first_seen_by(first_query), p.keys_seen_by(last_query)};
+// Those that any of these queries of entry b may see.
+inline KeyRange keys_seen(const Attention& p, int64_t b, const Block& queries) {
+  if (!p.ranges.first)
+    return {p.first_seen_by(b, queries[0]), p.keys_seen_by(b, queries[queries.count - 1])};
+  KeyRange any{p.kv_len, 0};
+  for (int64_t i = 0; i < queries.count; ++i) {
+    const int64_t first = p.first_seen_by(b, queries[i]), end = p.keys_seen_by(b, queries[i]);
+    if (first >= end) continue;
+    any = {first < any.first ? first : any.first, end > any.end ? end : any.end};
+  }
+  return any.first < any.end ? any : KeyRange{0, 0};
 }
 
-inline KeyRange keys_seen(const Attention& p, const Block& queries) {
-  return keys_seen(p, queries[0], queries[queries.count - 1]);
+// Those that all of `count` queries from the `first` on see, but of scattered segments.
+inline KeyRange keys_seen_by_all(const Scores& s, int64_t first, int64_t count) {
+  const Attention& p = s.p;
+  if (!p.ranges.first)
+    return {p.first_seen_by(s.b, s.queries[first + count - 1]),
+            p.keys_seen_by(s.b, s.queries[first])};
+  KeyRange all{0, p.kv_len};
+  if (p.ranges.scattered[s.b]) return {p.kv_len, 0};
+  for (int64_t i = first; i < first + count; ++i) {
+    const int64_t from = p.first_seen_by(s.b, s.queries[i]);
+    const int64_t end = p.keys_seen_by(s.b, s.queries[i]);
+    all = {from > all.first ? from : all.first, end < all.end ? end : all.end};
+  }
+  return all;
 }
 
-// Whether the diagonal or the window hides some of a block's keys from some queries.
+// Whether a query sees a key.
+inline bool sees(const Attention& p, int64_t b, int64_t query, int64_t key) {
+  const KeyRanges& r = p.ranges;
+  return p.first_seen_by(b, query) <= key && key < p.keys_seen_by(b, query) &&
+         (!r.first || !r.scattered[b] ||
+          r.q_segments[b * p.q_len + query] == r.k_segments[b * p.kv_len + key]);
+}
+
+// Whether diagonal, window or segments hide some of a block's keys from some queries.
 inline bool crosses_range(const Scores& s, const Block& block) {
-  return block.count > 0 && (block[block.count - 1] >= s.p.keys_seen_by(s.queries[0]) ||
-                             block[0] < s.p.first_seen_by(s.queries[s.queries.count - 1]));
+  if (block.count == 0) return false;
+  const KeyRange all = keys_seen_by_all(s, 0, s.queries.count);
+  return block[0] < all.first || block[block.count - 1] >= all.end;
 }
 
 // Whether scores are more than products, before masks.
