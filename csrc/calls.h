@@ -54,6 +54,16 @@ struct KeyRanges {
                 *k_segments = nullptr;  // (B, Lq), (B, Lk), of scattered ones
 };
 
+// Attention sinks (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024;
+// of gpt-oss): a logit for each head, which takes weight as a score does and has no value. No data:
+// none.
+struct Sinks {
+  const float* data = nullptr;
+  int64_t head = 0;
+
+  float at(int64_t h) const { return data[h * head]; }
+};
+
 // How far a query sees that sees all keys: beyond any length, and sums of it with lengths are
 // exact.
 constexpr int64_t kEndless = int64_t{1} << 40;
@@ -78,6 +88,7 @@ struct Attention {
   int64_t left = kEndless, right = kEndless;
   KeyRanges ranges;  // what these three say, and segments and prefixes (cpu/key_ranges.h)
   Slopes alibi;
+  Sinks sinks;
   bool exchanged = false;  // queries and keys have changed places: the keys have the diagonal
 
   constexpr bool causal() const { return right == 0; }
@@ -243,6 +254,7 @@ struct AttentionBackward : Attention {
   LseGradient grad_lse;
   MutableView grad_query, grad_key, grad_value;
   MaskGradient grad_mask;
+  double* grad_sinks = nullptr;  // (B, H), zeroed by the caller; where there are sinks
 };
 
 // Attention from queries to keys and, with the same scores, from keys to queries.

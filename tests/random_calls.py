@@ -70,7 +70,7 @@ class Drawn:
         window, softcap: as of the op.
         slopes: of which sizes alibi_slopes are: "one", "heads" or "entries".
         segments: how their numbers lie: "sorted", "turned" or "scattered".
-        prefix: whether there is one.
+        prefix, sinks: whether there are any.
         number: what the scale and the longest lengths are: of "python", "numpy" or a "tensor".
         loss: the results that gradients start from: "all", "out" or "lse".
     """
@@ -97,6 +97,7 @@ class Drawn:
     slopes: str | None = None
     segments: str | None = None
     prefix: bool = False
+    sinks: bool = False
     number: str = "python"
 
     # Whether the op computes of doubles what the formula does.
@@ -300,6 +301,10 @@ class Built:
             lengths = self.random(*batch) * (kv_len + 2)
             self.option("prefix_len", lengths.floor().to(DEVICE, torch.int64))
 
+    def sinks(self, heads: int) -> None:
+        if self.drawn.sinks:
+            self.option("sinks", (4 * self.random(heads) - 2).to(DEVICE))
+
     def padding(self, name: str, kind: str | None, narrow: bool, *target: int) -> None:
         """A padding mask (..., length): some hidden, the tail of each, whole samples, or all;
         `narrow`: the same for all samples, which broadcasts."""
@@ -409,6 +414,8 @@ def draw_common(rng: random.Random, target: Target, operands: tuple[str, ...]) -
         drawn["segments"] = rng.choice(("sorted", "turned", "scattered"))
     if rng.random() < 0.1 and target.backend not in ("triton", "cuda"):
         drawn["prefix"] = True
+    if rng.random() < 0.1 and target.backend not in ("triton", "cuda"):
+        drawn["sinks"] = True
     drawn["number"] = rng.choice(("python",) * 6 + ("numpy", "tensor"))
     half = drawn["dtype"] == "float16"
     kind = rng.random()

@@ -50,7 +50,7 @@ M_PERTURB = -6
 # Arguments that the CUDA kernels leave to others.
 KINDS = ("window", "softcap", "alibi_slopes")
 # Those that the Triton kernels leave, too.
-RARE_KINDS = ("segment_ids_q", "segment_ids_k", "prefix_len")
+RARE_KINDS = ("segment_ids_q", "segment_ids_k", "prefix_len", "sinks")
 
 # Results, and gradients by name.
 Evaluated = tuple[tuple[Tensor, ...], dict[str, Tensor]]
@@ -540,6 +540,7 @@ def plain_attention(
     segment_ids_q: Tensor | None = None,
     segment_ids_k: Tensor | None = None,
     prefix_len: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Unfused attention as a user writes it, every step in the dtype of the inputs."""
     if enable_gqa:
@@ -567,11 +568,16 @@ def plain_attention(
     if key_padding_mask is not None:
         per_head = key_padding_mask[..., None, None, :] if scores.dim() > 2 else key_padding_mask
         scores = scores.masked_fill(per_head, -torch.inf)
+    if sinks is not None:
+        last = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, last), -1)
     dead = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(dead, 0.0)
     lse = plain_lse(scores.to(torch.promote_types(scores.dtype, torch.float32)), -1)
     lse = lse.masked_fill(dead.squeeze(-1), -torch.inf)
     weights = torch.softmax(scores, -1).masked_fill(dead, 0.0)
+    if sinks is not None:
+        weights = weights[..., :-1]
     if dropout_p > 0.0:
         seed = ff.core.philox.draw_seed(query.device)
         flat = (math.prod(outer[:-1]), outer[-1] if outer else 1, *weights.shape[-2:])

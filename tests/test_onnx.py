@@ -175,6 +175,7 @@ def calls(t: dict[str, Tensor]) -> list[Any]:
         attention(query, key, value, is_causal=True, window=(2, None), alibi_slopes=t["slopes"]),
         bidirectional(*sides, window=(3, 1), softcap=0.9, alibi_slopes=t["slopes"]),
         attention(query, key, value, segment_ids_q=t["q_ids"], segment_ids_k=t["k_ids"]),
+        attention(query, key, value, t["bools"], sinks=t["slopes"], return_lse=True),
         bidirectional(*sides, segment_ids_q=t["q_ids"], segment_ids_k=t["k_ids"],
                       prefix_len=t["prefix"]),
         varlen(*packed, *longest, window=(2, 1), softcap=0.9, alibi_slopes=t["slopes"], **bottom),

@@ -125,6 +125,7 @@ def unfused_formula(
     bias: Tensor | None,
     scale: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * query @ key^T + bias) @ value, every step in the dtype of the inputs."""
     if query.shape[1] != key.shape[1]:
@@ -135,7 +136,10 @@ def unfused_formula(
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
-    return torch.softmax(scores, -1) @ value
+    if sinks is None:
+        return torch.softmax(scores, -1) @ value
+    column = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1] @ value
 
 
 def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -158,8 +162,8 @@ def unfused(call: Arguments) -> Callable[[], Tensor]:
     if slopes is not None:
         bias = slopes if bias is None else bias + slopes
     scale = call.get("scale", query.shape[-1] ** -0.5)
-    softcap = call.get("softcap")
-    return partial(unfused_formula, query, call["key"], call["value"], bias, scale, softcap)
+    kinds = call.get("softcap"), call.get("sinks")
+    return partial(unfused_formula, query, call["key"], call["value"], bias, scale, *kinds)
 
 
 def compiled_formula(call: Arguments) -> Callable[[], Tensor]:

@@ -26,6 +26,7 @@ struct AttentionInputs {
   MaybeTensor segment_ids_q = from.maybe_tensor("segment_ids_q");
   MaybeTensor segment_ids_k = from.maybe_tensor("segment_ids_k");
   MaybeTensor prefix_len = from.maybe_tensor("prefix_len");
+  MaybeTensor sinks = from.maybe_tensor("sinks");
 };
 
 struct BidirectionalInputs {

@@ -249,6 +249,15 @@ inline void describe(ff::Attention& p, const AttentionInputs& in) {
   describe_batched(p, in);
   STD_TORCH_CHECK(in.enable_gqa || p.heads == p.kv_heads || p.kv_heads == 1,
                   "fastfusion: more query heads than key heads need enable_gqa");
+  if (!in.sinks) return;
+#ifdef FF_TORCH_CUDA
+  STD_TORCH_CHECK(false, "fastfusion: the CUDA kernels have no sinks");
+#endif
+  const Tensor& sinks = *in.sinks;
+  STD_TORCH_CHECK(sinks.dim() == 1 && sinks.size(0) == p.heads &&
+                      sinks.scalar_type() == ScalarType::Float && is_here(sinks, in.query),
+                  "fastfusion: sinks must be float32 (heads)");
+  p.sinks = {static_cast<const float*>(sinks.const_data_ptr()), sinks.stride(0)};
 }
 
 inline void describe(ff::Bidirectional& p, const BidirectionalInputs& in) {

@@ -119,8 +119,9 @@ def attention(
     key = _grouped(hide(key, key_padding_mask), heads)
     value = _grouped(hide(value, key_padding_mask), heads)
     scores = masked_scores(query, key, attn_mask, key_padding_mask, policy, scale)
+    scores = policy.with_sinks(scores)
     is_masked = policy.hides or attn_mask is not None or key_padding_mask is not None
-    probabilities = safe_softmax(scores, -1, is_masked)
+    probabilities = policy.without_sinks(safe_softmax(scores, -1, is_masked))
     factor = dropout_factor(probabilities, seed, dropout_p, philox.ROW_STREAM)
     if factor is not None:
         probabilities = probabilities * factor

@@ -1,4 +1,5 @@
-"""Kinds of masks that are numbers: causal masks, windows, soft caps, ALiBi, segments and prefixes.
+"""Kinds of masks that are numbers: causal masks, windows, soft caps, ALiBi, segments, prefixes and
+sinks.
 
 With x the scaled products of queries and keys, scores are, as FlashAttention makes them
 (`flash_attn_func` of flash-attn 2.6 and later):
@@ -13,6 +14,8 @@ kv_len - q_len with causal_alignment="bottom_right", which is FlashAttention's. 
 window whose right side is 0; beside a prefix (the prefix LM of Raffel et al., "T5", 2020, section
 3.2.1) all queries see its keys, too. Of segments a query sees the keys of its own: sequences that
 are packed into one (Krell et al., "Efficient Sequence Packing without Cross-contamination", 2021).
+A sink is one more score of a row, of a key whose value is 0 (OpenAI's gpt-oss; Miller, "Attention
+Is Off By One", 2023, has 0 for all): P = exp(S) / (exp(sink) + sum_j exp(S)).
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,6 +41,7 @@ class Policy(NamedTuple):
         softcap, alibi_slopes: as in the formula; slopes (batch, heads).
         segments: numbers (batch, q_len) and (batch, kv_len); a query sees the keys of its own.
         prefix: (batch,), how many keys all queries see, whatever is right of them.
+        sinks: (heads,), the score of a key without a value.
     """
 
     diagonal: int | Tensor = 0
@@ -47,6 +51,7 @@ class Policy(NamedTuple):
     alibi_slopes: Tensor | None = None
     segments: tuple[Tensor, Tensor] | None = None
     prefix: Tensor | None = None
+    sinks: Tensor | None = None
 
     @property
     def hides(self) -> bool:
@@ -69,6 +74,16 @@ class Policy(NamedTuple):
             return scores
         q_len, kv_len = scores.shape[-2:]
         return scores.masked_fill(~self.visible(q_len, kv_len, scores.device), -torch.inf)
+
+    def with_sinks(self, scores: Tensor) -> Tensor:
+        """(batch, heads, q_len, kv_len + 1), the last of which are sinks, or the scores alone."""
+        if self.sinks is None:
+            return scores
+        sinks = self.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        return torch.cat((scores, sinks), -1)
+
+    def without_sinks(self, weights: Tensor) -> Tensor:
+        return weights if self.sinks is None else weights[..., :-1]
 
     def visible(self, q_len: int, kv_len: int, device: Any) -> Tensor:
         """bool, broadcastable to (batch, heads, q_len, kv_len): True where a query sees a key."""
@@ -106,6 +121,7 @@ class Kinds(NamedTuple):
     segment_ids_q: Any = None
     segment_ids_k: Any = None
     prefix_len: Any = None
+    sinks: Any = None
 
     def policy(self, query: Tensor, key: Tensor) -> Policy:
         """Of queries and keys (batch, heads, length, head_dim), once they are checked."""
@@ -113,17 +129,19 @@ class Kinds(NamedTuple):
         slopes = slopes_of(self.alibi_slopes, query, *query.shape[:2])
         *ids, prefix = ranges_of(self, query.shape[:1], query.shape[2], key.shape[2])
         right = right if prefix is None else 0
-        return Policy(0, left, right, softcap, slopes, _pair(ids), prefix)
+        sinks = sinks_of(self.sinks, query, query.shape[1])
+        return Policy(0, left, right, softcap, slopes, _pair(ids), prefix, sinks)
 
     def check(self, query: Tensor, key: Tensor) -> None:
         """Raise TypeError or ValueError for what is not legal beside these queries and keys."""
         sizes = shapes(query=query, key=key)
         check_kinds(self, query, tuple(query.shape[:2]), sizes)
         check_ranges(self, query, key, tuple(query.shape[:1]), sizes)
+        check_sinks(self.sinks, query, tuple(query.shape[1:2]), sizes)
 
 
 # Those that modules name where they do not go with something else.
-KINDS = "window, softcap, alibi_slopes, segment ids and prefix_len"
+KINDS = "window, softcap, alibi_slopes, segment ids, prefix_len and sinks"
 
 
 def causal(diagonal: int | None) -> Policy:
@@ -135,7 +153,8 @@ def policy_of(call: Any, diagonal: Any) -> Policy:
     """That of an op's call, whose queries stand beside this diagonal."""
     left, right = sides_of(call)
     *ids, prefix = _ranges(call)
-    return Policy(diagonal, left, right, call.softcap, call.alibi_slopes, _pair(ids), prefix)
+    sinks = getattr(call, "sinks", None)
+    return Policy(diagonal, left, right, call.softcap, call.alibi_slopes, _pair(ids), prefix, sinks)
 
 
 def _ranges(call: Any) -> tuple[Any, Any, Any]:
@@ -235,21 +254,30 @@ def check_kinds(given: Any, query: Tensor, leading: tuple[int, ...], sizes: str)
             raise TypeError(f"softcap must be a float or None, got {type(softcap).__name__}")
         if not _SMALLEST <= softcap <= _LARGEST:
             raise ValueError(f"softcap must be between 2**-100 and 2**100, got {softcap}")
-    if slopes is None:
+    _check_numbers("alibi_slopes", slopes, query, "(batch, heads)", leading, sizes)
+
+
+def check_sinks(sinks: Any, query: Tensor, heads: tuple[int, ...], sizes: str) -> None:
+    """Raise TypeError or ValueError for sinks that are not legal, of (heads,) or of no heads."""
+    _check_numbers("sinks", sinks, query, "(heads,)", heads, sizes)
+
+
+def _check_numbers(
+    name: str, numbers: Any, query: Tensor, words: str, target: tuple[int, ...], sizes: str
+) -> None:
+    if numbers is None:
         return
-    if not isinstance(slopes, Tensor):
-        raise TypeError(f"alibi_slopes must be a Tensor or None, got {type(slopes).__name__}")
-    check_dense("alibi_slopes", slopes)
-    if slopes.dtype not in (torch.float32, query.dtype):
+    if not isinstance(numbers, Tensor):
+        raise TypeError(f"{name} must be a Tensor or None, got {type(numbers).__name__}")
+    check_dense(name, numbers)
+    if numbers.dtype not in (torch.float32, query.dtype):
         raise TypeError(
-            f"alibi_slopes must be float32 or of the query's dtype, {query.dtype}, got "
-            f"{slopes.dtype}"
+            f"{name} must be float32 or of the query's dtype, {query.dtype}, got {numbers.dtype}"
         )
-    check_device("alibi_slopes", slopes, "query", query)
-    if not broadcasts(slopes, leading):
+    check_device(name, numbers, "query", query)
+    if not broadcasts(numbers, target):
         raise ValueError(
-            f"alibi_slopes must broadcast to (batch, heads), {leading}, got shape "
-            f"{tuple(slopes.shape)}; {sizes}"
+            f"{name} must broadcast to {words}, {target}, got shape {tuple(numbers.shape)}; {sizes}"
         )
 
 
@@ -327,6 +355,21 @@ def slopes_of(slopes: Tensor | None, query: Tensor, *sizes: Any) -> Tensor | Non
     return slopes.to(dtype).expand(sizes)
 
 
+def sinks_of(sinks: Tensor | None, query: Tensor, heads: Any) -> Tensor | None:
+    """Sinks as a call has them: (heads,), and wide enough."""
+    return slopes_of(sinks, query, heads)
+
+
+def sinks_fit(call: Any, heads: Any) -> Iterator[Any]:
+    """What holds for the sinks of a call of so many heads."""
+    sinks = call.sinks
+    if sinks is not None:
+        dtype = torch.float64 if call.query.dtype == torch.float64 else torch.float32
+        yield sinks.dtype == dtype and sinks.device == call.query.device
+        yield sinks.dim() == 1
+        yield sinks.shape[0] == heads
+
+
 def kinds_fit(call: Any, *leading: Any) -> Iterator[Any]:
     """What holds for the kinds of a call of so many entries and heads."""
     slopes = call.alibi_slopes
@@ -348,8 +391,8 @@ def has_kinds(call: Any) -> bool:
 
 
 def has_rare_kinds(call: Any) -> bool:
-    """Whether a call has segments or a prefix."""
-    return _has_ranges(call)
+    """Whether a call has segments, a prefix or sinks."""
+    return _has_ranges(call) or getattr(call, "sinks", None) is not None
 
 
 def refuses_gradient(call: Any) -> Sequence[str]:
@@ -374,8 +417,9 @@ def refuses_kinds(call: Any) -> Sequence[str]:
 
 
 def refuses_rare_kinds(call: Any) -> Sequence[str]:
-    """Why kernels that have no segments and prefixes cannot run a call."""
+    """Why kernels that have no segments, prefixes and sinks cannot run a call."""
     if not has_rare_kinds(call):
         return ()
-    given = [name for name in ("segment_ids_q", "prefix_len") if getattr(call, name) is not None]
+    names = ("segment_ids_q", "prefix_len", "sinks")
+    given = [name for name in names if getattr(call, name, None) is not None]
     return [f"{name} is left to the CPU kernels and the reference" for name in given]

@@ -55,7 +55,7 @@ class Definition:
             or without a gradient as well), then the other tensors, then numbers, then tensors that
             few calls have. `conditions()` gives what holds for the sizes, dtypes and devices of a
             legal one.
-        gradients: how many arguments may have a gradient.
+        gradients: how many arguments may have a gradient, of the first.
         results: how many outputs a caller gets who asks for no log-sum-exps.
         outputs: how many there are in all.
         fake: a call to empty outputs, log-sum-exps included; one alone is no tuple.
@@ -63,6 +63,8 @@ class Definition:
         flops: a call, and whether it is for the backward, to floating-point operations.
         folds: whether the tensors have a batch dimension, into which another one can be folded.
         written: names of tensors that a call which has them writes to.
+        last_gradient: whether the last argument may have a gradient, too: of one dimension, and no
+            part of a batch. The backward gives it last, without numbers where there is none.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Definition:
     flops: Callable[[Any, bool], int]
     folds: bool = True
     written: tuple[str, ...] = ()
+    last_gradient: bool = False
 
     @cached_property
     def tensors(self) -> int:
@@ -130,7 +133,8 @@ class Definition:
         """Give the ops of a backend their schemas."""
         grads = ", ".join(f"Tensor? grad_{i}" for i in range(self.outputs))
         results, gradients = (
-            "(" + ", ".join(["Tensor"] * n) + ")" for n in (self.outputs, self.gradients)
+            "(" + ", ".join(["Tensor"] * n) + ")"
+            for n in (self.outputs, self.gradients + self.last_gradient)
         )
         LIBRARY.define(f"{name}({self.schema()}) -> {results}")
         LIBRARY.define(f"{name}_forward({self.schema()}) -> {results}")
@@ -160,7 +164,11 @@ class Definition:
 
         wanted = mask_gradient and mask is not None and mask.is_floating_point()
         gradient = mask.new_empty(mask.shape) if wanted else others[0].new_empty(0)
-        return *map(like, others), gradient
+        if not self.last_gradient:
+            return *map(like, others), gradient
+        last = call[-1] if len(call) == len(self.call._fields) else None
+        empty = others[0].new_empty(0, dtype=torch.float32)
+        return *map(like, others), gradient, empty if last is None else torch.empty_like(last)
 
 
 def _written(default: Any) -> str:
@@ -173,6 +181,9 @@ def needs_gradient(definition: Definition, call: Any) -> bool:
         for tensor in call[: definition.gradients]:
             if tensor is not None and tensor.requires_grad:
                 return True
+        if definition.last_gradient:
+            last = call[-1]
+            return last is not None and last.requires_grad
     return False
 
 
@@ -355,7 +366,7 @@ class LaunchedOp(TorchOp):
         for key in ("CPU", "CUDA"):
             for suffix in ("", "_forward"):
                 LIBRARY.impl(name + suffix, lambda *g: launch(definition.call(*g), True), key)
-            LIBRARY.impl(f"{name}_backward", self._launch_backward, key)
+            LIBRARY.impl(f"{name}_backward", self._all_gradients, key)
         super().__init__(definition, name, traceable=False)
 
     def run(self, *given: Any) -> Any:
@@ -392,6 +403,13 @@ class LaunchedOp(TorchOp):
         gradients: tuple[Tensor, ...]
         gradients = self.launch_backward(grads, self.definition.call(*call), mask_gradient)
         return gradients
+
+    def _all_gradients(self, *given: Any) -> tuple[Tensor, ...]:
+        """With one without numbers in the place of the last, which no launcher has."""
+        gradients = self._launch_backward(*given)
+        if not self.definition.last_gradient:
+            return gradients
+        return *gradients, gradients[0].new_empty(0, dtype=torch.float32)
 
     def _tensors(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
         """Those of the arguments of the backward op."""
@@ -433,6 +451,7 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
     definition, leading, rare = op.definition, op.definition.tensors, op.definition.rare
     outputs, gradients = definition.outputs, definition.gradients
     without_gradient = (None,) * (len(definition.call._fields) - gradients)
+    last_place = len(definition.call._fields) - 1
     first = outputs + 1  # argument of the backward op that is one of the forward's
     absent = (None,) * (outputs - definition.results)  # gradients of log-sum-exps
 
@@ -458,14 +477,20 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
         @staticmethod
         def backward(ctx: Any, *second: Tensor | None) -> Any:
             grads, saved = ctx.saved_tensors[:outputs], ctx.saved_tensors[outputs:]
-            tensors, others = saved[:leading], (*ctx.options, *saved[leading:])
-            last = gradients if ctx.mask_gradient else gradients - 1
+            call = (*saved[:leading], *ctx.options, *saved[leading:])
+            # Of the call, and of what this function gives.
+            places = list(range(gradients if ctx.mask_gradient else gradients - 1))
+            results_of = list(places)
+            if definition.last_gradient and call[last_place] is not None:
+                places.append(last_place)
+                results_of.append(gradients)
             given = [i for i, g in enumerate(grads) if g is not None]
 
             def gradient(*primals: Tensor) -> tuple[Tensor, ...]:
                 def reference(*inputs: Tensor) -> tuple[Tensor, ...]:
-                    call = definition.call(*inputs, *tensors[last:], *others)
-                    found = definition.reference(call)
+                    changed = dict(zip(places, inputs, strict=True))
+                    arguments = [changed.get(i, value) for i, value in enumerate(call)]
+                    found = definition.reference(definition.call(*arguments))
                     return tuple(found[i] for i in given)
 
                 linearized: Any = torch.func.vjp(reference, *primals[len(given) :])
@@ -473,16 +498,18 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
                 pairs = zip(primals, results, strict=False)
                 return pullback(tuple(g.to(r.dtype) for g, r in pairs))
 
-            linearized: Any = torch.func.vjp(gradient, *(grads[i] for i in given), *tensors[:last])
+            linearized: Any = torch.func.vjp(
+                gradient, *(grads[i] for i in given), *(call[i] for i in places)
+            )
             results, pullback = linearized
             pulled = pullback(
                 tuple(
                     torch.zeros_like(r) if s is None else s.to(r.dtype)
-                    for r, s in zip(results, second, strict=False)
+                    for r, s in zip(results, (second[i] for i in results_of), strict=True)
                 )
             )
-            found: list[Any] = [None] * (first + leading + len(others))
-            for i, value in zip((*given, *range(first, first + last)), pulled, strict=True):
+            found: list[Any] = [None] * (first + len(call))
+            for i, value in zip((*given, *(first + i for i in places)), pulled, strict=True):
                 found[i] = value
             return tuple(found)
 
@@ -517,8 +544,11 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
                 found = Backward.apply(*grads, mask_gradient, *definition.call(*given))
             else:
                 found = op.run_backward(*grads, mask_gradient, *given)
-            found = (*found[:-1], found[-1] if mask_gradient else None, *without_gradient)
-            return found[: len(needed)]
+            mask = found[gradients - 1] if mask_gradient else None
+            absent_or_last = without_gradient
+            if definition.last_gradient and len(needed) > last_place and needed[last_place]:
+                absent_or_last = (*without_gradient[:-1], found[gradients])
+            return (*found[: gradients - 1], mask, *absent_or_last)[: len(needed)]
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:

@@ -13,12 +13,11 @@ def forward(
     definition: Any, apply: Callable[..., Any], size: int, dims: Dims, given: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     """All outputs of the forward op `apply`, vmapped along their first dimension."""
-    leading = definition.tensors
     out_dims = (0,) * definition.outputs
     if size == 0:
         fake = definition.fake(definition.call(*_without(given, dims)))
         return tuple(t.new_empty(0, *t.shape) for t in fake), out_dims
-    if not definition.folds or given[leading - 1] is not None:  # the seed
+    if not _folds(definition, given):
         return _one_by_one(apply, size, dims, given), out_dims
     batch = _batch(given[0], dims[0])
     outputs = apply(*_folded(given, dims, size, batch, definition.gradients - 1))
@@ -30,20 +29,26 @@ def backward(
 ) -> tuple[Any, Any]:
     """All gradients of the backward op `apply`; an empty one of the mask is not vmapped."""
     mask_gradient, first = given[definition.outputs], definition.outputs + 1
-    leading = first + definition.tensors
+    count = definition.gradients + definition.last_gradient
     if size == 0:
         fake = definition.fake_backward(*_without(given, dims))
-        return tuple(t.new_empty(0, *t.shape) for t in fake), (0,) * definition.gradients
-    if not definition.folds or given[leading - 1] is not None or mask_gradient:
-        # A dropout mask is a function of the batch index, and a mask's gradient is a sum over the
-        # batch: neither survives folding.
-        results = _one_by_one(apply, size, dims, given)
-        return results, (0,) * definition.gradients
+        return tuple(t.new_empty(0, *t.shape) for t in fake), (0,) * count
+    if not _folds(definition, given[first:]) or mask_gradient:
+        # A mask's gradient is a sum over the batch, which does not survive folding.
+        return _one_by_one(apply, size, dims, given), (0,) * count
     batch = _batch(given[first], dims[first])
     mask_at = first + definition.gradients - 1
-    *gradients, empty = apply(*_folded(given, dims, size, batch, mask_at))
-    dims = (*(0,) * len(gradients), None)
-    return (*(_unfold(t, size, batch) for t in gradients), empty), dims
+    found = apply(*_folded(given, dims, size, batch, mask_at))
+    last = definition.gradients - 1  # from there on they are empty
+    dims = (*(0,) * last, *(None,) * (count - last))
+    return (*(_unfold(t, size, batch) for t in found[:last]), *found[last:]), dims
+
+
+def _folds(definition: Any, call: tuple[Any, ...]) -> bool:
+    """Whether a vmapped dimension may become a part of the batch: not beside a seed, as dropout is
+    a function of the batch index, nor beside what is no part of a batch."""
+    seed, last = call[definition.tensors - 1], definition.last_gradient and call[-1] is not None
+    return definition.folds and seed is None and not last
 
 
 def _batch(query: Tensor, dim: int | None) -> int:

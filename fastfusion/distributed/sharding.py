@@ -26,17 +26,20 @@ class Layout:
         outputs: likewise, in their order.
         shards: the letters along which a call may be sharded.
         gradients: how many inputs have a gradient in the backward op, if there is one.
+        last: another of them, whose gradient comes behind theirs.
     """
 
     inputs: Mapping[str, str]
     outputs: Sequence[str]
     shards: str
     gradients: int = 0
+    last: str | None = None
 
 
 _ATTENTION = {
     "query": "bhqd", "key": "bhkd", "value": "bhkd", "attn_mask": "bhqk", "key_padding_mask": "bk",
     "alibi_slopes": "bh", "segment_ids_q": "bq", "segment_ids_k": "bk", "prefix_len": "b",
+    "sinks": "h",
 }  # fmt: skip
 _BOTH = {
     **_ATTENTION, "query_value": "bhqd", "query_padding_mask": "bq",
@@ -46,7 +49,7 @@ _PACKED = dict.fromkeys(("query", "key", "value"), "thd") | {
 }  # fmt: skip
 
 LAYOUTS: dict[str, Layout] = {
-    "attention": Layout(_ATTENTION, ("bhqd", "bhq"), "bhq", gradients=4),
+    "attention": Layout(_ATTENTION, ("bhqd", "bhq"), "bhq", gradients=4, last="sinks"),
     # Its columns are normalised over all queries, so these cannot be sharded.
     "bidirectional": Layout(_BOTH, ("bhqd", "bhkd", "bhq", "bhk"), "bh", gradients=5),
     # A sequence may begin on one rank and end on another: heads alone are independent.
@@ -132,6 +135,11 @@ def _rule(name: str, layout: Layout, op: Any) -> Any:
                 outputs = [_gradient(inputs[argument], letter) for argument in first]
                 if not call["mask_gradient"]:
                     outputs[-1] = Replicate()  # a tensor without numbers
+                if layout.last is not None:
+                    absent = call[layout.last] is None
+                    outputs.append(
+                        Replicate() if absent else _gradient(inputs[layout.last], letter)
+                    )
             else:
                 outputs = [_place(dims, letter) for dims in layout.outputs[:returns]]
             found.append((outputs, list(inputs.values())[: len(given)]))

@@ -344,7 +344,7 @@ class Heads(ParallelStyle):
                         tokens = self.tokens if tensor is given["query"] else Replicate()
                         made[id(tensor)] = _gathered(tensor, mesh, tokens)
                 given |= {name: made[id(given[name])] for name in ("query", "key", "value")}
-            for name in ("attn_mask", "key_padding_mask", "alibi_slopes"):
+            for name in ("attn_mask", "key_padding_mask", "alibi_slopes", "sinks"):
                 mask = given.get(name)
                 if isinstance(mask, Tensor):
                     mask = _everywhere(mask, mesh) if mask.requires_grad else mask
@@ -382,7 +382,7 @@ def _mask_of_heads(module: Any, name: str, mask: Tensor, heads: int, rank: int) 
     """What a mask says of this rank's heads."""
     count: int = module.num_heads
     first = rank * count
-    if name == "alibi_slopes" and mask.dim() and mask.shape[-1] == heads:
+    if name in ("alibi_slopes", "sinks") and mask.dim() and mask.shape[-1] == heads:
         return mask.narrow(-1, first, count)
     if name != "attn_mask" or mask.dim() < 3:
         return mask

@@ -191,9 +191,10 @@ def _attention(
     query, key, value = (_cast(op, t, dtype, _FLOAT) for t in (query, key, value))
     offset = _difference(op, query, key) if bottom_right else None
     bias, visible = _kinds(op, query, key, *_split(op, attn_mask), offset, is_causal, **kinds)
+    sinks = kinds.get("sinks")
     out, lse = _rows(
         op, query, key, value, bias, visible, key_padding_mask, scale, dropout_p, grouped,
-        fused and softcap is None, softcap,
+        fused and softcap is None and sinks is None, softcap, sinks,
     )  # fmt: skip
     return _cast(op, out, _FLOAT, dtype), lse
 
@@ -211,6 +212,7 @@ def _rows(
     grouped: bool,
     fused: bool,
     softcap: float | None = None,
+    sinks: Any = None,
 ) -> tuple[Any, Any]:
     """out and lse in float32; `grouped` says that the keys may have fewer heads, `fused` that
     `Attention` means the same if there is no bias."""
@@ -219,7 +221,7 @@ def _rows(
         visible = _and(op, visible, op.Not(op.Unsqueeze(padding, [1, 2])))
     repeated = [_repeat(op, t, query) if grouped else t for t in (key, value)]
     scores = _scores(op, query, repeated[0], scale, bias, softcap)
-    out, lse = _attend(op, scores, visible, repeated[1], dropout_p, bias is not None)
+    out, lse = _attend(op, scores, visible, repeated[1], dropout_p, bias is not None, sinks)
     # The lse has nodes of its own then; torch leaves out what nobody uses.
     return (_fused(op, query, key, value, visible, scale) if fused and bias is None else out), lse
 
@@ -475,12 +477,24 @@ def _scores(
 
 
 def _attend(
-    op: Any, scores: Any, visible: Any, value: Any, dropout_p: float, masked: bool
+    op: Any,
+    scores: Any,
+    visible: Any,
+    value: Any,
+    dropout_p: float,
+    masked: bool,
+    sinks: Any = None,
 ) -> tuple[Any, Any]:
     """out and lse of rows of scores; `masked` says that some may be -inf already."""
     if visible is not None:
         scores, masked = op.Where(visible, scores, -torch.inf), True
+    if sinks is not None:
+        keys = _size(op, scores, 3)
+        column = op.Concat(_size(op, scores, 0, 1, 2), [1], axis=0)
+        scores = op.Concat(scores, op.Expand(op.Unsqueeze(sinks, [0, 2, 3]), column), axis=-1)
     probabilities = op.Softmax(scores, axis=-1)
+    if sinks is not None:
+        probabilities = op.Slice(probabilities, [0], keys, [3])
     if dropout_p > 0.0:
         # Not by Dropout, which onnxruntime 1.32 leaves out between a Softmax and a MatMul.
         kept = op.GreaterOrEqual(op.RandomUniformLike(probabilities, dtype=_FLOAT), dropout_p)

@@ -150,6 +150,7 @@ class CrossAttention(RecordsAttention):
         segment_ids_q: Tensor | None = None,
         segment_ids_k: Tensor | None = None,
         prefix_len: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from `query` to `context`.
 
@@ -174,6 +175,8 @@ class CrossAttention(RecordsAttention):
                 kv_len): a query sees the keys of its own segment alone.
             prefix_len: integers, broadcastable to (batch,): a query sees the keys up to its own,
                 and the first so many.
+            sinks: broadcastable to (num_heads,): one more score, which takes weight from the others
+                and has no value; weights that are returned are those of the context alone.
                 These do not go with nested tensors.
 
         Returns:
@@ -187,15 +190,12 @@ class CrossAttention(RecordsAttention):
         """
         kinds = None
         if not (
-            window
-            is softcap
-            is alibi_slopes
-            is segment_ids_q
-            is segment_ids_k
-            is prefix_len
-            is None
-        ):
-            kinds = Kinds(window, softcap, alibi_slopes, segment_ids_q, segment_ids_k, prefix_len)
+            window is softcap is alibi_slopes is segment_ids_q is segment_ids_k is prefix_len
+            is sinks is None
+        ):  # fmt: skip
+            kinds = Kinds(
+                window, softcap, alibi_slopes, segment_ids_q, segment_ids_k, prefix_len, sinks
+            )
         if is_nested(query, context):
             if kinds is not None:
                 raise ValueError(f"{KINDS} do not go with nested tensors")
@@ -234,7 +234,7 @@ class CrossAttention(RecordsAttention):
             out = scaled_dot_product_attention(
                 q, k, v, attn_mask, dropout_p, key_padding_mask=key_padding_mask, window=window,
                 softcap=softcap, alibi_slopes=alibi_slopes, segment_ids_q=segment_ids_q,
-                segment_ids_k=segment_ids_k, prefix_len=prefix_len,
+                segment_ids_k=segment_ids_k, prefix_len=prefix_len, sinks=sinks,
             )  # fmt: skip
             return self.out_proj(out.transpose(1, 2).flatten(2))
         if attn_mask is not None:

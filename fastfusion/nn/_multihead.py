@@ -113,6 +113,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         segment_ids_q: Tensor | None = None,
         segment_ids_k: Tensor | None = None,
         prefix_len: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `query` to `key` and `value`.
 
@@ -138,6 +139,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
                 kv_len): a query sees the keys of its own segment alone.
             prefix_len: integers, broadcastable to (batch,): attention is causal without a mask,
                 but all queries see the first so many keys.
+            sinks: broadcastable to (num_heads,): one more score, which takes weight from the others
+                and has no value; weights that are returned are those of keys alone.
                 These, which torch's module has not, go with neither nested tensors nor
                 `add_bias_kv` nor `add_zero_attn`.
 
@@ -149,15 +152,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         batched = query.dim() == 3
         kinds = None
         if not (
-            window
-            is softcap
-            is alibi_slopes
-            is segment_ids_q
-            is segment_ids_k
-            is prefix_len
-            is None
-        ):
-            kinds = Kinds(window, softcap, alibi_slopes, segment_ids_q, segment_ids_k, prefix_len)
+            window is softcap is alibi_slopes is segment_ids_q is segment_ids_k is prefix_len
+            is sinks is None
+        ):  # fmt: skip
+            kinds = Kinds(
+                window, softcap, alibi_slopes, segment_ids_q, segment_ids_k, prefix_len, sinks
+            )
             self._check_kinds(query, key, value)
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
@@ -227,7 +227,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
                 cast(q, dtype), cast(k, dtype), cast(v, dtype), bias, dropout_p, is_causal,
                 key_padding_mask=padding, window=window, softcap=softcap,
                 alibi_slopes=alibi_slopes, segment_ids_q=segment_ids_q,
-                segment_ids_k=segment_ids_k, prefix_len=prefix_len,
+                segment_ids_k=segment_ids_k, prefix_len=prefix_len, sinks=sinks,
             )  # fmt: skip
             out = cast(out, q.dtype)
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)

@@ -44,7 +44,7 @@ def attention_with_weights(
             float to be added, where -inf hides.
         key_padding_mask: bool (batch, kv_len), True = ignore; NaN in such a key spreads nowhere.
         dropout_p: applied whenever it is above 0.
-        kinds: window, soft cap, slopes, segments and prefix, as of the op.
+        kinds: window, soft cap, slopes, segments, prefix and sinks, as of the op.
 
     Returns:
         (batch, heads, q_len, value_dim) and (batch, heads, q_len, kv_len) in the query's dtype, or
@@ -133,7 +133,8 @@ def _attend(
     else:
         capped = Policy(softcap=policy.softcap).shape(_scores(query, key, None))
         scores = capped if bias is None else capped + bias
-    weights = _weights(scores, dead, dropout_p)
+    weights = _weights(policy.with_sinks(scores), dead, dropout_p)
+    weights = policy.without_sinks(weights)
     return _gather(weights, value), weights
 
 

@@ -50,6 +50,7 @@ class Arguments(NamedTuple):
     segment_ids_q: Any = None
     segment_ids_k: Any = None
     prefix_len: Any = None
+    sinks: Any = None
     return_lse: Any = False
     backend: Any = None
 
@@ -78,6 +79,7 @@ class Call(NamedTuple):
     segment_ids_q: Tensor | None = None  # (B, Lq)
     segment_ids_k: Tensor | None = None  # (B, Lk)
     prefix_len: Tensor | None = None  # (B,), of a causal call
+    sinks: Tensor | None = None  # (H,)
 
     def head_dims(self) -> tuple[int, ...]:
         return self.query.shape[-1], self.value.shape[-1]
@@ -98,6 +100,7 @@ class Call(NamedTuple):
         yield arguments.numbers_fit(self.seed, query, self.scale)
         yield from score_policy.kinds_fit(self, batch, heads)
         yield from score_policy.ranges_fit(self, batch)
+        yield from score_policy.sinks_fit(self, heads)
 
 
 @overload
@@ -119,6 +122,7 @@ def scaled_dot_product_attention(
     segment_ids_q: Tensor | None = None,
     segment_ids_k: Tensor | None = None,
     prefix_len: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -141,6 +145,7 @@ def scaled_dot_product_attention(
     segment_ids_q: Tensor | None = None,
     segment_ids_k: Tensor | None = None,
     prefix_len: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -162,6 +167,7 @@ def scaled_dot_product_attention(
     segment_ids_q: Tensor | None = None,
     segment_ids_k: Tensor | None = None,
     prefix_len: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -203,6 +209,10 @@ def scaled_dot_product_attention(
             of others cost nothing.
         prefix_len: integers, broadcastable to (batch,): the call is causal, but all queries see the
             first so many keys, as of a picture before a text.
+        sinks: broadcastable to (heads,), float32 or of the query's dtype, may require a gradient:
+            one more score for each head, which takes weight from a row's and has no value (of
+            gpt-oss; attention sinks of Xiao et al., 2024, without a token). A part of the
+            log-sum-exp; a row without a key has this score alone.
         return_lse: also return the log-sum-exp of each row of scores.
         backend: "cpu", "triton", "cuda" or "reference" to insist on one; None chooses.
 
@@ -218,17 +228,17 @@ def scaled_dot_product_attention(
     """
     if not _is_compiling():
         tensors = (query, key, value, attn_mask, key_padding_mask, alibi_slopes)
-        ranges = (segment_ids_q, segment_ids_k, prefix_len)
-        if has_torch_function_variadic(*tensors, *ranges):
+        rare = (segment_ids_q, segment_ids_k, prefix_len, sinks)
+        if has_torch_function_variadic(*tensors, *rare):
             answer = arguments.ask_torch_function(
                 scaled_dot_product_attention,
                 Arguments(
                     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                    key_padding_mask, causal_alignment, window, softcap, alibi_slopes, *ranges,
+                    key_padding_mask, causal_alignment, window, softcap, alibi_slopes, *rare,
                     return_lse, backend,
                 ),
                 _POSITIONAL,
-                (*tensors, *ranges),
+                (*tensors, *rare),
             )  # fmt: skip
             if answer is not NotImplemented:
                 return answer
@@ -243,7 +253,7 @@ def scaled_dot_product_attention(
             # 0.1 us less than by its own constructor.
             call = tuple.__new__(Call, (
                 *tensors, None, 0.0, is_causal or prefix_len is not None,
-                causal_alignment == "bottom_right", scale, enable_gqa, *kinds, *ranges,
+                causal_alignment == "bottom_right", scale, enable_gqa, *kinds, *rare,
             ))  # fmt: skip
             result = OP.attempt(backend, call, return_lse)
             if result is not None:
@@ -252,7 +262,7 @@ def scaled_dot_product_attention(
         Arguments(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
             key_padding_mask, causal_alignment, window, softcap, alibi_slopes, segment_ids_q,
-            segment_ids_k, prefix_len, return_lse,
+            segment_ids_k, prefix_len, sinks, return_lse,
         )
     )  # fmt: skip
     result = OP.run(backend, call, return_lse)
@@ -310,6 +320,7 @@ def check(given: Arguments) -> None:
     )
     score_policy.check_kinds(given, query, (*leading, *heads), sizes)
     score_policy.check_ranges(given, query, key, leading, sizes)
+    score_policy.check_sinks(given.sinks, query, heads, sizes)
     arguments.check_dropout(given.dropout_p)
     arguments.check_scale(given.scale, query)
     arguments.check_flag("return_lse", given.return_lse)
@@ -355,6 +366,7 @@ def normalize(given: Arguments) -> Call:
         query, key, value, attn_mask, key_padding_mask, slopes, seed, given.dropout_p,
         is_causal or given.prefix_len is not None, causal_alignment == "bottom_right", scale,
         bool(enable_gqa or kv_heads != heads), *score_policy.kinds_of(given), *ranges,
+        score_policy.sinks_of(given.sinks, query, heads),
     )  # fmt: skip
 
 
@@ -391,7 +403,7 @@ def _flops(call: Call, backward: bool) -> int:
 
 DEFINITION = Definition(
     "attention", Call, gradients=4, results=1, outputs=2, fake=_fake,
-    reference=lambda call: run_reference(call, True), flops=_flops,
+    reference=lambda call: run_reference(call, True), flops=_flops, last_gradient=True,
 )  # fmt: skip
 _CPU = cpu.torch_op(DEFINITION)
 _CUDA = cuda.CudaOp(DEFINITION)
@@ -452,9 +464,9 @@ def inputs(
     Args:
         shape: q_len, kv_len and head_dim; optionally batch, heads, kv_heads, value_dim, causal,
             window, softcap, alibi (slopes of the paper), segments (into how many even ones queries
-            and keys are cut), prefix (its length), and mask: "key_padding" (the last quarter
-            of the keys of every second entry hidden), "bool", "bias" (a float per head and score)
-            or None.
+            and keys are cut), prefix (its length), sinks (whether there are any), and mask:
+            "key_padding" (the last quarter of the keys of every second entry hidden), "bool",
+            "bias" (a float per head and score) or None.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     device = torch.get_default_device() if device is None else device
@@ -487,6 +499,8 @@ def inputs(
             call[name] = (places * shape["segments"] // length).expand(batch, length)
     if shape.get("prefix"):
         call["prefix_len"] = torch.full((batch,), shape["prefix"], device=device)
+    if shape.get("sinks"):
+        call["sinks"] = torch.linspace(-1.0, 1.0, heads, device=device)
     mask = shape.get("mask")
     if mask == "key_padding":
         hidden = torch.zeros(batch, kv_len, dtype=torch.bool, device="cpu")

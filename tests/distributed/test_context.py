@@ -168,7 +168,10 @@ def check_refusals(rank: int, world: int) -> None:
     attention = ff.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
     with_bias = ff.nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True, batch_first=True)
     with context_parallel():
-        for options in ({"is_causal": True}, {"attn_mask": torch.ones(6, 6)}, {"window": (1, 1)}):
+        for options in (
+            {"is_causal": True}, {"attn_mask": torch.ones(6, 6)}, {"window": (1, 1)},
+            {"sinks": torch.zeros(2)},
+        ):  # fmt: skip
             with pytest.raises(ValueError, match="not for sequences in parts"):
                 ff.scaled_dot_product_attention(q, q, q, **options)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="attention weights do not go"):

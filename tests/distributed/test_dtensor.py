@@ -86,13 +86,17 @@ def check_attention(rank: int, world: int) -> None:
             ({"window": (2, 3)}, False),
             ({"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.05])}, False),
             ({"softcap": 2.0}, True),
+            ({"sinks": torch.tensor([0.5, 0.25, 0.1, 0.05])}, True),
         ):
-            slopes = options.get("alibi_slopes")
-            kinds = [] if slopes is None else [slopes]
+            numbers = {k: v for k, v in options.items() if isinstance(v, Tensor)}
+            kinds = list(numbers.values())
 
-            def with_kinds(*t: Tensor, options: Any = options) -> Any:
-                given = options | ({"alibi_slopes": t[3].detach()} if len(t) > 3 else {})
-                return attend(*t[:3], **given)
+            def with_kinds(*t: Tensor, options: Any = options, numbers: Any = numbers) -> Any:
+                given = {
+                    k: v if k == "sinks" else v.detach()
+                    for k, v in zip(numbers, t[3:], strict=True)
+                }
+                return attend(*t[:3], **options | given)
 
             places = [place, keys, keys] + [everywhere] * len(kinds)
             found = agree(with_kinds, [*attention_inputs(), *kinds], places, mesh)

@@ -54,7 +54,7 @@ def cases() -> Iterator[tuple[nn.Module, list[Tensor], dict[str, Any], bool]]:
         WIDTH, HEADS, kdim=8, vdim=12, add_bias_kv=True, batch_first=True
     )
     yield other, [tokens(8, WIDTH), tokens(5, 8), tokens(5, 12)], {}, False
-    slopes = {"alibi_slopes": torch.rand(HEADS)}
+    slopes = {"alibi_slopes": torch.rand(HEADS), "sinks": torch.rand(HEADS)}
     cross = ff.nn.CrossAttention(WIDTH, 8, HEADS)
     yield cross, [x, tokens(5, 8)], slopes | {"need_weights": True}, False
     encoder = ff.nn.TransformerEncoder(

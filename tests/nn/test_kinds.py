@@ -1,4 +1,4 @@
-"""Windows, soft caps and ALiBi in the modules that take them."""
+"""Windows, soft caps, ALiBi, segments, prefixes and sinks in the modules that take them."""
 
 from typing import Any
 
@@ -15,6 +15,12 @@ KINDS: list[dict[str, Any]] = [
     {"softcap": 0.7},
     {"alibi_slopes": SLOPES},
     {"window": (3, None), "softcap": 0.9, "alibi_slopes": torch.stack((SLOPES, -SLOPES, SLOPES))},
+    {
+        "segment_ids_q": torch.tensor([0, 0, 1, 2, 1]),
+        "prefix_len": torch.tensor([4, 0, 2]),
+        "segment_ids_k": torch.tensor([[0, 0, 1, 1, 1, 2, 2]] * 3),
+        "sinks": SLOPES,
+    },
 ]
 kinds = pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 
@@ -25,7 +31,14 @@ def scores_bias(q_len: int, kv_len: int, kinds: Any) -> Tensor:
     slopes = kinds.get("alibi_slopes", torch.zeros(2)).reshape(-1, 2, 1, 1)
     bias = -slopes * distance.abs()
     left, right = (torch.inf if n is None else n for n in kinds.get("window", (None, None)))
-    return bias.masked_fill((distance > left) | (distance < -right), -torch.inf)
+    hidden = (distance > left) | (distance < -right)
+    if "prefix_len" in kinds:
+        behind = torch.arange(kv_len) >= kinds["prefix_len"][:, None, None, None]
+        hidden = hidden | ((distance < 0) & behind)
+    if "segment_ids_q" in kinds:
+        q_ids, k_ids = kinds["segment_ids_q"], kinds["segment_ids_k"][:, :kv_len]
+        hidden = hidden | (q_ids[:, None] != k_ids[:, None, None])
+    return bias.masked_fill(hidden, -torch.inf)
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, kinds: Any, mask: Tensor | None) -> Any:
@@ -37,7 +50,9 @@ def formula(q: Tensor, k: Tensor, v: Tensor, kinds: Any, mask: Tensor | None) ->
     scores = scores + scores_bias(q.shape[2], k.shape[2], kinds)
     if mask is not None:
         scores = scores.masked_fill(mask, -torch.inf)
-    weights = scores.softmax(-1).nan_to_num(0.0)
+    sinks = kinds.get("sinks", torch.full((2,), -torch.inf))[:, None, None]
+    scores = torch.cat((scores, sinks.expand(*scores.shape[:-1], 1)), -1)
+    weights = scores.softmax(-1).nan_to_num(0.0)[..., :-1]
     return (weights @ v).transpose(1, 2).flatten(2), weights
 
 
@@ -114,6 +129,8 @@ def test_compiles(kinds: Any) -> None:
     torch._dynamo.reset()
     module = ff.nn.MultiheadAttention(16, 2, batch_first=True)
     x = torch.randn(3, 5, 16)
+    if "segment_ids_k" in kinds:
+        kinds = kinds | {"segment_ids_k": kinds["segment_ids_k"][:, :5]}
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     for need_weights in (False, True):
         assert_close(

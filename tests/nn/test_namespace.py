@@ -87,6 +87,7 @@ MORE = {
     ("MultiheadAttention", "forward"): [
         ("window", None), ("softcap", None), ("alibi_slopes", None),
         ("segment_ids_q", None), ("segment_ids_k", None), ("prefix_len", None),
+        ("sinks", None),
     ],
 }  # fmt: skip
 

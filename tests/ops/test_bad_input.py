@@ -137,7 +137,8 @@ def number_rows(op: str) -> list[Bad]:
         for value in given:
             kind = type(value).__name__
             rows.append(Bad(op, f"{name}_{kind}", {name: value}, TypeError, (name, kind)))
-    return rows + kind_rows(op) + ([] if op == VARLEN else range_rows(op))
+    rows += kind_rows(op) + ([] if op == VARLEN else range_rows(op))
+    return rows + (sink_rows(op) if op == SDPA else [])
 
 
 def kind_rows(op: str) -> list[Bad]:
@@ -196,6 +197,15 @@ def range_rows(op: str) -> list[Bad]:
         Bad(op, "prefix_device", {"prefix_len": prefix.to("meta")}, ValueError,
             ("prefix_len", "meta", "cpu")),
     ]  # fmt: skip
+
+
+def sink_rows(op: str) -> list[Bad]:
+    """Faults of sinks, of 4 heads."""
+    return [
+        Bad(op, "sinks_number", {"sinks": 0.5}, TypeError, ("sinks", "float")),
+        Bad(op, "sinks_dtype", {"sinks": torch.zeros(4).double()}, TypeError, ("sinks", "float64")),
+        Bad(op, "sinks_heads", {"sinks": torch.zeros(3)}, ValueError, ("sinks", "(4,)", "(3,)")),
+    ]
 
 
 def mask_rows(op: str) -> list[Bad]:

@@ -91,6 +91,12 @@ def prefix(call: dict[str, Any]) -> None:
     call["prefix_len"] = torch.tensor([kv_len // 3, kv_len + 5])
 
 
+def sinks(call: dict[str, Any]) -> None:
+    """Of which one outweighs ordinary rows."""
+    call["sinks"] = torch.randn(call["query"].shape[1])
+    call["sinks"][0] = 6.0
+
+
 def both(*edits: Any) -> Any:
     def edit(call: dict[str, Any]) -> None:
         for each in edits:
@@ -222,6 +228,16 @@ CASES = [
     Case("all_ranges", "prefix, window and segments", shape(65, 580, heads=4, kv_heads=2),
          {"window": (300, None), "dropout_p": 0.2, **LAST},
          both(segments("sorted"), prefix, hide_all_of_one)),
+    Case("sinks", "weights that no value has", shape(60, 300), edit=sinks),
+    Case("sinks_dead", "rows that have a sink alone", shape(21, 18, heads=4, kv_heads=2), edit=both(
+        sinks, dead_rows, hide_all_of_one)),
+    Case("sinks_few", "one at a time, rows of no other weight", shape(3, 50, heads=4, kv_heads=1),
+         {"dropout_p": 0.2}, both(sinks, dead_rows, hide_all_of_one)),
+    Case("sinks_pieces", "in one piece of the keys", shape(33, 1300, 8), edit=sinks),
+    Case("sinks_rest", "queries beyond whole registers", shape(19, 41, 40), edit=sinks),
+    Case("sinks_blocks", "with everything", shape(100, 700, mask="bias", heads=4, kv_heads=2), {
+        "window": (300, 40), "softcap": 1.1, "dropout_p": 0.2, **LAST},
+         both(sinks, segments("sorted"), hide_all_of_one)),
     Case("all_kinds", "window, cap and slopes", shape(65, 580, mask="bias", heads=4, kv_heads=2),
          {"window": (90, 40), "softcap": 1.1, **LAST}, both(slopes_of(2, 4), hide_all_of_one),
          in_triton={"q_len": 40, "kv_len": 130}),
@@ -239,7 +255,7 @@ class TestScaledDotProductAttention(AttentionSuite):
     outputs = 1
     scale_cases = (
         "few_dead_rows", "rest_of_two", "dead_rows", "bias", "pieces", "causal", "alibi",
-        "alibi_few", "all_kinds",
+        "alibi_few", "all_kinds", "sinks",
     )  # fmt: skip
     slow_scale_cases = ("dead_rows", "bias")
     bool_cases = ("few_dead_rows", "rest_of_two", "padding", "bool_mask")

@@ -1,4 +1,5 @@
-"""Windows, soft caps and ALiBi: what they mean, and everything that torch does to an op.
+"""Windows, soft caps, ALiBi, segments, prefixes and sinks: what they mean, and everything that
+torch does to an op.
 
 How accurate they are is tested among the cases of each op.
 """
@@ -28,6 +29,7 @@ KINDS: list[dict[str, Any]] = [
     {"segment_ids_q": torch.tensor([[0, 1, 1, 2, 3], [5, 5, 3, 4, 5]]),
      "segment_ids_k": torch.tensor([[0, 0, 1, 1, 1, 3, 3], [3, 4, 5, 4, 3, 5, 3]]),
      "prefix_len": torch.tensor([3, 6])},
+    {"sinks": torch.tensor([0.5, -torch.inf, 2.0])},
 ]  # fmt: skip
 kinds = pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_native), "triton"]
@@ -149,6 +151,45 @@ def test_a_window_reads_no_more_than_it_shows(
 
 
 @needs_native
+def test_segments_read_no_more_than_they_show() -> None:
+    query, key, value = (torch.randn(1, 1, 2048, 16, requires_grad=True) for _ in range(3))
+    with torch.no_grad():
+        key[:, :, 1024:], value[:, :, 1024:] = torch.nan, torch.nan
+    ids = (torch.arange(2048)[None] // 512).int()
+    out = attention(query, key, value, segment_ids_q=ids, segment_ids_k=ids, backend="cpu")
+    out = out[:, :, :900]
+    assert out.isfinite().all()
+    for gradient in torch.autograd.grad(out.sum(), (query, key, value)):
+        assert gradient[:, :, :512].isfinite().all()
+
+
+@needs_native
+def test_bits_are_those_of_an_entry_and_of_any_threads() -> None:
+    """One entry's segments are scattered, the other's lie together."""
+    query, key, value = (torch.randn(2, 3, 300, 16, requires_grad=True) for _ in range(3))
+    ids = torch.randint(0, 3, (2, 300))
+    ids[1] = ids[1].sort().values
+    sinks = torch.randn(3, requires_grad=True)
+
+    def run(*entries: Any) -> tuple[Tensor, ...]:
+        own = [t[entries] if entries else t for t in (query, key, value, ids)]
+        out = attention(
+            *own[:3], segment_ids_q=own[3], segment_ids_k=own[3], sinks=sinks, backend="cpu"
+        )
+        return out, *torch.autograd.grad(out.square().sum(), (sinks, query, key, value))
+
+    whole = run()
+    torch.set_num_threads(1)
+    for found, expected in zip(run(), whole, strict=True):
+        assert torch.equal(found, expected)
+    for entry in range(2):
+        out, _, *gradients = run(slice(entry, entry + 1))
+        assert torch.equal(out[0], whole[0][entry])
+        for found, expected in zip(gradients, whole[2:], strict=True):
+            assert torch.equal(found[entry], expected[entry])
+
+
+@needs_native
 class TestTransforms:
     @kinds
     def test_opcheck(self, kinds: Any) -> None:
@@ -175,6 +216,8 @@ class TestTransforms:
 
     @kinds
     def test_export(self, kinds: Any) -> None:
+        kinds = {k: v for k, v in kinds.items() if "segment" not in k}  # those are of one length
+
         class Module(torch.nn.Module):
             def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
                 out: Tensor = attention(query, key, value, **kinds)
@@ -204,6 +247,52 @@ class TestTransforms:
         assert_close(
             torch.func.grad(loss(attention), (0, 1, 2))(*tensors),
             torch.func.grad(loss(reference), (0, 1, 2))(*tensors),
+        )
+
+    def test_vmap_over_segments(self) -> None:
+        tensors, ids = qkv(), (torch.randint(0, 3, (4, 2, 5)), torch.randint(0, 3, (4, 2, 7)))
+        for dim in (None, 0):  # of the ids of queries
+
+            def attend(*each: Tensor) -> Any:
+                return attention(*tensors, segment_ids_q=each[0], segment_ids_k=each[1])
+
+            given = ids[0][0] if dim is None else ids[0], ids[1]
+            expected = [
+                attend(given[0] if dim is None else given[0][i], given[1][i]) for i in range(4)
+            ]
+            assert_close(torch.vmap(attend, (dim, 0))(*given), torch.stack(expected))
+
+    def test_gradients_of_sinks(self) -> None:
+        """First and second ones, through log-sum-exps too, eagerly, in torch.func and vmapped."""
+        tensors, sinks = qkv(gradient=True), torch.randn(3, requires_grad=True)
+        loss_weights = torch.randn(2, 3, 5, 6), torch.randn(2, 3, 5)
+
+        def loss(run: Any, sinks: Tensor, *tensors: Tensor) -> Tensor:
+            results = run(*tensors, window=(1, 1), sinks=sinks, return_lse=True)
+            total: Tensor = sum(
+                (r * w).sin().sum() for r, w in zip(results, loss_weights, strict=True)
+            )
+            return total
+
+        found, expected = (
+            torch.autograd.grad(loss(run, sinks, *tensors), (sinks, *tensors), create_graph=True)
+            for run in (attention, reference)
+        )
+        assert_close(found, expected)
+        second, expected_second = (
+            torch.autograd.grad(sum(g.cos().sum() for g in gradients), (sinks, *tensors))
+            for gradients in (found, expected)
+        )
+        assert_close(second, expected_second)
+        gradient = torch.func.grad(lambda s, *t: loss(attention, s, *t), (0, 1))
+        assert_close(gradient(sinks, *tensors), tuple(expected[:2]))
+        several = torch.stack((sinks, sinks + 1.0)).detach()
+        assert_close(
+            torch.vmap(lambda s: gradient(s, *tensors)[0])(several)[0], expected[0].detach()
+        )
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        assert_close(
+            torch.autograd.grad(compiled(attention, sinks, *tensors), (sinks, *tensors)), expected
         )
 
     def test_second_derivatives(self) -> None:
@@ -250,6 +339,24 @@ class TestChoice:
             rows = dict(explained.rows)
             assert all((b == "cuda") == (sentence in row) for b, row in rows.items())
 
+    def test_kernels_of_gpus_say_that_they_leave_segments_prefixes_and_sinks(self) -> None:
+        query, key, value = qkv()
+        ids = {"segment_ids_q": torch.zeros(2, 5).long(), "segment_ids_k": torch.zeros(2, 7).long()}
+        for name, given in {
+            "segment_ids_q": ids, "prefix_len": {"prefix_len": torch.ones(2).long()},
+            "sinks": {"sinks": SLOPES},
+        }.items():  # fmt: skip
+            sentence = f"{name} is left to the CPU kernels and the reference"
+            for explained in (
+                ff.explain(ff.scaled_dot_product_attention, query, key, value, **given),
+                *([] if name == "sinks" else [
+                    ff.explain(ff.bidirectional_attention, query, key, value, query, **given)
+                ]),
+            ):  # fmt: skip
+                rows = dict(explained.rows)
+                assert all(sentence in rows[b] for b in ("triton", "cuda") if b in rows)
+                assert not any(sentence in rows[b] for b in ("cpu", "reference"))
+
     @needs_native
     def test_compiled_ops_check_what_they_are_given(self) -> None:
         call = spec.OP.call(*qkv(), alibi_slopes=SLOPES)
@@ -257,8 +364,13 @@ class TestChoice:
         for wrong in (
             {"alibi_slopes": SLOPES}, {"alibi_slopes": SLOPES.double().expand(2, 3)},
             {"alibi_slopes": torch.rand(3, 3)}, {"softcap": 0.0}, {"softcap": float("nan")},
+            {"segment_ids_q": torch.zeros(2, 5).long()}, {"prefix_len": torch.ones(2).long()},
+            {"segment_ids_q": torch.zeros(2, 5).int(), "segment_ids_k": torch.zeros(2, 7).long()},
+            {"segment_ids_q": torch.zeros(2, 5).long(), "segment_ids_k": torch.zeros(2, 5).long()},
+            {"prefix_len": torch.ones(3).long(), "is_causal": True}, {"sinks": torch.zeros(2)},
+            {"sinks": torch.zeros(3).double()},
         ):  # fmt: skip
-            with pytest.raises(RuntimeError, match="softcap|alibi_slopes"):
+            with pytest.raises(RuntimeError, match="softcap|alibi_slopes|segment|prefix|sinks"):
                 run(*call._replace(**wrong))
 
 

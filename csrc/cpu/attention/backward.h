@@ -114,7 +114,7 @@ class BackwardTask {
     query_[i] = Packing<Math>::columns(query, queries, p_.head_dim, tile.query);
     grad_[i] = Packing<Math>::columns(grad, queries, p_.value_dim, tile.grad);
     for (int64_t e = 0; e < tile.columns; ++e) tile.weighted[e] = 0.0f;
-    tile.statistics.clear(tile.columns);
+    tile.statistics.begin(tile.columns, {p_, h, Base::kE});
   }
 
   // All blocks for the tiles at hand, for the statistics and then for the gradients; a block that
@@ -152,7 +152,7 @@ class BackwardTask {
           if (first && some.count > 0) {
             products(b, i, some, at, rows_from(skipped, key_rows), rows_from(skipped, value_rows));
           }
-          if (one_block) finish_statistics(b, tile_[i]);
+          if (one_block && some.count > 0) finish_statistics(b, tile_[i]);
           if (last && some.count > 0) {
             gradients(b, i, some, skipped, at,
                       steps_from(Packing<Math>::steps(skipped), key_columns));
@@ -169,6 +169,7 @@ class BackwardTask {
     }
     for (int64_t i = 0; i < count_; ++i) {
       const BackwardTile& tile = tile_[i];
+      if (one_block && tile.sees_none()) finish_statistics(b, tile);
       for (int64_t e = 0; e < tile.queries.count * dim_ && tile.sees_none(); ++e)
         tile.grad_query[e] = 0.0f;
       const auto scale = [this](int64_t) { return grad_scale_.sums; };
@@ -248,14 +249,21 @@ class BackwardTask {
   }
 
   // From sums to what the gradients multiply and subtract: 1 / l in `sum`, delta in `weighted`.
+  // What they are for sinks goes to theirs.
   void finish_statistics(int64_t b, const BackwardTile& tile) {
+    const FirstStatistics sink(p_, tile.h, Base::kE);
+    double grad_sink = 0.0;
     for (int64_t i = 0; i < tile.columns; ++i) {
       float& sum = tile.statistics.sum[i];
       const bool dead = sum == 0.0f || i >= tile.queries.count;  // then P = 0
       tile.weighted[i] = dead ? 0.0f : tile.weighted[i] / sum;
       tile.grad_lse[i] = dead ? 0.0f : p_.grad_lse.at(b, tile.h, tile.queries[i]);
       sum = dead ? 0.0f : inverse(sum);
+      if (dead || sink.sum == 0.0f) continue;
+      const float weight = std::exp(sink.maximum - tile.statistics.maximum[i]) * sum;
+      grad_sink += double(weight * ((0.0f - tile.weighted[i]) + tile.grad_lse[i]));
     }
+    if (p_.grad_sinks) p_.grad_sinks[b * p_.heads + tile.h] += grad_sink;
   }
 
   // P c in the place of exp(S - m), dS in that of dP, and what they add to the gradients, those of

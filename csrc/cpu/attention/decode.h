@@ -168,7 +168,8 @@ void decode_row(const AttentionForward& p, int64_t b, int64_t h, int64_t query,
   const Scaling scaling = scaling_of<Float32Math>(p.scale, Base::kE);
   const Vec unit = Vec::set(scaling.unit);
   for (int64_t i = 0; i < p.head_dim; ++i) s.query[i] *= scaling.factor;
-  RowStatistics statistics;
+  const FirstStatistics first(p, h, Base::kE);
+  RowStatistics statistics{first.maximum, first.sum};
   for (int64_t done = 0; done < keys.count; done += kBlock) {
     const Block block = block_at(keys, done);
     with_rows<T>(key, block, p.head_dim, s.copy, [&](const auto& rows) {

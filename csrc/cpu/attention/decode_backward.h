@@ -110,7 +110,8 @@ class DecodeBackwardTask {
   // P c in the place of S, dS in that of dP.
   void softmax(int64_t b, int64_t h, int64_t query, int64_t r, const Positions& keys) {
     float *scores = scores_ + r * length_, *grads = grad_scores_ + r * length_;
-    float maximum = -kInfinity, sum = 0.0f, delta = 0.0f;
+    const FirstStatistics sink(p_, h, Base::kE);
+    float maximum = sink.maximum, sum = 0.0f, delta = 0.0f;
     for (int64_t j = 0; j < keys.count; ++j) maximum = scores[j] > maximum ? scores[j] : maximum;
     const Vec offset = finite(Vec::set(maximum));
     for_blocks(keys, [&](const Block& block) {
@@ -125,6 +126,8 @@ class DecodeBackwardTask {
       sum += weights.total().total();
       delta += weighted.total().total();
     });
+    const float sink_weight = sink.sum > 0.0f ? std::exp(sink.maximum - maximum) : 0.0f;
+    sum += sink_weight;
     const float divisor = inverse(sum), mean = sum == 0.0f ? 0.0f : delta / sum;
     const float grad_lse = sum == 0.0f ? 0.0f : p_.grad_lse.at(b, h, query);
     // What the rounding of the mean leaves over is common to a row: without it the gradient of a
@@ -139,7 +142,11 @@ class DecodeBackwardTask {
       }
       rest += left.total().total();
     });
-    rest *= divisor;
+    rest = (rest - sink_weight * mean) * divisor;
+    if (p_.grad_sinks) {
+      const float grad = (0.0f - mean) - rest + grad_lse;
+      p_.grad_sinks[b * p_.heads + h] += double(sink_weight * divisor * grad);
+    }
     for (int64_t j = 0; j < keys.count; j += Vec::kLanes) {
       const Vec weight = Vec::load(scores + j) * Vec::set(divisor);
       const Vec centred = (Vec::load(grads + j) - Vec::set(mean)) - Vec::set(rest);

@@ -105,7 +105,7 @@ class ForwardTask {
     const auto operand = tail ? tail_rows<Math> : Packing<Math>::lanes;
     query_[i] = operand(Slice(p_.query, p_.type, b, h), queries, p_.head_dim, scaling_.factor,
                         queries_ + i * query_floats());
-    tile.statistics.clear(padded(tile.columns));
+    tile.statistics.begin(padded(tile.columns), {p_, h, base_});
   }
 
   float* out_of(int64_t i) const { return outs_ + i * QueryTiles::kMost * value_columns_; }

@@ -97,6 +97,7 @@ class SplitKvTasks {
     p.out = {means_ + row * p.value_dim, p.heads * head, head, p.value_dim, 1};
     p.lse = {maxima_ + row, p.heads * p.q_len, p.q_len, 1};
     p.sums = sums_ + row;
+    if (split > 0) p.sinks = {};  // one of the splits has them
     return p;
   }
 

@@ -49,6 +49,17 @@ inline uint16_t lanes_that_see(const Scores& s, int64_t first, int64_t count, in
     return uint16_t(below(last + 1 - query) & ~below(from - query));
   }
   uint32_t lanes = 0;
+  if (p.ranges.first && s.queries.adjacent()) {
+    const int64_t row = s.b * p.q_len + s.queries[first];
+    const int32_t *from = p.ranges.first + row, *end = p.ranges.end + row, j = int32_t(key);
+    for (int64_t i = 0; i < count; ++i) lanes |= uint32_t((from[i] <= j) & (j < end[i])) << i;
+    if (!p.ranges.scattered[s.b]) return uint16_t(lanes);
+    const int32_t* numbers = p.ranges.q_segments + row;
+    const int32_t own = p.ranges.k_segments[s.b * p.kv_len + key];
+    uint32_t same = 0;
+    for (int64_t i = 0; i < count; ++i) same |= uint32_t(numbers[i] == own) << i;
+    return uint16_t(lanes & same);
+  }
   for (int64_t i = 0; i < count; ++i)
     lanes |= uint32_t(sees(p, s.b, s.queries[first + i], key)) << i;
   return uint16_t(lanes);

@@ -42,9 +42,14 @@ inline void add_short_chains(int64_t count, const Term& term, Vec (&total)[N]) {
 // The running maximum, sum and factor of the online softmax, one value per query.
 struct Statistics {
   float *maximum, *sum, *rescale;
+  bool begun = false;  // before the first block
 
   void clear(int64_t columns) const {
     for (int64_t i = 0; i < columns; ++i) maximum[i] = -kInfinity, sum[i] = 0.0f;
+  }
+  void begin(int64_t columns, const FirstStatistics& first) {
+    for (int64_t i = 0; i < columns; ++i) maximum[i] = first.maximum, sum[i] = first.sum;
+    begun = first.sum > 0.0f;
   }
 };
 
@@ -90,7 +95,7 @@ inline void online_softmax(const Block& block, int64_t columns, float unit, cons
     const Vec offset = finite(now);
     const auto weigh_lane = dropout ? weigh<Math, kBase, true> : weigh<Math, kBase, false>;
     const Vec sum = weigh_lane(block.count, columns, unit, offset, dropout + lane, scores + lane);
-    const bool first = block.first == 0;
+    const bool first = block.first == 0 && !s.begun;
     const Vec rescale =
         first ? Vec::zero() : exponential<Precision::kFloat32, kBase>(before, 1.0f, offset);
     rescale.store(s.rescale + lane);

@@ -4,6 +4,7 @@
 //     range      keys_seen: the keys that a block of queries may see; others are not multiplied.
 //                Segments and prefixes are ranges of each query, made before (key_ranges.h)
 //     shape      ScoreShape: a soft cap, then ALiBi, with the derivative of the cap
+//     sinks      FirstStatistics: weights that stand before those of the keys
 //     mask       mask.h: float and bool masks, and what diagonal and window hide within the range
 //
 // in this order, which is FlashAttention's. Keys that padding hides are left out before
@@ -77,6 +78,16 @@ inline bool crosses_range(const Scores& s, const Block& block) {
   const KeyRange all = keys_seen_by_all(s, 0, s.queries.count);
   return block[0] < all.first || block[block.count - 1] >= all.end;
 }
+
+// What the statistics of a row begin with, as exponents of `base`: its sink, or nothing.
+struct FirstStatistics {
+  float maximum = -kInfinity, sum = 0.0f;
+
+  FirstStatistics(const Attention& p, int64_t h, Base base) {
+    if (!p.sinks.data || p.sinks.at(h) == -kInfinity) return;
+    maximum = p.sinks.at(h) * exponents_per_e(base), sum = 1.0f;
+  }
+};
 
 // Whether scores are more than products, before masks.
 inline bool is_shaped(const Attention& p) { return p.softcap > 0.0f || p.alibi.data; }
