@@ -247,7 +247,7 @@ $(VENV)/wheels.stamp: $(VENV)/dependencies.stamp
 	@touch $@
 
 wheels: $(VENV)/wheels.stamp
-	@$(BIN)/python packaging/wheels.py $(ARGS)
+	@$(BIN)/python tools/wheels.py $(ARGS)
 
 clean:
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks bench-results
