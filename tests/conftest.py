@@ -64,6 +64,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu")
     parser.addoption("--emulated", type=Path, metavar="FILE")
     parser.addoption("--cxx", metavar="COMMAND")
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run one test of N")
     # tests/ops/test_random_calls.py
     parser.addoption("--random-seconds", type=float, default=3.3, metavar="S")
     parser.addoption("--random-example", metavar="OP:TARGET:INDEX")
@@ -123,6 +124,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Any:
         except RuntimeError:
             os._exit(77)
     return report
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = items[:: config.getoption("every")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

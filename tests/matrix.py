@@ -217,13 +217,13 @@ def build(row: Row) -> None:
     run(row, *pip, "--force-reinstall", *wheels.glob("*.whl"), error=Broken)
 
 
-def test(row: Row, paths: list[str], jobs: int) -> Result:
+def test(row: Row, paths: list[str], every: int, jobs: int) -> Result:
     """Runs the suite, or the parts of it that are named."""
     report = row.folder / "junit.xml"
     report.unlink(missing_ok=True)
     emulated = row.origin.source / "build/emulated/sm80/_emulated_ops.so"
     options = ["-n", str(jobs), "-p", "no:benchmark", "-p", "no:cacheprovider"]
-    options += [f"--emulated={emulated}", f"--junit-xml={report}"]
+    options += [f"--emulated={emulated}", f"--junit-xml={report}", f"--every={every}"]
     options += [f"--cxx={row.compiler}"] * (row.compiler is not None)
     python = row.bin / "python"
     ended = ""
@@ -249,14 +249,15 @@ def test(row: Row, paths: list[str], jobs: int) -> Result:
         print(f"  skipped {count}: {reason}")
     green = not ended and counts["passed"] > 0
     facts = json.loads(subprocess.check_output([python, "-c", FACTS], cwd=row.folder))
-    return Result(green, today(), " ".join(paths) or "all", facts, counts)
+    part = " ".join(paths) or "all"
+    return Result(green, today(), part if every == 1 else f"1/{every} of {part}", facts, counts)
 
 
 def today() -> str:
     return datetime.date.today().isoformat()
 
 
-def see(row: Row, paths: list[str], jobs: int) -> Result:
+def see(row: Row, paths: list[str], every: int, jobs: int) -> Result:
     """One row from the interpreter to the counts; a row that cannot be had is not red."""
     row.folder.mkdir(parents=True, exist_ok=True)
     (row.folder / "log").write_text("")
@@ -264,15 +265,16 @@ def see(row: Row, paths: list[str], jobs: int) -> Result:
         copy_sources(row)
         install(row)
         build(row)
-        return test(row, paths, jobs)
+        return test(row, paths, every, jobs)
     except (Impossible, Broken) as reason:
         return Result(isinstance(reason, Impossible), today(), reason=str(reason))
 
 
 HEAD = """# Versions
 
-What `make matrix` saw of the suite on each version. "All" are the tests that `make test` runs;
-rows with the wheel of another torch have them beside no checkout: those about one skip.
+What `make matrix` saw of the suite on each version. "All" are the tests that `make test` runs, and
+"1/12 of" is one of twelve; rows with the wheel of another torch have them beside no checkout: those
+about one skip.
 
 | Python | torch | Triton | NumPy | built by | tests | passed | failed | skipped | on |
 |---|---|---|---|---|---|---|---|---|---|
@@ -302,6 +304,7 @@ def main() -> int:
     parser.add_argument(
         "--row", action="append", metavar="PART", help="rows with this in their name"
     )
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="one test of N")
     parser.add_argument("--jobs", type=int, default=2, help="processes of pytest")
     parser.add_argument("--list", action="store_true", help="the names of the rows, and no more")
     parser.add_argument("paths", nargs="*", help="a part of the tests, such as tests/ops")
@@ -313,7 +316,7 @@ def main() -> int:
     green = True
     for row in chosen:
         print(f"{row.name} (log: {row.folder.relative_to(ROOT)}/log)", flush=True)
-        result = see(row, options.paths, options.jobs)
+        result = see(row, options.paths, options.every, options.jobs)
         (row.folder / "result.json").write_text(json.dumps(asdict(result)))
         print(f"  {result.reason or result.tests}", flush=True)
         green &= result.green
