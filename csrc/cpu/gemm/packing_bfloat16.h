@@ -40,17 +40,18 @@ struct Packing<BFloat16Math> {
       uint16_t copies[2][kWide];
       for (int64_t d = 0; d < dim; d += kWide) {
         const int64_t some = dim - d < kWide ? dim - d : kWide;
-        const auto copied = [&](int64_t i) {
+        const auto copied = [&](int64_t i, int64_t) {
           copy_row(from, block[i], d, some, kWide, copies[i % 2]);
-          return copies[i % 2] - d;
+          return copies[i % 2];
         };
         pair_columns(copied, block.count, d, dim, width, pairs);
       }
     } else if (block.adjacent()) {
       const auto* first = from.at<uint16_t>(block[0]);
-      pair_rows([&](int64_t i) { return first + i * from.row; }, block.count, dim, width, pairs);
+      const auto adjacent = [&](int64_t i, int64_t d) { return first + i * from.row + d; };
+      pair_rows(adjacent, block.count, dim, width, pairs);
     } else {
-      const auto listed = [&](int64_t i) { return from.at<uint16_t>(block[i]); };
+      const auto listed = [&](int64_t i, int64_t d) { return from.at<uint16_t>(block[i]) + d; };
       pair_rows(listed, block.count, dim, width, pairs);
     }
     return {pairs, 2 * width};
@@ -88,7 +89,8 @@ struct Packing<BFloat16Math> {
  private:
   static constexpr int64_t kWide = 2 * Vec::kLanes;  // numbers in a register
 
-  // Rows row(0), row(1), ... in pairs, zeros from `dim` up to `width`.
+  // Rows in pairs, row(i, d) where the columns of row i from `d` on stand; zeros from `dim` up to
+  // `width`.
   template <class Row>
   static void pair_rows(const Row& row, int64_t count, int64_t dim, int64_t width,
                         uint16_t* pairs) {
@@ -103,8 +105,8 @@ struct Packing<BFloat16Math> {
       uint16_t* to = pairs + 2 * d;
       int64_t i = 0;
       for (; i + 2 <= count; i += 2, to += 2 * width)
-        BFloat16Math::store_pairs(to, row(i) + d, row(i + 1) + d, some, lanes);
-      if (i < count) BFloat16Math::store_pairs(to, row(i) + d, nullptr, some, lanes);
+        BFloat16Math::store_pairs(to, row(i, d), row(i + 1, d), some, lanes);
+      if (i < count) BFloat16Math::store_pairs(to, row(i, d), nullptr, some, lanes);
     };
     if (dim - d >= kWide) {
       pair(kWide, kWide);

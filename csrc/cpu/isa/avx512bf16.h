@@ -14,17 +14,22 @@ struct BFloat16Math {
   static constexpr int kDepth = 2;
   using Operand = __m512bh;
 
-  static Operand broadcast(const uint16_t* p) {
+  // In line, since clang 19 without optimisation clears most of an operand before it hands it over.
+  [[gnu::always_inline]] static Operand broadcast(const uint16_t* p) {
     int32_t pair;
     __builtin_memcpy(&pair, p, sizeof pair);
     return (Operand)_mm512_set1_epi32(pair);
   }
 
-  static Operand load(const uint16_t* p) { return (Operand)_mm512_loadu_si512(p); }
-  static Operand load(const uint16_t* p, int64_t count) {
+  [[gnu::always_inline]] static Operand load(const uint16_t* p) {
+    return (Operand)_mm512_loadu_si512(p);
+  }
+  [[gnu::always_inline]] static Operand load(const uint16_t* p, int64_t count) {
     return (Operand)_mm512_maskz_loadu_epi32(Vec::first(count), p);
   }
-  static Vec add_product(Operand a, Operand b, Vec sum) { return {_mm512_dpbf16_ps(sum.v, a, b)}; }
+  [[gnu::always_inline]] static Vec add_product(Operand a, Operand b, Vec sum) {
+    return {_mm512_dpbf16_ps(sum.v, a, b)};
+  }
 
   // Lane i holds low[i] and high[i], rounded.
   static void store_pairs(uint16_t* p, Vec low, Vec high) {

@@ -94,7 +94,8 @@ inline void online_softmax(const Block& block, int64_t columns, float unit, cons
     now.store(s.maximum + lane);
     const Vec offset = finite(now);
     const auto weigh_lane = dropout ? weigh<Math, kBase, true> : weigh<Math, kBase, false>;
-    const Vec sum = weigh_lane(block.count, columns, unit, offset, dropout + lane, scores + lane);
+    const float* factors = dropout ? dropout + lane : nullptr;
+    const Vec sum = weigh_lane(block.count, columns, unit, offset, factors, scores + lane);
     const bool first = block.first == 0 && !s.begun;
     const Vec rescale =
         first ? Vec::zero() : exponential<Precision::kFloat32, kBase>(before, 1.0f, offset);
