@@ -259,7 +259,8 @@ class Built:
         dtype = torch.float32 if kind == "float32" else self.dtype
         if holes:
             values = values.masked_fill(self.random(*size) < 0.4, -torch.inf)
-        elif dtype == torch.float32:
+        elif dtype == torch.float32 and max(self.drawn.powers) < 64:
+            # Beside it larger scores overflow, as the formula's do.
             values = values.masked_fill(self.random(*size) < 0.1, torch.finfo(dtype).min)
         self.put("attn_mask", values.to(dtype).to(DEVICE))
 

@@ -414,7 +414,7 @@ def test_goals_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every section, on the shapes of next to no work."""
     monkeypatch.setattr(cpu_goals, "memory", lambda: [])
     sections = dict(cpu_goals.run(rounds=1, min_time=0.0, most=1e7))
-    assert len(sections) == 13
+    assert len(sections) == 14
     for about, goals in sections.items():
         assert goals, about
         assert all(goal.value is None or goal.value > 0 for goal in goals), about

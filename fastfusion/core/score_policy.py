@@ -420,6 +420,6 @@ def refuses_rare_kinds(call: Any) -> Sequence[str]:
     """Why kernels that have no segments, prefixes and sinks cannot run a call."""
     if not has_rare_kinds(call):
         return ()
-    names = ("segment_ids_q", "prefix_len", "sinks")
+    names = (*_RANGES, "sinks")
     given = [name for name in names if getattr(call, name, None) is not None]
     return [f"{name} is left to the CPU kernels and the reference" for name in given]

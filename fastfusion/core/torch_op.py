@@ -395,7 +395,7 @@ class LaunchedOp(TorchOp):
             )
         ):
             return self.backward(*given)
-        return self._launch_backward(*given)
+        return self._all_gradients(*given)
 
     def _launch_backward(self, *given: Any) -> tuple[Tensor, ...]:
         outputs = self.definition.outputs

@@ -228,6 +228,7 @@ CASES = [
     Case("all_ranges", "prefix, window and segments", shape(65, 580, heads=4, kv_heads=2),
          {"window": (300, None), "dropout_p": 0.2, **LAST},
          both(segments("sorted"), prefix, hide_all_of_one)),
+    Case("no_columns", "statistics that go with no value", shape(3, 200, value_dim=0)),
     Case("sinks", "weights that no value has", shape(60, 300), edit=sinks),
     Case("sinks_dead", "rows that have a sink alone", shape(21, 18, heads=4, kv_heads=2), edit=both(
         sinks, dead_rows, hide_all_of_one)),
@@ -255,7 +256,7 @@ class TestScaledDotProductAttention(AttentionSuite):
     outputs = 1
     scale_cases = (
         "few_dead_rows", "rest_of_two", "dead_rows", "bias", "pieces", "causal", "alibi",
-        "alibi_few", "all_kinds", "sinks",
+        "alibi_few", "all_kinds",
     )  # fmt: skip
     slow_scale_cases = ("dead_rows", "bias")
     bool_cases = ("few_dead_rows", "rest_of_two", "padding", "bool_mask")

@@ -96,9 +96,10 @@ inline bool is_shaped(const Attention& p) { return p.softcap > 0.0f || p.alibi.d
 // knows no other than the cap itself.
 struct SoftCap {
   static constexpr float kSaturated = 9.02f;
-  Vec inverse, bound;
+  Vec inverse, bound, most;
 
-  explicit SoftCap(float cap) : inverse(Vec::set(1.0f / cap)), bound(Vec::set(kSaturated * cap)) {}
+  explicit SoftCap(float cap)
+      : inverse(Vec::set(1.0f / cap)), bound(Vec::set(kSaturated * cap)), most(Vec::set(cap)) {}
 
   // tanh(x) / x is a rational function of x^2 that errs by 2e-8, and is 1 at 0 exactly: small
   // scores stay what they are. As cap * tanh(x) it would be rounded twice more.
@@ -112,7 +113,8 @@ struct SoftCap {
     bottom = Vec::fma(bottom, square, Vec::set(2.588438783e-2f));
     top = Vec::fma(top, square, Vec::set(1.338269328e-1f));
     bottom = Vec::fma(bottom, square, Vec::set(4.671601454e-1f));
-    return score * (Vec::fma(top, square, one) / Vec::fma(bottom, square, one));
+    const Vec capped = score * (Vec::fma(top, square, one) / Vec::fma(bottom, square, one));
+    return Vec::min(most, Vec::max(Vec::zero() - most, capped));  // roundings may exceed the cap
   }
 
   // d capped / d score = 1 - tanh^2, but for the differences, in which nothing is left of a score

@@ -173,7 +173,8 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
 #pragma unroll 1
     for (int unit = thread_index(); unit < 16 * kChunks; unit += plan.slices * 32) {
       const int above = unit / kChunks, column = unit % kChunks * 8, i = row + above;
-      if (i >= p.q_len || column >= dim) continue;
+      // The first column stands for the statistics, also where there are no values.
+      if (i >= p.q_len || (column > 0 && column >= dim)) continue;
       float total = 0.0f, columns[8] = {};
 #pragma unroll 1
       for (int other = above; other < plan.slices * 16; other += 16) {
@@ -187,7 +188,7 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
 #pragma unroll
         for (int e = 0; e < 8; e += 2)
           packed.words[e / 2] = pack<T>(columns[e] * factor, columns[e + 1] * factor);
-        store_chunk(output_row<T>(p.out, b, h, i) + column, packed, dim - column);
+        if (dim > 0) store_chunk(output_row<T>(p.out, b, h, i) + column, packed, dim - column);
         if (column == 0) store_lse(p.lse, b, h, i, exponents.log_sum(maxima[above], total));
       } else {
         const int64_t to = chunk_row(p, plan, b * p.heads + h, chunk, i);
