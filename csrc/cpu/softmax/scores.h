@@ -104,7 +104,7 @@ struct SoftCap {
   // tanh(x) / x is a rational function of x^2 that errs by 2e-8, and is 1 at 0 exactly: small
   // scores stay what they are. As cap * tanh(x) it would be rounded twice more.
   Vec operator()(Vec score) const {
-    score = Vec::min(bound, Vec::max(Vec::zero() - bound, score));
+    const Vec saturated = Vec::larger(Vec::max(Vec::zero() - score, score), bound);
     const Vec x = score * inverse, square = x * x, one = Vec::set(1.0f);
     Vec top = Vec::set(1.338442235e-8f), bottom = Vec::set(7.790306204e-7f);
     top = Vec::fma(top, square, Vec::set(2.063592829e-5f));
@@ -114,7 +114,8 @@ struct SoftCap {
     top = Vec::fma(top, square, Vec::set(1.338269328e-1f));
     bottom = Vec::fma(bottom, square, Vec::set(4.671601454e-1f));
     const Vec capped = score * (Vec::fma(top, square, one) / Vec::fma(bottom, square, one));
-    return Vec::min(most, Vec::max(Vec::zero() - most, capped));  // roundings may exceed the cap
+    // The cap itself beyond the bound, and no more than that below.
+    return Vec::min(most, Vec::max(Vec::zero() - most, Vec::select(saturated, score, capped)));
   }
 
   // d capped / d score = 1 - tanh^2, but for the differences, in which nothing is left of a score
