@@ -56,7 +56,7 @@ class Arguments(NamedTuple):
 
 
 _POSITIONAL = 8
-_NO_RARE = (None,) * 4
+_NO_RARE = (None, None, None, None)
 
 
 class Call(NamedTuple):
@@ -229,7 +229,7 @@ def scaled_dot_product_attention(
     """
     if not _is_compiling():
         tensors = (query, key, value, attn_mask, key_padding_mask, alibi_slopes)
-        rare: tuple[Any, ...] = _NO_RARE
+        rare: tuple[Any, Any, Any, Any] = _NO_RARE
         if not (segment_ids_q is segment_ids_k is prefix_len is sinks is None):
             rare = (segment_ids_q, segment_ids_k, prefix_len, sinks)
         if has_torch_function_variadic(*tensors) or (
