@@ -136,6 +136,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if suite is None or not issubclass(suite, OpSuite):
         return
     wanted = set(metafunc.fixturenames)
+    if {"case", "target"} <= wanted:
+        targets = suite.targets()
+        pairs = [(case, target) for case in suite.cases for target in targets if case.suits(target)]
+        ids = [f"{case.name}-{target}" for case, target in pairs]
+        metafunc.parametrize(("case", "target"), pairs, ids=ids)
+        wanted -= {"case", "target"}
     if "case" in wanted:
         metafunc.parametrize("case", suite.cases, ids=lambda case: case.name)
     for name in sorted(wanted):

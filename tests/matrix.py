@@ -272,9 +272,9 @@ def see(row: Row, paths: list[str], every: int, jobs: int) -> Result:
 
 HEAD = """# Versions
 
-What `make matrix` saw of the suite on each version. "All" are the tests that `make test` runs, and
-"1/12 of" is one of twelve; rows with the wheel of another torch have them beside no checkout: those
-about one skip.
+What was last seen of the suite on each version; `make matrix` writes it. "All" are the tests that
+`make test` runs, and "1/12 of" is one of twelve. Rows with the wheel of another torch have tests
+beside no checkout: those about one skip.
 
 | Python | torch | Triton | NumPy | built by | tests | passed | failed | skipped | on |
 |---|---|---|---|---|---|---|---|---|---|

@@ -32,8 +32,8 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 _forced: str | None = None
 
 
-class Taker(Protocol):
-    """What takes the place of implementations while it is on."""
+class Interceptor(Protocol):
+    """What runs calls in the place of implementations while it is on."""
 
     @property
     def ops(self) -> Container[str]:
@@ -48,23 +48,23 @@ class Taker(Protocol):
         ...
 
 
-_taker: Taker | None = None  # likewise a global
+_interceptor: Interceptor | None = None  # likewise a global
 
 
 @contextmanager
-def taken_by(taker: Taker | None) -> Iterator[None]:
-    """Let another run the calls of its ops in the block; None lets implementations run again."""
-    global _taker
-    before, _taker = _taker, taker
+def intercepted_by(interceptor: Interceptor | None) -> Iterator[None]:
+    """Hand the calls of its ops to an interceptor in the block; None: to implementations again."""
+    global _interceptor
+    before, _interceptor = _interceptor, interceptor
     try:
         yield
     finally:
-        _taker = before
+        _interceptor = before
 
 
-def check_not_taken(what: str) -> None:
-    """Raise ValueError for what is not a call that another could take."""
-    if _taker is not None:
+def check_not_intercepted(what: str) -> None:
+    """Raise ValueError for what is not a call that an interceptor could run."""
+    if _interceptor is not None:
         raise ValueError(f"{what} do not go with sequences in parts (distributed.context_parallel)")
 
 
@@ -207,7 +207,9 @@ class Op:
         change a tensor; under autocast; and in torch.jit.trace, which a kernel that refuses a call
         by an error leaves in a state that ends in a crash of the process.
         """
-        if _any_autocast() or _tracing() is not None or (_taker is not None and self._is_taken()):
+        if _any_autocast() or _tracing() is not None:
+            return None
+        if _interceptor is not None and self._own_interceptor() is not None:
             return None
         try:
             if call[0].dim() not in self.ranks:
@@ -219,8 +221,11 @@ class Op:
             pass  # what is not about arguments will be raised again
         return None
 
-    def _is_taken(self) -> bool:
-        return _taker is not None and self.name in _taker.ops
+    def _own_interceptor(self) -> Interceptor | None:
+        """What runs the calls of this op, where that is no implementation."""
+        if _interceptor is None or self.name not in _interceptor.ops:
+            return None
+        return _interceptor
 
     @cached_property
     def _kernels(self) -> frozenset[str]:
@@ -229,7 +234,9 @@ class Op:
     def may_fuse(self, tensor: Tensor) -> bool:
         """Whether `fuse` is worth asking of calls on the device of a tensor: at no cost, where a
         module would make a call for nothing."""
-        if _forced is not None or self._is_taken():
+        if self._own_interceptor() is not None:
+            return False
+        if _forced is not None:
             return _forced in self._kernels
         return not tensor.is_cpu or "cpu" in self._kernels
 
@@ -244,7 +251,7 @@ class Op:
         if torch._C._len_torch_function_stack() > 0:  # for `explain`, which watches
             tensors = tuple([t for t in call if isinstance(t, Tensor)])
             return handle_torch_function(self.fuse, tensors, call)
-        if self._is_taken():
+        if self._own_interceptor() is not None:
             return None
         try:
             chosen = self.select(None, call)
@@ -255,9 +262,9 @@ class Op:
     def run(self, backend: str | None, call: Any, lse: bool) -> Any:
         """Select and run, without autocast: it would round the float32 products of the
         reference."""
-        if self._is_taken():
-            assert _taker is not None
-            return _taker.run(self, call, lse)
+        interceptor = self._own_interceptor()
+        if interceptor is not None:
+            return interceptor.run(self, call, lse)
         implementation = self.select(backend, call)
         device_type = call[0].device.type
         if autocast_dtype(device_type) is None:
@@ -344,7 +351,8 @@ def _explain(op: Op, call: Any, described: Sequence[str], backend: str | None) -
     wanted = backend or _forced
     if wanted is not None and wanted not in given:
         rows.append((wanted, ("it has no implementation of this op",)))
-    ranks = _taker.describe(call) if _taker is not None and op._is_taken() else None
+    interceptor = op._own_interceptor()
+    ranks = None if interceptor is None else interceptor.describe(call)
     return Explanation(op.name, ", ".join(described), chosen, tuple(rows), path, ranks)
 
 

@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from fastfusion import ops
 from fastfusion.core import philox
-from fastfusion.core.op import Op, taken_by
+from fastfusion.core.op import Op, intercepted_by
 from fastfusion.core.score_policy import has_rare_kinds
 from fastfusion.distributed.ring import pieces, ring_attention, shared_seed
 from fastfusion.distributed.sequences import Group, Pair, merge_ranks, shard_sequence
@@ -78,7 +78,7 @@ def context_parallel(
         if any(length % ranks for length in given):
             raise ValueError(f"lengths must be multiples of the {ranks} ranks, got {given}")
         parts = frozenset(length // ranks for length in given)
-    with taken_by(_Parts(group, ranks, parts, zigzag)):
+    with intercepted_by(_Parts(group, ranks, parts, zigzag)):
         yield
 
 
@@ -122,7 +122,7 @@ class _Parts:
             raise ValueError(f"{op.name} does not go with sequences in parts")
         way = self._way(call.query.shape[2], call.key.shape[2])
         if way == LOCAL:
-            with taken_by(None):
+            with intercepted_by(None):
                 return op.run(None, call, lse)
         both = op is ops.ATTENTION[1]
         self._check(call, way, both)
@@ -188,7 +188,7 @@ class _Parts:
                     key_padding_mask=None if hidden is None else hidden[:, columns],
                     seed=self._placed(call, first_query, first_key),
                 )  # fmt: skip
-                with taken_by(None):
+                with intercepted_by(None):
                     blocks.append(op.run(None, block, True))
         if summed:
             out, lse = merge_ranks(blocks, self.group, own_losses=True)
@@ -236,7 +236,7 @@ class _Parts:
         parts = call.key.shape[2] if summed else call.query.shape[2]
         first = self.rank * parts
         seed = self._placed(call, 0, first) if summed else self._placed(call, first, 0)
-        with taken_by(None):
+        with intercepted_by(None):
             out_q, out_k, lse_q, lse_k = op.run(None, call._replace(**whole, seed=seed), True)
         merged = (out_q, lse_q) if summed else (out_k, lse_k)
         merged = merge_ranks([merged], self.group, own_losses=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastfusion.core import arguments, philox
-from fastfusion.core.op import taken_by
+from fastfusion.core.op import intercepted_by
 from fastfusion.distributed.sequences import Group, Pair, merge
 from fastfusion.ops import scaled_dot_product_attention as _attention
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
@@ -211,7 +211,7 @@ class _RingAttention(Function):
             for rows, columns, attend in plan.blocks(source):
                 if merged is not None and columns.start == columns.stop:
                     continue
-                with taken_by(None):
+                with intercepted_by(None):
                     block = attend(query[:, :, rows], _columns(keys, columns))
                 merged = _merge_rows(merged, block, rows, query.shape[2])
             if wait is not None:
@@ -239,7 +239,7 @@ class _RingAttention(Function):
             wait = ring.pass_on(keys, coming) if step + 1 < ring.ranks else None
             for rows, columns, attend in plan.blocks(source):
                 part = _columns(keys, columns)
-                with torch.enable_grad(), taken_by(None):  # perhaps inside `context_parallel`
+                with torch.enable_grad(), intercepted_by(None):  # perhaps inside `context_parallel`
                     leaves = [t.detach().requires_grad_() for t in (query[:, :, rows], *part[:2])]
                     block_out, block_lse = attend(leaves[0], [*leaves[1:], *part[2:]])
                 some = grad[:, :, rows]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastfusion.core.arguments import autocast_dtype
-from fastfusion.core.op import check_not_taken
+from fastfusion.core.op import check_not_intercepted
 from fastfusion.core.reference import cast
 from fastfusion.core.score_policy import KINDS, Kinds, Window
 from fastfusion.nn import _nested
@@ -383,7 +383,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         self, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """One more key for `add_bias_kv`, one of zeros for `add_zero_attn`; no mask hides them."""
-        check_not_taken("add_bias_kv and add_zero_attn")
+        check_not_intercepted("add_bias_kv and add_zero_attn")
         batch, heads, _, head_dim = k.shape
         keys, values = [k], [v]
         if self.bias_k is not None and self.bias_v is not None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfusion.core import arguments
-from fastfusion.core.op import check_not_taken
+from fastfusion.core.op import check_not_intercepted
 from fastfusion.core.score_policy import Kinds, Policy
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -50,7 +50,7 @@ def attention_with_weights(
         (batch, heads, q_len, value_dim) and (batch, heads, q_len, kv_len) in the query's dtype, or
         autocast's; a row with no key left is 0 in both.
     """
-    check_not_taken("attention weights")
+    check_not_intercepted("attention weights")
     policy = Policy()
     if kinds is not None:
         kinds.check(query, key)
@@ -81,7 +81,7 @@ def bidirectional_with_weights(
         out_q, out_k, and the weights (batch, heads, q_len, kv_len) of queries on keys and
         (batch, heads, kv_len, q_len) of keys on queries.
     """
-    check_not_taken("attention weights")
+    check_not_intercepted("attention weights")
     return _in_float32(
         _attend_both_ways, (query, key, value, query_value),
         attn_mask, query_padding_mask, key_padding_mask, dropout_p,

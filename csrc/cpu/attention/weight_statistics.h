@@ -15,6 +15,16 @@
 namespace ff {
 namespace {
 
+// The scores of a block of keys against a query tile, as natural exponents; returns their unit.
+inline float multiply_scores(const Scores& s, const Block& block, const LeftRows<Float32Math>& key,
+                             const Right<Float32Math>& query, float unit, float* maximum,
+                             uint16_t* shown) {
+  const auto product = [&](const auto& epilogue) {
+    multiply_dims(key, query, block.count, s.columns, s.p.head_dim, s.data, epilogue);
+  };
+  return make_scores(s, block, Base::kE, unit, maximum, shown, product);
+}
+
 constexpr float kLeastExponent = -200.0f;  // whose exponential is 0, and 0 times it is none
 
 // Takes the scores of a block into the statistics of a query tile and its sums of (S - m) exp.
@@ -110,11 +120,8 @@ class QueryStatisticsTask {
   void add(int64_t b, int64_t i, const Block& block, const LeftRows<Float32Math>& key) {
     const QueryTile& tile = tile_[i];
     const Scores scores{p_, b, tile.h, tile.queries, tile.columns, scores_};
-    const auto product = [&](const auto& epilogue) {
-      multiply_dims(key, query_[i], block.count, tile.columns, p_.head_dim, scores_, epilogue);
-    };
     const float unit =
-        make_scores(scores, block, Base::kE, scaling_.unit, maximum_, shown_, product);
+        multiply_scores(scores, block, key, query_[i], scaling_.unit, maximum_, shown_);
     add_to_queries(scores, block, unit, maximum_, tile.statistics, weighted_[i]);
   }
 
@@ -227,11 +234,7 @@ class KeyStatisticsTask {
     constexpr int64_t kLanes = Vec::kLanes;
     const int64_t columns = tile.columns;
     const Scores scores{p_, b, tile.h, tile.queries, columns, scores_};
-    const auto product = [&](const auto& epilogue) {
-      multiply_dims(key, query_, block.count, columns, p_.head_dim, scores_, epilogue);
-    };
-    const float unit =
-        make_scores(scores, block, Base::kE, scaling_.unit, maximum_, shown_, product);
+    const float unit = multiply_scores(scores, block, key, query_, scaling_.unit, maximum_, shown_);
     for (int64_t first = 0; first < block.count; first += kLanes) {
       const int64_t count = block.count - first < kLanes ? block.count - first : kLanes;
       Vec sums[kLanes];
