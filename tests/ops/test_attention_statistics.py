@@ -126,9 +126,11 @@ LARGE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LARGE)
 def test_kernel_over_tiles_and_blocks(name: str, dtype: torch.dtype, isa: str) -> None:
-    """More queries than a register tile and more keys than a task has, of either head in turn."""
+    """More queries than a register tile and more keys than a task has, in memory as modules have
+    them: heads side by side."""
     case = LARGE[name]
-    query, key = normal(2, 2, 130, 24, dtype=dtype), normal(2, 1, 1100, 24, seed=1, dtype=dtype)
+    query = normal(2, 130, 2, 24, dtype=dtype).transpose(1, 2)
+    key = normal(2, 1100, 1, 24, seed=1, dtype=dtype).transpose(1, 2)
     found = ff.attention_statistics(query, key, enable_gqa=True, backend="cpu", **case)
     weights = weights_of(query, key, **case)
     if "query_padding_mask" in case:
