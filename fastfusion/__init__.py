@@ -9,23 +9,28 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastfusion._cuda_graph import CudaGraphed, cuda_graph
-from fastfusion._info import Info, explain, info
-from fastfusion.core.export_mode import export_mode
-from fastfusion.core.op import BackendUnavailableError, Explanation, use_backend
-from fastfusion.ops.attention_statistics import AttentionStatistics, attention_statistics
-from fastfusion.ops.bidirectional_attention import bidirectional_attention
-from fastfusion.ops.cross_attention_layer import cross_attention_layer
-from fastfusion.ops.cross_modal_layer import cross_modal_layer
-from fastfusion.ops.decoder_layer import decoder_layer
-from fastfusion.ops.encoder_layer import encoder_layer
-from fastfusion.ops.linear import linear
-from fastfusion.ops.norm import norm
-from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
-from fastfusion.ops.varlen_attention import varlen_attention
+from fastfusion.core.on_import import without_collection
 
-from fastfusion import integrations, nn, ops  # isort: skip
-from fastfusion.nn._attention_maps import attention_maps  # isort: skip
+# A pass of the garbage collector falls into these imports: it looks at 170,000 objects of torch,
+# finds none of them dead, and takes 80 ms, twice what the imports take.
+with without_collection():
+    from fastfusion._cuda_graph import CudaGraphed, cuda_graph
+    from fastfusion._info import Info, explain, info
+    from fastfusion.core.export_mode import export_mode
+    from fastfusion.core.op import BackendUnavailableError, Explanation, use_backend
+    from fastfusion.ops.attention_statistics import AttentionStatistics, attention_statistics
+    from fastfusion.ops.bidirectional_attention import bidirectional_attention
+    from fastfusion.ops.cross_attention_layer import cross_attention_layer
+    from fastfusion.ops.cross_modal_layer import cross_modal_layer
+    from fastfusion.ops.decoder_layer import decoder_layer
+    from fastfusion.ops.encoder_layer import encoder_layer
+    from fastfusion.ops.linear import linear
+    from fastfusion.ops.norm import norm
+    from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
+    from fastfusion.ops.varlen_attention import varlen_attention
+
+    from fastfusion import integrations, nn, ops  # isort: skip
+    from fastfusion.nn._attention_maps import attention_maps  # isort: skip
 
 if TYPE_CHECKING:
     from fastfusion import data, distributed, mask, models

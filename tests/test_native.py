@@ -198,3 +198,29 @@ def test_calls_of_python_and_cpp_are_twins() -> None:
     assert seen >= {"decoder_layer_forward", "decoder_layer_cached"}
     if ff.backends.cuda.emulated is not None:
         assert "cuda_cross_attention_layer_forward" in seen
+
+
+def test_overloads_have_the_first_arguments_alone() -> None:
+    """Those of calls that leave the others out; what watches ops sees the one with all of them."""
+    seen = set()
+    for op in torch_op.ALL:
+        for whole in filter(None, (getattr(op, n, None) for n in ("raw", "out", "backward"))):
+            arguments = [(a.name, str(a.type)) for a in whole._schema.arguments]
+            for name in set(whole.overloadpacket.overloads()) - {"default"}:
+                overload = getattr(whole.overloadpacket, name)
+                short = [(a.name, str(a.type)) for a in overload._schema.arguments]
+                assert short == arguments[: len(short)]
+                assert all(a.has_default_value() for a in whole._schema.arguments[len(short) :])
+                seen.add(str(overload).removeprefix("fastfusion."))
+    for name in ("attention", "bidirectional", "varlen"):
+        assert {s.split("_")[1].split(".")[0] for s in seen if s.startswith(name)} == {
+            "forward", "out", "backward",
+        }  # fmt: skip
+
+    query, key, value = (torch.randn(1, 2, n, 8) for n in (3, 5, 5))
+    mask, hidden = torch.randn(3, 5), torch.tensor([[False, True, False, False, True]])
+    for ops in (torch.ops.fastfusion.attention_out, torch.ops.fastfusion.attention_forward):
+        for given in ((query, key, value), (query, key, value, mask, hidden)):
+            short = ops.qkv if len(given) == 3 else ops.masks
+            torch.testing.assert_close(short(*given), ops.default(*given), rtol=0, atol=0)
+            torch.library.opcheck(short, given, test_utils=("test_schema", "test_faketensor"))

@@ -75,8 +75,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Grad
 constexpr Op kOps[] = {
     op<attention_forward>("attention"),
     op<attention_forward>("attention_forward"),
+    op<attention_forward>("attention_forward.qkv", 3),
+    op<attention_forward>("attention_forward.masks", 5),
     op<attention_out>("attention_out"),
+    op<attention_out>("attention_out.qkv", 3),
+    op<attention_out>("attention_out.masks", 5),
     op<attention_backward>("attention_backward"),
+    op<attention_backward>("attention_backward.qkv", 3 + 3),
+    op<attention_backward>("attention_backward.masks", 3 + 5),
 };
 
 STABLE_TORCH_LIBRARY(fastfusion, m) { define(m, kOps); }

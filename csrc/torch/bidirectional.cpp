@@ -53,8 +53,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_backward(
 constexpr Op kOps[] = {
     op<bidirectional_forward>("bidirectional"),
     op<bidirectional_forward>("bidirectional_forward"),
+    op<bidirectional_forward>("bidirectional_forward.masks", 7),
     op<bidirectional_out>("bidirectional_out"),
+    op<bidirectional_out>("bidirectional_out.masks", 7),
     op<bidirectional_backward>("bidirectional_backward"),
+    op<bidirectional_backward>("bidirectional_backward.masks", 5 + 7),
 };
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) { define(m, kOps); }

@@ -148,8 +148,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_backward(const Gradients<2>& g
 constexpr Op kOps[] = {
     op<varlen_forward>("varlen"),
     op<varlen_forward>("varlen_forward"),
+    op<varlen_forward>("varlen_forward.lengths", 10),
     op<varlen_out>("varlen_out"),
+    op<varlen_out>("varlen_out.lengths", 10),
     op<varlen_backward>("varlen_backward"),
+    op<varlen_backward>("varlen_backward.lengths", 3 + 10),
 };
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastfusion, m) { define(m, kOps); }

@@ -1,11 +1,13 @@
-"""Calls a function behind the first import of a module, so that `import fastfusion` does not pay
-for what only its users need."""
+"""What keeps `import fastfusion` short: functions that are called behind the first import of
+another module, whose users alone need them, and imports without the garbage collector."""
 
+import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -46,3 +48,15 @@ def on_import(name: str, call: Callable[[Any], None]) -> None:
         call(sys.modules[name])
     else:
         sys.meta_path.insert(0, _Hook(name, call))
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Put the garbage collector's passes off until the block ends."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

@@ -9,7 +9,7 @@ than one of the old style, hence `Eager` beside the one that torch.func and grap
 Forward-mode derivatives are the reference's, and so are second derivatives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_type_hints
@@ -40,6 +40,9 @@ _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state  # of torch.jit.trace, in which sizes are tensors
+# Modes that watch ops (a checkpoint's policy, profilers, tracers) know an op by its one name, and
+# not by overloads: the last of `TorchOp.runs`.
+_WATCHED = -1
 # Of is_grads_batched, which no other question shows.
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 
@@ -99,24 +102,30 @@ class Definition:
         return (*given[: self.tensors], *given[self.rare :])
 
     @cached_property
-    def _tail(self) -> tuple[int, int, tuple[Any, ...]]:
-        """From where on all numbers have defaults, and these."""
+    def _tail(self) -> tuple[int, int, int, tuple[Any, ...]]:
+        """How many arguments have no default; from where on all numbers have one, and these."""
         fields, defaults = self.call._fields, self.call._field_defaults
-        start = max(self.tensors, len(fields) - len(defaults))
-        return start, self.rare, tuple(defaults[name] for name in fields[start : self.rare])
+        required = len(fields) - len(defaults)
+        start = max(self.tensors, required)
+        numbers = tuple(defaults[name] for name in fields[start : self.rare])
+        return required, start, self.rare, numbers
 
     def given(self, call: Any) -> Any:
         """The arguments of a call without those at its end that are as the schema has them: each
         costs the dispatcher 0.1 us."""
-        end, rare, defaults = self._tail
+        required, end, rare, numbers = self._tail
         for tensor in call[rare:]:  # by `==` the first would be asked for its 2 us of numbers
             if tensor is not None:
                 return call
-        if call[end:rare] != defaults:
+        if call[end:rare] != numbers:
             return call[:rare]
-        if end == self.tensors:
-            while call[end - 1] is None:
-                end -= 1
+        for tensor in call[required:end]:
+            if tensor is not None:
+                break
+        else:
+            return call[:required]
+        while call[end - 1] is None:
+            end -= 1
         return call[:end]
 
     def schema(self, writes: bool = False) -> str:
@@ -196,29 +205,25 @@ class TorchOp:
         traceable: whether eager calls take the tensors of torch.jit.trace, whose sizes are tensors.
     """
 
-    # Eager calls without a gradient, of the op's arguments, by the ops or without them where nobody
-    # watches: the results, and all outputs.
-    run: Callable[..., Any]
-    run_with_lse: Callable[..., Any]
+    # Eager calls without a gradient, by how many of the op's arguments are given: the results, and
+    # all outputs. The last is the op that has all arguments.
+    runs: Sequence[Callable[..., Any]]
+    runs_with_lse: Sequence[Callable[..., Any]]
 
     def __init__(self, definition: Definition, name: str, traceable: bool) -> None:
         self.definition, self.traceable = definition, traceable
         ops = torch.ops.fastfusion
-        fakes: dict[str, Callable[..., Any]] = {
-            "": definition.checked_fake,
-            "_forward": definition.checked_fake,
-            "_backward": definition.fake_backward,
-        }
+        self.graph = _op(name, definition.checked_fake)
+        self.raw = _op(f"{name}_forward", definition.checked_fake)
+        self.backward = _op(f"{name}_backward", definition.fake_backward)
+        self.out = None
         if hasattr(ops, f"{name}_out"):
-            fakes["_out"] = lambda *given: definition.without_lse(definition.checked_fake(*given))
-        for suffix, function in fakes.items():
-            torch.library.register_fake(f"fastfusion::{name}{suffix}", function)
-        found = {suffix: getattr(ops, name + suffix).default for suffix in fakes}
-        self.graph, self.raw, self.backward = (found[s] for s in ("", "_forward", "_backward"))
-        self.out = found.get("_out")
-        if self.out is not None:
-            # What is called in the end, without the 0.2 us of a frame around it.
-            self.run, self.run_with_lse = self.out._op, self.raw._op
+            self.out = _op(
+                f"{name}_out",
+                lambda *given: definition.without_lse(definition.checked_fake(*given)),
+            )
+            self.runs, self.runs_with_lse = _by_count(self.out), _by_count(self.raw)
+        self.runs_backward = _by_count(self.backward)
         self.transformed, self.eager, self.eager_with_lse = _functions(self)
         LIBRARY.impl(name, self._autograd_kernel, "Autograd")
         torch.library.register_vmap(f"fastfusion::{name}", self.transformed.vmap)
@@ -242,7 +247,7 @@ class TorchOp:
     def run_eagerly(self, call: Any, lse: bool) -> Any:
         """The same where nothing is being compiled."""
         definition = self.definition
-        wants_gradient = needs_gradient(definition, call)
+        wants_gradient = _is_grad_enabled() and needs_gradient(definition, call)
         if forward_ad._current_level >= 0 or (not self.traceable and _tracing() is not None):
             outputs = definition.reference(call)
         elif _transforms_active():
@@ -250,13 +255,16 @@ class TorchOp:
         elif wants_gradient:
             return (self.eager_with_lse if lse else self.eager).apply(*definition.given(call))
         else:
-            return (self.run_with_lse if lse else self.run)(*definition.given(call))
+            given, runs = definition.given(call), self.runs_with_lse if lse else self.runs
+            return runs[_WATCHED if _dispatch_modes() else len(given)](*given)
         return outputs if lse else definition.without_lse(outputs)
 
     def run_backward(self, *given: Any) -> tuple[Tensor, ...]:
         """The gradients, of the arguments of the backward op: those of the outputs, whether that of
         the mask is wanted, and the call; likewise."""
-        gradients: tuple[Tensor, ...] = self.backward(*given)
+        gradients: tuple[Tensor, ...] = self.runs_backward[
+            _WATCHED if _dispatch_modes() else len(given)
+        ](*given)
         return gradients
 
     def _autograd_kernel(self, *given: Any) -> tuple[Tensor, ...]:
@@ -274,6 +282,27 @@ class TorchOp:
 
         count_forward(counter, definition, self.graph, self.raw, self.out)
         counter.register_flop_formula(self.backward.overloadpacket, get_raw=True)(backward)
+
+
+def _op(name: str, fake: Callable[..., Any]) -> Any:
+    """The op that takes all arguments, after each of its overloads has got its shapes."""
+    packet = getattr(torch.ops.fastfusion, name)
+    for overload in packet.overloads():
+        torch.library.register_fake(getattr(packet, overload), fake)
+    return packet.default
+
+
+def _by_count(op: Any) -> tuple[Callable[..., Any], ...]:
+    """What to call with 0, 1, 2, ... arguments: of the op's overloads the one that has the fewest.
+
+    torch looks each argument that a call leaves out up by its name, which takes 0.06 us.
+    """
+    packet, found = op.overloadpacket, list[Callable[..., Any]]()
+    overloads = [getattr(packet, name) for name in packet.overloads()]
+    for overload in sorted(overloads, key=lambda o: len(o._schema.arguments)):
+        # Without the 0.2 us of a frame around it.
+        found += [overload._op] * (len(overload._schema.arguments) + 1 - len(found))
+    return tuple(found)
 
 
 def count_forward(counter: Any, definition: Definition, *ops: Any) -> None:
@@ -295,15 +324,10 @@ class ForwardOp:
 
     def __init__(self, definition: Definition, name: str) -> None:
         self.definition = definition
-        ops, fake = torch.ops.fastfusion, definition.checked_fake
-        self.forward = getattr(ops, f"{name}_forward").default
-        torch.library.register_fake(f"fastfusion::{name}_forward", fake)
-        self.out = self.forward
+        fake = definition.checked_fake
+        self.out = self.forward = _op(f"{name}_forward", fake)
         if definition.outputs > definition.results:
-            self.out = getattr(ops, f"{name}_out").default
-            torch.library.register_fake(
-                f"fastfusion::{name}_out", lambda *given: definition.without_lse(fake(*given))
-            )
+            self.out = _op(f"{name}_out", lambda *given: definition.without_lse(fake(*given)))
         ALL.append(self)
 
     def __call__(self, call: Any, lse: bool) -> Any:
@@ -328,8 +352,7 @@ class CachingOp(ForwardOp):
 
     def __init__(self, definition: Definition, name: str) -> None:
         super().__init__(definition, name)
-        self.cached = getattr(torch.ops.fastfusion, f"{name}_cached").default
-        torch.library.register_fake(f"fastfusion::{name}_cached", definition.checked_fake)
+        self.cached = _op(f"{name}_cached", definition.checked_fake)
 
     def __call__(self, call: Any, lse: bool) -> Any:
         writes = getattr(call, self.definition.written[0]) is not None
@@ -367,12 +390,14 @@ class LaunchedOp(TorchOp):
             for suffix in ("", "_forward"):
                 LIBRARY.impl(name + suffix, lambda *g: launch(definition.call(*g), True), key)
             LIBRARY.impl(f"{name}_backward", self._all_gradients, key)
+        arguments = len(definition.call._fields) + 1
+        self.runs, self.runs_with_lse = (self._results,) * arguments, (self._outputs,) * arguments
         super().__init__(definition, name, traceable=False)
 
-    def run(self, *given: Any) -> Any:
+    def _results(self, *given: Any) -> Any:
         return self.definition.without_lse(self._run(given, False))
 
-    def run_with_lse(self, *given: Any) -> tuple[Tensor, ...]:
+    def _outputs(self, *given: Any) -> tuple[Tensor, ...]:
         return self._run(given, True)
 
     def _run(self, given: tuple[Any, ...], lse: bool) -> tuple[Tensor, ...]:
@@ -554,15 +579,15 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
         def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:
             return vmap.forward(definition, Transformed.apply, info.batch_size, in_dims, given)
 
-    def eager(run: Callable[..., Any]) -> Any:
+    def eager(runs: Sequence[Callable[..., Any]]) -> Any:
         class Eager(Function):
             @staticmethod
             def forward(ctx: Any, *given: Any) -> Any:
                 save(ctx, given)
-                return run(*given)
+                return runs[_WATCHED if _dispatch_modes() else len(given)](*given)
 
             backward = Transformed.backward
 
         return Eager
 
-    return Transformed, eager(op.run), eager(op.run_with_lse)
+    return Transformed, eager(op.runs), eager(op.runs_with_lse)

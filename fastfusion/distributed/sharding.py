@@ -105,10 +105,13 @@ def register() -> None:
     for name, layout in LAYOUTS.items():
         for prefix in ("", "triton_"):
             for suffix in ("", "_forward", "_out", "_cached", "_backward"):
-                op = getattr(ops, prefix + name + suffix, None)
-                if op is not None:
-                    register_sharding(op.default)(_rule(name, layout, op.default))
-                    _ask_again_for_other_options(op.default)
+                packet = getattr(ops, prefix + name + suffix, None)
+                if packet is None:
+                    continue
+                for overload in packet.overloads():
+                    op = getattr(packet, overload)
+                    register_sharding(op)(_rule(name, layout, packet.default))
+                    _ask_again_for_other_options(op)
 
 
 def _ask_again_for_other_options(op: Any) -> None:

@@ -56,7 +56,6 @@ class Arguments(NamedTuple):
 
 
 _POSITIONAL = 8
-_NO_RARE = (None, None, None, None)
 
 
 class Call(NamedTuple):
@@ -228,23 +227,23 @@ def scaled_dot_product_attention(
         BackendUnavailableError: `backend` cannot run this call; the message says why.
     """
     if not _is_compiling():
-        tensors = (query, key, value, attn_mask, key_padding_mask, alibi_slopes)
-        rare: tuple[Any, Any, Any, Any] = _NO_RARE
-        if not (segment_ids_q is segment_ids_k is prefix_len is sinks is None):
-            rare = (segment_ids_q, segment_ids_k, prefix_len, sinks)
-        if has_torch_function_variadic(*tensors) or (
-            rare is not _NO_RARE and has_torch_function_variadic(*rare)
-        ):
-            answer = arguments.ask_torch_function(
-                scaled_dot_product_attention,
-                Arguments(
-                    query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                    key_padding_mask, causal_alignment, window, softcap, alibi_slopes, *rare,
-                    return_lse, backend,
-                ),
-                _POSITIONAL,
-                (*tensors, *rare),
+        # Each argument by its name: 0.1 us less than tuples that are put together.
+        if has_torch_function_variadic(
+            query, key, value, attn_mask, key_padding_mask, alibi_slopes, segment_ids_q,
+            segment_ids_k, prefix_len, sinks,
+        ):  # fmt: skip
+            given = Arguments(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                key_padding_mask, causal_alignment, window, softcap, alibi_slopes, segment_ids_q,
+                segment_ids_k, prefix_len, sinks, return_lse, backend,
             )  # fmt: skip
+            tensors = (
+                *given[:4], key_padding_mask, alibi_slopes, segment_ids_q, segment_ids_k,
+                prefix_len, sinks,
+            )  # fmt: skip
+            answer = arguments.ask_torch_function(
+                scaled_dot_product_attention, given, _POSITIONAL, tensors
+            )
             if answer is not NotImplemented:
                 return answer
         kinds: Any = score_policy.NONE
@@ -255,10 +254,12 @@ def scaled_dot_product_attention(
             and arguments.are_plain(attn_mask, dropout_p, scale, causal_alignment)
             and kinds is not None
         ):
+            left, right, cap = kinds
             # 0.1 us less than by its own constructor.
             call = tuple.__new__(Call, (
-                *tensors, None, 0.0, is_causal or prefix_len is not None,
-                causal_alignment == "bottom_right", scale, enable_gqa, *kinds, *rare,
+                query, key, value, attn_mask, key_padding_mask, alibi_slopes, None, 0.0,
+                is_causal or prefix_len is not None, causal_alignment == "bottom_right", scale,
+                enable_gqa, left, right, cap, segment_ids_q, segment_ids_k, prefix_len, sinks,
             ))  # fmt: skip
             result = OP.attempt(backend, call, return_lse)
             if result is not None:
