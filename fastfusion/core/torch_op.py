@@ -40,8 +40,8 @@ _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing = torch._C._get_tracing_state  # of torch.jit.trace, in which sizes are tensors
-# Modes that watch ops (a checkpoint's policy, profilers, tracers) know an op by its one name, and
-# not by overloads: the last of `TorchOp.runs`.
+# Who watches ops (a checkpoint's policy, profilers, tracers) knows an op by its one name, and not
+# by overloads: the last of `TorchOp.runs`.
 _WATCHED = -1
 # Of is_grads_batched, which no other question shows.
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
@@ -185,6 +185,10 @@ def _written(default: Any) -> str:
     return "0." if isinstance(default, float) else str(default)
 
 
+def _is_watched() -> bool:
+    return _dispatch_modes() > 0 or _tracing() is not None
+
+
 def needs_gradient(definition: Definition, call: Any) -> bool:
     if _is_grad_enabled():
         for tensor in call[: definition.gradients]:
@@ -242,13 +246,17 @@ class TorchOp:
             else:
                 return self.out(*call)
             return outputs if lse else definition.without_lse(outputs)
-        return self.run_eagerly(call, lse)
+        return self.run_eagerly(call, lse, _tracing() is not None)
 
-    def run_eagerly(self, call: Any, lse: bool) -> Any:
-        """The same where nothing is being compiled."""
+    def run_eagerly(self, call: Any, lse: bool, traced: bool = False) -> Any:
+        """The same where nothing is being compiled.
+
+        Args:
+            traced: in torch.jit.trace.
+        """
         definition = self.definition
         wants_gradient = _is_grad_enabled() and needs_gradient(definition, call)
-        if forward_ad._current_level >= 0 or (not self.traceable and _tracing() is not None):
+        if forward_ad._current_level >= 0 or (traced and not self.traceable):
             outputs = definition.reference(call)
         elif _transforms_active():
             outputs = self.transformed.apply(*call)
@@ -256,15 +264,14 @@ class TorchOp:
             return (self.eager_with_lse if lse else self.eager).apply(*definition.given(call))
         else:
             given, runs = definition.given(call), self.runs_with_lse if lse else self.runs
-            return runs[_WATCHED if _dispatch_modes() else len(given)](*given)
+            return runs[_WATCHED if traced or _dispatch_modes() else len(given)](*given)
         return outputs if lse else definition.without_lse(outputs)
 
     def run_backward(self, *given: Any) -> tuple[Tensor, ...]:
         """The gradients, of the arguments of the backward op: those of the outputs, whether that of
         the mask is wanted, and the call; likewise."""
-        gradients: tuple[Tensor, ...] = self.runs_backward[
-            _WATCHED if _dispatch_modes() else len(given)
-        ](*given)
+        count = _WATCHED if _is_watched() else len(given)
+        gradients: tuple[Tensor, ...] = self.runs_backward[count](*given)
         return gradients
 
     def _autograd_kernel(self, *given: Any) -> tuple[Tensor, ...]:
@@ -584,7 +591,7 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
             @staticmethod
             def forward(ctx: Any, *given: Any) -> Any:
                 save(ctx, given)
-                return runs[_WATCHED if _dispatch_modes() else len(given)](*given)
+                return runs[_WATCHED if _is_watched() else len(given)](*given)
 
             backward = Transformed.backward
 

@@ -1,7 +1,9 @@
 """CaptioningTransformer, its search for words, and the application that ships."""
 
 import itertools
+import re
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -255,3 +257,24 @@ def test_shipped_checkpoint(pictures: data.Pictures) -> None:
     images, _, texts = data.pairs(pictures, data.test_squares(pictures, 8), shipped.vocabulary)
     twin = stock_twin(shipped.model)
     assert data.decode(shipped.vocabulary, twin.generate(images, use_cache=False)) == texts
+
+
+def test_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = import_module("fastfusion.applications.captioning.show")
+    monkeypatch.setattr(show, "TEST_SQUARES", 100)
+    monkeypatch.setattr(show, "SOME_SQUARES", 20)
+    picture = tmp_path / "captions.png"
+    assert main(["demo", "captioning", "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    right = re.search(r"word for word: ([\d.]+)% of 100; of the first 20 ([\d.]+)%", printed)
+    assert right is not None and float(right[1]) >= 98 and float(right[2]) >= 95
+    blind = re.search(r"without the image: ([\d.]+)%", printed)
+    assert blind is not None and float(blind[1]) < 5
+    assert re.search(r"with the cache [\d.]+ times as many", printed) and str(picture) in printed
+
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        assert min(image.size) > 500

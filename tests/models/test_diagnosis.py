@@ -1,6 +1,8 @@
 """The drawn cases, the measures, and the application that ships."""
 
+import re
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,28 @@ def test_shipped_checkpoint() -> None:
     assert evaluate.region_iou(shipped.model, cases) > 0.4
     twin = stock_twin(shipped.model)
     torch.testing.assert_close(evaluate.logits_of(twin, cases), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = import_module("fastfusion.applications.diagnosis.show")
+    monkeypatch.setattr(show, "test_cases", lambda words: shared_cases(words, 600))
+    monkeypatch.setattr(show, "SOME_CASES", 64)
+    picture = tmp_path / "diagnosis.png"
+    assert main(["demo", "diagnosis", "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "Not for clinical use" in printed and str(picture) in printed
+    shares = [
+        float(re.search(rf"([\d.]+)% from {of}", printed)[1])  # type: ignore[index]
+        for of in ("picture and report", "the picture alone", "the report alone")
+    ]
+    assert shares[0] > max(shares[1:]) + 20
+    error = re.search(r"calibration error: ([\d.]+) ", printed)
+    assert error is not None and float(error[1]) < 0.06
+    assert len(re.findall(r"\(true: ", printed)) == 3
+
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        assert min(image.size) > 500

@@ -12,6 +12,17 @@
 
 #include FF_SIMD
 
+#ifdef FF_BFLOAT16
+// What a set with products of bfloat16 leaves to another one, which no check calls.
+namespace ff {
+#if defined(__x86_64__)
+extern const KernelTable avx512_kernels{};
+#else
+extern const KernelTable neon_kernels{};
+#endif
+}  // namespace ff
+#endif
+
 namespace {
 
 using ff::Bool;

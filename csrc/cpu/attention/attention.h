@@ -19,7 +19,7 @@ template <class HalfMath>
 const char* attention_path(const AttentionForward& p) {
   if (p.q_len <= kDecodeLength) return "one query at a time";
   if (p.type == Type::kFloat32) return "tiles of 48 queries";
-  const bool half = narrow_products(p) && HalfMath::kDepth > 1;
+  const bool half = narrow_products(p) && !kTakesAll<HalfMath>;
   return half ? "tiles of 48 queries, bfloat16 products" : "tiles of 48 queries, as float32";
 }
 
@@ -27,6 +27,9 @@ inline int64_t attention_splits(const AttentionForward& p) { return KvSplits(p).
 
 template <class HalfMath>
 void attention_forward(const AttentionForward& p, ParallelFor parallel) {
+  if constexpr (!kTakesAll<HalfMath>) {
+    if (!narrow_products(p)) return HalfMath::kFloat32->attention_forward(p, parallel);
+  }
   const KvSplits splits(p);
   if (attention_parts<HalfMath>(p) > 0 && splits.count > 1) {
     SplitKvTasks<HalfMath>(p, splits).run(parallel);
@@ -42,8 +45,10 @@ void attention_forward(const AttentionForward& p, ParallelFor parallel) {
 
 template <class HalfMath>
 void attention_backward_part(const AttentionBackward& p, int64_t begin, int64_t end) {
-  auto* body = narrow_products(p) ? head_tasks<BackwardTask<HalfMath>>
-                                  : head_tasks<BackwardTask<Float32Math>>;
+  if constexpr (!kTakesAll<HalfMath>) {
+    if (!narrow_products(p)) return HalfMath::kFloat32->attention_backward_part(p, begin, end);
+  }
+  auto* body = head_tasks<BackwardTask<HalfMath>>;
   if (takes_decode_path(p)) {
     body = with_type(p.type,
                      [](auto kind) { return &head_tasks<DecodeBackwardTask<decltype(kind)>>; });

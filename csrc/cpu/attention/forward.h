@@ -228,16 +228,20 @@ void forward_tasks(int64_t begin, int64_t end, const void* context) {
 
 template <class HalfMath>
 int64_t attention_parts(const AttentionForward& p) {
+  if constexpr (!kTakesAll<HalfMath>) {
+    if (!narrow_products(p)) return HalfMath::kFloat32->attention_parts(p);
+  }
   if (p.batch * p.heads * p.q_len == 0) return 0;
-  auto* tiles =
-      narrow_products(p) ? query_tiles_of_group<HalfMath> : query_tiles_of_group<Float32Math>;
-  return p.batch * p.kv_heads * (p.q_len <= kDecodeLength ? 1 : tiles(p));
+  const int64_t tiles = p.q_len <= kDecodeLength ? 1 : query_tiles_of_group<HalfMath>(p);
+  return p.batch * p.kv_heads * tiles;
 }
 
 template <class HalfMath>
 void attention_part(const AttentionForward& p, int64_t begin, int64_t end) {
-  auto* body = narrow_products(p) ? forward_tasks<HalfMath> : forward_tasks<Float32Math>;
-  (p.q_len <= kDecodeLength ? decode_tasks : body)(begin, end, &p);
+  if constexpr (!kTakesAll<HalfMath>) {
+    if (!narrow_products(p)) return HalfMath::kFloat32->attention_part(p, begin, end);
+  }
+  (p.q_len <= kDecodeLength ? decode_tasks : forward_tasks<HalfMath>)(begin, end, &p);
 }
 
 }  // namespace

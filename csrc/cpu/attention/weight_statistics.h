@@ -274,7 +274,9 @@ void statistics_tasks(int64_t begin, int64_t end, const void* context) {
     task.run(i / groups / p.heads, i / groups % p.heads, i % groups);
 }
 
-inline void weight_statistics(const WeightStatistics& p, ParallelFor parallel) {
+template <class HalfMath>
+void weight_statistics(const WeightStatistics& p, ParallelFor parallel) {
+  if constexpr (!kTakesAll<HalfMath>) return HalfMath::kFloat32->weight_statistics(p, parallel);
   const int64_t heads = p.batch * p.heads;
   const double flops =
       2.0 * double(heads) * double(p.q_len) * double(p.kv_len) * double(p.head_dim);

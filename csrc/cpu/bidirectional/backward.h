@@ -376,6 +376,9 @@ class BidirectionalBackwardTask {
 
 template <class HalfMath>
 void bidirectional_backward(const BidirectionalBackward& given, ParallelFor parallel) {
+  if constexpr (!kTakesAll<HalfMath>) {
+    if (!narrow_products(given)) return HalfMath::kFloat32->bidirectional_backward(given, parallel);
+  }
   BidirectionalBackward p = given;
   if (wants_exchange(given)) {
     p = exchanged(given);
@@ -388,8 +391,7 @@ void bidirectional_backward(const BidirectionalBackward& given, ParallelFor para
   if (p.batch * p.heads == 0) return;
   const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
                        double(3 * p.head_dim + 2 * p.value_dim + 2 * p.query_value_dim);
-  auto* body = narrow_products(p) ? head_tasks<BidirectionalBackwardTask<HalfMath>>
-                                  : head_tasks<BidirectionalBackwardTask<Float32Math>>;
+  auto* body = head_tasks<BidirectionalBackwardTask<HalfMath>>;
   const auto tasks = gradient_tasks(p);
   ff::run(parallel, tasks.count(), flops, body, tasks);
 }

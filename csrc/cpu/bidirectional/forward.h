@@ -335,6 +335,9 @@ inline bool wants_exchange(const Bidirectional& p) {
 
 template <class HalfMath>
 void bidirectional_forward(const BidirectionalForward& given, ParallelFor parallel) {
+  if constexpr (!kTakesAll<HalfMath>) {
+    if (!narrow_products(given)) return HalfMath::kFloat32->bidirectional_forward(given, parallel);
+  }
   BidirectionalForward p = given;
   if (wants_exchange(given)) {
     p = exchanged(given);
@@ -343,8 +346,7 @@ void bidirectional_forward(const BidirectionalForward& given, ParallelFor parall
   }
   const double flops = 2.0 * double(p.batch * p.heads) * double(p.q_len) * double(p.kv_len) *
                        double(p.head_dim + p.value_dim + p.query_value_dim);
-  auto* body = narrow_products(p) ? head_tasks<BidirectionalTask<HalfMath>>
-                                  : head_tasks<BidirectionalTask<Float32Math>>;
+  auto* body = head_tasks<BidirectionalTask<HalfMath>>;
   ff::run(parallel, p.batch * p.heads, flops, body, HeadTasks<BidirectionalForward>{&p});
 }
 

@@ -108,24 +108,18 @@ struct RescaleColumns {
   }
 };
 
-// `epilogue` of the sum of a product and what stands in `before`.
+// An epilogue of sums that stand in memory, one register of them after the other: of products that
+// are put together there it costs 2 % of a call, and register tiles of their own, compiled for
+// every size, were a fifth of all.
 template <class Epilogue>
-struct AddTo {
-  const float* before;
-  int64_t stride;
-  const Epilogue& epilogue;
-
-  template <int R, int N>
-  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
-    Vec total[R][N];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n)
-        total[r][n] = Vec::load(before + (row + r) * stride + column + n * Vec::kLanes) + sum[r][n];
-    epilogue(row, column, total);
+void finish(const float* sums, int64_t rows, int64_t columns, const Epilogue& epilogue) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; column += Vec::kLanes) {
+      const Vec sum[1][1] = {{Vec::load(sums + row * columns + column)}};
+      epilogue(row, column, sum);
+    }
   }
-};
+}
 
 }  // namespace
 }  // namespace ff

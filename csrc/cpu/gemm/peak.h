@@ -33,7 +33,8 @@ double multiply_only(int64_t rounds) {
 template <class HalfMath>
 double peak_operations(Type type, int64_t rounds) {
   if (type == Type::kUInt8) return multiply_only<Int8Math>(rounds);
-  return (type == Type::kBFloat16 ? multiply_only<HalfMath> : multiply_only<Float32Math>)(rounds);
+  if (kTakesAll<HalfMath> || type == Type::kBFloat16) return multiply_only<HalfMath>(rounds);
+  return HalfMath::kFloat32->peak_operations(type, rounds);
 }
 
 }  // namespace

@@ -2,9 +2,13 @@
 // four times the products per instruction.
 #pragma once
 
+#include "cpu/api.h"
 #include "avx512.h"
 
 namespace ff {
+
+extern const KernelTable avx512_kernels;
+
 namespace {
 
 // Products of bfloat16 operands, two to a lane: sum + a0 * b0 + a1 * b1. The instruction rounds
@@ -12,6 +16,7 @@ namespace {
 struct BFloat16Math {
   using Element = uint16_t;
   static constexpr int kDepth = 2;
+  static constexpr const KernelTable* kFloat32 = &avx512_kernels;
   using Operand = __m512bh;
 
   // In line, since clang 19 without optimisation clears most of an operand before it hands it over.

@@ -2,9 +2,13 @@
 // extensions of 8.2.
 #pragma once
 
+#include "cpu/api.h"
 #include "neon.h"
 
 namespace ff {
+
+extern const KernelTable neon_kernels;
+
 namespace {
 
 // Products of bfloat16 operands, two to a lane: sum + (a0 * b0 + a1 * b1). The instruction rounds
@@ -12,6 +16,7 @@ namespace {
 struct BFloat16Math {
   using Element = uint16_t;
   static constexpr int kDepth = 2;
+  static constexpr const KernelTable* kFloat32 = &neon_kernels;
   using Operand = bfloat16x8_t;
 
   static Operand broadcast(const uint16_t* p) {

@@ -13,7 +13,8 @@
 namespace ff {
 namespace {
 
-// `HalfMath` is how bfloat16 operands are multiplied; others are converted to float32.
+// `HalfMath` is how bfloat16 operands are multiplied; others are converted to float32, of which
+// `HalfMath::kFloat32` has the kernels where these are not they.
 template <class HalfMath = Float32Math>
 constexpr KernelTable table(const char* isa) {
   return {isa,
@@ -25,7 +26,7 @@ constexpr KernelTable table(const char* isa) {
           attention_parts<HalfMath>,
           attention_part<HalfMath>,
           attention_backward_part<HalfMath>,
-          weight_statistics,
+          weight_statistics<HalfMath>,
           bidirectional_forward<HalfMath>,
           bidirectional_backward<HalfMath>,
           linear<HalfMath>,

@@ -316,10 +316,10 @@ void linear(const Linear& p, ParallelFor parallel) {
   if (p.rows == 0 || p.features == 0) return;
   if (p.weight.type == Type::kUInt8) {
     linear_int8(p, parallel);
-  } else if (HalfMath::kDepth > 1 && p.weight.type == Type::kBFloat16) {
+  } else if (kTakesAll<HalfMath> || p.weight.type == Type::kBFloat16) {
     linear_rows<HalfMath>(p, parallel);
   } else {
-    linear_rows<Float32Math>(p, parallel);
+    HalfMath::kFloat32->linear(p, parallel);
   }
 }
 

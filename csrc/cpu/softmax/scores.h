@@ -94,24 +94,32 @@ inline bool is_shaped(const Attention& p) { return p.softcap > 0.0f || p.alibi.d
 
 // cap * tanh(score / cap).
 struct SoftCap {
+  static constexpr float kSaturated = 9.02f;  // tanh of what is larger is 1 in float32
   Vec inverse, cap;
+
+  // tanh(x) / x = (1 + top x^2) / (1 + bottom x^2), which errs by 2e-8 up to kSaturated.
+  struct Rational {
+    Vec top = Vec::set(1.338442235e-8f), bottom = Vec::set(7.790306204e-7f);
+
+    explicit Rational(Vec square) {
+      top = Vec::fma(top, square, Vec::set(2.063592829e-5f));
+      bottom = Vec::fma(bottom, square, Vec::set(3.288528326e-4f));
+      top = Vec::fma(top, square, Vec::set(3.497464604e-3f));
+      bottom = Vec::fma(bottom, square, Vec::set(2.588438783e-2f));
+      top = Vec::fma(top, square, Vec::set(1.338269328e-1f));
+      bottom = Vec::fma(bottom, square, Vec::set(4.671601454e-1f));
+    }
+  };
 
   explicit SoftCap(float cap) : inverse(Vec::set(1.0f / cap)), cap(Vec::set(cap)) {}
 
   // Up to 1, tanh(x) / x is 1 less a rational function of x^2, so that small scores stay what they
   // are; from there on tanh(x) is 1 less 2 / (exp(2 x) + 1). What is taken off is the smaller part
-  // of either, and so are its errors: by the rational function alone one score in ten was 2
-  // roundings off.
+  // of either, and so are its errors.
   Vec operator()(Vec score) const {
     const Vec x = score * inverse, square = x * x, one = Vec::set(1.0f), zero = Vec::zero();
-    Vec top = Vec::set(1.338442235e-8f), bottom = Vec::set(7.790306204e-7f);
-    top = Vec::fma(top, square, Vec::set(2.063592829e-5f));
-    bottom = Vec::fma(bottom, square, Vec::set(3.288528326e-4f));
-    top = Vec::fma(top, square, Vec::set(3.497464604e-3f));
-    bottom = Vec::fma(bottom, square, Vec::set(2.588438783e-2f));
-    top = Vec::fma(top, square, Vec::set(1.338269328e-1f));
-    bottom = Vec::fma(bottom, square, Vec::set(4.671601454e-1f));
-    const Vec less = (bottom - top) / Vec::fma(bottom, square, one);
+    const Rational tanh(square);
+    const Vec less = (tanh.bottom - tanh.top) / Vec::fma(tanh.bottom, square, one);
     const Vec near = Vec::fma(zero - score * square, less, score);
 
     const Vec size = Vec::max(zero - x, x);
@@ -119,6 +127,15 @@ struct SoftCap {
     const Vec end = Vec::min(cap, Vec::max(zero - cap, score));
     const Vec far = Vec::fma(zero - end, (power + power) / (one + power), end);
     return Vec::select(Vec::larger(x, Vec::set(1.001f)), far, near);
+  }
+
+  // By the rational function alone, in which one score in ten is 2 roundings of float32 off: where
+  // the products are of bfloat16, whose roundings are 65536 times as large.
+  Vec narrow(Vec score) const {
+    const Vec bound = Vec::set(kSaturated), one = Vec::set(1.0f);
+    const Vec x = Vec::min(bound, Vec::max(Vec::zero() - bound, score * inverse)), square = x * x;
+    const Rational tanh(square);
+    return cap * x * (Vec::fma(tanh.top, square, one) / Vec::fma(tanh.bottom, square, one));
   }
 
   // d capped / d score = 1 - tanh^2, but for the differences, in which nothing is left of a score
@@ -168,25 +185,28 @@ class ScoreShape {
   float unit() const { return unit_; }
 
   void apply(int64_t row, int64_t rows, int64_t column, int64_t vectors) const {
-    const bool biased = scores_.p.alibi.data;
+    const bool biased = scores_.p.alibi.data, narrow = narrow_products(scores_.p);
     if (scores_.p.softcap <= 0.0f) {
-      run<false, true, false>(row, rows, column, vectors);
-    } else if (scores_.derivative) {
-      biased ? run<true, true, true>(row, rows, column, vectors)
-             : run<true, false, true>(row, rows, column, vectors);
+      run<Cap::kNone, true, false>(row, rows, column, vectors);
+    } else if (biased || scores_.derivative) {
+      narrow ? run<Cap::kNarrow, true, true>(row, rows, column, vectors)
+             : run<Cap::kFull, true, true>(row, rows, column, vectors);
     } else {
-      biased ? run<true, true, false>(row, rows, column, vectors)
-             : run<true, false, false>(row, rows, column, vectors);
+      narrow ? run<Cap::kNarrow, false, false>(row, rows, column, vectors)
+             : run<Cap::kFull, false, false>(row, rows, column, vectors);
     }
   }
 
  private:
-  template <bool kCaps, bool kBiased, bool kDerives>
+  enum class Cap { kNone, kNarrow, kFull };
+
+  // `kBiased`: there may be slopes. `kDerives`: the derivative may be wanted.
+  template <Cap kCap, bool kBiased, bool kDerives>
   void run(int64_t row, int64_t rows, int64_t column, int64_t vectors) const {
     const SoftCap cap = cap_;
     const Vec factor = Vec::set(factor_), slope = Vec::set(-slope_), one = Vec::set(1.0f);
     const int64_t columns = scores_.columns;
-    const bool adjacent = block_.adjacent();
+    const bool adjacent = block_.adjacent(), biased = scores_.p.alibi.data;
     for (int64_t n = 0; n < vectors; ++n) {
       const int64_t lane = column + n * Vec::kLanes;
       Vec largest = Vec::load(maximum_ + lane), distance = Vec::zero();
@@ -194,9 +214,11 @@ class ScoreShape {
       for (int64_t r = row; r < row + rows; ++r) {
         float* at = scores_.data + r * columns + lane;
         Vec score = Vec::load(at) * factor;
-        if (kDerives) cap.derivative(score).store(scores_.derivative + r * columns + lane);
-        if (kCaps) score = cap(score);
-        if (kBiased) {
+        if (kDerives && scores_.derivative)
+          cap.derivative(score).store(scores_.derivative + r * columns + lane);
+        if (kCap == Cap::kNarrow) score = cap.narrow(score);
+        if (kCap == Cap::kFull) score = cap(score);
+        if (kBiased && biased) {
           score = Vec::fma(absolute(distance), slope, score);
           if (adjacent) {
             distance = distance - one;
