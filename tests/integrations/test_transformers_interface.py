@@ -52,9 +52,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     op = _interface.scaled_dot_product_attention
     names = ("query", "key", "value", "mask", "dropout", "causal", "scale", "gqa")
 
-    def spy(*args: Any) -> Tensor:
-        seen.append(dict(zip(names, args, strict=True)))
-        return op(*args)
+    def spy(*args: Any, **more: Any) -> Tensor:
+        seen.append({**dict(zip(names, args, strict=True)), **more})
+        return op(*args, **more)
 
     monkeypatch.setattr(_interface, "scaled_dot_product_attention", spy)
     return seen
@@ -282,23 +282,28 @@ def test_grouped_queries_are_not_repeated(calls: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "model_class, config",
+    "model_class, config, name",
     [
-        (tr.Gemma2Model, tr.Gemma2Config(**LLAMA, head_dim=16, sliding_window=4)),
-        (tr.GptOssModel, tr.GptOssConfig(**GPT_OSS)),
+        (tr.Gemma2Model, tr.Gemma2Config(**LLAMA, head_dim=16, sliding_window=4), "softcap"),
+        (tr.GptOssModel, tr.GptOssConfig(**GPT_OSS), "sinks"),
     ],
 )
-def test_softcap_and_sinks_are_left_to_the_model(
-    model_class: Any, config: Any, calls: list[dict[str, Any]]
+def test_softcap_and_sinks_reach_the_op(
+    model_class: Any, config: Any, name: str, calls: list[dict[str, Any]]
 ) -> None:
     model = build(model_class, config)
     named = twin(model, "fastfusion")
     inputs = {"input_ids": IDS, "attention_mask": RIGHT}
-    with pytest.warns(UserWarning, match="softcap|s_aux"):
-        actual = run(named, inputs)
-    assert torch.equal(actual[RIGHT.bool()], run(model, inputs)[RIGHT.bool()])
-    assert torch.equal(run(named, TOKENS), run(model, TOKENS))  # no mask: the causal one
-    assert not calls
+    for given in (inputs, TOKENS):  # without a mask: the causal one
+        actual, expected = run(named, given), run(model, given)
+        torch.testing.assert_close(actual[RIGHT.bool()], expected[RIGHT.bool()])
+    assert calls and all(call[name] is not None for call in calls)
+    named(**TOKENS).last_hidden_state.square().sum().backward()
+    model(**TOKENS).last_hidden_state.square().sum().backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    for n, p in named.named_parameters():
+        if n in expected:
+            torch.testing.assert_close(p.grad, expected[n], rtol=1e-3, atol=1e-4)
 
 
 class Attention(nn.Module):
@@ -308,12 +313,6 @@ class Attention(nn.Module):
 
 
 QKV = [torch.randn(2, 4, 6, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-
-
-@pytest.mark.parametrize("name", ("softcap", "s_aux"))
-def test_what_nobody_can_compute_is_refused_by_name(name: str) -> None:
-    with pytest.raises(NotImplementedError, match=f"no {name}, and Attention has no eager"):
-        integration.attention(Attention(), *QKV, None, **{name: 50.0})
 
 
 def test_a_paged_cache_is_refused_by_name() -> None:
@@ -334,6 +333,10 @@ def test_weights_of_a_module_without_eager_function() -> None:
         module, *QKV, None, is_causal=True, output_attentions=True, position_bias=torch.ones(6)
     )
     torch.testing.assert_close(causal, integration.attention(module, *QKV, None, is_causal=True)[0])
+    more = {"softcap": 2.0, "s_aux": torch.linspace(-1.0, 3.0, 4)}
+    bent, weights = integration.attention(module, *QKV, None, output_attentions=True, **more)
+    torch.testing.assert_close(bent, integration.attention(module, *QKV, None, **more)[0])
+    assert weights.shape == (2, 4, 6, 6) and (weights.sum(-1) < 1).all()
 
 
 def test_a_filled_static_cache_is_not_seen() -> None:

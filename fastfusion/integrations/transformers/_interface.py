@@ -80,13 +80,15 @@ def attention(
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     cache: Any = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers' interface calls.
 
     As with "sdpa", attention is causal only where no mask says what is: `is_causal`, or else what
-    the module says of itself. Where the caller wants the weights, or the model has what the op has
-    not (`softcap`, attention sinks), the model's own eager function computes them.
+    the module says of itself. Where the caller wants the weights, the model's own eager function
+    computes them.
 
     Args:
         module: whose attention it is.
@@ -99,14 +101,15 @@ def attention(
         is_causal: query i sees keys 0..i, where there is no mask.
         position_bias: added to the scores, likewise broadcastable.
         cache: keys and values in pages are refused.
+        softcap: scores become softcap * tanh(score / softcap) before masks, as Gemma 2's.
+        s_aux: (heads,), one more score for each head, which has no value, as gpt-oss's sinks.
         kwargs: what else the model hands down.
 
     Returns:
         The output (batch, q_len, heads, head_dim), contiguous, and the weights or None.
 
     Raises:
-        NotImplementedError: a paged cache; or `softcap` or `s_aux` and a module without an eager
-            function.
+        NotImplementedError: a paged cache.
     """
     if cache is not None and _paged_cache is not None and isinstance(cache, _paged_cache):
         raise NotImplementedError(
@@ -117,16 +120,16 @@ def attention(
     causal = q_len > 1 and attention_mask is None and causal
     if type(causal) is not bool:  # tracers count lengths in tensors
         causal = bool(causal)
-    more = [name for name in ("softcap", "s_aux") if kwargs and kwargs.get(name) is not None]
-    weights = wants_weights(kwargs)
-    if more or weights:
+    if wants_weights(kwargs):
         _say_once(
-            "attention weights" if weights else " and ".join(more),
-            f"{type(module).__name__} computes attention by its eager formula",
+            "attention weights", f"{type(module).__name__} computes attention by its eager formula"
         )
+        for name, given in (("softcap", softcap), ("s_aux", s_aux)):
+            if given is not None:  # eager functions of models without it may not know the name
+                kwargs[name] = given
         return _eager(
             module, query, key, value, attention_mask, scaling, dropout, causal, position_bias,
-            kwargs, more,
+            kwargs,
         )  # fmt: skip
     if causal and kv_len > q_len:  # a static cache that has just been filled
         key, value = key[:, :, :q_len], value[:, :, :q_len]
@@ -138,7 +141,7 @@ def attention(
         attention_mask = attention_mask.to(query.dtype)
     out = scaled_dot_product_attention(
         query, key, value, attention_mask, float(dropout) if module.training else 0.0, causal,
-        scaling, query.shape[1] != key.shape[1],
+        scaling, query.shape[1] != key.shape[1], softcap=softcap, sinks=s_aux,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
@@ -249,7 +252,6 @@ def _eager(
     is_causal: bool,
     position_bias: Tensor | None,
     kwargs: dict[str, Any],
-    more: list[str],
 ) -> tuple[Tensor, Tensor | None]:
     """The formula of the model itself, with the masks that it reads: float ones."""
     lowest = torch.finfo(query.dtype).min
@@ -265,19 +267,21 @@ def _eager(
             module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return result
-    if more:
-        raise NotImplementedError(
-            f'attn_implementation="{NAME}" has no {" and no ".join(more)}, and '
-            f"{type(module).__name__} has no eager function"
-        )
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     for bias in (position_bias, mask):
         if bias is not None:
             scores = scores + bias
+    if sinks is not None:
+        sinks = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = weights[..., : key.shape[2]]
     weights = torch.nn.functional.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
