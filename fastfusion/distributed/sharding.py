@@ -160,10 +160,13 @@ def _letters(name: str, layout: Layout, call: Mapping[str, Any]) -> Iterator[str
     for letter in layout.shards:
         tensors = {name: spec for name, spec in call.items() if hasattr(spec, "shape")}
         dims = {name: _dim(layout.inputs.get(name, ""), letter, tensors[name]) for name in tensors}
-        sizes = {tensors[name].shape[dim] for name, dim in dims.items() if dim is not None}
+        # Not as a set: sizes of a traced call may be symbols, which have no hash.
+        sizes = [tensors[name].shape[dim] for name, dim in dims.items() if dim is not None]
+        sizes = [size for size in sizes if size != 1]
+        alike = bool(sizes) and all(size == sizes[0] for size in sizes)
         if letter == _ROWS.get(name) and _asks_for_places(call):
             continue  # a query would no longer know its own
-        if len(sizes - {1}) == 1 or (letter == "h" and _groups_stay_whole(call)):
+        if alike or (letter == "h" and _groups_stay_whole(call)):
             yield letter
 
 

@@ -187,6 +187,9 @@ def check_compiled(rank: int, world: int) -> None:
     for dim in (0, 1):
         torch._dynamo.reset()
         agree(attend, attention_inputs(), [(Shard(dim),)] * 3, mesh)
+    # Compiled once more, for any length.
+    longer = [torch.cat([t, t], dim=2) for t in attention_inputs()]
+    agree(attend, longer, [(Shard(1),)] * 3, mesh)
 
 
 def test_two_ranks(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ struct Float32Math {
 // Whether kernels of an arithmetic take every type; else `kFloat32` has those for the others, so
 // that they are compiled once.
 template <class Math>
-constexpr bool kTakesAll = Math::kFloat32 == nullptr;
+constexpr bool kTakesAll = Math::kDepth == 1;
 
 // A register tile is R rows and N registers of columns of a product, which stay in registers while
 // the steps of the summed dimension go by, kDepth elements each:
