@@ -16,8 +16,8 @@ from fastfusion.core import arguments, philox
 from fastfusion.core.op import intercepted_by
 from fastfusion.distributed.sequences import Group, Pair, merge
 from fastfusion.ops import scaled_dot_product_attention as _attention
+from fastfusion.ops import varlen_attention as _varlen
 from fastfusion.ops.scaled_dot_product_attention import scaled_dot_product_attention
-from fastfusion.ops.varlen_attention import varlen_attention
 
 
 class _Ring:
@@ -66,6 +66,15 @@ def shared_seed(seed: Tensor, group: Group) -> Tensor:
     seed = seed.clone()
     dist.broadcast(seed, 0 if group is None else dist.get_global_rank(group, 0), group)
     return seed
+
+
+def _shared_dropout(
+    dropout_p: float, seed: Tensor | None, device: torch.device, group: Group
+) -> Dropout:
+    arguments.check_dropout(dropout_p)
+    if dropout_p == 0.0:
+        return None
+    return dropout_p, shared_seed(philox.draw_seed(device) if seed is None else seed, group)
 
 
 def pieces(rank: int, lengths: list[int], zigzag: bool) -> list[tuple[int, slice]]:
@@ -140,32 +149,74 @@ class _PackedPlan(_Plan):
     def __init__(
         self, group: Group, tokens: tuple[int, int], starts: tuple[Tensor, Tensor],
         longest: tuple[int | None, int | None], causal: bool, scale: float | None,
+        dropout: Dropout,
     ) -> None:  # fmt: skip
-        super().__init__(group, *tokens, causal, False, scale, None)
+        super().__init__(group, *tokens, causal, False, scale, dropout)
         self.starts, self.longest = starts, longest
 
     def blocks(self, source: int) -> Iterator[tuple[slice, slice, Attend]]:
         rank = self.ring.rank
         if self.causal and source > rank:
             return
+        # Of each sequence, what this rank has of its queries and the other of its keys. Where
+        # both are the same rank's, they begin at the same token, as a causal mask has to know.
+        sides = (self.queries, rank), (self.keys, source)
+        first = [sum(lengths[:number]) for lengths, number in sides]
+        own = [
+            starts.clamp(begin, begin + lengths[number]) - begin
+            for starts, begin, (lengths, number) in zip(self.starts, first, sides, strict=True)
+        ]
+        ends = [0, 0]
+        if self.dropout is not None:
+            # Random numbers depend on places: a sequence that began on an earlier rank, one at most
+            # on either side, is by itself.
+            began = [_running(s, begin) for s, begin in zip(self.starts, first, strict=True)]
+            for number in sorted({n for n in began if n is not None}):
+                places = [
+                    max(0, begin - int(starts[number]))
+                    for starts, begin in zip(self.starts, first, strict=True)
+                ]
+                parts = [slice(int(o[number]), int(o[number + 1])) for o in own]
+                if all(part.start < part.stop for part in parts):
+                    alone = [
+                        (o - part.start).clamp(0, part.stop - part.start)
+                        for o, part in zip(own, parts, strict=True)
+                    ]
+                    yield parts[0], parts[1], self._packed(source, alone, *places)
+            ends = [0 if n is None else int(o[n + 1]) for n, o in zip(began, own, strict=True)]
+        rows, keys = (
+            slice(end, lengths[number]) for end, (lengths, number) in zip(ends, sides, strict=True)
+        )
+        others = [(o - end).clamp(min=0) for o, end in zip(own, ends, strict=True)]
+        yield rows, keys, self._packed(source, others)
+
+    def _packed(
+        self, source: int, starts: list[Tensor], first_query: int = 0, first_key: int = 0
+    ) -> Attend:
+        """Attention of packed rows, whose dropout knows the place in its sequence of what begins
+        in the middle of one."""
 
         def attend(query: Tensor, keys: list[Tensor]) -> Pair:
-            # Of each sequence, what this rank has of its queries and the other of its keys. Where
-            # both are the same rank's, they begin at the same token, as a causal mask has to know.
-            places = (self.queries, rank), (self.keys, source)
-            own = [
-                starts.clamp(first, first + lengths[number]) - first
-                for starts, (lengths, number) in zip(self.starts, places, strict=True)
-                for first in [sum(lengths[:number])]
-            ]
             q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, *keys))
-            out, lse = varlen_attention(
-                q, k, v, own[0], own[1], *self.longest, is_causal=self.causal and source == rank,
-                scale=self.scale, return_lse=True,
-            )  # fmt: skip
+            causal = self.causal and source == self.ring.rank
+            call = _varlen.OP.call(
+                q, k, v, *starts, *self.longest, is_causal=causal, scale=self.scale
+            )
+            if self.dropout is not None:
+                probability, seed = self.dropout
+                seed = philox.placed(seed, first_query, first_key, 0, q.shape[1])
+                call = call._replace(seed=seed, dropout_p=probability)
+            out, lse = _varlen.OP.run(None, call, True)
             return out.transpose(0, 1)[None], lse.transpose(0, 1)[None]
 
-        yield slice(0, self.queries[rank]), slice(0, self.keys[source]), attend
+        return attend
+
+
+def _running(starts: Tensor, token: int) -> int | None:
+    """The number of the packed sequence that has begun before a token and goes on with it."""
+    number = int(torch.searchsorted(starts, token, right=True)) - 1
+    inside = 0 <= number < len(starts) - 1 and int(starts[number]) < token
+    return number if inside else None
 
 
 def _columns(keys: list[Tensor], columns: slice) -> list[Tensor]:
@@ -327,14 +378,8 @@ def ring_attention(
                 f"key_padding_mask must be {(key.shape[0], key.shape[2])}, got "
                 f"{tuple(key_padding_mask.shape)}"
             )
-    arguments.check_dropout(dropout_p)
-    dropout: Dropout = None
-    if dropout_p > 0.0:
-        drawn = philox.draw_seed(query.device) if seed is None else seed
-        dropout = dropout_p, shared_seed(drawn, group)
-    plan = _Plan(
-        group, *lengths, is_causal, is_causal or zigzag, scale, dropout
-    )  # fmt: skip
+    dropout = _shared_dropout(dropout_p, seed, query.device, group)
+    plan = _Plan(group, *lengths, is_causal, is_causal or zigzag, scale, dropout)
     results = _RingAttention.apply(query, key, value, key_padding_mask, plan)
     return results if return_lse else results[0]
 
@@ -349,9 +394,11 @@ def ring_varlen_attention(
     max_seqlen_k: int | None = None,
     *,
     group: Group = None,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
+    seed: Tensor | None = None,
 ) -> Any:
     """`varlen_attention` of packed sequences of which every rank holds a part.
 
@@ -365,6 +412,7 @@ def ring_varlen_attention(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as of the op, of the whole, the same
             on every rank.
         group: of ranks, all of them by default.
+        dropout_p, seed: as in :func:`ring_attention`.
         is_causal: query i of a sequence sees its keys 0..i. Parts of queries and keys are then of
             the same tokens; later ranks have more to do.
         scale: as of the op.
@@ -385,7 +433,8 @@ def ring_varlen_attention(
     if is_causal and tokens[0] != tokens[1]:
         raise ValueError(f"causal parts are of the same tokens, got {tokens[0]} and {tokens[1]}")
     starts, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
-    plan = _PackedPlan(group, tokens, starts, longest, is_causal, scale)
+    dropout = _shared_dropout(dropout_p, seed, query.device, group)
+    plan = _PackedPlan(group, tokens, starts, longest, is_causal, scale, dropout)
     heads_first = (tensor.transpose(0, 1)[None] for tensor in given.values())
     out, lse = _RingAttention.apply(*heads_first, None, plan)
     out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)

@@ -113,15 +113,27 @@ def check_packed(rank: int, world: int) -> None:
     """Packed sequences, some of which lie on several ranks; causal ones with as many keys."""
     starts = torch.tensor([0, 3, 3, 16, 24], dtype=torch.int32)
     keys = torch.tensor([0, 5, 9, 9, 32], dtype=torch.int32)  # one sequence has none
-    for causal, starts_k in ((False, starts), (True, starts), (False, keys)):
+    for causal, starts_k, dropout_p in (
+        (False, starts, 0.0),
+        (True, starts, 0.0),
+        (False, keys, 0.0),
+        (False, starts, 0.4),  # the same scores are dropped
+        (True, starts, 0.4),
+        (False, keys, 0.4),
+    ):
         q, k, v = (torch.randn(n, 2, 8) for n in (24, *[int(starts_k[-1])] * 2))
         whole = leaves(q, k, v)
-        expected = ff.varlen_attention(*whole, starts, starts_k, is_causal=causal, return_lse=True)
+        torch.manual_seed(5)
+        expected = ff.varlen_attention(
+            *whole, starts, starts_k, is_causal=causal, dropout_p=dropout_p, return_lse=True
+        )
         loss(*expected).backward()
         own = leaves(*(ff.distributed.shard_sequence(t, 0) for t in (q, k, v)))
+        torch.manual_seed(5 + rank)  # that of the first rank counts
         found = ff.distributed.ring_varlen_attention(
-            *own, starts, starts_k, is_causal=causal, return_lse=True
+            *own, starts, starts_k, dropout_p=dropout_p, is_causal=causal, return_lse=True
         )
+        torch.manual_seed(6)
         loss(*found).backward()
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, ff.distributed.shard_sequence(other, 0))
