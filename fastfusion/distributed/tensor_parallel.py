@@ -188,10 +188,22 @@ def _shard(
         held.append(name)
         if not isinstance(parameter, DTensor):
             module.register_parameter(name, _distributed(parameter, mesh, placement))
+        if gradient is not None and _LEAVES_PARTIAL_UNCLIPPED:
+            shared: Any = module._parameters[name]
+            shared.register_post_accumulate_grad_hook(_sum_gradient)
         if isinstance(placement, _StridedShard):
             module.register_state_dict_post_hook(_mark_state)
     kind: Any = type(module)
     module.__class__ = _class_of_locals(kind, tuple(held), gradient)
+
+
+# As torch 2.11's clip_grad_norm_ does, see findings/; 2.13's does not.
+_LEAVES_PARTIAL_UNCLIPPED = torch.__version__ < "2.13"
+
+
+def _sum_gradient(parameter: Any) -> None:
+    """Over the ranks, once its backward has passed."""
+    parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
 
 
 def _mark_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

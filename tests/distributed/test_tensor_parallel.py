@@ -99,8 +99,21 @@ def run(module: nn.Module, inputs: Sequence[Tensor], options: dict[str, Any]) ->
     found |= {f"gradient of input {i}": t.grad for i, t in enumerate(made.values())}  # type: ignore[misc]
     for name, parameter in module.named_parameters():
         grad: Any = parameter.grad
-        found[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        found[name] = whole(grad) if hasattr(grad, "full_tensor") else grad
     return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def whole(tensor: Any) -> Tensor:
+    """`tensor.full_tensor()`, which torch 2.11 has not where ranks hold rows in several places."""
+    try:
+        return tensor.full_tensor()
+    except ValueError:
+        (placement,) = tensor.placements
+        local = tensor.to_local()
+        parts = [torch.empty_like(local) for _ in range(tensor.device_mesh.size())]
+        torch.distributed.all_gather(parts, local, group=tensor.device_mesh.get_group())
+        rows = zip(*(part.chunk(placement.split_factor) for part in parts), strict=True)
+        return torch.cat([part for each in rows for part in each])
 
 
 def check_values(rank: int, world: int, folder: Path) -> None:
@@ -226,8 +239,8 @@ def check_checkpoints(rank: int, world: int, folder: Path) -> None:
             loaded, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state
         )
         step(loaded, optimizer)
-        whole = [getattr(t, "full_tensor", lambda t=t: t)() for t in loaded.state_dict().values()]
-        compare(whole, *rows)
+        states = loaded.state_dict().values()
+        compare([whole(t) if hasattr(t, "full_tensor") else t for t in states], *rows)
 
 
 def check_refusals(rank: int, world: int, folder: Path) -> None:

@@ -109,6 +109,19 @@ def fake_device(torch: ModuleType) -> None:
     Device().__enter__()
 
 
+def take_items(interpreter: ModuleType) -> None:
+    """Triton 3.6 takes an index out of an array, as NumPy 2.4 does not."""
+    patch = interpreter._patch_lang
+
+    def patched(function: Any) -> Any:
+        scope = patch(function)
+        tensor = sys.modules["triton.language"].core.tensor
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+        return scope
+
+    interpreter._patch_lang = patched
+
+
 def emulate(fastfusion: ModuleType) -> None:
     """The CUDA kernels in their emulator."""
     fastfusion.backends.cuda.emulate(Path(os.environ["REHEARSAL_EMULATED"]))
@@ -134,6 +147,7 @@ def few_checks(checks: ModuleType) -> None:
 
 AFTER = {
     "torch": fake_device,
+    "triton.runtime.interpreter": take_items,
     "fastfusion": emulate,
     "fastfusion._cuda_graph": record,
     "fastfusion.benchmarks.common.shapes": few_shapes,
