@@ -217,6 +217,11 @@ def test_overloads_have_the_first_arguments_alone() -> None:
             "forward", "out", "backward",
         }  # fmt: skip
 
+    out = torch.ops.fastfusion.attention_out
+    (own,) = (op for op in torch_op.ALL if getattr(op, "out", None) is out.default)
+    taken = [own.runs[count] for count in (3, 4, 5, 6, -1)]
+    assert taken == [getattr(out, n)._op for n in ("qkv", "masks", "masks", "default", "default")]
+
     query, key, value = (torch.randn(1, 2, n, 8) for n in (3, 5, 5))
     mask, hidden = torch.randn(3, 5), torch.tensor([[False, True, False, False, True]])
     for ops in (torch.ops.fastfusion.attention_out, torch.ops.fastfusion.attention_forward):

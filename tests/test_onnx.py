@@ -527,6 +527,13 @@ def test_translations_of_every_op() -> None:
         assert all(registry.is_registered(op) for op in table)
 
 
+@pytest.mark.parametrize("collects", [True, False])
+def test_imports_leave_the_garbage_collector_as_it_was(collects: bool) -> None:
+    change = "enable" if collects else "disable"
+    code = f"import gc; gc.{change}(); import fastfusion; assert gc.isenabled() is {collects}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_on_import_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fastfusion_waited_for.py").write_text("answer = 42\n")
     monkeypatch.syspath_prepend(tmp_path)

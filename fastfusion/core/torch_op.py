@@ -255,7 +255,7 @@ class TorchOp:
             traced: in torch.jit.trace.
         """
         definition = self.definition
-        wants_gradient = _is_grad_enabled() and needs_gradient(definition, call)
+        wants_gradient = _is_grad_enabled() and needs_gradient(definition, call)  # spares a frame
         if forward_ad._current_level >= 0 or (traced and not self.traceable):
             outputs = definition.reference(call)
         elif _transforms_active():
@@ -300,7 +300,7 @@ def _op(name: str, fake: Callable[..., Any]) -> Any:
 
 
 def _by_count(op: Any) -> tuple[Callable[..., Any], ...]:
-    """What to call with 0, 1, 2, ... arguments: of the op's overloads the one that has the fewest.
+    """What to call with 0, 1, 2, ... arguments: of the overloads that take so many the shortest.
 
     torch looks each argument that a call leaves out up by its name, which takes 0.06 us.
     """

@@ -105,6 +105,15 @@ def test_a_cap_bounds_scores_before_masks(backend: str) -> None:
     assert (lse <= highest + 1e-5).all() and (lse > 3.0 - 2.0).all()
 
 
+@needs_native
+def test_a_cap_bounds_scores_of_bfloat16_products(isa: str) -> None:
+    """Among scores far beyond it, where the rational function alone would go on."""
+    query, key, value = (100 * t.bfloat16() for t in qkv(60, 70))
+    _, lse = attention(query, key, value, softcap=2.0, return_lse=True, backend="cpu")
+    middle = torch.tensor(70.0).log()
+    assert (lse <= middle + 2.0 + 1e-5).all() and (lse >= middle - 2.0 - 1e-5).all()
+
+
 @backends
 def test_slopes_are_of_distances(backend: str) -> None:
     query, key, value = qkv()
