@@ -16,7 +16,7 @@ struct Diagonal {
   int offset;
 
   FF_DEVICE explicit Diagonal(const Attention& p)
-      : direction(p.causal() ? 1 - 2 * p.exchanged : 0), offset(p.causal() ? int(p.diagonal) : 0) {}
+      : direction(causal(p) ? 1 - 2 * p.exchanged : 0), offset(causal(p) ? int(p.diagonal) : 0) {}
 
   FF_DEVICE bool hides(int query, int key) const { return direction * (key - query) > offset; }
 
@@ -39,6 +39,14 @@ struct Diagonal {
     } else if (direction < 0 && query - offset > begin) {
       begin = query - offset;
     }
+  }
+
+ private:
+  // Windows are not run here, `right` is 0 or kEndless: its upper half says which. The flag of all
+  // 64 bits would be kept in a register, one more than tiles of 64 columns have on sm_90.
+  FF_DEVICE static bool causal(const Attention& p) {
+    static_assert(kEndless >> 32 != 0);
+    return int(p.right >> 32) == 0;
   }
 };
 
