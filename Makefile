@@ -168,7 +168,7 @@ coverage-cpp: $(VENV)/coverage.stamp
 	@find $(COVERED) -name '*.gcda' -delete 2>/dev/null || true
 	@CXXFLAGS="$(COUNTED)" $(BIN)/python setup.py --quiet build --build-base $(COVERED) --build-lib $(COVERED)/lib
 	@CXXFLAGS="$(COUNTED)" $(BIN)/python setup.py --quiet build_emulated --folder $(COVERED)/emulated
-	@cd $(COVERED)/lib && OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest -n $(JOBS) -p no:benchmark \
+	@cd $(COVERED)/lib && OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest -p no:xdist -p no:benchmark \
 		-k "not triton" --emulated $(CURDIR)/$(COVERED)/emulated/sm80/_emulated_ops.so $(CURDIR)/tests/ops \
 		$(CURDIR)/tests/test_native.py $(CURDIR)/tests/test_cuda.py $(CURDIR)/tests/test_registration.py
 	@$(BIN)/python tests/native/coverage.py $(COVERED) $(ARGS)

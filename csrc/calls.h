@@ -297,6 +297,7 @@ struct EncoderLayer {
 // out_proj(attention(q_proj(norm(query)), kv_proj(norm(context)))) + residual; norms, residual and,
 // where keys and values are given, kv_proj are left out. Keys stand before values in kv_proj.
 struct CrossAttentionLayer {
+  Type type;                   // of the tokens
   AttentionForward attention;  // its shapes, type, masks and scale; the layer gives it memory
   int64_t query_dim, context_dim, out_dim;
   const void* query;
@@ -349,6 +350,7 @@ struct FusionStream {
 
 // Attention between two sequences both ways, and a feed-forward network for each.
 struct CrossModalLayer {
+  Type type;                       // of the tokens
   BidirectionalForward attention;  // its shapes, type, masks and scale; the layer gives it memory
   FusionStream streams[2];         // queries, keys
   bool norm_first;

@@ -454,6 +454,44 @@ def test_layers(backend: str | None, opset: int) -> None:
         assert_right(model, module, inputs(*sizes))
 
 
+def in_int8(call: dict[str, Any], *names: str) -> dict[str, Any]:
+    packed = {n: pack_int8(call[f"{n}_weight"].float()) for n in names}
+    weights = {f"{n}_weight": weight for n, (weight, _) in packed.items()}
+    return weights | {f"{n}_scale": scale for n, (_, scale) in packed.items()}
+
+
+INT8_ATTEND = ATTEND | in_int8(ATTEND, "q", "kv", "out")
+INT8_FUSE = FUSE | {
+    f"{name}_weights": FUSE[f"{name}_weights"]._replace(
+        **in_int8(FUSE[f"{name}_weights"]._asdict(), "in", "out", "linear1", "linear2")
+    )
+    for name in ("visual", "text")
+}
+
+
+def narrow_layer_calls(t: dict[str, Tensor]) -> list[Any]:
+    query, context, norm = t["query"], t["context"], {"context_norm": ff.ops.Norm(eps=1e-3)}
+    attend, fuse = (
+        {k: layers.cast(query.dtype, v) if k[-5:] != "scale" else v for k, v in c.items()}
+        for c in (INT8_ATTEND, INT8_FUSE)
+    )
+    return [
+        ff.cross_attention_layer(query, context, **attend),
+        ff.cross_attention_layer(query, context, **attend, **norm, residual=query),
+        ff.cross_modal_layer(query, context, **fuse, activation="gelu"),
+    ]
+
+
+@torch.no_grad()
+def test_layers_of_narrow_weights() -> None:
+    first = {"query": torch.randn(2, 5, 24), "context": torch.randn(2, 7, 16)}
+    module = Module(list(first), narrow_layer_calls)
+    axes = {"query": {0: B, 1: L}, "context": {0: B, 1: S}}
+    program = export(module, first, axes, optimize=False)
+    model = program.model_proto.SerializeToString()
+    assert_right(model, module, {"query": torch.randn(3, 9, 24), "context": torch.randn(3, 4, 16)})
+
+
 def narrow_calls(t: dict[str, Tensor]) -> list[Tensor]:
     x, bias, residual = t["x"], t["bias"], t["residual"]
     scale = {"weight_scale": t["weight_scale"]}

@@ -15,26 +15,27 @@ Tensor cross_attention_layer_forward(const CrossAttentionLayerInputs& in) {
   LayerOperands operands(in.query);
   bool out_of_memory = false;
   ff::CrossAttentionLayer p{};
-  p.query_dim = in.query.size(2);
+  p.type = operands.type, p.query_dim = in.query.size(2);
   ff::AttentionForward& attention = p.attention;
   attention.batch = in.query.size(0), attention.q_len = in.query.size(1);
   int64_t inner;
-  p.q_proj = operands.weight(in.q_weight, {}, in.q_bias, p.query_dim, &inner, "q_weight");
-  describe_heads(attention, operands.type, in.num_heads, inner);
-  p.out_proj =
-      operands.weight(in.out_weight, {}, in.out_bias, inner, &p.out_dim, "out_weight or its bias");
+  p.q_proj = operands.weight(in.q_weight, in.q_scale, in.q_bias, p.query_dim, &inner, "q_weight");
+  describe_heads(attention, p.type, in.num_heads, inner);
+  p.out_proj = operands.weight(in.out_weight, in.out_scale, in.out_bias, inner, &p.out_dim,
+                               "out_weight or its bias");
   if (in.context) {
     check_sequence(*in.context, in.query, "context");
     check_fits(bool(in.kv_weight) && !in.key && !in.value, "context");
     attention.kv_len = in.context->size(1), p.context_dim = in.context->size(2);
     int64_t features;
-    p.kv_proj.each[0] = operands.weight(*in.kv_weight, {}, in.kv_bias, p.context_dim, &features,
-                                        "kv_weight or its bias");
+    p.kv_proj.each[0] = operands.weight(*in.kv_weight, in.kv_scale, in.kv_bias, p.context_dim,
+                                        &features, "kv_weight or its bias");
     check_fits(features == 2 * inner, "kv_weight");
+    attention.type = type_of_products(p.type, {p.q_proj, p.kv_proj.each[0]});
     const auto context = operands.matrix(*in.context);
     p.context = context.data, p.context_row = context.stride;
   } else {
-    check_fits(in.key && in.value && !in.kv_weight && in.key->dim() == 4, "key");
+    check_fits(in.key && in.value && !in.kv_weight && !in.kv_scale && in.key->dim() == 4, "key");
     attention.kv_len = in.key->size(2);
     for (const MaybeTensor* t : {&in.key, &in.value})
       check_heads(**t, attention, attention.kv_len, "key or value");
@@ -74,24 +75,22 @@ Tensor cross_attention_layer_forward(const CrossAttentionLayerInputs& in) {
 
 // `inner`: what both streams are projected to; that of the first sets it.
 void describe_stream(ff::FusionStream& s, LayerOperands& operands, const Tensor& tokens,
-                     const StreamInputs& in, double eps1, double eps2, int64_t* inner) {
+                     const StreamInputs& in, const StreamScales& scales, double eps1, double eps2,
+                     int64_t* inner) {
   s.length = tokens.size(1), s.width = tokens.size(2);
   STD_TORCH_CHECK(s.length <= INT32_MAX, "fastfusion: too long");
   int64_t features;
-  s.in_proj = operands.weight(in.in_weight, {}, in.in_bias, s.width, &features, "in_weight");
+  s.in_proj =
+      operands.weight(in.in_weight, scales.in_scale, in.in_bias, s.width, &features, "in_weight");
   if (*inner == 0) *inner = features / 2;
   check_fits(features == 2 * *inner && *inner > 0, "in_weight");
-  const auto product = [&](const Tensor& weight, const MaybeTensor& bias, int64_t width,
-                           const char* name) {
-    const ff::Weight found = operands.weight(weight, {}, bias, width, &features, name);
-    check_fits(features == s.width, name);
-    return found;
-  };
-  s.out_proj = product(in.out_weight, in.out_bias, *inner, "out_weight");
-  s.linear1 =
-      operands.weight(in.linear1_weight, {}, in.linear1_bias, s.width, &s.hidden, "linear1_weight");
+  s.out_proj =
+      operands.weight(in.out_weight, scales.out_scale, in.out_bias, *inner, s.width, "out_weight");
+  s.linear1 = operands.weight(in.linear1_weight, scales.linear1_scale, in.linear1_bias, s.width,
+                              &s.hidden, "linear1_weight");
   check_fits(s.hidden > 0, "linear1_weight");
-  s.linear2 = product(in.linear2_weight, in.linear2_bias, s.hidden, "linear2_weight");
+  s.linear2 = operands.weight(in.linear2_weight, scales.linear2_scale, in.linear2_bias, s.hidden,
+                              s.width, "linear2_weight");
   s.norm1 = operands.norm(in.norm1_weight, in.norm1_bias, eps1, s.width, "norm1");
   s.norm2 = operands.norm(in.norm2_weight, in.norm2_bias, eps2, s.width, "norm2");
   const auto x = operands.matrix(tokens);
@@ -104,17 +103,19 @@ std::tuple<Tensor, Tensor> cross_modal_layer_forward(const CrossModalLayerInputs
   LayerOperands operands(in.visual);
   bool out_of_memory = false;
   ff::CrossModalLayer p{};
+  p.type = operands.type;
   p.norm_first = in.norm_first;
   p.activation = activation_of(in.activation);
   int64_t inner = 0;
-  describe_stream(p.streams[0], operands, in.visual, in.visual_weights, in.visual_norm1_eps,
-                  in.visual_norm2_eps, &inner);
-  describe_stream(p.streams[1], operands, in.text, in.text_weights, in.text_norm1_eps,
-                  in.text_norm2_eps, &inner);
+  describe_stream(p.streams[0], operands, in.visual, in.visual_weights, in.visual_scales,
+                  in.visual_norm1_eps, in.visual_norm2_eps, &inner);
+  describe_stream(p.streams[1], operands, in.text, in.text_weights, in.text_scales,
+                  in.text_norm1_eps, in.text_norm2_eps, &inner);
   ff::BidirectionalForward& attention = p.attention;
   attention.batch = in.visual.size(0);
   attention.q_len = in.visual.size(1), attention.kv_len = in.text.size(1);
-  describe_heads(attention, operands.type, in.num_heads, inner);
+  describe_heads(attention, type_of_products(p.type, {p.streams[0].in_proj, p.streams[1].in_proj}),
+                 in.num_heads, inner);
   attention.query_value_dim = attention.head_dim;
   describe_masks(attention, in.visual, in.attn_mask, in.text_padding_mask);
   if (in.visual_padding_mask) {

@@ -22,6 +22,7 @@ void describe_memory(ff::DecoderLayer& p, LayerOperands& operands, const Inputs&
   }
   ff::CrossAttentionLayer& cross = p.to_memory;
   ff::AttentionForward& attention = cross.attention;
+  cross.type = operands.type;
   describe_heads(attention, operands.type, in.num_heads, p.width);
   attention.batch = p.attention.batch, attention.q_len = p.attention.q_len;
   check_fits(in.cross_q_weight && in.cross_out_weight, "cross_q_weight or cross_out_weight");

@@ -111,6 +111,9 @@ struct CrossAttentionLayerInputs {
   std::optional<double> query_norm_eps = from.maybe_number("query_norm_eps");
   std::optional<double> context_norm_eps = from.maybe_number("context_norm_eps");
   bool rms_norm = from.flag("rms_norm");
+  MaybeTensor q_scale = from.maybe_tensor("q_scale");
+  MaybeTensor kv_scale = from.maybe_tensor("kv_scale");
+  MaybeTensor out_scale = from.maybe_tensor("out_scale");
 };
 
 // One of the two sequences of a CrossModalLayer.
@@ -131,6 +134,16 @@ struct StreamInputs {
   MaybeTensor norm2_bias = from.maybe_tensor(names[11]);
 };
 
+// Of weights of 8-bit integers.
+struct StreamScales {
+  Arguments& from;
+  const char* const* names;
+  MaybeTensor in_scale = from.maybe_tensor(names[0]);
+  MaybeTensor out_scale = from.maybe_tensor(names[1]);
+  MaybeTensor linear1_scale = from.maybe_tensor(names[2]);
+  MaybeTensor linear2_scale = from.maybe_tensor(names[3]);
+};
+
 constexpr const char* kVisualNames[] = {
     "visual_in_weight",      "visual_in_bias",      "visual_out_weight",     "visual_out_bias",
     "visual_linear1_weight", "visual_linear1_bias", "visual_linear2_weight", "visual_linear2_bias",
@@ -139,6 +152,10 @@ constexpr const char* kTextNames[] = {
     "text_in_weight",      "text_in_bias",      "text_out_weight",     "text_out_bias",
     "text_linear1_weight", "text_linear1_bias", "text_linear2_weight", "text_linear2_bias",
     "text_norm1_weight",   "text_norm1_bias",   "text_norm2_weight",   "text_norm2_bias"};
+constexpr const char* kVisualScales[] = {"visual_in_scale", "visual_out_scale",
+                                         "visual_linear1_scale", "visual_linear2_scale"};
+constexpr const char* kTextScales[] = {"text_in_scale", "text_out_scale", "text_linear1_scale",
+                                       "text_linear2_scale"};
 
 struct CrossModalLayerInputs {
   Arguments& from;
@@ -156,6 +173,8 @@ struct CrossModalLayerInputs {
   double visual_norm2_eps = from.number("visual_norm2_eps");
   double text_norm1_eps = from.number("text_norm1_eps");
   double text_norm2_eps = from.number("text_norm2_eps");
+  StreamScales visual_scales{from, kVisualScales};
+  StreamScales text_scales{from, kTextScales};
 };
 
 struct LinearInputs {

@@ -91,9 +91,9 @@ _device_refuses._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def refuses(call: Any, definition: Definition) -> Sequence[str]:
     """Why the kernels cannot run a call, one sentence per reason."""
     query: Tensor = call[0]
-    reasons = refuses_tensor(query, call.head_dims())
     if query.is_cpu and emulated is None:
-        return reasons
+        return refuses_tensor(query)
+    reasons = refuses_tensor(query, call.head_dims())
     if "dropout_p" in call._fields and call.dropout_p > 0.0:
         reasons.append("dropout is left to Triton and the reference")
     if _is_grad_enabled():

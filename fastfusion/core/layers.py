@@ -43,11 +43,17 @@ def tensors_of(**given: Any) -> dict[str, Any]:
 
 
 def cast(dtype: torch.dtype | None, value: Any) -> Any:
-    """`arguments.autocast_cast` of an argument, or of all in a tuple."""
+    """`arguments.autocast_cast` of an argument, or of all in a tuple but scales of weights."""
     if dtype is None or not isinstance(value, tuple):
         return arguments.autocast_cast(dtype, value)[0]
-    parts = [cast(dtype, part) for part in value]
-    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if not hasattr(value, "_fields"):
+        return tuple(cast(dtype, part) for part in value)
+    return type(value)(
+        *(
+            part if name.endswith("_scale") else cast(dtype, part)
+            for name, part in zip(value._fields, value, strict=True)
+        )
+    )
 
 
 # ---- checks, in the words of people

@@ -3,38 +3,58 @@
 Everything between the casts at both ends is float32.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from fastfusion.integrations import onnx
-from fastfusion.integrations.onnx_linear import ACTIVATIONS, normalized
+from fastfusion.integrations.onnx_linear import ACTIVATIONS, _activated, normalized
 
 
-def _product(op: Any, x: Any, weight: Any, bias: Any) -> Any:
-    out = op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
-    return out if bias is None else op.Add(out, bias)
+class _Products:
+    """The linear layers of a call of `dtype` by name; of their input in float32.
+
+    Args:
+        given: all weights, biases and scales by name, as the call has them.
+    """
+
+    def __init__(self, op: Any, dtype: int, given: dict[str, Any]) -> None:
+        self.op, self.dtype, self.given = op, dtype, given
+
+    def __call__(self, name: str, x: Any) -> Any:
+        weight, bias, scale = (self.given[f"{name}_{part}"] for part in ("weight", "bias", "scale"))
+        return _activated(self.op, x, self.dtype, weight, bias, scale, 0)
+
+    def features(self, name: str) -> int | None:
+        """How many, where the program says it."""
+        scale = self.given[f"{name}_scale"]
+        size: int | None = self.op.size(self.given[f"{name}_weight"] if scale is None else scale, 0)
+        return size
+
+    def heads(self, name: str, x: Any, parts: int, heads: int) -> tuple[Any, ...]:
+        """(batch, heads, length, head_dim) of each part of what `name` projects."""
+        op, features = self.op, self.features(name)
+        head_dim = -1 if features is None else features // (parts * heads)
+        x = op.Reshape(self(name, x), [0, 0, parts, heads, head_dim])
+        x = op.Transpose(x, perm=[2, 0, 3, 1, 4])
+        return tuple(op.Gather(x, part, axis=0) for part in range(parts))
 
 
-def _heads(op: Any, x: Any, weight: Any, parts: int, heads: int) -> tuple[Any, ...]:
-    """(batch, heads, length, head_dim) of each part of what `weight` projected."""
-    features = op.size(weight, 0)
-    head_dim = -1 if features is None else features // (parts * heads)
-    x = op.Reshape(x, [0, 0, parts, heads, head_dim])
-    x = op.Transpose(x, perm=[2, 0, 3, 1, 4])
-    return tuple(op.Gather(x, part, axis=0) for part in range(parts))
-
-
-def _joined(op: Any, attended: Any, weight: Any) -> Any:
-    """(batch, length, heads * head_dim), which `weight` projects next."""
-    width = op.size(weight, 1)
+def _joined(op: Any, attended: Any, width: int | None) -> Any:
+    """(batch, length, heads * head_dim)."""
     return op.Reshape(op.Transpose(attended, perm=[0, 2, 1, 3]), [0, 0, width or -1])
 
 
-def _in_float32(op: Any, dtype: int, given: dict[str, Any], others: tuple[str, ...]) -> Any:
-    """The tensors among the arguments; those that are not there are None."""
+# Read by `_Products`, in dtypes of their own.
+_OF_PRODUCTS = re.compile(r"(q|kv|in|out|linear[12])_(weight|bias|scale)$")
+
+
+def _in_float32(op: Any, dtype: int, given: dict[str, Any]) -> dict[str, Any]:
+    """The tensors among the arguments but those of products; those that are not there are None."""
     return {
-        name: None if value is None or name in others else onnx._cast(op, value, dtype, onnx._FLOAT)
+        name: None if value is None else onnx._cast(op, value, dtype, onnx._FLOAT)
         for name, value in given.items()
+        if not _OF_PRODUCTS.search(name)
     }
 
 
@@ -50,25 +70,23 @@ def _cross_attention_layer(
     rms_norm: bool,
     **tensors: Any,
 ) -> tuple[Any]:
-    weights, dtype = tensors, op.dtype(tensors["query"])
-    t = _in_float32(op, dtype, tensors, ())
+    dtype = op.dtype(tensors["query"])
+    product = _Products(op, dtype, tensors)
+    t = _in_float32(op, dtype, tensors)
     query, context, k, v = t["query"], t["context"], t["key"], t["value"]
     if query_norm_eps is not None:
         norm = t["query_norm_weight"], t["query_norm_bias"]
         query = normalized(op, query, *norm, query_norm_eps, rms_norm)
-    q = _product(op, query, t["q_weight"], t["q_bias"])
-    (q,) = _heads(op, q, weights["q_weight"], 1, num_heads)
+    (q,) = product.heads("q", query, 1, num_heads)
     if context is not None:
         if context_norm_eps is not None:
             norm = t["context_norm_weight"], t["context_norm_bias"]
             context = normalized(op, context, *norm, context_norm_eps, rms_norm)
-        kv = _product(op, context, t["kv_weight"], t["kv_bias"])
-        k, v = _heads(op, kv, weights["kv_weight"], 2, num_heads)
+        k, v = product.heads("kv", context, 2, num_heads)
     bias, visible = onnx._split(op, attn_mask)
     fused = op.fused and dtype == onnx._FLOAT and (scale is None or scale > 0.0)
     out, _ = onnx._rows(op, q, k, v, bias, visible, key_padding_mask, scale, 0.0, False, fused)
-    out = _joined(op, out, weights["out_weight"])
-    out = _product(op, out, t["out_weight"], t["out_bias"])
+    out = product("out", _joined(op, out, product.features("q")))
     if t["residual"] is not None:
         out = op.Add(out, t["residual"])
     return (onnx._cast(op, out, onnx._FLOAT, dtype),)
@@ -88,10 +106,8 @@ def _cross_modal_layer(
     names = ("visual", "text")
     epsilons = {name: value for name, value in given.items() if name.endswith("_eps")}
     dtype = op.dtype(given["visual"])
-    t = _in_float32(op, dtype, given, tuple(epsilons))
-
-    def product(name: str, part: str, x: Any) -> Any:
-        return _product(op, x, t[f"{name}_{part}_weight"], t[f"{name}_{part}_bias"])
+    t = _in_float32(op, dtype, {k: value for k, value in given.items() if k not in epsilons})
+    product = _Products(op, dtype, given)
 
     def norm(name: str, part: str, x: Any, wanted: bool) -> Any:
         if not wanted:
@@ -100,8 +116,7 @@ def _cross_modal_layer(
         return normalized(op, x, *weights, epsilons[f"{name}_{part}_eps"], False)
 
     (query, visual_value), (key, text_value) = (
-        _heads(op, product(name, "in", norm(name, "norm1", t[name], norm_first)),
-               given[f"{name}_in_weight"], 2, num_heads)
+        product.heads(f"{name}_in", norm(name, "norm1", t[name], norm_first), 2, num_heads)
         for name in names
     )  # fmt: skip
     attended = onnx._both_ways(
@@ -110,12 +125,13 @@ def _cross_modal_layer(
     )[:2]  # fmt: skip
     results = []
     for name, found in zip(names, attended, strict=True):
-        rows = _joined(op, found, given[f"{name}_out_weight"])
-        x = op.Add(t[name], product(name, "out", rows))
+        features = product.features(f"{name}_in")
+        rows = _joined(op, found, None if features is None else features // 2)
+        x = op.Add(t[name], product(f"{name}_out", rows))
         x = norm(name, "norm1", x, not norm_first)
-        hidden = product(name, "linear1", norm(name, "norm2", x, norm_first))
+        hidden = product(f"{name}_linear1", norm(name, "norm2", x, norm_first))
         hidden = ACTIVATIONS[activation](op, hidden)
-        x = norm(name, "norm2", op.Add(x, product(name, "linear2", hidden)), not norm_first)
+        x = norm(name, "norm2", op.Add(x, product(f"{name}_linear2", hidden)), not norm_first)
         results.append(onnx._cast(op, x, onnx._FLOAT, dtype))
     return tuple(results)
 

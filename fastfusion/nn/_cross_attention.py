@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
 from fastfusion.core import arguments
+from fastfusion.core.reference import cast
 from fastfusion.core.score_policy import KINDS, Kinds, Window
 from fastfusion.nn import _nested
 from fastfusion.nn._attention_maps import RecordsAttention
@@ -18,7 +19,7 @@ from fastfusion.nn._checks import (
     without_mask_object,
 )
 from fastfusion.nn._nested_pair import is_nested, pack_pair, packed_attention_with_weights
-from fastfusion.nn._plain import is_plain_call, parameters
+from fastfusion.nn._plain import attention_dtype_between, is_plain_call, operands_of
 from fastfusion.nn._tracing import be_leaf
 from fastfusion.nn._weights import attention_with_weights
 from fastfusion.ops import cross_attention_layer as _layer
@@ -202,6 +203,10 @@ class CrossAttention(RecordsAttention):
             return self._forward_nested(
                 query, context, key_padding_mask, attn_mask, need_weights, average_attn_weights
             )
+        if kinds is attn_mask is None and not (need_weights or self._recorders):
+            fused = self._fused_unchecked(query, context, key_padding_mask)
+            if fused is not None:
+                return fused
         attn_mask = without_mask_object(attn_mask, query)
         if not torch.compiler.is_compiling():
             self._check(query, context, key_padding_mask, attn_mask)
@@ -231,12 +236,16 @@ class CrossAttention(RecordsAttention):
             k, v = k.transpose(1, 2), v.transpose(1, 2)
         dropout_p = self.dropout if self.training else 0.0
         if not with_weights:
+            dtype = q.dtype
+            if not isinstance(context, ProjectedContext):
+                dtype = attention_dtype_between(q, self.q_proj, self.kv_proj)
             out = scaled_dot_product_attention(
-                q, k, v, attn_mask, dropout_p, key_padding_mask=key_padding_mask, window=window,
-                softcap=softcap, alibi_slopes=alibi_slopes, segment_ids_q=segment_ids_q,
+                cast(q, dtype), cast(k, dtype), cast(v, dtype), attn_mask, dropout_p,
+                key_padding_mask=key_padding_mask, window=window, softcap=softcap,
+                alibi_slopes=alibi_slopes, segment_ids_q=segment_ids_q,
                 segment_ids_k=segment_ids_k, prefix_len=prefix_len, sinks=sinks,
             )  # fmt: skip
-            return self.out_proj(out.transpose(1, 2).flatten(2))
+            return self.out_proj(cast(out, q.dtype).transpose(1, 2).flatten(2))
         if attn_mask is not None:
             attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
         out, weights = attention_with_weights(
@@ -244,6 +253,19 @@ class CrossAttention(RecordsAttention):
         )
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         return self._hand_out(out, weights, need_weights, average_attn_weights)
+
+    def _fused_unchecked(self, query: Any, context: Any, key_padding_mask: Any) -> Tensor | None:
+        """The same of arguments that nobody has checked, which takes 15 us of 35: the op refuses
+        what does not fit, for `_check` to say what it is."""
+        given = context if type(context) is ProjectedContext else (context,)
+        if not all(type(t) is Tensor for t in (query, *given)):
+            return None
+        if torch.compiler.is_compiling() or not _layer.OP.may_fuse(query):
+            return None
+        try:
+            return self._fused(query, context, key_padding_mask, None)
+        except RuntimeError:
+            return None
 
     def _fused(
         self,
@@ -262,11 +284,15 @@ class CrossAttention(RecordsAttention):
         inputs = (query, *context) if projected else (query, context)
         if not is_plain_call(inputs, parts.values(), attn_mask):
             return None
-        kv_proj = (None, None) if projected else parameters(parts["kv_proj"])
+        q_weight, q_scale, q_bias = operands_of(parts["q_proj"])
+        kv_weight, kv_scale, kv_bias = (
+            (None, None, None) if projected else operands_of(parts["kv_proj"])
+        )
+        out_weight, out_scale, out_bias = operands_of(parts["out_proj"])
         values: list[Any] = [
-            query, *sequences, *parameters(parts["q_proj"]), *kv_proj,
-            *parameters(parts["out_proj"]), None, None, None, None, None, attn_mask,
-            key_padding_mask, self.num_heads, None, None, None, False,
+            query, *sequences, q_weight, q_bias, kv_weight, kv_bias, out_weight, out_bias, None,
+            None, None, None, None, attn_mask, key_padding_mask, self.num_heads, None, None, None,
+            False, q_scale, kv_scale, out_scale,
         ]  # fmt: skip
         call = _layer.Call(*values)
         result: Tensor | None = _layer.OP.fuse(call)
@@ -291,11 +317,12 @@ class CrossAttention(RecordsAttention):
         k, v = self._project_context(keys.values)
         dropout_p = self.dropout if self.training else 0.0
         if not (need_weights or self._recorders):
+            dtype = attention_dtype_between(q, self.q_proj, self.kv_proj)
             out = varlen_attention(
-                q, k, v, queries.offsets, keys.offsets, queries.longest, keys.longest,
-                dropout_p=dropout_p,
+                cast(q, dtype), cast(k, dtype), cast(v, dtype), queries.offsets, keys.offsets,
+                queries.longest, keys.longest, dropout_p=dropout_p,
             )  # fmt: skip
-            return _nested.unpack(self.out_proj(out.flatten(1)), queries)
+            return _nested.unpack(self.out_proj(cast(out, q.dtype).flatten(1)), queries)
         out, weights = packed_attention_with_weights(q, k, v, queries, keys, dropout_p)
         out = _nested.unpack(self.out_proj(out.flatten(1)), queries)
         return self._hand_out(out, weights, need_weights, average_attn_weights)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfusion.core import arguments
+from fastfusion.core.reference import cast
 from fastfusion.nn import _nested
 from fastfusion.nn._attention_maps import RecordsAttention
 from fastfusion.nn._checks import (
@@ -19,7 +20,13 @@ from fastfusion.nn._checks import (
 )
 from fastfusion.nn._cross_attention import init_halves
 from fastfusion.nn._nested_pair import clear_absent, is_nested, pack_pair, pad, padding_of, unpad
-from fastfusion.nn._plain import activation_name, is_plain_call, parameters
+from fastfusion.nn._plain import (
+    activation_name,
+    attention_dtype_between,
+    is_plain_call,
+    operands_of,
+    parameters,
+)
 from fastfusion.nn._tracing import be_leaf
 from fastfusion.nn._weights import bidirectional_with_weights
 from fastfusion.ops import cross_modal_layer as _layer
@@ -149,6 +156,10 @@ class CrossModalAttention(RecordsAttention):
                 visual, text, need_weights, average_attn_weights, attn_mask=attn_mask,
                 visual_padding_mask=visual_padding_mask, text_padding_mask=text_padding_mask,
             )  # fmt: skip
+        if attn_mask is None and not (need_weights or self._recorders):
+            fused = self._fused_unchecked(visual, text, visual_padding_mask, text_padding_mask)
+            if fused is not None:
+                return fused
         attn_mask = without_mask_object(attn_mask, visual)
         if not torch.compiler.is_compiling():
             self._check(visual, text, visual_padding_mask, text_padding_mask, attn_mask)
@@ -177,6 +188,20 @@ class CrossModalAttention(RecordsAttention):
             *self._hand_out(weights, need_weights, average_attn_weights),
         )
 
+    def _fused_unchecked(
+        self, visual: Any, text: Any, visual_padding_mask: Any, text_padding_mask: Any
+    ) -> tuple[Tensor, Tensor] | None:
+        """The same of arguments that nobody has checked: the op refuses what does not fit, for
+        `_check` to say what it is."""
+        if type(visual) is not Tensor or type(text) is not Tensor:
+            return None
+        if torch.compiler.is_compiling() or not _layer.OP.may_fuse(visual):
+            return None
+        try:
+            return self._fused(visual, text, None, visual_padding_mask, text_padding_mask)
+        except RuntimeError:
+            return None
+
     def _fused(
         self,
         visual: Tensor,
@@ -196,11 +221,11 @@ class CrossModalAttention(RecordsAttention):
         modules = [m for s in streams for m in s.__dict__["_modules"].values()]
         if not is_plain_call((visual, text), modules, attn_mask):
             return None
-        weights, epsilons = zip(*(s.weights() for s in streams), strict=True)
+        weights, epsilons, scales = zip(*(s.weights() for s in streams), strict=True)
         values: list[Any] = [
             visual, text, *weights[0], *weights[1], attn_mask, visual_padding_mask,
             text_padding_mask, self.num_heads, _layer.number_of(activation), self.norm_first,
-            *epsilons[0], *epsilons[1],
+            *epsilons[0], *epsilons[1], *scales[0], *scales[1],
         ]  # fmt: skip
         result: tuple[Tensor, Tensor] | None = _layer.OP.fuse(_layer.Call(*values))
         return result
@@ -262,11 +287,13 @@ class CrossModalAttention(RecordsAttention):
                 attn_mask, visual_padding_mask, text_padding_mask, dropout_p,
             )  # fmt: skip
         else:
-            to_visual, to_text = bidirectional_attention(
-                query, key, text_value, visual_value, attn_mask=attn_mask,
-                query_padding_mask=visual_padding_mask, key_padding_mask=text_padding_mask,
-                dropout_p=dropout_p,
+            dtype = attention_dtype_between(query, self.visual.in_proj, self.text.in_proj)
+            operands = (cast(t, dtype) for t in (query, key, text_value, visual_value))
+            attended = bidirectional_attention(
+                *operands, attn_mask=attn_mask, query_padding_mask=visual_padding_mask,
+                key_padding_mask=text_padding_mask, dropout_p=dropout_p,
             )  # fmt: skip
+            to_visual, to_text = (cast(t, query.dtype) for t in attended)
         return to_visual.transpose(1, 2), to_text.transpose(1, 2), *weights
 
     def _hand_out(
@@ -339,12 +366,19 @@ class _Stream(nn.Module):
         if self.out_proj.bias is not None:
             nn.init.zeros_(self.out_proj.bias)
 
-    def weights(self) -> tuple[list[Any], tuple[float, float]]:
-        """What a call of the op `cross_modal_layer` takes of a stream, and the eps of its norms."""
+    def weights(self) -> tuple[list[Any], tuple[float, float], list[Tensor | None]]:
+        """What a call of the op `cross_modal_layer` takes of a stream: weights and biases, the eps
+        of its norms, and scales of weights."""
         parts = self.__dict__["_modules"]
-        names = ("in_proj", "out_proj", "linear1", "linear2", "norm1", "norm2")
-        tensors = [tensor for name in names for tensor in parameters(parts[name])]
-        return tensors, (parts["norm1"].eps, parts["norm2"].eps)
+        tensors: list[Any] = []
+        scales = []
+        for name in ("in_proj", "out_proj", "linear1", "linear2"):
+            weight, scale, bias = operands_of(parts[name])
+            tensors += (weight, bias)
+            scales.append(scale)
+        for name in ("norm1", "norm2"):
+            tensors += parameters(parts[name])
+        return tensors, (parts["norm1"].eps, parts["norm2"].eps), scales
 
     def project(self, tokens: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         scored, value = self.in_proj(tokens).unflatten(-1, heads).unbind(-3)

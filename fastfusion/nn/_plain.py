@@ -15,6 +15,8 @@ from torch.utils._device import DeviceContext
 
 from fastfusion._info import Watching
 from fastfusion.core import arguments
+from fastfusion.nn._quantized import Operands, QuantizedLinear
+from fastfusion.ops._parts import attention_dtype
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # torch fills these and never replaces them.
@@ -94,6 +96,7 @@ def is_plain_call(
     if tracked and attn_mask is not None and attn_mask.requires_grad:
         return False
     tensors: list[Any] = [*inputs]
+    narrow: list[Any] = []  # weights of a dtype of their own, and scales of these
     for module in modules:
         own = module.__dict__
         if not is_bare(module):
@@ -104,14 +107,19 @@ def is_plain_call(
                 return False
         elif kind is nn.Linear or (kind is nn.LayerNorm and len(own["normalized_shape"]) == 1):
             tensors += own["_parameters"].values()
+        elif kind is QuantizedLinear:
+            weight, scale, bias = operands_of(module)
+            narrow += (weight, scale)
+            tensors.append(bias)
         else:
             return False
     dtype, device = inputs[0].dtype, inputs[0].device
-    for tensor in tensors:
+    if any(t is not None and t.dtype is not dtype for t in tensors):
+        return False
+    for tensor in tensors + narrow:
         if tensor is not None and (
             (tracked and tensor.requires_grad)
             or type(tensor) not in _PLAIN_TENSORS
-            or tensor.dtype is not dtype
             or tensor.device != device
             or tensor.layout is not torch.strided
             or tensor.is_neg()
@@ -132,6 +140,24 @@ def parameters(module: Any) -> tuple[Any, Any]:
     if "weight" in own and "bias" in own:
         return own["weight"], own["bias"]
     return module.weight, module.bias  # replicas of nn.DataParallel have them as attributes
+
+
+def operands_of(module: Any) -> Operands:
+    """Weight, scale and bias of a linear layer or a `QuantizedLinear`."""
+    if type(module) is QuantizedLinear:
+        own = module.__dict__
+        buffers, given = own["_buffers"], own["_parameters"]
+        scale = buffers.get("weight_scale")
+        return given["weight"] if scale is None else buffers["packed"], scale, given["bias"]
+    weight, bias = parameters(module)
+    return weight, None, bias
+
+
+def attention_dtype_between(x: Tensor, *projections: Any) -> torch.dtype:
+    """Of an attention to what these modules project, from tokens like x."""
+    if not all(type(module) is QuantizedLinear for module in projections):
+        return x.dtype
+    return attention_dtype(x, *(operands_of(module)[0] for module in projections))
 
 
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:

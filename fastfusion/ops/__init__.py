@@ -17,8 +17,12 @@ from fastfusion.ops import linear as _linear
 from fastfusion.ops import norm as _norm
 from fastfusion.ops import scaled_dot_product_attention as _attention
 from fastfusion.ops import varlen_attention as _varlen
-from fastfusion.ops._parts import AttentionWeights, FeedForwardWeights, project_memory
-from fastfusion.ops.cross_modal_layer import StreamWeights
+from fastfusion.ops._parts import (
+    AttentionWeights,
+    FeedForwardWeights,
+    StreamWeights,
+    project_memory,
+)
 
 ATTENTION: tuple[Op, ...] = (_attention.OP, _bidirectional.OP, _varlen.OP)
 # Attention with the products around it.

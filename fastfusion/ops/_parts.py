@@ -12,6 +12,9 @@ from fastfusion.core.score_policy import causal
 from fastfusion.ops import linear as _linear
 from fastfusion.ops import norm as _norm
 
+# Why a backend without such kernels refuses a call.
+NARROW_WEIGHTS = "weights narrower than the tokens are left to the CPU and the reference"
+
 
 class AttentionWeights(NamedTuple):
     """The projections of an attention, as `torch.nn.MultiheadAttention` or three linear layers keep
@@ -90,6 +93,36 @@ class FeedForwardWeights(NamedTuple):
     linear2_scale: Tensor | None = None
 
 
+class StreamWeights(NamedTuple):
+    """What one stream of a fusion layer owns, as torch.nn.Linear and torch.nn.LayerNorm keep it.
+
+    Attributes:
+        in_weight: (2 * embed_dim, width): what scores are made of, then values.
+        in_bias: (2 * embed_dim,), or None, as every bias.
+        out_weight: (width, embed_dim).
+        linear1_weight: (dim_feedforward, width).
+        linear2_weight: (width, dim_feedforward).
+        norm1, norm2: `Norm`, LayerNorms of `width` numbers.
+        in_scale, out_scale, linear1_scale, linear2_scale: of weights of 8-bit integers, as
+            `weight_scale` of `linear`.
+    """
+
+    in_weight: Tensor
+    in_bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
+    linear1_weight: Tensor
+    linear1_bias: Tensor | None
+    linear2_weight: Tensor
+    linear2_bias: Tensor | None
+    norm1: layers.Norm
+    norm2: layers.Norm
+    in_scale: Tensor | None = None
+    out_scale: Tensor | None = None
+    linear1_scale: Tensor | None = None
+    linear2_scale: Tensor | None = None
+
+
 def checked(name: str, check: Any, given: Any) -> None:
     """`check`, with a part's name before the argument's."""
     try:
@@ -112,6 +145,39 @@ def check_product(
     if found == 0:
         raise ValueError(f"{name}_weight must have a feature at least, got 0")
     return found
+
+
+def check_any_product(
+    name: str, weights: tuple[Any, Any, Any], x: Tensor, features: int | None, what: str, sizes: str
+) -> int:
+    """The same of a weight that is wide or narrow; `what` says where the sizes of a wide one come
+    from."""
+    weight, bias, scale = weights
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}_weight must be a Tensor, got {type(weight).__name__}")
+    if _linear.has_own_dtype(x, weight, scale):
+        return check_product(name, weights, x, features)
+    if weight.dim() != 2:
+        raise ValueError(f"{name}_weight must be {what}, got {sizes}")
+    found: int = weight.shape[0] if features is None else features
+    layers.check_linear(name, weight, bias, found, x.shape[-1], what, sizes)
+    return found
+
+
+def alike_of(tensors: dict[str, Any], x: Any) -> dict[str, Any]:
+    """Of a layer's tensors by name those that are of the dtype of its tokens x: all but weights
+    that are narrower, and scales."""
+
+    def is_narrow(name: str, tensor: Any) -> bool:
+        scale = tensors.get(f"{name.removesuffix('_weight')}_scale")
+        given = isinstance(x, Tensor) and isinstance(tensor, Tensor)
+        return given and name.endswith("_weight") and _linear.has_own_dtype(x, tensor, scale)
+
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (name.endswith("_scale") or is_narrow(name, tensor))
+    }
 
 
 def check_separate(name: str, given: Any) -> None:
@@ -291,12 +357,13 @@ def attend(
     value: Tensor,
     attn_mask: Tensor | None,
     key_padding_mask: Tensor | None,
+    scale: float | None = None,
 ) -> Tensor:
     """The reference of an attention in a dtype: (batch, length, heads * head_dim) in that of the
     query."""
     q, k, v = (reference.cast(t, dtype) for t in (query, key, value))
     out, _ = reference.attention(
-        causal(diagonal), q, k, v, attn_mask, key_padding_mask, None, 0.0, None
+        causal(diagonal), q, k, v, attn_mask, key_padding_mask, None, 0.0, scale
     )
     return reference.cast(out, query.dtype).transpose(1, 2).flatten(2)
 
@@ -378,6 +445,30 @@ def normals(dtype: torch.dtype, device: Any, seed: int) -> Callable[..., Tensor]
         return numbers.to(device=device, dtype=dtype)
 
     return normal
+
+
+def random_mask(
+    kind: Any, normal: Any, heads: int, lengths: tuple[int, int], padding: str
+) -> Tensor:
+    """A bool mask of which a fifth is hidden, or a float for each head and score.
+
+    Args:
+        padding: the other kind that an op's `inputs` take.
+    """
+    if kind == "bool":
+        shown: Tensor = normal(*lengths) > -0.84
+        return shown
+    if kind == "bias":
+        bias: Tensor = normal(1, heads, *lengths)
+        return bias
+    raise ValueError(f"mask must be {padding}, bool, bias or None, got {kind!r}")
+
+
+def some_padding(batch: int, length: int, device: Any) -> Tensor:
+    """The last quarter of every second sequence hidden."""
+    hidden = torch.zeros(batch, length, dtype=torch.bool, device="cpu")
+    hidden[::2, length - length // 4 :] = True
+    return hidden.to(torch.get_default_device() if device is None else device)
 
 
 def random_linear(normal: Any, features: int, columns: int) -> tuple[Tensor, Tensor]:

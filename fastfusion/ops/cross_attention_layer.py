@@ -25,7 +25,22 @@ from fastfusion.core.layers import Norm
 from fastfusion.core.op import Implementation, Op, never_refuses
 from fastfusion.core.score_policy import Policy
 from fastfusion.core.torch_op import Definition
+from fastfusion.ops import linear as _linear
 from fastfusion.ops import scaled_dot_product_attention as _attention
+from fastfusion.ops._in_steps import cross_attention_in_steps
+from fastfusion.ops._parts import (
+    NARROW_WEIGHTS,
+    alike_of,
+    attention_dtype,
+    attention_path,
+    check_any_product,
+    heads_fit,
+    linear_call,
+    normals,
+    part_of,
+    random_mask,
+    some_padding,
+)
 
 # Rows have to fit into the shared memory of every GPU, 16 at a time, beside the weights of a norm.
 _MAX_WIDTH, _MAX_NORM_WIDTH = 2048, 1792
@@ -56,6 +71,9 @@ class Arguments(NamedTuple):
     context_norm: Any = None
     rms_norm: Any = False
     scale: Any = None
+    q_scale: Any = None
+    kv_scale: Any = None
+    out_scale: Any = None
     backend: Any = None
 
 
@@ -69,7 +87,7 @@ class Call(NamedTuple):
     context: Tensor | None  # (B, Lk, context_dim); None where it is projected already, as
     key: Tensor | None  # (B, H, Lk, D)
     value: Tensor | None  # (B, H, Lk, D)
-    q_weight: Tensor  # (H * D, query_dim)
+    q_weight: Tensor  # (H * D, query_dim), or packed, as every weight
     q_bias: Tensor | None
     kv_weight: Tensor | None  # (2 * H * D, context_dim), keys before values
     kv_bias: Tensor | None
@@ -87,27 +105,54 @@ class Call(NamedTuple):
     query_norm_eps: float | None = None  # None: no norm
     context_norm_eps: float | None = None
     rms_norm: bool = False
+    q_scale: Tensor | None = None  # (H * D,), of packed weights
+    kv_scale: Tensor | None = None
+    out_scale: Tensor | None = None
+
+    def linear(self, name: str, x: Tensor, residual: Tensor | None = None) -> _linear.Call:
+        return linear_call(self, name, x, residual)
+
+    @property
+    def inner(self) -> int:  # features of all heads
+        return self.linear("q", self.query).features
+
+    @property
+    def out_dim(self) -> int:
+        return self.linear("out", self.query).features
+
+    @property
+    def attention_dtype(self) -> torch.dtype:
+        """Of the attention inside, as in `encoder_layer`."""
+        if self.kv_weight is None:
+            return self.query.dtype
+        return attention_dtype(self.query, self.q_weight, self.kv_weight)
+
+    def has_narrow_weights(self) -> bool:  # than the tokens
+        parts = (part_of(self, name) for name in ("q", "kv", "out"))
+        return any(w is not None and _linear.has_own_dtype(self.query, w, s) for w, _, s in parts)
 
     def head_dims(self) -> tuple[int, ...]:
-        return (self.q_weight.shape[0] // self.num_heads,)
+        return (self.inner // self.num_heads,)
 
     def kv_len(self) -> int:
-        if self.context is not None:
-            return self.context.shape[1]
-        key: Any = self.key
-        kv_len: int = key.shape[2]
+        given: Any = self.key if self.context is None else self.context
+        kv_len: int = given.shape[-2]
         return kv_len
 
     def conditions(self) -> Iterator[Any]:
         """What holds for every call; a mask that does not broadcast raises."""
         query, heads = self.query, self.num_heads
-        yield arguments.are_alike(query, *[t for t in self[1:15] if t is not None])
+        given = (
+            self.context, self.key, self.value, self.residual, self.query_norm_weight,
+            self.query_norm_bias, self.context_norm_weight, self.context_norm_bias,
+        )  # fmt: skip
+        yield arguments.are_alike(query, *[t for t in given if t is not None])
         batch, q_len, query_dim = query.shape
-        inner, out_dim = self.q_weight.shape[0], self.out_weight.shape[0]
+        inner = self.inner
         yield heads > 0 and query_dim > 0 and inner > 0
         yield inner % heads == 0
-        yield from layers.linear_fits(self.q_weight, self.q_bias, inner, query_dim)
-        yield from layers.linear_fits(self.out_weight, self.out_bias, out_dim, inner)
+        yield from self.linear("q", query).conditions()
+        yield from self.linear("out", query.new_empty(batch, q_len, inner)).conditions()
         yield from layers.vector_fits(self.query_norm_weight, query_dim)
         yield from layers.vector_fits(self.query_norm_bias, query_dim)
         kv_len = self.kv_len()
@@ -115,21 +160,19 @@ class Call(NamedTuple):
             context_dim = self.context.shape[2]
             yield context_dim > 0 and self.key is None and self.value is None
             yield from layers.sequence_fits(self.context, batch, kv_len, context_dim)
-            yield from layers.linear_fits(self.kv_weight, self.kv_bias, 2 * inner, context_dim)
+            kv_proj = self.linear("kv", self.context)
+            yield from kv_proj.conditions()
+            yield kv_proj.features == 2 * inner
             yield from layers.vector_fits(self.context_norm_weight, context_dim)
             yield from layers.vector_fits(self.context_norm_bias, context_dim)
         else:
             yield self.context is None and self.kv_weight is None and self.kv_bias is None
-            yield self.context_norm_eps is None
-            for tensor in (self.key, self.value):
-                yield tensor is not None and tensor.dim() == 4
-                sizes = () if tensor is None else tensor.shape
-                for size, expected in zip(
-                    sizes, (batch, heads, kv_len, inner // heads), strict=True
-                ):
-                    yield size == expected
+            yield self.kv_scale is None and self.context_norm_eps is None
+            yield self.key is not None and self.value is not None
+            size = (batch, heads, kv_len, inner // heads)
+            yield from heads_fit(query, size, self.key, self.value)
         if self.residual is not None:
-            yield from layers.sequence_fits(self.residual, batch, q_len, out_dim)
+            yield from layers.sequence_fits(self.residual, batch, q_len, self.out_dim)
         yield arguments.mask_fits(self.attn_mask, query, batch, heads, q_len, kv_len)
         yield from arguments.padding_fits(self.key_padding_mask, query, batch, kv_len)
         yield arguments.numbers_fit(None, query, self.scale)
@@ -153,6 +196,9 @@ def cross_attention_layer(
     context_norm: Norm | None = None,
     rms_norm: bool = False,
     scale: float | None = None,
+    q_scale: Tensor | None = None,
+    kv_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """out_proj(attention(q_proj(query), kv_proj(context))) + residual.
@@ -176,6 +222,10 @@ def cross_attention_layer(
         query_norm, context_norm: `fastfusion.ops.Norm`, of the inputs before they are projected.
         rms_norm: whether these are RMSNorms.
         scale: factor of the scores, any finite number; 1 / sqrt(head_dim) by default.
+        q_scale, kv_scale, out_scale: of weights of 8-bit integers, as `weight_scale` of `linear`,
+            which also takes weights of bfloat16 or float16 beside tokens of float32, and says how
+            they are multiplied. Steps hand over numbers of the dtype of the query then, and where
+            neither q_weight nor kv_weight has more than bfloat16, attention is in bfloat16.
         backend: "cpu", "cuda", "triton" or "reference" to insist on one; None chooses. Gradients
             are the reference's. Triton's products stand around the attention that is chosen there.
 
@@ -189,7 +239,8 @@ def cross_attention_layer(
     """
     given = Arguments(
         query, context, q_weight, q_bias, kv_weight, kv_bias, out_weight, out_bias, num_heads,
-        attn_mask, key_padding_mask, residual, query_norm, context_norm, rms_norm, scale, backend,
+        attn_mask, key_padding_mask, residual, query_norm, context_norm, rms_norm, scale, q_scale,
+        kv_scale, out_scale, backend,
     )  # fmt: skip
     if not _is_compiling():
         tensors = tuple(_tensors(given).values())
@@ -214,7 +265,8 @@ def _tensors(given: Arguments) -> dict[str, Any]:
         query=given.query, context=given.context, q_weight=given.q_weight, q_bias=given.q_bias,
         kv_weight=given.kv_weight, kv_bias=given.kv_bias, out_weight=given.out_weight,
         out_bias=given.out_bias, residual=given.residual, query_norm=given.query_norm,
-        context_norm=given.context_norm,
+        context_norm=given.context_norm, q_scale=given.q_scale, kv_scale=given.kv_scale,
+        out_scale=given.out_scale,
     )  # fmt: skip
 
 
@@ -227,8 +279,7 @@ def _is_plain(given: Arguments) -> bool:
         and type(given.attn_mask) in arguments.PLAIN
         and (given.scale is None or type(given.scale) is float)
         and all(
-            norm is None or layers.is_plain_norm(norm)
-            for norm in (given.query_norm, given.context_norm)
+            n is None or layers.is_plain_norm(n) for n in (given.query_norm, given.context_norm)
         )
         and (not isinstance(given.context, tuple) or len(given.context) == 2)
     )
@@ -238,14 +289,14 @@ def _call(given: Arguments) -> Call:
     """Arguments as implementations take them."""
     projected = isinstance(given.context, tuple)
     context, key, value = (None, *given.context) if projected else (given.context, None, None)
-    (q_scale, q_shift, q_eps), (k_scale, k_shift, k_eps) = (
+    (q_norm, q_shift, q_eps), (k_norm, k_shift, k_eps) = (
         (None, None, None) if norm is None else norm
         for norm in (given.query_norm, given.context_norm)
     )
     values: list[Any] = [
-        given.query, context, key, value, *given[2:8], given.residual, q_scale, q_shift, k_scale,
+        given.query, context, key, value, *given[2:8], given.residual, q_norm, q_shift, k_norm,
         k_shift, given.attn_mask, given.key_padding_mask, given.num_heads, given.scale, q_eps,
-        k_eps, given.rms_norm,
+        k_eps, given.rms_norm, given.q_scale, given.kv_scale, given.out_scale,
     ]  # fmt: skip
     return Call(*values)
 
@@ -256,24 +307,19 @@ def check(given: Arguments) -> None:
         if getattr(given, name) is not None:
             layers.check_is_norm(name, getattr(given, name))
     tensors = _tensors(given)
-    arguments.check_tensors(**tensors)
+    arguments.check_tensors(**alike_of(tensors, given.query))
     sizes = arguments.shapes(**tensors)
-    for name in ("query", "context", "q_weight", "out_weight"):
+    for name in ("query", "context"):
         if getattr(given, name) is None:
             raise TypeError(f"{name} must be a Tensor, got NoneType")
-    query, context, q_weight, out_weight = given[0], given[1], given[2], given[6]
+    query, context, heads = given.query, given.context, given.num_heads
     batch = query.shape[0] if query.dim() else 0
     layers.check_sequence("query", query, batch, sizes)
-    for name, weight in (("q_weight", q_weight), ("out_weight", out_weight)):
-        if weight.dim() != 2:
-            raise ValueError(f"{name} must be (features, width), got {sizes}")
-    inner, out_dim, heads = q_weight.shape[0], out_weight.shape[0], given.num_heads
-    layers.check_linear(
-        "q", q_weight, given.q_bias, inner, query.shape[2], "(inner, query_dim)", sizes
-    )
+    inner = check_any_product("q", part_of(given, "q"), query, None, "(inner, query_dim)", sizes)
     layers.check_heads(heads, inner, "the features of q_weight", sizes)
-    layers.check_linear(
-        "out", out_weight, given.out_bias, out_dim, inner, "(out_dim, inner)", sizes
+    gathered = query.new_empty(0, inner)
+    out_dim = check_any_product(
+        "out", part_of(given, "out"), gathered, None, "(out_dim, inner)", sizes
     )
     if isinstance(context, tuple):
         _check_projected(given, (batch, heads), inner // heads, sizes)
@@ -281,10 +327,9 @@ def check(given: Arguments) -> None:
     else:
         layers.check_sequence("context", context, batch, sizes)
         kv_len, width = context.shape[1:]
-        layers.check_linear(
-            "kv", given.kv_weight, given.kv_bias, 2 * inner, width, "(2 * inner, context_dim)",
-            sizes,
-        )  # fmt: skip
+        check_any_product(
+            "kv", part_of(given, "kv"), context, 2 * inner, "(2 * inner, context_dim)", sizes
+        )
         if given.context_norm is not None:
             layers.check_norm("context_norm", given.context_norm, width, sizes)
     if given.query_norm is not None:
@@ -304,7 +349,7 @@ def check(given: Arguments) -> None:
 def _check_projected(given: Arguments, leading: tuple[int, int], head_dim: int, sizes: str) -> None:
     if len(given.context) != 2:
         raise TypeError("context must be a Tensor, or a pair of keys and values")
-    for name in ("kv_weight", "kv_bias", "context_norm"):
+    for name in ("kv_weight", "kv_bias", "kv_scale", "context_norm"):
         if getattr(given, name) is not None:
             raise ValueError(f"{name} must be None where context is projected already; {sizes}")
     key, value = given.context
@@ -333,6 +378,8 @@ def normalize(given: Arguments) -> Call:
 def run_reference(call: Call, lse: bool) -> Any:
     """The definition."""
     acc, heads = formulas.accumulation_dtype(call.query.dtype), call.num_heads
+    if call.has_narrow_weights():
+        return cross_attention_in_steps(call)
     query = formulas.cast(call.query, acc)
     if call.query_norm_eps is not None:
         query = layers.normalized(
@@ -365,12 +412,12 @@ def _keys_and_values(call: Call, acc: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def _fake(call: Call) -> Tensor:
-    return call.query.new_empty(*call.query.shape[:2], call.out_weight.shape[0])
+    return call.query.new_empty(*call.query.shape[:2], call.out_dim)
 
 
 def _flops(call: Call, backward: bool) -> int:
     (batch, q_len, query_dim), kv_len = call.query.shape, call.kv_len()
-    out_dim, inner = call.out_weight.shape
+    out_dim, inner = call.out_dim, call.inner
     products = q_len * inner * (query_dim + out_dim) + 2 * q_len * kv_len * inner
     if call.context is not None:
         products += 2 * kv_len * inner * call.context.shape[2]
@@ -402,7 +449,8 @@ def _norm_widths(call: Call) -> Iterator[int]:
 
 
 def _triton_refuses(call: Call) -> Sequence[str]:
-    return triton.refuses_layer(call, DEFINITION, _norm_widths(call))
+    reasons = triton.refuses_layer(call, DEFINITION, _norm_widths(call))
+    return reasons or ((NARROW_WEIGHTS,) if call.has_narrow_weights() else ())
 
 
 def _triton_path(call: Call) -> str:
@@ -414,19 +462,9 @@ def _triton_path(call: Call) -> str:
         for length in (query.shape[1], call.kv_len())
     )
     attention = _attention.Call(
-        q,
-        k,
-        k,
-        call.attn_mask,
-        call.key_padding_mask,
-        None,
-        None,
-        0.0,
+        q, k, k, call.attn_mask, call.key_padding_mask, None, None, 0.0, False, False, call.scale,
         False,
-        False,
-        call.scale,
-        False,
-    )
+    )  # fmt: skip
     chosen = _attention.OP.select(triton.attention_inside(), attention).backend
     return f"products in Triton, attention on {chosen}"
 
@@ -436,12 +474,14 @@ def _cuda_refuses(call: Call) -> Sequence[str]:
     query, context = call.query, call.context
     if query.is_cpu and cuda.emulated is None:
         return reasons
+    if call.has_narrow_weights():
+        reasons.append(NARROW_WEIGHTS)
     if query.dtype == torch.float32:
         reasons.append("float32 is left to Triton and the reference")
     if context is None:
         reasons.append("a context that is projected already is left to Triton and the reference")
         return reasons
-    if max(query.shape[2], context.shape[2], call.q_weight.shape[0]) > _MAX_WIDTH:
+    if max(query.shape[2], context.shape[2], call.inner) > _MAX_WIDTH:
         reasons.append(f"widths above {_MAX_WIDTH} are left to Triton and the reference")
     elif any(width > _MAX_NORM_WIDTH for width in _norm_widths(call)):
         reasons.append(f"norms wider than {_MAX_NORM_WIDTH} are left to Triton and the reference")
@@ -463,7 +503,11 @@ def _cpu_refuses(call: Call) -> Sequence[str]:
 
 
 def _cpu_path(call: Call) -> str:
-    return f"{cpu.isa()}, one call, weights in place{cpu.products(call.query.dtype)}"
+    ways = {_linear.cpu_path(call.linear(name, call.query)) for name in ("q", "out")}
+    if call.context is not None:
+        ways.add(_linear.cpu_path(call.linear("kv", call.context)))
+    ways |= attention_path(call.query, call.attention_dtype)
+    return f"{cpu.isa()}, one call, {', '.join(sorted(ways))}"
 
 
 def inputs(
@@ -478,13 +522,7 @@ def inputs(
             "key_padding" (the last quarter of the context of every second entry hidden), "bool",
             "bias" (a float for each head and score) or None.
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    device = torch.get_default_device() if device is None else device
-
-    def normal(*size: int, scale: float = 1.0) -> Tensor:
-        made = torch.randn(size, generator=generator, device="cpu") * scale
-        return made.to(device=device, dtype=dtype)
-
+    normal = normals(dtype, device, seed)
     batch, heads = shape.get("batch", 1), shape["heads"]
     q_len, kv_len = shape["q_len"], shape["kv_len"]
     dim, context_dim = shape["dim"], shape["context_dim"]
@@ -511,16 +549,9 @@ def inputs(
         call["residual"] = normal(batch, q_len, out_dim)
     mask = shape.get("mask")
     if mask == "key_padding":
-        hidden = torch.zeros(batch, kv_len, dtype=torch.bool, device="cpu")
-        hidden[::2, kv_len - kv_len // 4 :] = True
-        call["key_padding_mask"] = hidden.to(device)
-    elif mask == "bool":
-        shown = torch.rand(q_len, kv_len, generator=generator, device="cpu") > 0.2
-        call["attn_mask"] = shown.to(device)
-    elif mask == "bias":
-        call["attn_mask"] = normal(1, heads, q_len, kv_len)
+        call["key_padding_mask"] = some_padding(batch, kv_len, device)
     elif mask is not None:
-        raise ValueError(f"mask must be key_padding, bool, bias or None, got {mask!r}")
+        call["attn_mask"] = random_mask(mask, normal, heads, (q_len, kv_len), "key_padding")
     return call
 
 

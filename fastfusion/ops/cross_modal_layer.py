@@ -26,6 +26,20 @@ from fastfusion.core.layers import Norm
 from fastfusion.core.op import Implementation, Op, never_refuses
 from fastfusion.core.torch_op import Definition
 from fastfusion.ops import bidirectional_attention as _bidirectional
+from fastfusion.ops import linear as _linear
+from fastfusion.ops._in_steps import cross_modal_in_steps
+from fastfusion.ops._parts import (
+    NARROW_WEIGHTS,
+    StreamWeights,
+    alike_of,
+    attention_dtype,
+    attention_path,
+    check_any_product,
+    normals,
+    part_of,
+    random_mask,
+    some_padding,
+)
 from fastfusion.ops.linear import ACTIVATIONS
 
 _NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -37,30 +51,6 @@ _is_compiling = torch.compiler.is_compiling
 def number_of(activation: str | None) -> int:
     """Of a call, for an activation's name."""
     return _NUMBERS[activation]
-
-
-class StreamWeights(NamedTuple):
-    """What one stream of a fusion layer owns, as torch.nn.Linear and torch.nn.LayerNorm keep it.
-
-    Attributes:
-        in_weight: (2 * embed_dim, width): what scores are made of, then values.
-        in_bias: (2 * embed_dim,), or None, as every bias.
-        out_weight: (width, embed_dim).
-        linear1_weight: (dim_feedforward, width).
-        linear2_weight: (width, dim_feedforward).
-        norm1, norm2: `Norm`, LayerNorms of `width` numbers.
-    """
-
-    in_weight: Tensor
-    in_bias: Tensor | None
-    out_weight: Tensor
-    out_bias: Tensor | None
-    linear1_weight: Tensor
-    linear1_bias: Tensor | None
-    linear2_weight: Tensor
-    linear2_bias: Tensor | None
-    norm1: Norm
-    norm2: Norm
 
 
 class Arguments(NamedTuple):
@@ -83,10 +73,13 @@ class Arguments(NamedTuple):
 _POSITIONAL = 5
 
 
+PRODUCTS = ("in", "out", "linear1", "linear2")
+
+
 class Stream(NamedTuple):
     """The tensors of one stream, as a call has them."""
 
-    in_weight: Tensor  # (2 * E, W)
+    in_weight: Tensor  # (2 * E, W), or packed, as every weight
     in_bias: Tensor | None
     out_weight: Tensor  # (W, E)
     out_bias: Tensor | None
@@ -98,6 +91,19 @@ class Stream(NamedTuple):
     norm1_bias: Tensor | None
     norm2_weight: Tensor | None
     norm2_bias: Tensor | None
+    in_scale: Tensor | None  # (2 * E,), of packed weights
+    out_scale: Tensor | None
+    linear1_scale: Tensor | None
+    linear2_scale: Tensor | None
+
+    def norms(self) -> tuple[Tensor | None, ...]:
+        return self.norm1_weight, self.norm1_bias, self.norm2_weight, self.norm2_bias
+
+    def linear(
+        self, name: str, x: Tensor, residual: Tensor | None = None, activation: int = 0
+    ) -> _linear.Call:
+        weight, bias, scale = part_of(self, name)
+        return _linear.Call(x, weight, bias, residual, scale, activation)
 
 
 class Call(NamedTuple):
@@ -139,9 +145,39 @@ class Call(NamedTuple):
     visual_norm2_eps: float
     text_norm1_eps: float
     text_norm2_eps: float
+    visual_in_scale: Tensor | None = None
+    visual_out_scale: Tensor | None = None
+    visual_linear1_scale: Tensor | None = None
+    visual_linear2_scale: Tensor | None = None
+    text_in_scale: Tensor | None = None
+    text_out_scale: Tensor | None = None
+    text_linear1_scale: Tensor | None = None
+    text_linear2_scale: Tensor | None = None
 
     def streams(self) -> tuple[Stream, Stream]:
-        return Stream(*self[2:14]), Stream(*self[14:26])
+        visual, text = (
+            Stream(*(getattr(self, f"{name}_{field}") for field in Stream._fields))
+            for name in ("visual", "text")
+        )
+        return visual, text
+
+    @property
+    def embed_dim(self) -> int:
+        """What both streams are projected to."""
+        return self.streams()[0].linear("in", self.visual).features // 2
+
+    @property
+    def attention_dtype(self) -> torch.dtype:
+        """Of the attention inside, as in `encoder_layer`."""
+        return attention_dtype(self.visual, self.visual_in_weight, self.text_in_weight)
+
+    def has_narrow_weights(self) -> bool:
+        """Whether any weight is narrower than the tokens."""
+        return any(
+            _linear.has_own_dtype(self.visual, weight, scale)
+            for stream in self.streams()
+            for weight, _, scale in (part_of(stream, name) for name in PRODUCTS)
+        )
 
     def first_eps(self) -> tuple[float, float]:
         return self.visual_norm1_eps, self.text_norm1_eps
@@ -152,21 +188,26 @@ class Call(NamedTuple):
     def conditions(self) -> Iterator[Any]:
         """What holds for every call; a mask that does not broadcast raises."""
         visual, heads = self.visual, self.num_heads
-        yield arguments.are_alike(visual, *[t for t in self[1:26] if t is not None])
+        streams = self.streams()
+        vectors = [t for stream in streams for t in stream.norms() if t is not None]
+        yield arguments.are_alike(visual, self.text, *vectors)
         yield 0 <= self.activation < len(ACTIVATIONS)
         (batch, visual_len, _), text_len = visual.shape, self.text.shape[1]
-        embed = self.visual_out_weight.shape[1]
+        embed = self.embed_dim
         yield heads > 0 and embed > 0
         yield embed % heads == 0
-        for tokens, stream in zip((visual, self.text), self.streams(), strict=True):
-            width, hidden = tokens.shape[2], stream.linear1_weight.shape[0]
+        for tokens, stream in zip((visual, self.text), streams, strict=True):
+            length, width = tokens.shape[1:]
             yield width > 0
-            yield from layers.sequence_fits(tokens, batch, tokens.shape[1], width)
-            yield from layers.linear_fits(*stream[:2], 2 * embed, width)
-            yield from layers.linear_fits(*stream[2:4], width, embed)
-            yield from layers.linear_fits(*stream[4:6], hidden, width)
-            yield from layers.linear_fits(*stream[6:8], width, hidden)
-            for vector in stream[8:]:
+            yield from layers.sequence_fits(tokens, batch, length, width)
+            x, wanted = tokens, {"in": 2 * embed, "out": width, "linear1": None, "linear2": width}
+            for name, features in wanted.items():
+                product = stream.linear(name, x)
+                yield from product.conditions()
+                yield features is None or product.features == features
+                between = {"in": embed, "out": width}.get(name, product.features)
+                x = tokens.new_empty(batch, length, between)
+            for vector in stream.norms():
                 yield from layers.vector_fits(vector, width)
         yield arguments.mask_fits(self.attn_mask, visual, batch, heads, visual_len, text_len)
         yield from arguments.padding_fits(self.visual_padding_mask, visual, batch, visual_len)
@@ -192,7 +233,9 @@ def cross_modal_layer(
     Args:
         visual: (batch, visual_len, visual_dim), float32, bfloat16, float16 or float64.
         text: (batch, text_len, text_dim), of the same dtype.
-        visual_weights, text_weights: `fastfusion.ops.StreamWeights`, of one embed_dim.
+        visual_weights, text_weights: `fastfusion.ops.StreamWeights`, of one embed_dim. Weights may
+            be narrower than tokens of float32, as those of `cross_attention_layer`; where both
+            in_weight are, attention is in bfloat16.
         num_heads: number of heads, a divisor of embed_dim.
         activation: of the feed-forward parts: "relu", "gelu", "gelu_tanh", "silu", "quick_gelu" or
             None.
@@ -252,7 +295,8 @@ def _is_plain(given: Arguments) -> bool:
         and given.activation in _NUMBERS
         and type(given.attn_mask) in arguments.PLAIN
         and all(
-            type(weights) is StreamWeights and all(map(layers.is_plain_norm, weights[8:]))
+            type(weights) is StreamWeights
+            and all(map(layers.is_plain_norm, (weights.norm1, weights.norm2)))
             for weights in (given.visual_weights, given.text_weights)
         )
     )
@@ -265,7 +309,8 @@ def _call(given: Arguments) -> Call:
         given.visual, given.text, *visual[:8], *visual.norm1[:2], *visual.norm2[:2], *text[:8],
         *text.norm1[:2], *text.norm2[:2], given.attn_mask, given.visual_padding_mask,
         given.text_padding_mask, given.num_heads, _NUMBERS[given.activation], given.norm_first,
-        visual.norm1.eps, visual.norm2.eps, text.norm1.eps, text.norm2.eps,
+        visual.norm1.eps, visual.norm2.eps, text.norm1.eps, text.norm2.eps, *visual[10:],
+        *text[10:],
     ]  # fmt: skip
     return Call(*values)
 
@@ -284,15 +329,19 @@ def check(given: Arguments) -> None:
         if getattr(given, name) is None:
             raise TypeError(f"{name} must be a Tensor, got NoneType")
     tensors = _tensors(given)
-    arguments.check_tensors(**tensors)
+    arguments.check_tensors(**alike_of(tensors, given.visual))
     sizes = arguments.shapes(**tensors)
     batch = given.visual.shape[0] if given.visual.dim() else 0
-    embed = _embed_dim(given.visual_weights, "visual_weights", sizes)
-    layers.check_heads(given.num_heads, embed, "embed_dim", sizes)
     for name in ("visual", "text"):
-        tokens = getattr(given, name)
-        layers.check_sequence(name, tokens, batch, sizes)
-        _check_weights(f"{name}_weights", getattr(given, f"{name}_weights"), tokens, embed, sizes)
+        layers.check_sequence(name, getattr(given, name), batch, sizes)
+    first = part_of(given.visual_weights, "in")
+    features = check_any_product("visual_weights.in", first, given.visual, None, _IN, sizes)
+    if features % 2:
+        raise ValueError(f"visual_weights.in_weight must be {_IN}, got {sizes}")
+    layers.check_heads(given.num_heads, features // 2, "embed_dim", sizes)
+    for name in ("visual", "text"):
+        weights = getattr(given, f"{name}_weights")
+        _check_weights(f"{name}_weights", weights, getattr(given, name), features // 2, sizes)
     if not isinstance(given.activation, str | None) or given.activation not in ACTIVATIONS:
         names = ", ".join(repr(name) for name in ACTIVATIONS)
         raise ValueError(f"activation must be one of {names}, got {given.activation!r}")
@@ -307,27 +356,21 @@ def check(given: Arguments) -> None:
         )
 
 
-def _embed_dim(weights: Any, name: str, sizes: str) -> int:
-    if not isinstance(weights.out_weight, Tensor):
-        kind = type(weights.out_weight).__name__
-        raise TypeError(f"{name}.out_weight must be a Tensor, got {kind}")
-    if weights.out_weight.dim() != 2:
-        raise ValueError(f"{name}.out_weight must be (width, embed_dim), got {sizes}")
-    embed_dim: int = weights.out_weight.shape[1]
-    return embed_dim
+_IN = "(2 * embed_dim, width)"
 
 
 def _check_weights(name: str, weights: Any, tokens: Tensor, embed: int, sizes: str) -> None:
-    width, linear1 = tokens.shape[2], weights.linear1_weight
-    hidden = linear1.shape[0] if linear1 is not None and linear1.dim() == 2 else 0
-    for part, features, inputs, what in (
-        ("in", 2 * embed, width, "(2 * embed_dim, width)"),
-        ("out", width, embed, "(width, embed_dim)"),
-        ("linear1", hidden, width, "(dim_feedforward, width)"),
-        ("linear2", width, hidden, "(width, dim_feedforward)"),
-    ):
-        weight, bias = getattr(weights, f"{part}_weight"), getattr(weights, f"{part}_bias")
-        layers.check_linear(f"{name}.{part}", weight, bias, features, inputs, what, sizes)
+    width = tokens.shape[2]
+
+    def check_part(part: str, inputs: int, features: int | None, what: str) -> int:
+        x = tokens.new_empty(0, inputs)
+        of_part = part_of(weights, part)
+        return check_any_product(f"{name}.{part}", of_part, x, features, what, sizes)
+
+    check_part("in", width, 2 * embed, _IN)
+    check_part("out", embed, width, "(width, embed_dim)")
+    hidden = check_part("linear1", width, None, "(dim_feedforward, width)")
+    check_part("linear2", hidden, width, "(width, dim_feedforward)")
     for part in ("norm1", "norm2"):
         layers.check_norm(f"{name}.{part}", getattr(weights, part), width, sizes)
 
@@ -352,6 +395,8 @@ def normalize(given: Arguments) -> Call:
 
 def run_reference(call: Call, lse: bool) -> tuple[Tensor, ...]:
     """The definition."""
+    if call.has_narrow_weights():
+        return cross_modal_in_steps(call, _attend_by_formula)
     dtype = call.visual.dtype
     acc = formulas.accumulation_dtype(dtype)
     streams = call.streams()
@@ -365,7 +410,11 @@ def run_reference(call: Call, lse: bool) -> tuple[Tensor, ...]:
         ]
 
     scored = norm(8, tokens, call.first_eps()) if call.norm_first else tokens
-    attended = _attend_by_formula(call, scored, streams)
+    (query, visual_value), (key, text_value) = (
+        layers.heads_of(layers.linear(x, s.in_weight, s.in_bias), 2, call.num_heads)
+        for x, s in zip(scored, streams, strict=True)
+    )
+    attended = _attend_by_formula(call, query, key, text_value, visual_value)
     for i, (s, found) in enumerate(zip(streams, attended, strict=True)):
         tokens[i] = tokens[i] + layers.linear(layers.rows_of(found), s.out_weight, s.out_bias)
     tokens = tokens if call.norm_first else norm(8, tokens, call.first_eps())
@@ -378,13 +427,9 @@ def run_reference(call: Call, lse: bool) -> tuple[Tensor, ...]:
 
 
 def _attend_by_formula(
-    call: Call, tokens: Sequence[Tensor], streams: tuple[Stream, Stream]
+    call: Call, query: Tensor, key: Tensor, value: Tensor, query_value: Tensor
 ) -> tuple[Tensor, ...]:
-    (query, visual_value), (key, text_value) = (
-        layers.heads_of(layers.linear(x, s.in_weight, s.in_bias), 2, call.num_heads)
-        for x, s in zip(tokens, streams, strict=True)
-    )
-    inside = _attention(call, query, key, text_value, visual_value)
+    inside = _attention(call, query, key, value, query_value)
     return _bidirectional.run_reference(inside, False)
 
 
@@ -403,10 +448,10 @@ def _fake(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _flops(call: Call, backward: bool) -> int:
-    embed, pairs = call.visual_out_weight.shape[1], call.visual.shape[1] * call.text.shape[1]
+    embed, pairs = call.embed_dim, call.visual.shape[1] * call.text.shape[1]
     products = 3 * call.visual.shape[0] * pairs * embed
     for tokens, stream in zip((call.visual, call.text), call.streams(), strict=True):
-        products += tokens.numel() * (3 * embed + 2 * stream.linear1_weight.shape[0])
+        products += tokens.numel() * (3 * embed + 2 * stream.linear("linear1", tokens).features)
     return 2 * products * (2 if backward else 1)
 
 
@@ -435,12 +480,14 @@ def _triton_refuses(call: Call) -> Sequence[str]:
     name = tuple(ACTIVATIONS)[call.activation]
     if name not in _IN_TRITON:
         reasons = (*reasons, f"{name} is left to the reference")
+    if not reasons and call.has_narrow_weights():
+        reasons = (NARROW_WEIGHTS,)
     return reasons
 
 
 def _triton_path(call: Call) -> str:
     """Which attention stands between the products."""
-    visual, embed = call.visual, call.visual_out_weight.shape[1]
+    visual, embed = call.visual, call.embed_dim
     query, key = (
         visual.new_empty(1).expand(
             visual.shape[0], call.num_heads, tokens.shape[1], embed // call.num_heads
@@ -457,7 +504,13 @@ def _cpu_refuses(call: Call) -> Sequence[str]:
 
 
 def _cpu_path(call: Call) -> str:
-    return f"{cpu.isa()}, one call, weights in place{cpu.products(call.visual.dtype)}"
+    ways = {
+        _linear.cpu_path(stream.linear(name, call.visual))
+        for stream in call.streams()
+        for name in PRODUCTS
+    }
+    ways |= attention_path(call.visual, call.attention_dtype)
+    return f"{cpu.isa()}, one call, {', '.join(sorted(ways))}"
 
 
 def inputs(
@@ -472,13 +525,7 @@ def inputs(
             "both_padding" (the last quarter of both sequences of every second entry hidden),
             "bool", "bias" (a float for each head and score) or None.
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
-    device = torch.get_default_device() if device is None else device
-
-    def normal(*size: int, scale: float = 1.0) -> Tensor:
-        made = torch.randn(size, generator=generator, device="cpu") * scale
-        return made.to(device=device, dtype=dtype)
-
+    normal = normals(dtype, device, seed)
     batch, heads, mask = shape.get("batch", 1), shape["heads"], shape.get("mask")
     lengths, widths = (shape["q_len"], shape["kv_len"]), (shape["dim"], shape["context_dim"])
     embed, has_bias = shape.get("embed_dim") or max(widths), shape.get("bias", True)
@@ -505,16 +552,9 @@ def inputs(
     }
     if mask == "both_padding":
         for name, length in zip(("visual", "text"), lengths, strict=True):
-            hidden = torch.zeros(batch, length, dtype=torch.bool, device="cpu")
-            hidden[::2, length - length // 4 :] = True
-            call[f"{name}_padding_mask"] = hidden.to(device)
-    elif mask == "bool":
-        shown = torch.rand(lengths, generator=generator, device="cpu") > 0.2
-        call["attn_mask"] = shown.to(device)
-    elif mask == "bias":
-        call["attn_mask"] = normal(1, heads, *lengths)
+            call[f"{name}_padding_mask"] = some_padding(batch, length, device)
     elif mask is not None:
-        raise ValueError(f"mask must be both_padding, bool, bias or None, got {mask!r}")
+        call["attn_mask"] = random_mask(mask, normal, heads, lengths, "both_padding")
     return call
 
 

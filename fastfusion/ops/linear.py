@@ -228,11 +228,15 @@ class _OfIntegers(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        refused = [
-            torch.ops.fastfusion.no_gradient(grads[0], shape) if needed else None
-            for shape, needed in zip(ctx.shapes, ctx.needs_input_grad[1:], strict=False)
-        ]
+        refused = _no_gradients(grads[0], ctx.shapes, ctx.needs_input_grad[1:])
         return None, *refused, None, None
+
+
+def _no_gradients(grad: Tensor, shapes: Any, needed: Any) -> tuple[Tensor | None, ...]:
+    return tuple(
+        torch.ops.fastfusion.no_gradient(grad, shape) if is_needed else None
+        for shape, is_needed in zip(shapes, needed, strict=False)
+    )
 
 
 def check(given: Arguments) -> None:
@@ -332,17 +336,41 @@ def run_reference(call: Call, lse: bool) -> Any:
 
 
 def _product_of_integers(call: Call, acc: torch.dtype) -> Tensor:
-    """input @ weight^T of 8-bit integers, scaled; the sums are exact in float64."""
-    weight, scale = call.weight, call.weight_scale
-    assert scale is not None
-    x = cast(call.input.detach(), acc)
+    """input @ weight^T of 8-bit integers, scaled."""
+    assert call.weight_scale is not None
+    given = cast(call.input, acc), call.weight, cast(call.weight_scale, acc)
+    if _is_tracked(call):  # the reference of a layer's op, which has a gradient
+        return _RoundedProduct.apply(*given)
+    return _rounded_product(*given)
+
+
+def _rounded_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The sums are exact in float64."""
     largest = x.abs().amax(-1, keepdim=True)
     limit = torch.full_like(largest, LIMIT)  # 127 / x of a number is rounded twice in torch
     inverse = torch.where(largest < LEAST, 0.0, limit / largest)
     numbers = (x * inverse).round().clamp(-LIMIT, LIMIT).double()
-    rows = unpacked(weight, x.shape[-1], call.features // weight.shape[0]).double() - ZERO
-    scales = torch.where(largest.isfinite(), largest / limit, torch.nan) * cast(scale, acc)
-    return cast(numbers @ rows.t(), acc) * scales
+    rows = unpacked(weight, x.shape[-1], scale.shape[0] // weight.shape[0]).double() - ZERO
+    scales = torch.where(largest.isfinite(), largest / limit, torch.nan) * scale
+    return cast(numbers @ rows.t(), x.dtype) * scales
+
+
+class _RoundedProduct(Function):
+    """`_rounded_product`, whose derivative nobody gets by accident: it is 0 but at the steps."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        return _rounded_product(x, weight, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.shapes = [t.shape for t in inputs]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _no_gradients(grads[0], ctx.shapes, ctx.needs_input_grad)
 
 
 def _fake(call: Call) -> Tensor:

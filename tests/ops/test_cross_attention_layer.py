@@ -255,7 +255,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"context": C[:1]}, ValueError, "context must have the batch size"),
     ({"context": None}, TypeError, "context must be a Tensor"),
     ({"context": C[..., :5]}, ValueError, r"kv_weight must be \(2 \* inner, context_dim\)"),
-    ({"q_weight": X[0, 0]}, ValueError, r"q_weight must be \(features, width\)"),
+    ({"q_weight": X[0, 0]}, ValueError, r"q_weight must be \(inner, query_dim\)"),
     ({"q_weight": X.new_ones(8, 7)}, ValueError, r"q_weight must be \(inner, query_dim\)"),
     ({"q_bias": X.new_ones(7)}, ValueError, r"q_bias must be \(8,\)"),
     ({"kv_weight": X.new_ones(15, 6)}, ValueError, "kv_weight must be"),

@@ -71,7 +71,7 @@ struct CrossAttentionSteps {
 
 template <class HalfMath>
 void cross_attention_layer(const CrossAttentionLayer& p, ParallelFor parallel) {
-  const LayerSteps<HalfMath> steps(p.attention.type, p.attention, parallel);
+  const LayerSteps<HalfMath> steps(p.type, p.attention, parallel);
   const CrossAttentionSteps<HalfMath> cross{steps, p};
   if (cross.query().count() == 0) return;
   if (char* memory = steps.memory(cross.bytes())) cross.run(memory, parallel);
@@ -96,19 +96,28 @@ struct StreamSteps {
   int64_t of_tokens() const { return steps.bytes(x().count(), stream.width); }
   int64_t bytes() const { return widest() + of_heads() + 2 * of_tokens(); }
 
+  // What the heads have gathered, as the output projection takes it.
   char* attended(char* memory) const { return memory + widest(); }
 
-  // What scores are made of, and values.
+  // Where the heads write that: an attention in bfloat16 between tokens of float32 reads a copy of
+  // its operands from `attended`, and the operands themselves have had their time.
+  char* out_of_heads(char* memory) const {
+    return steps.is_narrow(p.attention) ? memory : attended(memory);
+  }
+
+  // What scores are made of, and values, as the attention reads them.
   LayerRows project(char* memory) const {
     char* const normed = attended(memory) + of_heads();
     const LayerRows scored = p.norm_first ? steps.normalize(stream.norm1, x(), normed) : x();
-    return steps.product(stream.in_proj, scored, 2 * inner, memory);
+    const LayerRows wide = steps.product(stream.in_proj, scored, 2 * inner, memory);
+    return steps.narrowed(p.attention, wide, attended(memory));
   }
 
   // The output, from what the heads have gathered.
   void finish(char* memory) const {
     char *const normed = attended(memory) + of_heads(), *const sum = normed + of_tokens();
-    const LayerRows gathered = steps.side_by_side(x(), attended(memory), inner), tokens = x();
+    const LayerRows joined = steps.side_by_side(x(), out_of_heads(memory), inner), tokens = x();
+    const LayerRows gathered = steps.widened(p.attention, joined, attended(memory));
     LayerRows y = steps.product(stream.out_proj, gathered, stream.width, sum, &tokens);
     if (!p.norm_first) y = steps.normalize(stream.norm1, y, sum);
     const LayerRows fed = p.norm_first ? steps.normalize(stream.norm2, y, normed) : y;
@@ -121,7 +130,7 @@ struct StreamSteps {
 
 template <class HalfMath>
 void cross_modal_layer(const CrossModalLayer& p, ParallelFor parallel) {
-  const LayerSteps<HalfMath> steps(p.attention.type, p.attention, parallel);
+  const LayerSteps<HalfMath> steps(p.type, p.attention, parallel);
   BidirectionalForward attention = p.attention;
   const int64_t dim = attention.head_dim, inner = attention.heads * dim;
   const StreamSteps<HalfMath> queries{steps, p, p.streams[0], inner};
@@ -135,8 +144,8 @@ void cross_modal_layer(const CrossModalLayer& p, ParallelFor parallel) {
   attention.query_value = steps.heads(attention, of_queries, 1, inner);
   attention.key = steps.heads(attention, of_keys, 0, inner);
   attention.value = steps.heads(attention, of_keys, 1, inner);
-  attention.out_q = steps.joined(queries.attended(memory), attention.q_len, inner, dim);
-  attention.out_k = steps.joined(keys.attended(behind), attention.kv_len, inner, dim);
+  attention.out_q = steps.joined(queries.out_of_heads(memory), attention.q_len, inner, dim);
+  attention.out_k = steps.joined(keys.out_of_heads(behind), attention.kv_len, inner, dim);
   if (!*attention.out_of_memory) bidirectional_forward<HalfMath>(attention, parallel);
   queries.finish(memory);
   keys.finish(behind);
