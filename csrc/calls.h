@@ -41,7 +41,31 @@ struct Slopes {
   const float* data = nullptr;
   int64_t batch = 0, head = 0;
 
-  float at(int64_t b, int64_t h) const { return data[b * batch + h * head]; }
+  constexpr float at(int64_t b, int64_t h) const { return data[b * batch + h * head]; }
+};
+
+// Numbers of segments, (B, L). No data: none.
+struct Segments {
+  const int64_t* data = nullptr;
+  int64_t batch = 0, place = 0;
+
+  constexpr int64_t at(int64_t b, int64_t i) const { return data[b * batch + i * place]; }
+};
+
+// Lengths of prefixes, (B). No data: none.
+struct Prefixes {
+  const int64_t* data = nullptr;
+  int64_t batch = 0;
+
+  constexpr int64_t at(int64_t b) const { return data[b * batch]; }
+};
+
+// What says which keys queries see beside the diagonal and the window.
+struct RangeRules {
+  Segments q_segments, k_segments;  // a query sees the keys of its own; both or none
+  Prefixes prefixes;                // so many keys are seen from the left of the diagonal, too
+
+  constexpr bool any() const { return q_segments.data || prefixes.data; }
 };
 
 // The keys that each query sees, where a rule of places does not say it: those from `first` to
@@ -61,7 +85,7 @@ struct Sinks {
   const float* data = nullptr;
   int64_t head = 0;
 
-  float at(int64_t h) const { return data[h * head]; }
+  constexpr float at(int64_t h) const { return data[h * head]; }
 };
 
 // How far a query sees that sees all keys: beyond any length, and sums of it with lengths are
@@ -86,7 +110,8 @@ struct Attention {
   // Query i stands beside key i + diagonal, and sees as many keys left of it and right of it.
   int64_t diagonal = 0;
   int64_t left = kEndless, right = kEndless;
-  KeyRanges ranges;  // what these three say, and segments and prefixes (cpu/key_ranges.h)
+  RangeRules rules;
+  KeyRanges ranges;  // what all of these say, for the CPU's kernels (cpu/key_ranges.h)
   Slopes alibi;
   Sinks sinks;
   bool exchanged = false;  // queries and keys have changed places: the keys have the diagonal

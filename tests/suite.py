@@ -47,9 +47,7 @@ MOST_EXPECTED = 160
 M_PERTURB = -6
 
 
-# Arguments that the CUDA kernels leave to others.
-KINDS = ("window", "softcap", "alibi_slopes")
-# Those that the Triton kernels leave, too.
+# Arguments that the Triton kernels leave to others.
 RARE_KINDS = ("segment_ids_q", "segment_ids_k", "prefix_len", "sinks")
 
 # Results, and gradients by name.
@@ -423,7 +421,7 @@ class AttentionSuite(OpSuite):
     slow_scale_cases: ClassVar[tuple[str, ...]] = ()
 
     def takes(self, target: Target, call: dict[str, Any]) -> bool:
-        left = {"cuda": (*KINDS, *RARE_KINDS), "triton": RARE_KINDS}.get(target.backend, ())
+        left = {"triton": RARE_KINDS}.get(target.backend, ())
         kinds = [name for name in left if name in call]
         if not kinds:
             return True

@@ -18,7 +18,7 @@ struct Run {
 // The segments of a batch entry's keys, by number.
 class KeySegments {
  public:
-  KeySegments(const Integers& numbers, int64_t b, int64_t length) {
+  KeySegments(const Segments& numbers, int64_t b, int64_t length) {
     std::vector<Run> pieces;
     for (int64_t j = 0; j < length; ++j) {
       const int64_t number = numbers.at(b, j);
@@ -55,7 +55,7 @@ class KeySegments {
 
 // Calls body(i, place of the i-th number among the segments).
 template <class Body>
-void for_places(const KeySegments& segments, const Integers& numbers, int64_t b, int64_t length,
+void for_places(const KeySegments& segments, const Segments& numbers, int64_t b, int64_t length,
                 const Body& body) {
   int64_t before = 0;
   int32_t place = -1;
@@ -69,7 +69,8 @@ void for_places(const KeySegments& segments, const Integers& numbers, int64_t b,
 
 }  // namespace
 
-KeyRangeTable key_ranges(const Attention& p, const RangeRules& rules) {
+KeyRangeTable key_ranges(const Attention& p) {
+  const RangeRules& rules = p.rules;
   KeyRangeTable table;
   // One element more: of an empty vector there is no address, which would say that there are none.
   table.first.resize(size_t(p.batch * p.q_len + 1));

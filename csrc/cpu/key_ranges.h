@@ -8,22 +8,6 @@
 
 namespace ff {
 
-// Integers of a call by their strides: (batch), or (batch, length). No data: none.
-struct Integers {
-  const int64_t* data = nullptr;
-  int64_t batch = 0, place = 0;
-
-  int64_t at(int64_t b, int64_t i = 0) const { return data[b * batch + i * place]; }
-};
-
-// What ranges are made of, beside the diagonal and the window of the call.
-struct RangeRules {
-  Integers q_segments, k_segments;  // a query sees the keys of its own segment; both or none
-  Integers prefixes;                // so many keys are seen from the left of the diagonal, too
-
-  bool any() const { return q_segments.data || prefixes.data; }
-};
-
 // The memory of ranges.
 struct KeyRangeTable {
   std::vector<int32_t> first, end, q_segments, k_segments;
@@ -35,6 +19,6 @@ struct KeyRangeTable {
 };
 
 // In time linear in the lengths, where few segments are scattered.
-FF_EXPORT KeyRangeTable key_ranges(const Attention&, const RangeRules&);
+FF_EXPORT KeyRangeTable key_ranges(const Attention&);
 
 }  // namespace ff

@@ -2,8 +2,8 @@
 //
 // Pointers are to memory of the current device. Nothing is allocated and nothing waits: a call is
 // one launch or two on `stream` (a cudaStream_t), so that CUDA graphs can capture it. Functions
-// return null, or what is wrong as a text. `out_of_memory`, `sums`, `entry` and what belongs to
-// dropout are not used.
+// return null, or what is wrong as a text. `out_of_memory`, `sums`, `ranges`, `entry` and what
+// belongs to dropout are not used.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ namespace ff::cuda {
 FF_CUDA_EXPORT int64_t attention_workspace(const AttentionForward& call, int capability);
 
 // Attention forward, as scaled_dot_product_attention.py defines it: head dims up to 256, any
-// strides whose last is 1, masks at any strides; no dropout.
+// strides whose last is 1, masks at any strides and of all kinds; no dropout.
 FF_CUDA_EXPORT const char* attention_forward(const AttentionForward& call, void* workspace,
                                              void* stream);
 

@@ -367,12 +367,6 @@ FF_DEVICE void store_lse(const MutableLse& lse, int64_t b, int64_t h, int64_t i,
   if (lse.data) lse.data[b * lse.batch + h * lse.head + i * lse.row] = value;
 }
 
-// The class of head dims that kernels are made for.
-inline int padded_dim(int64_t head_dim, int64_t value_dim) {
-  const int64_t dim = head_dim > value_dim ? head_dim : value_dim;
-  return dim <= 32 ? 32 : int((dim + 63) / 64 * 64);
-}
-
 // Calls body<kDim>() for the class of a call.
 template <class Body>
 const char* with_dim(int dim, const Body& body) {

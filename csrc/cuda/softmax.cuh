@@ -1,6 +1,9 @@
-// From products of queries and keys to weights.
+// From products of queries and keys to weights: the score policy of the kernels of 16-bit types.
+// What a call does to scores is here, in the order of core/score_policy.py; places are in
+// diagonal.h, and the kinds of masks that are numbers in kinds.cuh.
 #pragma once
 
+#include "kinds.cuh"
 #include "shared_tile.cuh"
 
 namespace ff::cuda {
@@ -14,7 +17,24 @@ constexpr float kLn2 = 0.693147181f;
 // loses when it is rounded to a shift, from scales of about 2^26 on. Else scores stay raw products,
 // and one fma does the rest, with scale * log2(e).
 inline bool is_natural(const Attention& p) {
-  return p.mask.data || !(p.scale >= 0x1p-16f && p.scale <= 0x1p16f);
+  return p.mask.data || has_kinds(p) || !(p.scale >= 0x1p-16f && p.scale <= 0x1p16f);
+}
+
+// The class of head dims that a call's kernel is made for, of which those with kinds have fewer.
+inline int padded_dim(const Attention& p, int64_t value_dim) {
+  const int64_t dim = p.head_dim > value_dim ? p.head_dim : value_dim;
+  if (has_kinds(p)) return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+  return dim <= 32 ? 32 : int((dim + 63) / 64 * 64);
+}
+
+// Calls body<Scores>() for what a call of this class needs.
+template <int kDim, class Body>
+const char* with_scores(const Attention& p, const Body& body) {
+  if constexpr (kDim != 32 && kDim != 192) {
+    if (has_kinds(p)) return body.template operator()<WithKinds>();
+  }
+  if (is_natural(p)) return body.template operator()<Natural>();
+  return body.template operator()<Products>();
 }
 
 // 0 in place of -inf, the maximum of a row without a key so far: -inf - -inf would be NaN.
@@ -44,25 +64,27 @@ struct Units {
 
 // What hides scores of a head and is added to them. Products with the scale are rounded, as their
 // maximum is, so that none exceeds it.
-template <bool kNatural>
-struct Exponents : Units<kNatural> {
+template <class Scores>
+struct Exponents : Units<Scores::kNatural> {
   const void* mask;  // of this batch entry and head; without kNatural there is none
   int64_t row, column;
   Type type;
   Padding padding;
   float scale;
-  Diagonal diagonal;
+  typename Scores::Kinds::Places places;
+  typename Scores::Kinds kinds;
   int q_len, kv_len;
 
   FF_DEVICE Exponents(const Attention& p, int64_t b, int64_t h)
-      : Units<kNatural>(p.scale),
-        mask(kNatural ? p.mask.data : nullptr),
+      : Units<Scores::kNatural>(p.scale),
+        mask(Scores::kNatural ? p.mask.data : nullptr),
         row(p.mask.row),
         column(p.mask.column),
         type(p.mask_type),
         padding(p.padding, p.padding_batch, p.padding_column, b),
         scale(p.scale),
-        diagonal(p),
+        places(p, b),
+        kinds(p, b, h),
         q_len(int(p.q_len)),
         kv_len(int(p.kv_len)) {
     if (mask) {
@@ -72,14 +94,15 @@ struct Exponents : Units<kNatural> {
   }
 };
 
-// What becomes of a lane's scores in 8 kTiles keys: loaded before their product is there. Scores
-// are those of rows `query` + lane / 4 and 8 on.
-template <int kTiles, bool kNatural>
+// What becomes of a lane's scores in 8 kTiles keys: loaded before their product is there, but with
+// kinds, for which registers would not do. Scores are those of rows `query` + lane / 4 and 8 on.
+template <int kTiles, class Scores>
 struct Hiding {
   static_assert(kTiles <= 8);
+  static constexpr bool kEarly = Scores::kNatural && !Scores::Kinds::kAny;
 
   uint32_t shown = ~0u;  // by the mask; bits of scores, see bit()
-  float added[kNatural ? kTiles : 1][4];
+  float added[kEarly ? kTiles : 1][4];
 
   // Score i of tile n. Tiles n and n + 4 share a byte, so that no bits of keys have to be moved.
   FF_DEVICE static constexpr uint32_t bit(int n, int i) {
@@ -87,40 +110,33 @@ struct Hiding {
   }
 
   // Of the keys from `first` on.
-  FF_DEVICE Hiding(const Exponents<kNatural>& exponents, int query, int first) {
-    if constexpr (kNatural) {
+  FF_DEVICE Hiding(const Exponents<Scores>& exponents, int query, int first) {
+    if constexpr (kEarly) {
       clear(added);
-      if (!exponents.mask || exponents.kv_len == 0) return;
-      const int lane_query = query + lane_index() / 4;
-      if (exponents.type == Type::kBool) {
-        load<Bool>(exponents, lane_query, first, [&](int n, int i, Bool entry) {
-          if (!entry) shown &= ~bit(n, i);
-        });
-      } else if (exponents.type == Type::kFloat32) {
-        load<float>(exponents, lane_query, first,
-                    [&](int n, int i, float entry) { added[n][i] = entry; });
-      } else {
-        const bool half = exponents.type == Type::kFloat16;
-        load<BFloat16>(exponents, lane_query, first, [&](int n, int i, BFloat16 entry) {
-          added[n][i] = half ? to_float(Half{entry.bits}) : to_float(entry);
-        });
-      }
+      read_mask(exponents, query, first, shown,
+                [&](int n, int i, float entry) { added[n][i] = entry; });
     }
   }
 
   // Those of the keys are there that are `present`.
-  FF_DEVICE void apply(const Exponents<kNatural>& exponents, int query, int first, uint64_t present,
+  FF_DEVICE void apply(const Exponents<Scores>& exponents, int query, int first, uint64_t present,
                        float (&scores)[kTiles][4]) const {
-    const Diagonal& diagonal = exponents.diagonal;
+    const auto& places = exponents.places;
     uint32_t visible = shown;
-    if (diagonal.direction != 0) {
+    if (places.any()) {
       const int lane_query = query + lane_index() / 4;
-      visible &= of_lane(present & diagonal.seen(lane_query, first)) |
-                 of_lane(present & diagonal.seen(lane_query + 8, first)) << 2;
+      visible &= of_lane(present & places.seen(lane_query, first)) |
+                 of_lane(present & places.seen(lane_query + 8, first)) << 2;
     } else {
       visible &= of_lane(present) * 5;  // both rows alike
     }
-    if constexpr (kNatural) {
+    if constexpr (Scores::Kinds::kAny) {
+      const int lane_query = query + lane_index() / 4;
+      shape(exponents, lane_query, first, scores);
+      read_mask(exponents, query, first, visible,
+                [&](int n, int i, float entry) { scores[n][i] += entry; });
+      hide_segments(exponents, lane_query, first, visible);
+    } else if constexpr (Scores::kNatural) {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -141,10 +157,76 @@ struct Hiding {
     return (uint32_t(keys) & 0x03030303u) | (uint32_t(keys >> 32) & 0x03030303u) << 4;
   }
 
+  // Products to scores before masks.
+  FF_DEVICE static void shape(const Exponents<Scores>& exponents, int query, int first,
+                              float (&scores)[kTiles][4]) {
+    const auto& kinds = exponents.kinds;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[n][i] = rounded_product(scores[n][i], exponents.scale);
+    if (kinds.cap > 0.0f) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          scores[n][i] = kinds.template capped<Cap::kNarrow>(scores[n][i]);
+    }
+    if (kinds.slope != 0.0f) {
+      const int lane_key = first + lane_index() % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          scores[n][i] = kinds.biased(scores[n][i], query + i / 2 * 8, lane_key + n * 8 + i % 2);
+    }
+  }
+
+  FF_DEVICE static void hide_segments(const Exponents<Scores>& exponents, int query, int first,
+                                      uint32_t& visible) {
+    const auto& kinds = exponents.kinds;
+    if (!kinds.segmented() || exponents.kv_len == 0) return;
+    const int last_query = exponents.q_len - 1, last_key = exponents.kv_len - 1;
+    int64_t own[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      own[r] = kinds.query_segment(query + r * 8 < last_query ? query + r * 8 : last_query);
+    const int lane_key = first + lane_index() % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int key = lane_key + n * 8 + e;
+        const int64_t segment = kinds.key_segment(key < last_key ? key : last_key);
+        if (segment != own[0]) visible &= ~bit(n, e);
+        if (segment != own[1]) visible &= ~bit(n, e + 2);
+      }
+  }
+
+  // Takes the bits of what a bool mask hides off, and hands the entries of a float one on.
+  template <class Add>
+  FF_DEVICE static void read_mask(const Exponents<Scores>& exponents, int query, int first,
+                                  uint32_t& bits, const Add& add) {
+    if (!exponents.mask || exponents.kv_len == 0) return;
+    const int lane_query = query + lane_index() / 4;
+    if (exponents.type == Type::kBool) {
+      load<Bool>(exponents, lane_query, first, [&](int n, int i, Bool entry) {
+        if (!entry) bits &= ~bit(n, i);
+      });
+    } else if (exponents.type == Type::kFloat32) {
+      load<float>(exponents, lane_query, first, add);
+    } else {
+      const bool half = exponents.type == Type::kFloat16;
+      load<BFloat16>(exponents, lane_query, first, [&](int n, int i, BFloat16 entry) {
+        add(n, i, half ? to_float(Half{entry.bits}) : to_float(entry));
+      });
+    }
+  }
+
   // Gives every score its entry, of a neighbour where there is none: loads without branches.
   template <class E, class Take>
-  FF_DEVICE void load(const Exponents<kNatural>& exponents, int query, int first,
-                      const Take& take) const {
+  FF_DEVICE static void load(const Exponents<Scores>& exponents, int query, int first,
+                             const Take& take) {
     const auto* const data = static_cast<const E*>(exponents.mask);
     const E* rows[2];
 #pragma unroll

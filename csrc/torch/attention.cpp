@@ -7,7 +7,7 @@ namespace {
 Tensor forward(const AttentionInputs& in, Tensor* lse) {
   ff::AttentionForward p;
   describe(p, in);
-  const ff::KeyRangeTable ranges = describe_ranges(p, in);
+  const ff::KeyRangeTable ranges = describe_ranges(p);
   Tensor out = make_out(p, in.query, lse);
   run(p, [&] { ff::kernels().attention_forward(p, parallel_for); });
   return out;
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Grad
                                                                       const AttentionInputs& in) {
   ff::AttentionBackward p;
   describe(p, in);
-  const ff::KeyRangeTable ranges = describe_ranges(p, in);
+  const ff::KeyRangeTable ranges = describe_ranges(p);
   const Kind kind = kind_of(in.query);
   const OutputGradient grad_out(gradients[0], {p.batch, p.heads, p.q_len, p.value_dim}, in.query);
   p.grad_out = view(grad_out.tensor);

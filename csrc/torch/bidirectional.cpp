@@ -7,7 +7,7 @@ namespace {
 Outputs forward(const BidirectionalInputs& in, bool lse) {
   ff::BidirectionalForward p;
   describe(p, in);
-  const ff::KeyRangeTable ranges = describe_ranges(p, in);
+  const ff::KeyRangeTable ranges = describe_ranges(p);
   const Outputs made = make_outputs(p, in.query, lse);
   run(p, [&] { ff::kernels().bidirectional_forward(p, parallel_for); });
   return made;
@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_backward(
     const Gradients<4>& gradients, bool mask_gradient, const BidirectionalInputs& in) {
   ff::BidirectionalBackward p;
   describe(p, in);
-  const ff::KeyRangeTable ranges = describe_ranges(p, in);
+  const ff::KeyRangeTable ranges = describe_ranges(p);
   const Kind kind = kind_of(in.query);
   const OutputGradient to_rows(gradients[0], {p.batch, p.heads, p.q_len, p.value_dim}, in.query);
   const OutputGradient to_columns(gradients[1], {p.batch, p.heads, p.kv_len, p.query_value_dim},

@@ -24,30 +24,10 @@ inline Tensor fill_zeros(const Tensor& t) {
   return t;
 }
 
-// Integers of a call, (batch) or (batch, length).
-inline ff::Integers integers(const MaybeTensor& given, std::initializer_list<int64_t> sizes,
-                             const char* name) {
-  if (!given) return {};
-  bool fits = given->dim() == int64_t(sizes.size()) && given->is_cpu() &&
-              given->scalar_type() == ScalarType::Long;
-  for (size_t i = 0; i < sizes.size() && fits; ++i)
-    fits = given->size(int64_t(i)) == sizes.begin()[i];
-  check_fits(fits, name);
-  return {static_cast<const int64_t*>(given->const_data_ptr()), given->stride(0),
-          sizes.size() > 1 ? given->stride(1) : 0};
-}
-
 // What segments and prefixes let queries see, in memory that the call reads while it runs.
-template <class Inputs>
-inline ff::KeyRangeTable describe_ranges(ff::Attention& p, const Inputs& in) {
-  STD_TORCH_CHECK(in.segment_ids_q.has_value() == in.segment_ids_k.has_value(),
-                  "fastfusion: segment_ids_q and segment_ids_k come together");
-  STD_TORCH_CHECK(!in.prefix_len || in.is_causal, "fastfusion: prefix_len needs is_causal");
-  const ff::RangeRules rules{integers(in.segment_ids_q, {p.batch, p.q_len}, "segment_ids_q"),
-                             integers(in.segment_ids_k, {p.batch, p.kv_len}, "segment_ids_k"),
-                             integers(in.prefix_len, {p.batch}, "prefix_len")};
-  if (!rules.any()) return {};
-  ff::KeyRangeTable table = ff::key_ranges(p, rules);
+inline ff::KeyRangeTable describe_ranges(ff::Attention& p) {
+  if (!p.rules.any()) return {};
+  ff::KeyRangeTable table = ff::key_ranges(p);
   p.ranges = table.ranges();
   return table;
 }

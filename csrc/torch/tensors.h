@@ -151,10 +151,6 @@ inline void describe_options(ff::Attention& p, const Inputs& in) {
   p.softcap = in.softcap ? float(*in.softcap) : 0.0f;
   STD_TORCH_CHECK(!in.softcap || (*in.softcap >= 0x1p-100 && *in.softcap <= 0x1p100),
                   "fastfusion: softcap must be between 2^-100 and 2^100");
-#ifdef FF_TORCH_CUDA
-  STD_TORCH_CHECK(!in.softcap && !in.alibi_slopes && !in.window_left && !in.window_right,
-                  "fastfusion: the CUDA kernels have no window, no soft cap and no ALiBi");
-#endif
   STD_TORCH_CHECK(in.dropout_p >= 0.0 && in.dropout_p <= 1.0 && (in.dropout_p == 0.0 || in.seed),
                   "fastfusion: dropout_p must be between 0 and 1 and come with a seed");
   if (in.dropout_p > 0.0) {
@@ -223,6 +219,34 @@ inline void describe_slopes(ff::Attention& p, const Tensor& query, const MaybeTe
              slopes->stride(1)};
 }
 
+// Integers of a call, of these sizes, or null.
+inline const int64_t* integers(const MaybeTensor& given, std::initializer_list<int64_t> sizes,
+                               const Tensor& query, const char* name) {
+  if (!given) return nullptr;
+  bool fits = given->dim() == int64_t(sizes.size()) && is_here(*given, query) &&
+              given->scalar_type() == ScalarType::Long;
+  for (size_t i = 0; i < sizes.size() && fits; ++i)
+    fits = given->size(int64_t(i)) == sizes.begin()[i];
+  check_fits(fits, name);
+  return static_cast<const int64_t*>(given->const_data_ptr());
+}
+
+// Segments and prefixes.
+template <class Inputs>
+inline void describe_rules(ff::Attention& p, const Inputs& in) {
+  STD_TORCH_CHECK(in.segment_ids_q.has_value() == in.segment_ids_k.has_value(),
+                  "fastfusion: segment_ids_q and segment_ids_k come together");
+  STD_TORCH_CHECK(!in.prefix_len || in.is_causal, "fastfusion: prefix_len needs is_causal");
+  const auto segments = [&](const MaybeTensor& ids, int64_t length, const char* name) {
+    const int64_t* data = integers(ids, {p.batch, length}, in.query, name);
+    return data ? ff::Segments{data, ids->stride(0), ids->stride(1)} : ff::Segments{};
+  };
+  p.rules.q_segments = segments(in.segment_ids_q, p.q_len, "segment_ids_q");
+  p.rules.k_segments = segments(in.segment_ids_k, p.kv_len, "segment_ids_k");
+  const int64_t* prefixes = integers(in.prefix_len, {p.batch}, in.query, "prefix_len");
+  if (prefixes) p.rules.prefixes = {prefixes, in.prefix_len->stride(0)};
+}
+
 // Of (batch, heads, length, dim) tensors.
 template <class Inputs>
 inline void describe_batched(ff::Attention& p, const Inputs& in) {
@@ -236,12 +260,9 @@ inline void describe_batched(ff::Attention& p, const Inputs& in) {
   describe_kind(p, in.query, in.key, in.value);
   p.query = view(in.query), p.key = view(in.key), p.value = view(in.value);
 
-#ifdef FF_TORCH_CUDA
-  STD_TORCH_CHECK(!in.segment_ids_q && !in.segment_ids_k && !in.prefix_len,
-                  "fastfusion: the CUDA kernels have no segments and no prefixes");
-#endif
   describe_masks(p, in.query, in.attn_mask, in.key_padding_mask);
   describe_slopes(p, in.query, in.alibi_slopes, p.batch);
+  describe_rules(p, in);
   describe_options(p, in);
 }
 
@@ -250,9 +271,6 @@ inline void describe(ff::Attention& p, const AttentionInputs& in) {
   STD_TORCH_CHECK(in.enable_gqa || p.heads == p.kv_heads || p.kv_heads == 1,
                   "fastfusion: more query heads than key heads need enable_gqa");
   if (!in.sinks) return;
-#ifdef FF_TORCH_CUDA
-  STD_TORCH_CHECK(false, "fastfusion: the CUDA kernels have no sinks");
-#endif
   const Tensor& sinks = *in.sinks;
   STD_TORCH_CHECK(sinks.dim() == 1 && sinks.size(0) == p.heads &&
                       sinks.scalar_type() == ScalarType::Float && is_here(sinks, in.query),

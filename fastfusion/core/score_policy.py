@@ -383,13 +383,6 @@ def kinds_fit(call: Any, *leading: Any) -> Iterator[Any]:
     yield call.softcap is None or _SMALLEST <= call.softcap <= _LARGEST
 
 
-def has_kinds(call: Any) -> bool:
-    """Whether a call has any but a causal mask."""
-    if not (call.alibi_slopes is call.softcap is call.window_left is call.window_right is None):
-        return True
-    return has_rare_kinds(call)
-
-
 def has_rare_kinds(call: Any) -> bool:
     """Whether a call has segments, a prefix or sinks."""
     return _has_ranges(call) or getattr(call, "sinks", None) is not None
@@ -401,19 +394,6 @@ def refuses_gradient(call: Any) -> Sequence[str]:
     if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         return ("the gradient of alibi_slopes is left to the reference",)
     return ()
-
-
-def refuses_kinds(call: Any) -> Sequence[str]:
-    """Why kernels that have none of them cannot run a call."""
-    if not has_kinds(call):
-        return ()
-    given = [
-        ("window", not (call.window_left is call.window_right is None)),
-        ("softcap", call.softcap is not None),
-        ("alibi_slopes", call.alibi_slopes is not None),
-    ]
-    reasons = [f"{n} is left to the other kernels and the reference" for n, has in given if has]
-    return [*reasons, *refuses_rare_kinds(call)]
 
 
 def refuses_rare_kinds(call: Any) -> Sequence[str]:

@@ -426,7 +426,7 @@ def _triton_refuses(call: Call) -> Sequence[str]:
 
 
 def _cuda_refuses(call: Call) -> Sequence[str]:
-    return [*cuda.refuses(call, DEFINITION), *score_policy.refuses_kinds(call)]
+    return [*cuda.refuses(call, DEFINITION), *score_policy.refuses_gradient(call)]
 
 
 def inputs(

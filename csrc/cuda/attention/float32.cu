@@ -79,9 +79,37 @@ FF_DEVICE void add_values(const float* weight_rows, const float* value_rows, int
   }
 }
 
-// Hides scores and adds a float mask to them, in the rows and keys of a lane.
+// Products to scores before masks.
 template <int kThreadRows>
-FF_DEVICE void mask_scores(const AttentionForward& p, const Place& place, const Diagonal& diagonal,
+FF_DEVICE void shape_scores(const Kinds& kinds, int query, int key,
+                            float (&scores)[kThreadRows][4]) {
+  if (kinds.cap > 0.0f) {
+    for (int i = 0; i < kThreadRows; ++i)
+      for (int j = 0; j < 4; ++j) scores[i][j] = kinds.capped<Cap::kFull>(scores[i][j]);
+  }
+  if (kinds.slope != 0.0f) {
+    for (int i = 0; i < kThreadRows; ++i)
+      for (int j = 0; j < 4; ++j)
+        scores[i][j] = kinds.biased(scores[i][j], query + 2 * i, key + 16 * j);
+  }
+}
+
+// Hides those of other segments than the query's.
+template <int kThreadRows>
+FF_DEVICE void separate_scores(const Kinds& kinds, int last_query, int last_key, int query, int key,
+                               float (&scores)[kThreadRows][4]) {
+  int64_t of_keys[4];
+  for (int j = 0; j < 4; ++j) of_keys[j] = kinds.key_segment(least(key + 16 * j, last_key));
+  for (int i = 0; i < kThreadRows; ++i) {
+    const int64_t own = kinds.query_segment(least(query + 2 * i, last_query));
+    for (int j = 0; j < 4; ++j)
+      if (own != of_keys[j]) scores[i][j] = -INFINITY;
+  }
+}
+
+// Hides scores and adds a float mask to them, in the rows and keys of a lane.
+template <int kThreadRows, class Places>
+FF_DEVICE void mask_scores(const AttentionForward& p, const Place& place, const Places& places,
                            int row, int key, float (&scores)[kThreadRows][4]) {
   bool shown[4];
   int64_t columns[4];
@@ -94,7 +122,7 @@ FF_DEVICE void mask_scores(const AttentionForward& p, const Place& place, const 
     const int query = place.first_row + row + 2 * i;
     const int64_t offset = place.b * p.mask.batch + place.h * p.mask.head + query * p.mask.row;
     for (int j = 0; j < 4; ++j) {
-      bool visible = shown[j] && query < p.q_len && !diagonal.hides(query, key + 16 * j);
+      bool visible = shown[j] && query < p.q_len && !places.hides(query, key + 16 * j);
       if (p.mask.data && visible) {
         if (p.mask_type == Type::kBool) {
           visible = static_cast<const Bool*>(p.mask.data)[offset + columns[j]];
@@ -117,7 +145,7 @@ FF_DEVICE void store4(const Float4& from, float* row, int column, int end, bool 
     if (column + e < end) row[column + e] = from.at[e];
 }
 
-template <class TileConfig>
+template <class TileConfig, class Kinds>
 FF_KERNEL(TileConfig::kThreads)
 attention_float32_kernel(Call c) {
   constexpr int kThreadRows = TileConfig::kThreadRows, kSlices = TileConfig::kColumns / kSlice;
@@ -127,13 +155,14 @@ attention_float32_kernel(Call c) {
   float* weights = shared.take<float>(TileConfig::kRows * TileConfig::kWeightStride);
   int* scratch = shared.take<int>(2 * TileConfig::kThreads / 32);
 
-  const Diagonal diagonal(p);
+  // The last queries first: under a diagonal they take longest.
+  const unsigned tiles = unsigned((p.q_len + TileConfig::kRows - 1) / TileConfig::kRows);
+  const unsigned block = unsigned(block_count() - 1 - block_index());
+  const unsigned head = block / tiles, b = head / unsigned(p.heads), h = head % unsigned(p.heads);
+  const Kinds kinds(p, b, h);
+  const typename Kinds::Places places(p, b);
   Place place;
   {
-    // The last queries first: under a diagonal they take longest.
-    const unsigned tiles = unsigned((p.q_len + TileConfig::kRows - 1) / TileConfig::kRows);
-    const unsigned block = unsigned(block_count() - 1 - block_index());
-    const unsigned head = block / tiles, b = head / unsigned(p.heads), h = head % unsigned(p.heads);
     const unsigned group = h / (unsigned(p.heads) / unsigned(p.kv_heads));
     place.b = b;
     place.h = h;
@@ -147,10 +176,11 @@ attention_float32_kernel(Call c) {
     place.padding = p.padding ? p.padding + b * p.padding_batch : nullptr;
     place.first_key = 0;
     place.end_key = int(p.kv_len);
-    diagonal.limit(place.first_row, place.rows, place.first_key, place.end_key);
-    if (place.padding && place.end_key > TileConfig::kKeys)
-      visible_bounds<TileConfig>(place.padding, p.padding_column, scratch, &place.first_key,
-                                 &place.end_key);
+    places.limit(place.first_row, place.rows, place.first_key, place.end_key);
+    const auto segments = kinds.segments_of(place.first_row, place.rows, int(p.q_len));
+    if ((place.padding || segments.exclude()) && place.end_key > TileConfig::kKeys)
+      visible_bounds<TileConfig>(place.padding, p.padding_column, segments, scratch,
+                                 &place.first_key, &place.end_key);
     place.first_key -= place.first_key % TileConfig::kKeys;
   }
 
@@ -163,7 +193,8 @@ attention_float32_kernel(Call c) {
   // before.
   float out[kSlices][kThreadRows][4] = {}, part[kSlices][kThreadRows][4] = {};
   float maximum[kThreadRows], sum[kThreadRows], rescale[kThreadRows];
-  for (int i = 0; i < kThreadRows; ++i) maximum[i] = -INFINITY, sum[i] = 0.0f, rescale[i] = 1.0f;
+  for (int i = 0; i < kThreadRows; ++i)
+    maximum[i] = kinds.sink, sum[i] = sink_weight(kinds.sink, lane), rescale[i] = 1.0f;
   const auto merge = [&] {
     for (int s = 0; s < kSlices; ++s) {
       for (int i = 0; i < kThreadRows; ++i) {
@@ -191,9 +222,16 @@ attention_float32_kernel(Call c) {
     for (int i = 0; i < kThreadRows; ++i) {
       for (int j = 0; j < 4; ++j) scores[i][j] = rounded_product(scores[i][j], p.scale);
     }
+    if constexpr (Kinds::kAny)
+      shape_scores(kinds, recomputed(place.first_row + row), recomputed(key + lane), scores);
     if (p.mask.data || place.padding || key + TileConfig::kKeys > place.end_key ||
-        diagonal.crosses(place.first_row, TileConfig::kRows, key, TileConfig::kKeys))
-      mask_scores(p, place, diagonal, recomputed(row), recomputed(key + lane), scores);
+        places.crosses(place.first_row, TileConfig::kRows, key, TileConfig::kKeys))
+      mask_scores(p, place, places, recomputed(row), recomputed(key + lane), scores);
+    if constexpr (Kinds::kAny) {
+      if (kinds.segmented())
+        separate_scores(kinds, int(p.q_len) - 1, place.end_key - 1,
+                        recomputed(place.first_row + row), recomputed(key + lane), scores);
+    }
 
     float larger[kThreadRows];
     for (int i = 0; i < kThreadRows; ++i) {
@@ -268,11 +306,12 @@ bool takes_vectors(const void* data, int64_t batch, int64_t head, int64_t row, i
 // Small tiles where there are few queries to share between processors.
 bool few(const AttentionForward& call) { return call.q_len <= 128; }
 
-template <class TileConfig>
+template <class TileConfig, class Kinds = NoKinds>
 const char* run(const Call& c, void* stream) {
   const int64_t tiles = (c.p.q_len + TileConfig::kRows - 1) / TileConfig::kRows;
-  return launch<attention_float32_kernel<TileConfig>>(
-      Launch{c.p.batch * c.p.heads * tiles, TileConfig::kThreads, TileConfig::kShared, stream}, c);
+  const Launch size{c.p.batch * c.p.heads * tiles, TileConfig::kThreads, TileConfig::kShared,
+                    stream};
+  return launch<attention_float32_kernel<TileConfig, Kinds>>(size, c);
 }
 
 }  // namespace float32
@@ -288,6 +327,14 @@ const char* attention_float32(const ff::AttentionForward& call, void* stream) {
   if (call.q_len > kMost || call.kv_len > kMost) return "more than 2^30 queries or keys";
   const Call c{call, vectors(call.query, call.head_dim), vectors(call.key, call.head_dim),
                vectors(call.value, call.value_dim), vectors(call.out, call.value_dim)};
+  if (has_kinds(
+          call)) {  // there are fewer kernels, but those of 65 to 128 columns lose registers alone
+    if (call.value_dim <= 64)
+      return few(call) ? run<Config<16, 4, 64>, Kinds>(c, stream)
+                       : run<Config<64, 4, 64>, Kinds>(c, stream);
+    return few(call) ? run<Config<16, 4, 256>, Kinds>(c, stream)
+                     : run<Config<64, 8, 256>, Kinds>(c, stream);
+  }
   if (call.value_dim <= 64)
     return few(call) ? run<Config<16, 4, 64>>(c, stream) : run<Config<64, 4, 64>>(c, stream);
   if (call.value_dim <= 128)

@@ -7,7 +7,7 @@
 
 #include "calls.h"
 #include "cuda/device.h"
-#include "cuda/diagonal.h"
+#include "cuda/kinds.cuh"
 
 namespace ff::cuda {
 
@@ -107,13 +107,13 @@ FF_DEVICE void copy_rows(float* to, const float* from, int64_t stride, int rows,
 }
 
 // From the first visible key's to behind the last one's, for the whole block.
-template <class TileConfig>
-FF_DEVICE void visible_bounds(const Bool* padding, int64_t stride, int* scratch, int* first,
-                              int* end) {
+template <class TileConfig, class Segments>
+FF_DEVICE void visible_bounds(const Bool* padding, int64_t stride, const Segments& segments,
+                              int* scratch, int* first, int* end) {
   int low = *end, high = 0;
 #pragma unroll 4
   for (int key = *first + thread_index(); key < *end; key += TileConfig::kThreads) {
-    const bool shown = !padding[key * stride];
+    const bool shown = !(padding && padding[key * stride]) && !segments.excludes(key);
     low = shown && key < low ? key : low;
     high = shown ? key + 1 : high;
   }

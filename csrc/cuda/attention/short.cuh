@@ -36,7 +36,7 @@ inline int short_bytes(const ShortPlan& plan, int dim) {
 inline std::optional<ShortPlan> short_plan(const Attention& p, int capability) {
   if (p.q_len > 64 && p.kv_len > kSlice) return std::nullopt;
   ShortPlan plan{1, kSlice, 1, 0, 1, nullptr, nullptr, is_natural(p)};
-  const int dim = padded_dim(p.head_dim, p.value_dim);
+  const int dim = padded_dim(p, p.value_dim);
   const auto fits = [&] { return short_bytes(plan, dim) <= shared_limit(capability); };
   const int64_t tiles = p.q_len > 0 ? (p.q_len + 15) / 16 : 1,
                 slices = (p.kv_len + kSlice - 1) / kSlice;
@@ -67,7 +67,7 @@ FF_DEVICE int64_t chunk_row(const Attention& p, const ShortPlan& plan, int64_t h
   return (head * plan.chunks + chunk) * p.q_len + i;
 }
 
-template <class T, int kDim, bool kNatural>
+template <class T, int kDim, class Scores>
 FF_KERNEL(kMostSlices * 32)
 attention_short(const AttentionForward p, const ShortPlan plan) {
   if constexpr (has_mma<T>()) {
@@ -82,7 +82,7 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
     const int keys = plan.slices * plan.keys, place = slice * plan.keys;
     const int first_key = chunk * keys + place;
 
-    const Exponents<kNatural> exponents(p, b, h);
+    const Exponents<Scores> exponents(p, b, h);
     const KeyFlags flags(exponents.padding, first_key, exponents.kv_len);
 
     Shared shared;
@@ -101,6 +101,9 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
       const Head<T> head(view, b, queries ? h : kv_head_of(p, h), queries ? p.q_len : p.kv_len,
                          operand == 2 ? p.value_dim : p.head_dim);
       present = operand == 2 ? flags.present() : first_bits(head.count - first);
+      if constexpr (Scores::Kinds::kAny) {
+        if (!queries) present &= exponents.places.reach(first_query, plan.tiles * 16, first);
+      }
       T* const to = queries ? query.data : (operand == 1 ? key.data : value.data) + place * kDim;
       const RowCopy<T, kDim> copy(head, first, uint32_t(own ? lane_index() : thread_index()),
                                   uint32_t(own ? 32 : plan.slices * plan.tiles * 32));
@@ -110,7 +113,7 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
     }
 
     const int row = first_query + tile * 16;
-    const Hiding<kTiles, kNatural> hiding(exponents, row, first_key);
+    const Hiding<kTiles, Scores> hiding(exponents, row, first_key);
     wait_copies<1>();
     barrier();
     float weights[kTiles][4];
@@ -124,6 +127,12 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) maximum[i / 2] = fmaxf(maximum[i / 2], weights[n][i]);
     maximum[0] = row_maximum(maximum[0]), maximum[1] = row_maximum(maximum[1]);
+    // Of all warps that share a row, one has its sink.
+    [[maybe_unused]] float sink = -kInfinity;
+    if constexpr (Scores::Kinds::kAny) {
+      if (slice == 0 && chunk == 0) sink = exponents.kinds.sink;
+      maximum[0] = fmaxf(maximum[0], sink), maximum[1] = fmaxf(maximum[1], sink);
+    }
     if (sliced) {
       if (lane_index() % 4 == 0) maxima[at] = maximum[0], maxima[at + 8] = maximum[1];
       barrier();
@@ -136,6 +145,10 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       maximum[r] = exponents.maximum(maximum[r]), shift[r] = finite(maximum[r]);
+    if constexpr (Scores::Kinds::kAny) {
+      for (int r = 0; r < 2; ++r)
+        sum[r] = sink_weight(sink, lane_index() % 4) * exponents.power(sink, shift[r]);
+    }
 
     wait_copies<0>();
     barrier();  // values are there, and nobody reads keys any more
@@ -268,11 +281,11 @@ const char* run_short(const AttentionForward& p, ShortPlan plan, void* workspace
   if (heads * p.q_len > 0xffffffff) return "more than 2^32 queries";
   plan.outs = static_cast<float*>(workspace);
   plan.statistics = plan.outs + heads * plan.chunks * p.q_len * p.value_dim;
-  const char* error = with_dim(padded_dim(p.head_dim, p.value_dim), [&]<int kDim>() {
+  const char* error = with_dim(padded_dim(p, p.value_dim), [&]<int kDim>() {
     const Launch size{heads * plan.chunks * plan.groups, plan.slices * plan.tiles * 32,
                       short_bytes(plan, kDim), stream};
-    if (plan.natural) return launch<attention_short<T, kDim, true>>(size, p, plan);
-    return launch<attention_short<T, kDim, false>>(size, p, plan);
+    return with_scores<kDim>(
+        p, [&]<class Scores>() { return launch<attention_short<T, kDim, Scores>>(size, p, plan); });
   });
   if (error || plan.chunks == 1) return error;
   const int64_t blocks = (heads * p.q_len + kCombined - 1) / kCombined;

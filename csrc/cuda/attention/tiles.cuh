@@ -25,21 +25,26 @@ constexpr bool has_two_stages() {
   return tile_bytes<kDim, kWarps, kKeys>(2) <= 64 << 10;
 }
 
-// The keys that a block has to look at: those that the diagonal leaves, and of these from the first
-// to the last that is not hidden.
+// The keys that a block has to look at: those that places leave, and of these from the first to the
+// last that is not hidden and of a segment between those of its queries.
 struct KeyRange {
   int begin, end;
 };
 
-template <int kWarps>
-FF_DEVICE KeyRange visible_range(const Diagonal& diagonal, const Padding& padding, int kv_len,
-                                 int first_query, int* scratch) {
-  int begin = 0, end = kv_len;
-  diagonal.limit(first_query, kWarps * 16, begin, end);
-  if (!padding.data) return {begin, end};
+template <int kWarps, class Scores>
+FF_DEVICE KeyRange visible_range(const Exponents<Scores>& exponents, int first_query,
+                                 int* scratch) {
+  const Padding& padding = exponents.padding;
+  int begin = 0, end = exponents.kv_len;
+  exponents.places.limit(first_query, kWarps * 16, begin, end);
+  const auto segments = exponents.kinds.segments_of(first_query, kWarps * 16, exponents.q_len);
+  if (!padding.data && !segments.exclude()) return {begin, end};
   int first = end, last = 0;
   for (int i = begin + thread_index(); i < end; i += kWarps * 32) {
     if (padding.hides(i)) continue;
+    if constexpr (Scores::Kinds::kAny) {
+      if (segments.excludes(i)) continue;
+    }
     first = i < first ? i : first;
     last = i + 1;
   }
@@ -66,14 +71,14 @@ constexpr bool has_tile() {
 
 // Blocks of an SM at once, as far as registers go: 12 or 16 warps hide the latencies of each other.
 // Two of 8 warps leave 128 registers, which are enough on sm_90 and 4 to 20 bytes short elsewhere.
-template <int kDim, int kWarps, bool kNatural>
+template <int kDim, int kWarps, class Scores>
 constexpr int blocks_beside() {
-  if (kDim > 64 || kNatural) return 1;
+  if (kDim > 64 || Scores::kNatural) return 1;
   return kWarps == 4 ? 3 : FF_ARCH == 90 ? 2 : 1;
 }
 
-template <class T, int kDim, int kWarps, int kKeys, bool kNatural>
-FF_KERNEL_BESIDE(kWarps * 32, (blocks_beside<kDim, kWarps, kNatural>()))
+template <class T, int kDim, int kWarps, int kKeys, class Scores>
+FF_KERNEL_BESIDE(kWarps * 32, (blocks_beside<kDim, kWarps, Scores>()))
 attention_tile(const AttentionForward p, const TilePlan plan) {
   if constexpr (has_tile<T, kDim, kKeys>()) {
     constexpr int kThreads = kWarps * 32, kTiles = kKeys / 8;
@@ -88,7 +93,7 @@ attention_tile(const AttentionForward p, const TilePlan plan) {
     T* const value = shared.take<T>(stages * kKeys * kDim);
     int* const scratch = shared.take<int>(2 * kWarps + 6);
 
-    const Exponents<kNatural> exponents(p, b, h);
+    const Exponents<Scores> exponents(p, b, h);
     const auto stage = [&](T* tiles, int tile) {
       return SharedTile<T, kDim>{tiles + (tile & (stages - 1)) * kKeys * kDim};
     };
@@ -104,8 +109,7 @@ attention_tile(const AttentionForward p, const TilePlan plan) {
     const Head<T> queries(p.query, b, h, p.q_len, p.head_dim);
     RowCopy<T, kDim>(queries, first_query, thread, kThreads)
         .template load<true>(query, kWarps * 16, queries.count - first_query);
-    const KeyRange range = visible_range<kWarps>(exponents.diagonal, exponents.padding,
-                                                 exponents.kv_len, first_query, scratch);
+    const KeyRange range = visible_range<kWarps>(exponents, first_query, scratch);
     const int first_tile = range.begin / kKeys, end_tile = (range.end + kKeys - 1) / kKeys;
     if (first_tile >= end_tile) {  // the queries are on their way, to where outputs pass
       commit_copies();
@@ -115,6 +119,10 @@ attention_tile(const AttentionForward p, const TilePlan plan) {
 
     const int row = first_query + warp_index() * 16, ahead = stages - 1;
     float maximum[2] = {-kInfinity, -kInfinity}, sum[2] = {};
+    if constexpr (Scores::Kinds::kAny) {
+      maximum[0] = maximum[1] = exponents.kinds.sink;
+      sum[0] = sum[1] = sink_weight(exponents.kinds.sink, lane_index() % 4);
+    }
     float out[kDim / 8][4];
     clear(out);
     RowCopy<T, kDim> keys(Head<T>(p.key, b, kv_head, p.kv_len, p.head_dim), first_tile * kKeys,
@@ -157,7 +165,7 @@ attention_tile(const AttentionForward p, const TilePlan plan) {
       }
 
       const int first = tile * kKeys;
-      const Hiding<kTiles, kNatural> hiding(exponents, row, first);
+      const Hiding<kTiles, Scores> hiding(exponents, row, first);
       if (ahead) {
         wait_copies<1>();
       } else {
@@ -168,7 +176,8 @@ attention_tile(const AttentionForward p, const TilePlan plan) {
       multiply_scores<4>(query, warp_index() * 16, stage(key, tile), 0, kTiles, weights);
       const uint64_t present =
           uint32_t(kept[2 + tile % 2 * 2]) | uint64_t(uint32_t(kept[3 + tile % 2 * 2])) << 32;
-      if (kNatural || ~present << (64 - kKeys) || exponents.diagonal.crosses(row, 16, first, kKeys))
+      if (Scores::kNatural || ~present << (64 - kKeys) ||
+          exponents.places.crosses(row, 16, first, kKeys))
         hiding.apply(exponents, row, first, present, weights);
 
       float now[2] = {-kInfinity, -kInfinity}, shift[2];
@@ -213,18 +222,24 @@ const char* launch_tile(const AttentionForward& p, int capability, void* stream)
   const int stages = two ? 2 : 1;
   const TilePlan plan{stages, (p.q_len + kWarps * 16 - 1) / (kWarps * 16)};
   const Launch size{p.batch * p.heads * plan.groups, kWarps * 32, bytes(stages), stream};
-  if (is_natural(p)) return launch<attention_tile<T, kDim, kWarps, kKeys, true>>(size, p, plan);
-  return launch<attention_tile<T, kDim, kWarps, kKeys, false>>(size, p, plan);
+  return with_scores<kDim>(p, [&]<class Scores>() -> const char* {
+    if constexpr (kWarps > 4 && Scores::Kinds::kAny) {
+      return "kinds of masks have no wide tiles";
+    } else {
+      return launch<attention_tile<T, kDim, kWarps, kKeys, Scores>>(size, p, plan);
+    }
+  });
 }
 
-// 128 queries a block where a head has many and their outputs leave registers for it.
+// 128 queries a block where a head has many and their outputs leave registers for it; with kinds
+// the range of keys that any of them sees would be wider, too.
 inline bool takes_wide_tiles(const Attention& p, int capability) {
-  return capability >= 80 && p.q_len >= 512 && padded_dim(p.head_dim, p.value_dim) <= 128;
+  return capability >= 80 && p.q_len >= 512 && padded_dim(p, p.value_dim) <= 128 && !has_kinds(p);
 }
 
 template <class T>
 const char* run_tiles(const AttentionForward& p, int capability, void* stream) {
-  return with_dim(padded_dim(p.head_dim, p.value_dim), [&]<int kDim>() {
+  return with_dim(padded_dim(p, p.value_dim), [&]<int kDim>() {
     if constexpr (kDim <= 128) {
       const auto wide = launch_tile<T, kDim, 8, 64>, narrow = launch_tile<T, kDim, 4, 64>;
       return (takes_wide_tiles(p, capability) ? wide : narrow)(p, capability, stream);

@@ -21,6 +21,7 @@ AttentionForward from_keys(const BidirectionalForward& p) {
   call.q_len = p.kv_len, call.kv_len = p.q_len, call.value_dim = p.query_value_dim;
   call.query = p.key, call.key = p.query, call.value = p.query_value;
   call.exchanged = true;
+  call.rules.q_segments = p.rules.k_segments, call.rules.k_segments = p.rules.q_segments;
   call.mask.row = p.mask.column, call.mask.column = p.mask.row;
   call.padding = p.query_padding, call.padding_batch = p.query_padding_batch;
   call.padding_column = p.query_padding_column;

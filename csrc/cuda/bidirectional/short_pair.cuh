@@ -30,7 +30,7 @@ inline int64_t pair_bytes(const PairPlan& plan, int dim) {
 
 inline int pair_dim(const Bidirectional& p) {
   const int64_t values = p.value_dim > p.query_value_dim ? p.value_dim : p.query_value_dim;
-  return padded_dim(p.head_dim, values);
+  return padded_dim(p, values);
 }
 
 // Whether a call goes this way. A block that has much to do leaves others idle: 64 x 256 at most.
@@ -120,7 +120,7 @@ FF_DEVICE void gather(const Units<kNatural>& units, const float* scores, const D
 
 // Kernels are bound by the way of their instructions to the SM: what is done for both sides is in
 // loops.
-template <class T, int kDim, bool kNatural>
+template <class T, int kDim, class Scores>
 FF_KERNEL(kPairWarps * 32)
 bidirectional_short(const BidirectionalForward p, const PairPlan plan) {
   if constexpr (has_mma<T>()) {
@@ -137,7 +137,7 @@ bidirectional_short(const BidirectionalForward p, const PairPlan plan) {
     float* const scores = shared.take<float>(plan.queries * stride);
 
     // A hidden position has scores for its own output, so that no padding hides them.
-    const Exponents<kNatural> exponents(p, b, h);
+    const Exponents<Scores> exponents(p, b, h);
     const Padding none(nullptr, 0, 0, 0);
     const Padding query_padding(p.query_padding, p.query_padding_batch, p.query_padding_column, b);
 #pragma unroll 1
@@ -176,7 +176,7 @@ bidirectional_short(const BidirectionalForward p, const PairPlan plan) {
       const int row = unit / spans * 16, first = unit % spans * kTiles * 8;
       const int left = (plan.keys - first) / 8, tiles = left < kTiles ? left : kTiles;
       const uint64_t present = KeyFlags(none, first, exponents.kv_len).present();
-      const Hiding<kTiles, kNatural> hiding(exponents, row, first);
+      const Hiding<kTiles, Scores> hiding(exponents, row, first);
       float tile[kTiles][4];
       multiply_scores<1>(query, row, key, first, tiles, tile);
       hiding.apply(exponents, row, first, present, tile);
@@ -224,8 +224,9 @@ const char* run_short_pair(const BidirectionalForward& p, void* stream) {
   const int dim = pair_dim(p);
   const Launch size{p.batch * p.heads, kPairWarps * 32, int(pair_bytes(plan, dim)), stream};
   return with_dim(dim, [&]<int kDim>() {
-    if (is_natural(p)) return launch<bidirectional_short<T, kDim, true>>(size, p, plan);
-    return launch<bidirectional_short<T, kDim, false>>(size, p, plan);
+    return with_scores<kDim>(p, [&]<class Scores>() {
+      return launch<bidirectional_short<T, kDim, Scores>>(size, p, plan);
+    });
   });
 }
 
