@@ -91,6 +91,14 @@ class TestAsTorchOps:
             rest = (None, None, 0.0, True, False, None, None, None, None)
             torch.library.opcheck(op, (*both(), mask, None, padding, *rest))
 
+    def test_opcheck_of_kinds(self) -> None:
+        call = scaled_dot_product_attention.OP.call(
+            *qkv(), window=(2, None), is_causal=True, softcap=0.9, alibi_slopes=torch.rand(3),
+            segment_ids_q=torch.randint(0, 2, (2, 5)), segment_ids_k=torch.randint(0, 2, (2, 7)),
+            prefix_len=torch.tensor([3, 6]), sinks=torch.randn(3),
+        )  # fmt: skip
+        torch.library.opcheck(RAW.cuda_attention_out.default, tuple(call))
+
     @EACH
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_fakes_have_the_shapes_and_strides(

@@ -202,6 +202,26 @@ def test_cuda_kernels_read_no_more_than_is_seen(
     assert torch.equal(out, expected)
 
 
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_cuda_bits_are_those_of_an_entry(dtype: torch.dtype) -> None:
+    """One entry's segments are scattered, the other's lie together, and prefixes differ."""
+    query, key, value = (torch.randn(2, 3, 150, 16).to(dtype) for _ in range(3))
+    ids, prefix = torch.randint(0, 3, (2, 150)), torch.tensor([20, 110])
+    ids[1] = ids[1].sort().values
+
+    def run(*entries: Any) -> Any:
+        own = [t[entries] if entries else t for t in (query, key, value, ids, prefix)]
+        return attention(
+            *own[:3], segment_ids_q=own[3], segment_ids_k=own[3], prefix_len=own[4],
+            is_causal=True, window=(60, None), sinks=SLOPES, softcap=0.9, backend="cuda",
+        )  # fmt: skip
+
+    whole = run()
+    for entry in range(2):
+        assert torch.equal(run(slice(entry, entry + 1))[0], whole[entry])
+
+
 @needs_native
 def test_bits_are_those_of_an_entry_and_of_any_threads() -> None:
     """One entry's segments are scattered, the other's lie together."""
@@ -380,10 +400,13 @@ class TestChoice:
                 rows = dict(explained.rows)
                 assert all((b == "triton") == (sentence in row) for b, row in rows.items())
 
-    @needs_native
-    def test_compiled_ops_check_what_they_are_given(self) -> None:
+    @pytest.mark.parametrize("op", [
+        pytest.param("attention_forward", marks=needs_native),
+        pytest.param("cuda_attention_forward", marks=needs_cuda),
+    ])  # fmt: skip
+    def test_compiled_ops_check_what_they_are_given(self, op: str) -> None:
         call = spec.OP.call(*qkv(), alibi_slopes=SLOPES)
-        run = torch.ops.fastfusion.attention_forward.default
+        run = getattr(torch.ops.fastfusion, op).default
         for wrong in (
             {"alibi_slopes": SLOPES}, {"alibi_slopes": SLOPES.double().expand(2, 3)},
             {"alibi_slopes": torch.rand(3, 3)}, {"softcap": 0.0}, {"softcap": float("nan")},
