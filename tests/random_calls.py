@@ -398,7 +398,7 @@ def draw_common(rng: random.Random, target: Target, operands: tuple[str, ...]) -
         drawn["wanted"] = tuple(n for n in operands if rng.random() < 0.7)
     if rng.random() < 0.35:
         drawn["causal"] = rng.choice(("top_left", "bottom_right", "bottom_right", "object"))
-    if rng.random() < 0.25 and target.backend != "triton":
+    if rng.random() < 0.25:
         drawn["window"] = rng.choice(
             (
                 (None, 0),
@@ -407,15 +407,15 @@ def draw_common(rng: random.Random, target: Target, operands: tuple[str, ...]) -
                 (rng.randint(0, 90), rng.randint(0, 90)),
             )
         )
-    if rng.random() < 0.15 and target.backend != "triton":
+    if rng.random() < 0.15:
         drawn["softcap"] = rng.choice((0.3, 1.0, 5.0, 50.0))
-    if rng.random() < 0.15 and target.backend != "triton":
+    if rng.random() < 0.15:
         drawn["slopes"] = rng.choice(("one", "heads", "entries"))
-    if rng.random() < 0.15 and target.backend != "triton":
+    if rng.random() < 0.15:
         drawn["segments"] = rng.choice(("sorted", "turned", "scattered"))
-    if rng.random() < 0.1 and target.backend != "triton":
+    if rng.random() < 0.1:
         drawn["prefix"] = True
-    if rng.random() < 0.1 and target.backend != "triton":
+    if rng.random() < 0.1:
         drawn["sinks"] = True
     drawn["number"] = rng.choice(("python",) * 6 + ("numpy", "tensor"))
     half = drawn["dtype"] == "float16"

@@ -47,9 +47,6 @@ MOST_EXPECTED = 160
 M_PERTURB = -6
 
 
-# Arguments that the Triton kernels leave to others.
-RARE_KINDS = ("segment_ids_q", "segment_ids_k", "prefix_len", "sinks")
-
 # Results, and gradients by name.
 Evaluated = tuple[tuple[Tensor, ...], dict[str, Tensor]]
 _expected: dict[Any, tuple[Evaluated, Evaluated]] = {}
@@ -419,15 +416,6 @@ class AttentionSuite(OpSuite):
     # Of cases that go each way that a scale can take; and of few, for slow targets.
     scale_cases: ClassVar[tuple[str, ...]] = ()
     slow_scale_cases: ClassVar[tuple[str, ...]] = ()
-
-    def takes(self, target: Target, call: dict[str, Any]) -> bool:
-        left = {"triton": RARE_KINDS}.get(target.backend, ())
-        kinds = [name for name in left if name in call]
-        if not kinds:
-            return True
-        with pytest.raises(ff.BackendUnavailableError, match=f"{kinds[0]} is left to the"):
-            target.call(type(self).function, **call)
-        return False
 
     @pytest.mark.parametrize("scale", SCALES)
     def test_any_finite_scale(self, scale: str, fast_target: Target, dtype: torch.dtype) -> None:

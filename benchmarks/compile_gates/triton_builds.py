@@ -37,6 +37,7 @@ TABLE_NAMES = {
     "attention.forward": "attention",
     "attention.backward": "attention_backward",
     "attention.backward_short_side": "attention_backward_short",
+    "attention.sinks": "attention_sinks",
     "attention.tma": "attention_tma",
     "bidirectional.forward": "bidirectional",
     "bidirectional.backward": "bidirectional_backward",

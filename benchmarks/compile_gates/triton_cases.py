@@ -1,7 +1,8 @@
 """The calls whose kernels `make kernels` compiles, forward and backward.
 
 For every dtype and head dim a plain call, the heaviest (float mask with its gradient, padding and
-dropout) and one of shaped scores (window, soft cap and slopes). In bfloat16, at three head dims,
+dropout), one of shaped scores (window, soft cap and slopes) and one of ranges (segments, a prefix
+and, where there are any, sinks). In bfloat16, at three head dims,
 also what the launchers treat apart. A row of a mask is no multiple of 16 elements, as in most calls
 of real models, and so cannot be read in vectors.
 """
@@ -44,6 +45,7 @@ ATTENTION = {
     "window": ("window", 300, 300),
     "shaped": ("shaped", 300, 300),
     "shaped heaviest": ("shaped heaviest", 300, 300),
+    "ranges": ("ranges", 300, 300),
     "small": ("plain", 20, 36),
     "small heaviest": ("heaviest", 20, 36),
     "tiny": ("plain", 8, 10),
@@ -69,6 +71,8 @@ BIDIRECTIONAL = {
     "long heaviest": ("heaviest", 600, 600),
     "shaped": ("shaped", 600, MOST),
     "long shaped": ("shaped", 600, 600),
+    "ranges": ("ranges", 600, MOST),
+    "long ranges": ("ranges", 600, 600),
     "short and long": ("plain", 8, 2100),
     "short and long heaviest": ("heaviest", 8, 2100),
 }
@@ -92,7 +96,7 @@ class Case:
 
 
 # Kinds of calls without a mask.
-BARE = ("plain", "causal", "large scale", "window", "shaped")
+BARE = ("plain", "causal", "large scale", "window", "shaped", "ranges")
 
 
 def _heads(length: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -125,12 +129,24 @@ def _kinds(kind: str, batch: int = BATCH) -> dict[str, Any]:
     return {}
 
 
+def _ranges(kind: str, q_len: int, kv_len: int) -> dict[str, Any]:
+    """Segments and a prefix."""
+    if kind != "ranges":
+        return {}
+    lengths = {"segment_ids_q": (q_len,), "segment_ids_k": (kv_len,), "prefix_len": ()}
+    return {"is_causal": True} | {
+        name: torch.empty(BATCH, *length, dtype=torch.int64) for name, length in lengths.items()
+    }
+
+
 def _attention(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dtype) -> None:
     query, key = _heads(q_len, dim, dtype), _heads(kv_len, dim, dtype)
     mask, scale = _mask(q_len, kv_len, kind, dtype), 1e30 if kind == "large scale" else None
     options = (*_dropout(kind), kind == "causal", False, scale)
     call = AttentionCall(query, key, key, mask, _padding(kv_len, kind), None, *options, False)
-    call = call._replace(**_kinds(kind))
+    call = call._replace(**_kinds(kind), **_ranges(kind, q_len, kv_len))
+    if kind == "ranges":
+        call = call._replace(sinks=torch.empty(HEADS))
     grads = attention_forward(call, kind != "plain")
     attention_backward(grads, call, mask is not None and kind != "bool")
 
@@ -140,7 +156,7 @@ def _bidirectional(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dt
         keys = kv_len
         if kv_len == MOST:
             lengths = (256, 128, 64, 32, 16)
-            extras = {"plain": 0, "shaped": 1}.get(kind, 2) + (dim % 8 > 0)
+            extras = {"plain": 0, "shaped": 1, "ranges": 1}.get(kind, 2) + (dim % 8 > 0)
             sizes = (width(dim), dtype.itemsize, *((extras,) if part is forward else ()))
             fits = (n for n in lengths if part.keys_on_chip(n, *sizes))
             keys = next(fits, 64)  # where none fits, the other kernels run
@@ -151,7 +167,7 @@ def _bidirectional(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dt
         return BidirectionalCall(
             query, key, key, query, mask, *paddings, None, seed, dropout_p, kind == "causal",
             False, None,
-        )._replace(**_kinds(kind))  # fmt: skip
+        )._replace(**_kinds(kind), **_ranges(kind, q_len, keys))  # fmt: skip
 
     forward.bidirectional_forward(call(forward), kind != "plain")
     given = call(backward_on_chip)
@@ -224,7 +240,7 @@ def _calls(dtype: torch.dtype, head_dims: tuple[int, ...]) -> Iterator[tuple[str
 def cases(quick: bool) -> Iterator[Case]:
     """All cases, or with `quick` those that find most mistakes: the two variants in bfloat16."""
     main = (
-        "plain", "heaviest", "shaped", "few queries", "long", "long heaviest", "some",
+        "plain", "heaviest", "shaped", "ranges", "few queries", "long", "long heaviest", "some",
         "some heaviest",
     )  # fmt: skip
     for dtype in DTYPES[:1] if quick else DTYPES:

@@ -152,19 +152,19 @@ def causal(diagonal: int | None) -> Policy:
 def policy_of(call: Any, diagonal: Any) -> Policy:
     """That of an op's call, whose queries stand beside this diagonal."""
     left, right = sides_of(call)
-    *ids, prefix = _ranges(call)
+    *ids, prefix = ranges_in(call)
     sinks = getattr(call, "sinks", None)
     return Policy(diagonal, left, right, call.softcap, call.alibi_slopes, _pair(ids), prefix, sinks)
 
 
-def _ranges(call: Any) -> tuple[Any, Any, Any]:
+def ranges_in(call: Any) -> tuple[Any, Any, Any]:
     """Segments and prefix of a call; packed sequences have none."""
     q_ids, k_ids, prefix = (getattr(call, name, None) for name in _RANGES)
     return q_ids, k_ids, prefix
 
 
 def _has_ranges(call: Any) -> bool:
-    return any([numbers is not None for numbers in _ranges(call)])
+    return any([numbers is not None for numbers in ranges_in(call)])
 
 
 _RANGES = ("segment_ids_q", "segment_ids_k", "prefix_len")
@@ -291,7 +291,7 @@ def check_ranges(
         leading: batch dimensions, to which all broadcast.
         sizes: what was given, for messages.
     """
-    q_ids, k_ids, prefix = _ranges(given)
+    q_ids, k_ids, prefix = ranges_in(given)
     lengths = (*leading, query.shape[-2]), (*leading, key.shape[-2])
     for name, ids, target in zip(_RANGES, (q_ids, k_ids, prefix), (*lengths, leading), strict=True):
         if ids is None:
@@ -323,13 +323,13 @@ def ranges_of(given: Any, outer: Sequence[Any], q_len: Any, kv_len: Any) -> tupl
             return None
         return numbers.to(torch.int64).expand(*outer, *length).flatten(0, len(outer) - 1)
 
-    q_ids, k_ids, prefix = _ranges(given)
+    q_ids, k_ids, prefix = ranges_in(given)
     return whole(q_ids, q_len), whole(k_ids, kv_len), whole(prefix)
 
 
 def ranges_fit(call: Any, batch: Any) -> Iterator[Any]:
     """What holds for segments and prefix of a call of so many entries."""
-    q_ids, k_ids, prefix = _ranges(call)
+    q_ids, k_ids, prefix = ranges_in(call)
     yield (q_ids is None) == (k_ids is None)
     yield prefix is None or call.is_causal
     lengths = (call.query.shape[2],), (call.key.shape[2],), ()
@@ -394,12 +394,3 @@ def refuses_gradient(call: Any) -> Sequence[str]:
     if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         return ("the gradient of alibi_slopes is left to the reference",)
     return ()
-
-
-def refuses_rare_kinds(call: Any) -> Sequence[str]:
-    """Why kernels that have no segments, prefixes and sinks cannot run a call."""
-    if not has_rare_kinds(call):
-        return ()
-    names = (*_RANGES, "sinks")
-    given = [name for name in names if getattr(call, name, None) is not None]
-    return [f"{name} is left to the CPU kernels and the reference" for name in given]

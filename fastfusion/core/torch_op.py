@@ -381,7 +381,7 @@ class LaunchedOp(TorchOp):
         definition, name: as of `TorchOp`.
         launch: called with a call, and whether the log-sum-exps are wanted; gives all outputs.
         launch_backward: called with the gradients of all outputs (each may be None), the call, and
-            whether the gradient of the mask is wanted; gives all gradients.
+            whether the gradient of the mask is wanted; gives all gradients, the last one as well.
     """
 
     def __init__(
@@ -396,7 +396,7 @@ class LaunchedOp(TorchOp):
         for key in ("CPU", "CUDA"):
             for suffix in ("", "_forward"):
                 LIBRARY.impl(name + suffix, lambda *g: launch(definition.call(*g), True), key)
-            LIBRARY.impl(f"{name}_backward", self._all_gradients, key)
+            LIBRARY.impl(f"{name}_backward", self._launch_backward, key)
         arguments = len(definition.call._fields) + 1
         self.runs, self.runs_with_lse = (self._results,) * arguments, (self._outputs,) * arguments
         super().__init__(definition, name, traceable=False)
@@ -427,7 +427,7 @@ class LaunchedOp(TorchOp):
             )
         ):
             return self.backward(*given)
-        return self._all_gradients(*given)
+        return self._launch_backward(*given)
 
     def _launch_backward(self, *given: Any) -> tuple[Tensor, ...]:
         outputs = self.definition.outputs
@@ -435,13 +435,6 @@ class LaunchedOp(TorchOp):
         gradients: tuple[Tensor, ...]
         gradients = self.launch_backward(grads, self.definition.call(*call), mask_gradient)
         return gradients
-
-    def _all_gradients(self, *given: Any) -> tuple[Tensor, ...]:
-        """With one without numbers in the place of the last, which no launcher has."""
-        gradients = self._launch_backward(*given)
-        if not self.definition.last_gradient:
-            return gradients
-        return *gradients, gradients[0].new_empty(0, dtype=torch.float32)
 
     def _tensors(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
         """Those of the arguments of the backward op."""

@@ -418,11 +418,7 @@ def _cpu_refuses(call: Call) -> Sequence[str]:
 
 
 def _triton_refuses(call: Call) -> Sequence[str]:
-    return [
-        *triton.refuses(call),
-        *score_policy.refuses_gradient(call),
-        *score_policy.refuses_rare_kinds(call),
-    ]
+    return [*triton.refuses(call), *score_policy.refuses_gradient(call)]
 
 
 def _cuda_refuses(call: Call) -> Sequence[str]:

@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfusion.core.score_policy import sides_of
+from fastfusion.core.score_policy import hides
 from fastfusion.kernels.attention import backward_short_side
 from fastfusion.kernels.attention import tma as attention_tma
 from fastfusion.kernels.attention.backward_short_side import inputs, parts_of_splits
+from fastfusion.kernels.attention.sinks import sink_gradient
 from fastfusion.kernels.device.gradient_sums import (
     key_gradients,
     mask_gradients,
@@ -249,8 +250,9 @@ def merge_splits(partial: Tensor, of_side: Tensor, of_value: Tensor, splits: int
 @planned
 def attention_backward(
     grads: tuple[Tensor | None, Tensor | None], call: Any, mask_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, d attn_mask); the last is empty if not wanted."""
+) -> tuple[Tensor, ...]:
+    """(dq, dk, dv, d attn_mask, d sinks), the mask's empty if it is not wanted, that of sinks if
+    there are none."""
     (grad_out, grad_lse), attn_mask = grads, call.attn_mask
     query, key, value = call.query, call.key, call.value
     if grad_out is None:
@@ -265,8 +267,9 @@ def attention_backward(
     dmask = empty(query, (0,))
     if mask_gradient and attn_mask is not None and attn_mask.is_floating_point():
         dmask = empty(attn_mask, attn_mask.shape)
-    if batch * heads * q_len == 0 or batch * kv_heads * kv_len == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_()
+    if batch * heads * q_len == 0 or (kv_len == 0 and call.sinks is None):
+        dsinks = empty(query, (0 if call.sinks is None else heads,), torch.float32)
+        return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_(), dsinks.zero_()
     scores = score_options(
         call, (batch, heads, q_len, kv_len), None, readable(call.key_padding_mask)
     )
@@ -292,7 +295,7 @@ def attention_backward(
         name = f"attention_backward_{kernel}{'_tma' if tma else ''}"
         return cut(name, query, widest, rows, roomy if kernel == "rows" else even, masked)
 
-    hidden = masked or sides_of(call) != (None, None)
+    hidden = masked or hides(call) or call.sinks is not None
     short = backward_short_side.chosen(query, widest, kv_len, even, hidden)
     if short is not None:
         partial, splits = backward_short_side.backward(
@@ -337,4 +340,4 @@ def attention_backward(
                 mask_merge_kernel, cdiv(dmask.numel(), 256), parts, dmask, elements=dmask.numel(),
                 splits=splits, BLOCK=256, num_warps=4,
             )  # fmt: skip
-    return dq, dk, dv, dmask
+    return dq, dk, dv, dmask, sink_gradient(call, batch, q_len, common)

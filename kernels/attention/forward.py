@@ -47,8 +47,10 @@ def attend_program(
     if UPPER & KINDS:  # the longest rows first
         q_start = (tiles - 1 - index % tiles) * OWN
     first, last = visible_range(policy, kv_len, KINDS, LOOP)
+    has_sink = True
     if SPLIT > 0:
         split = index // tiles % splits
+        has_sink = split == 0
         first = tl.maximum(first, split * SPLIT)
         last = tl.minimum(last, (split + 1) * SPLIT)
     q_base, q_row = rows_of(q, batch, head)
@@ -56,7 +58,7 @@ def attend_program(
     v_base, v_row = rows_of(v, batch, kv_head)
     maximum, total, acc = attend(
         q_base, q_row, q_start, k_base, k_row, v_base, v_row, policy, first, last, q_len, kv_len,
-        KINDS, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, DOT, PRECISION,
+        has_sink, KINDS, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, DOT, PRECISION,
     )  # fmt: skip
     if SPLIT > 0:
         base = partial_ptr + tl.cast(index // tiles, tl.int64) * q_len * (VALUE_DIM + 2)

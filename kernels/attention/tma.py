@@ -45,8 +45,8 @@ def tma_kernel(
         q_start = (tiles - 1 - index % tiles) * OWN
     at_keys = (batch, head // group)
     maximum, total, acc = attend(
-        q, (batch, head), q_start, k, at_keys, v, at_keys, policy, 0, kv_len, q_len, kv_len, KINDS,
-        DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, DOT, PRECISION, True,
+        q, (batch, head), q_start, k, at_keys, v, at_keys, policy, 0, kv_len, q_len, kv_len, True,
+        KINDS, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, DOT, PRECISION, True,
     )  # fmt: skip
     base, out_row = rows_of(out, batch, head)
     store_results(

@@ -48,7 +48,8 @@ def row_ranges(q_len: int, rows: int) -> tuple[int, int]:
 
 
 def exchanged(call: Any) -> Any:
-    """The same call with queries and keys exchanged; a causal mask becomes a window."""
+    """The same call with queries and keys exchanged; a causal mask becomes a window, and a prefix
+    one of rows."""
     mask, (left, right) = call.attn_mask, sides_of(call)
     return call._replace(
         query=call.key,
@@ -61,6 +62,8 @@ def exchanged(call: Any) -> Any:
         is_causal=False,
         window_left=right,
         window_right=left,
+        segment_ids_q=call.segment_ids_k,
+        segment_ids_k=call.segment_ids_q,
     )
 
 

@@ -54,6 +54,7 @@ from fastfusion.kernels.device.sums import add, multiply_add, nothing_lost
 from fastfusion.kernels.host import tiles
 from fastfusion.kernels.host.arguments import (
     exchanged_kinds,
+    has_segments,
     operand,
     rows_outside,
     shapes_scores,
@@ -207,9 +208,11 @@ def keys_on_chip(kv_len: int, widest: int, itemsize: int, extras: int) -> bool:
 
 
 def extras(call: Any) -> int:
-    """A mask, random bits, a cap or slopes, and rows that are read one element at a time."""
+    """A mask, random bits, a cap or slopes, segments, and rows that are read one element at a
+    time."""
     unaligned = any(t.shape[3] % 8 for t in (call.query, call.value, call.query_value))
-    return sum((call.attn_mask is not None, call.seed is not None, shapes_scores(call), unaligned))
+    has = call.attn_mask is not None, call.seed is not None, shapes_scores(call), has_segments(call)
+    return sum((*has, unaligned))
 
 
 class Results:
@@ -256,8 +259,8 @@ def _shared(call: Any, return_lse: bool, widest: int, turned: bool) -> tuple[Any
     """One score matrix, with keys no longer than queries."""
     query, kv_len = call.query, call.key.shape[2]
     results = Results(call, return_lse)
-    # A diagonal takes registers of its own, and so do a cap and slopes.
-    bounded = sides_of(call) != (None, None)
+    # A diagonal takes registers of its own, and so do segments, a cap and slopes.
+    bounded = sides_of(call) != (None, None) or has_segments(call)
     few = kv_len <= FEW_KEYS and not (bounded or shapes_scores(call))
     name = "bidirectional_few" if few else "bidirectional"
     chosen = tile(name, query.dtype, widest, query.device)

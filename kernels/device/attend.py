@@ -7,7 +7,7 @@ from fastfusion.kernels.device.dropout import kept
 from fastfusion.kernels.device.rows import load_tile, store_rows
 from fastfusion.kernels.device.score_policy import (
     DROPOUT,
-    LOWER,
+    MIXED,
     PADDING,
     first_edge,
     seen_range,
@@ -16,6 +16,7 @@ from fastfusion.kernels.device.score_policy import (
 )
 from fastfusion.kernels.device.scores import scores
 from fastfusion.kernels.device.softmax import (
+    first_sums,
     inverse,
     log_sum,
     rescale,
@@ -63,11 +64,12 @@ def attend_range(
 @triton.jit
 def attend(
     q_base, q_row, q_start, k_base, k_row, v_base, v_row, policy, first, last, q_len, kv_len,
-    KINDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    has_sink, KINDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, OWN: tl.constexpr, LOOP: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr = False,
 ):  # fmt: skip
-    """(maximum, total, acc) of OWN queries of one head over the keys [first, last).
+    """(maximum, total, acc) of OWN queries of one head over the keys [first, last), and their sinks
+    if this program `has_sink` of a call with sinks.
 
     Tiles of keys that all queries see whole come first, without a comparison per score; the last
     tile, the diagonal and whatever padding may hide follow. Where a window begins they are mixed.
@@ -77,11 +79,10 @@ def attend(
     q = signed(q, KINDS)
     first, last = seen_range(policy, first, last, q_start, KINDS, OWN, LOOP)
     acc = tl.zeros([OWN, VALUE_WIDTH], tl.float32)
-    total = tl.zeros([OWN], tl.float32)
-    maximum = tl.full([OWN], -float("inf"), tl.float32)
-    state = (maximum, total, total, acc, nothing_lost(acc, DOT))
+    maximum, total = first_sums(policy, has_sink, KINDS, OWN, True)
+    state = (maximum, total, tl.zeros([OWN], tl.float32), acc, nothing_lost(acc, DOT))
     edge = first_edge(policy, first, last, q_start, KINDS, LOOP)
-    if not PADDING & KINDS and not LOWER & KINDS:
+    if not MIXED & KINDS:
         state = attend_range(
             state, first, edge, q, q_start, k_base, k_row, v_base, v_row, policy, kv_len, KINDS,
             DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, LOOP, False, DOT, PRECISION, TMA,

@@ -5,9 +5,21 @@ import triton.language as tl
 
 from fastfusion.kernels.device.gradients import gradients, product_gradient, weight_gradient
 from fastfusion.kernels.device.rows import load_rows, load_tile
-from fastfusion.kernels.device.score_policy import PADDING, seen_range, signed, visible_keys
+from fastfusion.kernels.device.score_policy import (
+    PADDING,
+    SINKS,
+    seen_range,
+    signed,
+    visible_keys,
+)
 from fastfusion.kernels.device.scores import scores
-from fastfusion.kernels.device.softmax import exponentials, inverse, shift_of
+from fastfusion.kernels.device.softmax import (
+    exponentials,
+    first_sums,
+    inverse,
+    shift_of,
+    sink_weight,
+)
 from fastfusion.kernels.device.statistics import load_statistics, row_statistics
 from fastfusion.kernels.device.sums import add, multiply_add, nothing_lost
 
@@ -37,9 +49,15 @@ def row_gradients(
             q, k, policy, q_start, 0, visible, KINDS, True, True, False, PRECISION
         )
         dp, _ = weight_gradient(grad, v, policy, q_start, 0, KINDS, False, PRECISION)
-        shift = shift_of(tl.max(x, 1))
+        maximum = tl.max(x, 1)
+        if SINKS & KINDS:
+            maximum = tl.maximum(maximum, first_sums(policy, True, KINDS, OWN, False)[0])
+        shift = shift_of(maximum)
         p = exponentials(x, shift[:, None], policy, KINDS)
-        share = inverse(tl.sum(p, 1))
+        total = tl.sum(p, 1)
+        if SINKS & KINDS:
+            total += sink_weight(policy, shift, KINDS, False)
+        share = inverse(total)
         p = p * share[:, None]
         delta = tl.sum(p * dp, 1)
         ds = p * ((dp - delta[:, None]) + grad_lse[:, None])

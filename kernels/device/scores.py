@@ -14,6 +14,9 @@ from fastfusion.kernels.device.score_policy import (
     FLOAT_MASK,
     LOWER,
     NATURAL,
+    PREFIX,
+    ROW_PREFIX,
+    SEGMENTS,
     UPPER,
 )
 
@@ -78,6 +81,30 @@ def cap_derivative(x, policy):
 
 
 @triton.jit
+def seen(policy, rows, keys, q_start, k_start, KINDS: tl.constexpr):
+    """Which scores bounds and segments leave of the tile of rows and keys from these starts on."""
+    offset = k_start - q_start
+    if UPPER & KINDS:
+        inside = rows - keys >= offset - policy.upper
+        if PREFIX & KINDS:
+            inside = inside | (keys < policy.prefix - k_start)
+    if LOWER & KINDS:
+        near = rows - keys <= offset - policy.lower
+        if ROW_PREFIX & KINDS:
+            near = near | (rows < policy.prefix - q_start)
+        inside = inside & near if UPPER & KINDS else near
+    if SEGMENTS & KINDS:
+        of_row = tl.load(
+            policy.row_segments + q_start + rows, mask=rows < policy.row_len - q_start, other=0
+        )
+        of_key = tl.load(
+            policy.segments + k_start + keys, mask=keys < policy.column_len - k_start, other=0
+        )
+        inside = inside & (of_row == of_key) if (UPPER | LOWER) & KINDS else of_row == of_key
+    return inside
+
+
+@triton.jit
 def scores(
     q, k, policy, q_start, k_start, visible, KINDS: tl.constexpr, EDGE: tl.constexpr,
     BOUNDED: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
@@ -116,14 +143,8 @@ def scores(
             x = x + value.to(tl.float32)
         else:
             x = tl.fma(x, tl.zeros_like(x) + policy.scale, value.to(tl.float32))
-    if BOUNDED and (UPPER | LOWER) & KINDS:
-        offset = k_start - q_start
-        if UPPER & KINDS:
-            inside = rows - keys >= offset - policy.upper
-            if LOWER & KINDS:
-                inside = inside & (rows - keys <= offset - policy.lower)
-        else:
-            inside = rows - keys <= offset - policy.lower
+    if BOUNDED and (UPPER | LOWER | SEGMENTS) & KINDS:
+        inside = seen(policy, rows, keys, q_start, k_start, KINDS)
         if EDGE:
             inside = shown & inside
         x = tl.where(inside, x, -float("inf"))

@@ -11,10 +11,39 @@ them anyway.
 import triton
 import triton.language as tl
 
-from fastfusion.kernels.device.score_policy import NATURAL
+from fastfusion.kernels.device.score_policy import NATURAL, SINKS
 from fastfusion.kernels.device.scores import LOG2E
 
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def first_sums(policy, has_sink, KINDS: tl.constexpr, ROWS: tl.constexpr, SCALED: tl.constexpr):
+    """(maximum, sum of exponentials) of rows before any key: nothing, or in a call with sinks their
+    sink, if `has_sink`. SCALED: the maximum is in the unit of exponents, and not of scores."""
+    maximum = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if SINKS & KINDS:
+        sink = policy.sink
+        if not NATURAL & KINDS:
+            sink = sink * LOG2E if SCALED else sink / policy.scale
+        maximum = tl.where(has_sink, tl.zeros_like(maximum) + sink, maximum)
+        weight = sink_weight(policy, maximum, KINDS, SCALED)
+        total = tl.where(maximum == -float("inf"), 0.0, weight)
+    return maximum, total
+
+
+@triton.jit
+def sink_weight(policy, shift, KINDS: tl.constexpr, SCALED: tl.constexpr):
+    """exp(sink - maximum) of rows with this maximum, in the unit of `first_sums`. Rounded to that a
+    sink would lose the same in all rows, and their log-sum-exps with it."""
+    if NATURAL & KINDS:
+        return tl.exp2((policy.sink - shift) * LOG2E)
+    sink = tl.zeros_like(shift) + policy.sink
+    if SCALED:
+        return tl.exp2(tl.fma(sink, tl.zeros_like(shift) + LOG2E, -shift))
+    else:
+        return tl.exp2(tl.fma(-shift, tl.zeros_like(shift) + policy.scale, sink) * LOG2E)
 
 
 @triton.jit

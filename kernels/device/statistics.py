@@ -7,7 +7,7 @@ from fastfusion.kernels.device.gradients import weight_gradient
 from fastfusion.kernels.device.rows import load_tile
 from fastfusion.kernels.device.score_policy import PADDING, visible_keys
 from fastfusion.kernels.device.scores import scores
-from fastfusion.kernels.device.softmax import exponentials, inverse, shift_of
+from fastfusion.kernels.device.softmax import exponentials, first_sums, inverse, shift_of
 from fastfusion.kernels.device.sums import add
 
 
@@ -43,11 +43,11 @@ def row_sums(
     VALUE_WIDTH: tl.constexpr, LOOP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr = False,
 ):  # fmt: skip
-    """(maximum, sum of e, sum of e * dP) of a tile of queries over the keys [first, last), where
-    e = exp(score - maximum)."""
-    maximum = tl.full([q.shape[0]], -float("inf"), tl.float32)
-    total = tl.zeros([q.shape[0]], tl.float32)
-    total_lost, weighted, weighted_lost = total, total, total
+    """(maximum, sum of e, sum of e * dP) of a tile of queries over the keys [first, last) and their
+    sinks, where e = exp(score - maximum)."""
+    maximum, total = first_sums(policy, True, KINDS, q.shape[0], False)
+    nothing = tl.zeros([q.shape[0]], tl.float32)
+    total_lost, weighted, weighted_lost = nothing, nothing, nothing
     for start in range(first, last, LOOP):
         visible = visible_keys(policy.padding, start, kv_len, LOOP, PADDING & KINDS)
         k = load_tile(k_base, k_row, start, visible, DIM, WIDTH, True, DOT, TMA)

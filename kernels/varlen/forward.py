@@ -42,7 +42,7 @@ def forward_kernel(
     v_base, v_row = tokens_of(v, k_first, head // group)
     maximum, total, acc = attend(
         q_base, q_row, q_start, k_base, k_row, v_base, v_row, policy, 0, kv_len, q_len, kv_len,
-        KINDS, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, DOT, PRECISION,
+        sequence < sequences, KINDS, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, DOT, PRECISION,
     )  # fmt: skip
     rows = q_start + tl.arange(0, OWN)
     present = rows < q_len
