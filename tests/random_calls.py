@@ -287,12 +287,12 @@ class Built:
             sizes = {"one": (1,), "heads": (heads,), "entries": (*batch, heads)}[drawn.slopes]
             self.option("alibi_slopes", (self.random(*sizes) - 0.2).to(DEVICE))
 
-    def ranges(self, batch: tuple[int, ...], q_len: int, kv_len: int) -> None:
-        """Segments and a prefix, of integers of some kind."""
+    def ranges(self, batch: tuple[int, ...], q_len: int | None, kv_len: int) -> None:
+        """Segments and a prefix, of integers of some kind; no segments where there is no q_len."""
         kind, dtypes = self.drawn.segments, (torch.int64, torch.int32, torch.uint8)
         dtype = dtypes[self.drawn.seed % 3]
         for name, length in (("segment_ids_q", q_len), ("segment_ids_k", kv_len)):
-            if kind is None:
+            if kind is None or q_len is None:
                 break
             ids = (self.random(*batch, length) * 4).floor()
             if kind != "scattered":

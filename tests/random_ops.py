@@ -270,6 +270,8 @@ class Varlen(Drawn):
         built.mask((len(self.lengths), heads, *longest))
         built.causal(1, 1, has_objects=False)
         built.kinds((len(self.lengths),), heads)
+        built.ranges((len(self.lengths),), None, longest[1])
+        built.sinks(heads)
         return built
 
     @classmethod

@@ -179,6 +179,7 @@ def calls(t: dict[str, Tensor]) -> list[Any]:
         bidirectional(*sides, segment_ids_q=t["q_ids"], segment_ids_k=t["k_ids"],
                       prefix_len=t["prefix"]),
         varlen(*packed, *longest, window=(2, 1), softcap=0.9, alibi_slopes=t["slopes"], **bottom),
+        varlen(*packed, *longest, prefix_len=t["prefix"], sinks=t["slopes"]),
         statistics(
             query, t["nan_key"][:, :2], attn_mask=t["bools"], key_padding_mask=t["no_keys"],
             query_padding_mask=t["no_queries"], **bottom,

@@ -2,7 +2,7 @@
 
 For every dtype and head dim a plain call, the heaviest (float mask with its gradient, padding and
 dropout), one of shaped scores (window, soft cap and slopes) and one of ranges (segments, a prefix
-and, where there are any, sinks). In bfloat16, at three head dims,
+and, where an op takes them, sinks). In bfloat16, at three head dims,
 also what the launchers treat apart. A row of a mask is no multiple of 16 elements, as in most calls
 of real models, and so cannot be read in vectors.
 """
@@ -76,7 +76,7 @@ BIDIRECTIONAL = {
     "short and long": ("plain", 8, 2100),
     "short and long heaviest": ("heaviest", 8, 2100),
 }
-VARLEN = ("plain", "heaviest", "causal", "shaped")
+VARLEN = ("plain", "heaviest", "causal", "shaped", "ranges")
 # variant -> rows; each with and without bias, activation and residual.
 LINEAR = {"single": 8, "few": 40, "some": 200, "many": 20000}
 # in_features, out_features: whole steps along the inner dimension, a rest, and unaligned rows.
@@ -184,6 +184,9 @@ def _varlen(kind: str, dim: int, dtype: torch.dtype) -> None:
         tokens, tokens, tokens, mask, offsets, offsets, None, seed, 300, 300, dropout_p,
         kind == "causal", False, None,
     )._replace(**_kinds(kind, 3))  # fmt: skip
+    if kind == "ranges":
+        prefix = torch.empty(3, dtype=torch.int64)
+        call = call._replace(is_causal=True, prefix_len=prefix, sinks=torch.empty(HEADS))
     grads = varlen_forward(call, kind != "plain")
     varlen_backward(grads, call, mask is not None)
 

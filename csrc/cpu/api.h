@@ -47,11 +47,12 @@ struct KernelTable {
 
 // Attention of packed sequences, each to its own keys: what the call says of one entry's rows holds
 // for all of them, one sequence behind the other, and offset i says where sequence i begins. Of a
-// mask and its gradient sequence i has batch entry i.
+// mask and its gradient sequence i has batch entry i, and so of the gradient of sinks.
 struct Sequences {
   int64_t count;
   const int64_t *q_offsets, *kv_offsets;  // count + 1 each
   bool bottom_right;                      // where the diagonal of each ends
+  Prefixes prefixes = {};                 // (count)
 };
 
 FF_EXPORT void varlen_forward(const AttentionForward&, const Sequences&, ParallelFor);

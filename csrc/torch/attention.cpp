@@ -21,35 +21,6 @@ std::tuple<Tensor, Tensor> attention_forward(const AttentionInputs& in) {
   return {out, lse};
 }
 
-// The gradient of sinks while kernels add it up for each entry, and as a tensor afterwards: without
-// numbers where there are no sinks.
-class SinkGradient {
- public:
-  SinkGradient(ff::AttentionBackward& p, const AttentionInputs& in)
-      : batch_(p.batch), sums_(in.sinks ? size_t(p.batch * p.heads) : 0) {
-    const int64_t sizes[] = {in.sinks ? p.heads : 0};
-    tensor_ = empty_contiguous(1, sizes, float32_beside(in.query));
-    if (in.sinks) p.grad_sinks = sums_.data();
-  }
-
-  // After the kernels have run.
-  Tensor tensor() const {
-    auto* to = static_cast<float*>(tensor_.mutable_data_ptr());
-    const int64_t heads = tensor_.numel();
-    for (int64_t h = 0; h < heads; ++h) {
-      double sum = 0.0;
-      for (int64_t b = 0; b < batch_; ++b) sum += sums_[size_t(b * heads + h)];
-      to[h] = float(sum);
-    }
-    return tensor_;
-  }
-
- private:
-  int64_t batch_;
-  std::vector<double> sums_;
-  Tensor tensor_;
-};
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Gradients<2>& gradients,
                                                                       bool mask_gradient,
                                                                       const AttentionInputs& in) {
@@ -67,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Grad
   p.grad_value = mutable_view(grad_value);
   const int64_t scores[4] = {p.batch, p.heads, p.q_len, p.kv_len};
   MaskGradientTensor grad_mask(p, scores, in.attn_mask, mask_gradient, kind, p.grad_mask);
-  const SinkGradient grad_sinks(p, in);
+  const SinkGradient grad_sinks(p, in.sinks, p.batch, kind);
   run(p, [&] { ff::kernels().attention_backward(p, parallel_for); });
   return {grad_query, grad_key, grad_value, grad_mask.tensor(), grad_sinks.tensor()};
 }

@@ -100,6 +100,35 @@ class MaskGradientTensor {
   std::vector<double> sums_;
 };
 
+// The gradient of sinks while kernels add it up, for each batch entry or sequence, and as a tensor
+// afterwards: without numbers where there are no sinks.
+class SinkGradient {
+ public:
+  SinkGradient(ff::AttentionBackward& p, const MaybeTensor& sinks, int64_t entries, Kind beside)
+      : entries_(entries), sums_(sinks ? size_t(entries * p.heads) : 0) {
+    const int64_t sizes[] = {sinks ? p.heads : 0};
+    tensor_ = empty_contiguous(1, sizes, {aoti_torch_dtype_float32(), beside.device_index});
+    if (sinks) p.grad_sinks = sums_.data();
+  }
+
+  // After the kernels have run.
+  Tensor tensor() const {
+    auto* to = static_cast<float*>(tensor_.mutable_data_ptr());
+    const int64_t heads = tensor_.numel();
+    for (int64_t h = 0; h < heads; ++h) {
+      double sum = 0.0;
+      for (int64_t i = 0; i < entries_; ++i) sum += sums_[size_t(i * heads + h)];
+      to[h] = float(sum);
+    }
+    return tensor_;
+  }
+
+ private:
+  int64_t entries_;
+  std::vector<double> sums_;
+  Tensor tensor_;
+};
+
 // Calls `kernel` and raises where it found no memory.
 template <class Kernel>
 inline void run(ff::Attention& p, const Kernel& kernel) {

@@ -71,6 +71,8 @@ struct VarlenInputs {
   std::optional<int64_t> window_left = from.maybe_integer("window_left");
   std::optional<int64_t> window_right = from.maybe_integer("window_right");
   std::optional<double> softcap = from.maybe_number("softcap");
+  MaybeTensor prefix_len = from.maybe_tensor("prefix_len");
+  MaybeTensor sinks = from.maybe_tensor("sinks");
 };
 
 struct WeightStatisticsInputs {

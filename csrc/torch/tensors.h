@@ -247,6 +247,15 @@ inline void describe_rules(ff::Attention& p, const Inputs& in) {
   if (prefixes) p.rules.prefixes = {prefixes, in.prefix_len->stride(0)};
 }
 
+// Attention sinks: (heads).
+inline void describe_sinks(ff::Attention& p, const Tensor& query, const MaybeTensor& sinks) {
+  if (!sinks) return;
+  STD_TORCH_CHECK(sinks->dim() == 1 && sinks->size(0) == p.heads &&
+                      sinks->scalar_type() == ScalarType::Float && is_here(*sinks, query),
+                  "fastfusion: sinks must be float32 (heads)");
+  p.sinks = {static_cast<const float*>(sinks->const_data_ptr()), sinks->stride(0)};
+}
+
 // Of (batch, heads, length, dim) tensors.
 template <class Inputs>
 inline void describe_batched(ff::Attention& p, const Inputs& in) {
@@ -270,12 +279,7 @@ inline void describe(ff::Attention& p, const AttentionInputs& in) {
   describe_batched(p, in);
   STD_TORCH_CHECK(in.enable_gqa || p.heads == p.kv_heads || p.kv_heads == 1,
                   "fastfusion: more query heads than key heads need enable_gqa");
-  if (!in.sinks) return;
-  const Tensor& sinks = *in.sinks;
-  STD_TORCH_CHECK(sinks.dim() == 1 && sinks.size(0) == p.heads &&
-                      sinks.scalar_type() == ScalarType::Float && is_here(sinks, in.query),
-                  "fastfusion: sinks must be float32 (heads)");
-  p.sinks = {static_cast<const float*>(sinks.const_data_ptr()), sinks.stride(0)};
+  describe_sinks(p, in.query, in.sinks);
 }
 
 inline void describe(ff::Bidirectional& p, const BidirectionalInputs& in) {

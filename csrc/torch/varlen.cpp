@@ -40,9 +40,10 @@ struct Packing {
   std::vector<int64_t> q, kv;
   int64_t max_q, max_k;
   bool bottom_right;
+  ff::Prefixes prefixes = {};
 
   int64_t count() const { return int64_t(q.size()) - 1; }
-  ff::Sequences sequences() const { return {count(), q.data(), kv.data(), bottom_right}; }
+  ff::Sequences sequences() const { return {count(), q.data(), kv.data(), bottom_right, prefixes}; }
 
   // (sequences, heads, max_q, max_k), what a mask broadcasts to.
   struct Scores {
@@ -71,6 +72,10 @@ Packing describe(ff::Attention& p, const VarlenInputs& in) {
                   "fastfusion: cu_seqlens_q and cu_seqlens_k differ in length");
   describe_mask(p, query, in.attn_mask, packing.scores(p.heads).sizes);
   describe_slopes(p, query, in.alibi_slopes, packing.count());
+  describe_sinks(p, query, in.sinks);
+  STD_TORCH_CHECK(!in.prefix_len || in.is_causal, "fastfusion: prefix_len needs is_causal");
+  const int64_t* prefixes = integers(in.prefix_len, {packing.count()}, query, "prefix_len");
+  if (prefixes) packing.prefixes = {prefixes, in.prefix_len->stride(0)};
   return packing;
 }
 
@@ -109,9 +114,9 @@ std::tuple<Tensor, Tensor> varlen_forward(const VarlenInputs& in) {
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_backward(const Gradients<2>& gradients,
-                                                           bool mask_gradient,
-                                                           const VarlenInputs& in) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> varlen_backward(const Gradients<2>& gradients,
+                                                                   bool mask_gradient,
+                                                                   const VarlenInputs& in) {
   ff::AttentionBackward p;
   const Packing packing = describe(p, in);
   const MaybeTensor &grad_out = gradients[0], &grad_lse = gradients[1];
@@ -141,8 +146,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_backward(const Gradients<2>& g
   p.grad_value = packed_output(grad_value);
   MaskGradientTensor grad_mask(p, packing.scores(p.heads).sizes, in.attn_mask, mask_gradient,
                                kind_of(in.query), p.grad_mask);
+  const SinkGradient grad_sinks(p, in.sinks, packing.count(), kind_of(in.query));
   run(p, [&] { ff::varlen_backward(p, packing.sequences(), parallel_for); });
-  return {grad_query, grad_key, grad_value, grad_mask.tensor()};
+  return {grad_query, grad_key, grad_value, grad_mask.tensor(), grad_sinks.tensor()};
 }
 
 constexpr Op kOps[] = {

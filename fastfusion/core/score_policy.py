@@ -158,7 +158,7 @@ def policy_of(call: Any, diagonal: Any) -> Policy:
 
 
 def ranges_in(call: Any) -> tuple[Any, Any, Any]:
-    """Segments and prefix of a call; packed sequences have none."""
+    """Segments and prefix of a call; packed sequences have no segments."""
     q_ids, k_ids, prefix = (getattr(call, name, None) for name in _RANGES)
     return q_ids, k_ids, prefix
 

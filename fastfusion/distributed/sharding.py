@@ -45,7 +45,7 @@ _BOTH = {
     **_ATTENTION, "query_value": "bhqd", "query_padding_mask": "bq",
 }  # fmt: skip
 _PACKED = dict.fromkeys(("query", "key", "value"), "thd") | {
-    "attn_mask": "bhqk", "alibi_slopes": "bh",
+    "attn_mask": "bhqk", "alibi_slopes": "bh", "sinks": "h",
 }  # fmt: skip
 
 LAYOUTS: dict[str, Layout] = {
@@ -53,7 +53,7 @@ LAYOUTS: dict[str, Layout] = {
     # Its columns are normalised over all queries, so these cannot be sharded.
     "bidirectional": Layout(_BOTH, ("bhqd", "bhkd", "bhq", "bhk"), "bh", gradients=5),
     # A sequence may begin on one rank and end on another: heads alone are independent.
-    "varlen": Layout(_PACKED, ("thd", "th"), "h", gradients=4),
+    "varlen": Layout(_PACKED, ("thd", "th"), "h", gradients=4, last="sinks"),
     "weight_statistics": Layout(
         {**_ATTENTION, "query_padding_mask": "bq"}, ("bhq", "bhk"), "bh"
     ),

@@ -335,7 +335,7 @@ def _varlen(
     bias, visible = _kinds(op, query, key, bias, visible, offset, is_causal, **kinds)
     out, lse = _rows(
         op, query, key, value, bias, visible, absent, scale, dropout_p, grouped, False,
-        kinds.get("softcap"),
+        kinds.get("softcap"), kinds.get("sinks"),
     )  # fmt: skip
     present = op.Reshape(op.Not(behind), [-1])
 

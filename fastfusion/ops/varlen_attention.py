@@ -42,6 +42,8 @@ class Arguments(NamedTuple):
     window: Any = None
     softcap: Any = None
     alibi_slopes: Any = None
+    prefix_len: Any = None
+    sinks: Any = None
     scale: Any = None
     dropout_p: Any = 0.0
     return_lse: Any = False
@@ -71,6 +73,8 @@ class Call(NamedTuple):
     window_left: int | None = None  # no bound
     window_right: int | None = None
     softcap: float | None = None
+    prefix_len: Tensor | None = None  # (sequences,), of a causal call
+    sinks: Tensor | None = None  # (H,)
 
     def head_dims(self) -> tuple[int, ...]:
         return self.query.shape[-1], self.value.shape[-1]
@@ -97,6 +101,8 @@ class Call(NamedTuple):
         yield arguments.mask_fits(self.attn_mask, query, sequences, heads, *lengths)
         yield arguments.numbers_fit(self.seed, query, self.scale)
         yield from score_policy.kinds_fit(self, sequences, heads)
+        yield from score_policy.ranges_fit(self, sequences)
+        yield from score_policy.sinks_fit(self, heads)
 
 
 @overload
@@ -115,6 +121,8 @@ def varlen_attention(
     window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    prefix_len: Tensor | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: Literal[False] = False,
@@ -136,6 +144,8 @@ def varlen_attention(
     window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    prefix_len: Tensor | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: Literal[True],
@@ -156,6 +166,8 @@ def varlen_attention(
     window: Window = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    prefix_len: Tensor | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
@@ -186,6 +198,11 @@ def varlen_attention(
         alibi_slopes: broadcastable to (sequences, heads), float32 or of the query's dtype: a score
             falls by slope * the distance of the key from the query's own (ALiBi). Its gradient is
             the reference's.
+        prefix_len: integers, broadcastable to (sequences,): the call is causal, but all queries of
+            a sequence see its first so many keys, as of a picture before a text.
+        sinks: broadcastable to (heads,), float32 or of the query's dtype, may require a gradient:
+            one more score for each head, which takes weight and has no value, as in
+            `scaled_dot_product_attention`; of rows behind the last sequence there is none.
         scale: factor of the scores, any finite number; 1 / sqrt(head_dim) by default.
         dropout_p: probability of dropping a score; applied whenever it is above 0.
         return_lse: also return the log-sum-exp of each row of scores.
@@ -204,16 +221,17 @@ def varlen_attention(
     """
     if not torch.compiler.is_compiling():
         tensors = (query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
-        if has_torch_function_variadic(*tensors):
+        rare = (prefix_len, sinks)
+        if has_torch_function_variadic(*tensors, *rare):
             answer = arguments.ask_torch_function(
                 varlen_attention,
                 Arguments(
                     query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                    attn_mask, is_causal, causal_alignment, window, softcap, alibi_slopes, scale,
-                    dropout_p, return_lse, backend,
+                    attn_mask, is_causal, causal_alignment, window, softcap, alibi_slopes, *rare,
+                    scale, dropout_p, return_lse, backend,
                 ),
                 _POSITIONAL,
-                tensors,
+                (*tensors, *rare),
             )  # fmt: skip
             if answer is not NotImplemented:
                 return answer
@@ -228,8 +246,9 @@ def varlen_attention(
         ):
             # 0.1 us less than by its own constructor.
             call = tuple.__new__(Call, (
-                *tensors, None, max_seqlen_q, max_seqlen_k, 0.0, is_causal,
-                causal_alignment == "bottom_right", scale, *kinds,
+                *tensors, None, max_seqlen_q, max_seqlen_k, 0.0,
+                is_causal or prefix_len is not None, causal_alignment == "bottom_right", scale,
+                *kinds, *rare,
             ))  # fmt: skip
             result = OP.attempt(backend, call, return_lse)
             if result is not None:
@@ -237,8 +256,8 @@ def varlen_attention(
     call = normalize(
         Arguments(
             query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, attn_mask,
-            is_causal, causal_alignment, window, softcap, alibi_slopes, scale, dropout_p,
-            return_lse,
+            is_causal, causal_alignment, window, softcap, alibi_slopes, prefix_len, sinks, scale,
+            dropout_p, return_lse,
         )
     )  # fmt: skip
     return OP.run(backend, call, return_lse)
@@ -283,6 +302,8 @@ def check(given: Arguments) -> None:
         arguments.check_attn_mask(attn_mask, query, target, sizes)
     leading = (cu_seqlens_q.shape[0] - 1, query.shape[1])
     score_policy.check_kinds(given, query, leading, sizes)
+    score_policy.check_ranges(given, query, key, leading[:1], sizes)
+    score_policy.check_sinks(given.sinks, query, leading[1:], sizes)
     arguments.check_scale(given.scale, query)
     arguments.check_dropout(given.dropout_p)
     arguments.check_flag("return_lse", given.return_lse)
@@ -361,10 +382,12 @@ def normalize(given: Arguments) -> Call:
     seed = philox.draw_seed(query.device) if given.dropout_p > 0.0 else None
     leading = (cu_seqlens_q.shape[0] - 1, query.shape[1])
     slopes = score_policy.slopes_of(given.alibi_slopes, query, *leading)
+    *_, prefix = score_policy.ranges_of(given, leading[:1], None, None)
     return Call(
         query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, slopes, seed, max_seqlen_q,
-        max_seqlen_k, given.dropout_p, given.is_causal, given.causal_alignment == "bottom_right",
-        scale, *score_policy.kinds_of(given),
+        max_seqlen_k, given.dropout_p, given.is_causal or prefix is not None,
+        given.causal_alignment == "bottom_right", scale, *score_policy.kinds_of(given), prefix,
+        score_policy.sinks_of(given.sinks, query, leading[1]),
     )  # fmt: skip
 
 
@@ -436,6 +459,7 @@ def _flops(call: Call, backward: bool) -> int:
 DEFINITION = Definition(
     "varlen", Call, gradients=4, results=1, outputs=2, fake=_fake,
     reference=lambda call: run_reference(call, True), flops=_flops, folds=False,
+    last_gradient=True,
 )  # fmt: skip
 _CPU = cpu.torch_op(DEFINITION)
 _TRITON = triton.torch_op(

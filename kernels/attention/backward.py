@@ -21,7 +21,7 @@ from fastfusion.core.score_policy import hides
 from fastfusion.kernels.attention import backward_short_side
 from fastfusion.kernels.attention import tma as attention_tma
 from fastfusion.kernels.attention.backward_short_side import inputs, parts_of_splits
-from fastfusion.kernels.attention.sinks import sink_gradient
+from fastfusion.kernels.attention.sinks import gradient_without_keys, sink_gradient
 from fastfusion.kernels.device.gradient_sums import (
     key_gradients,
     mask_gradients,
@@ -41,6 +41,7 @@ from fastfusion.kernels.device.statistics import load_grad_lse, store_statistics
 from fastfusion.kernels.device.sums import nothing_lost
 from fastfusion.kernels.host.arguments import (
     gradient_scales,
+    has_segments,
     has_values,
     operand,
     readable,
@@ -267,9 +268,10 @@ def attention_backward(
     dmask = empty(query, (0,))
     if mask_gradient and attn_mask is not None and attn_mask.is_floating_point():
         dmask = empty(attn_mask, attn_mask.shape)
-    if batch * heads * q_len == 0 or (kv_len == 0 and call.sinks is None):
-        dsinks = empty(query, (0 if call.sinks is None else heads,), torch.float32)
-        return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_(), dsinks.zero_()
+    if batch * heads * q_len == 0 or batch * kv_heads * kv_len == 0:
+        of_rows = None if grad_lse is None else grad_lse.transpose(1, 2).flatten(0, 1)
+        dsinks = gradient_without_keys(call, of_rows)
+        return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_(), dsinks
     scores = score_options(
         call, (batch, heads, q_len, kv_len), None, readable(call.key_padding_mask)
     )
@@ -288,8 +290,9 @@ def attention_backward(
 
     even = tma or aligned(dim, value_dim)
 
-    # The derivative of a cap takes as many registers as the scores, of which rows have none left.
-    roomy = even and call.softcap is None
+    # The derivative of a cap takes as many registers as the scores, of which rows have none left,
+    # nor any for the numbers of segments (4 bytes of spills on sm_80).
+    roomy = even and call.softcap is None and not has_segments(call)
 
     def chosen(kernel: str, rows: int) -> tuple[int, dict[str, int]]:
         name = f"attention_backward_{kernel}{'_tma' if tma else ''}"

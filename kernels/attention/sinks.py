@@ -36,8 +36,10 @@ def sinks_kernel(
             shift, share, delta, grad_lse = load_statistics(
                 statistics_ptr, grad_lse_ptr, first + rows, present, LSE
             )
-            p = tl.where(present, sink_weight(policy, shift, KINDS, False), 0.0) * share
-            total, lost = add(total, lost, p * (grad_lse - delta))
+            p = sink_weight(policy, shift, KINDS, False) * share
+            # Rows that are not there have a share of 0.
+            value = tl.where(share == 0.0, 0.0, p * (grad_lse - delta))
+            total, lost = add(total, lost, value)
     tl.store(dsinks_ptr + head, tl.sum(total))
 
 
@@ -59,3 +61,11 @@ def sink_gradient(call: Any, batches: int, q_len: int, options: dict[str, Any]) 
         num_warps=4,
     )  # fmt: skip
     return dsinks
+
+
+def gradient_without_keys(call: Any, grad_lse: Tensor | None) -> Tensor:
+    """The same where a sink is all that a row has, with d lse (rows, heads): it has weight 1."""
+    if call.sinks is None or grad_lse is None:
+        heads = 0 if call.sinks is None else call.sinks.shape[0]
+        return torch.zeros(heads, dtype=torch.float32, device=call.query.device)
+    return torch.where(call.sinks == -torch.inf, 0.0, grad_lse.sum(0))

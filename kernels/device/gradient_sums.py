@@ -51,7 +51,8 @@ def row_gradients(
         dp, _ = weight_gradient(grad, v, policy, q_start, 0, KINDS, False, PRECISION)
         maximum = tl.max(x, 1)
         if SINKS & KINDS:
-            maximum = tl.maximum(maximum, first_sums(policy, True, KINDS, OWN, False)[0])
+            sink, _ = first_sums(policy, True, KINDS, OWN, False)
+            maximum = tl.maximum(maximum, sink)
         shift = shift_of(maximum)
         p = exponentials(x, shift[:, None], policy, KINDS)
         total = tl.sum(p, 1)

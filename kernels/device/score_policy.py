@@ -192,8 +192,8 @@ def segments_between(
     Compared are the least and the greatest number of the tile: where segments lie one behind the
     other and are counted so, or backwards, no other one is read.
     """
-    ids = tl.load(own + tl.minimum(start + tl.arange(0, OWN), own_len - 1))
-    least, greatest = tl.min(ids), tl.max(ids)
+    own_ids = tl.load(own + tl.minimum(start + tl.arange(0, OWN), own_len - 1))
+    least, greatest = tl.min(own_ids), tl.max(own_ids)
     begin, end = last, first
     for at_block in range(first, last, 1024):
         at = at_block + tl.arange(0, 1024)

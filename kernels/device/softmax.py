@@ -37,10 +37,10 @@ def first_sums(policy, has_sink, KINDS: tl.constexpr, ROWS: tl.constexpr, SCALED
 def sink_weight(policy, shift, KINDS: tl.constexpr, SCALED: tl.constexpr):
     """exp(sink - maximum) of rows with this maximum, in the unit of `first_sums`. Rounded to that a
     sink would lose the same in all rows, and their log-sum-exps with it."""
-    if NATURAL & KINDS:
-        return tl.exp2((policy.sink - shift) * LOG2E)
     sink = tl.zeros_like(shift) + policy.sink
-    if SCALED:
+    if NATURAL & KINDS:
+        return tl.exp2((sink - shift) * LOG2E)
+    elif SCALED:
         return tl.exp2(tl.fma(sink, tl.zeros_like(shift) + LOG2E, -shift))
     else:
         return tl.exp2(tl.fma(-shift, tl.zeros_like(shift) + policy.scale, sink) * LOG2E)

@@ -148,10 +148,7 @@ def empty(
 
 
 def launch(kernel: Any, programs: int, *leading: Any, **given: Any) -> None:
-    """Run a kernel with `programs` programs, if any; num_warps and num_stages stand with its
-    arguments."""
-    if programs == 0:
-        return
+    """Run a kernel with `programs` programs; num_warps and num_stages stand with its arguments."""
     given.update(zip(kernel.arg_names, leading, strict=False))
     grid = (programs, 1, 1)  # whole: a compiled kernel does not fill it up
     compiled = kernel[grid](**given, **FUSION)

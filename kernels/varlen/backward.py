@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfusion.kernels.attention.sinks import gradient_without_keys, sink_gradient
 from fastfusion.kernels.device.gradient_sums import (
     key_gradients,
     mask_gradients,
@@ -15,7 +16,7 @@ from fastfusion.kernels.device.gradient_sums import (
 )
 from fastfusion.kernels.device.packed import bounds, find_tile
 from fastfusion.kernels.device.rows import load_rows, store_rows, tokens_of
-from fastfusion.kernels.device.score_policy import policy_of, rows_seeing
+from fastfusion.kernels.device.score_policy import SINKS, policy_of, rows_seeing
 from fastfusion.kernels.device.statistics import load_grad_lse, store_statistics
 from fastfusion.kernels.device.sums import nothing_lost
 from fastfusion.kernels.host.arguments import gradient_scales, operand, rows_readable
@@ -36,8 +37,10 @@ def rows_kernel(
     sequence, q_start, q_first, q_len, k_first, kv_len = find_tile(
         q_offsets, q_total, k_offsets, k_total, sequences, tl.program_id(0) // heads, OWN
     )
-    slice_index = sequence * heads + head
-    policy = policy_of(masks, numbers, sequence, head, slice_index, q_len, kv_len, KINDS)
+    policy = policy_of(
+        masks, numbers, tl.minimum(sequence, sequences - 1), head, sequence * heads + head, q_len,
+        kv_len, KINDS,
+    )  # fmt: skip
     present = q_start + tl.arange(0, OWN) < q_len
     at = tl.cast(head, tl.int64) * q_total + q_first + q_start + tl.arange(0, OWN)
     q_base, q_row = tokens_of(q, q_first, head)
@@ -49,6 +52,8 @@ def rows_kernel(
         load_grad_lse(grad_lse_ptr, at, present, LSE), policy, 0, kv_len, q_len, kv_len, KINDS, DIM,
         WIDTH, VALUE_DIM, VALUE_WIDTH, OWN, LOOP, False, DOT, PRECISION,
     )  # fmt: skip
+    if SINKS & KINDS:  # rows behind the last sequence have none
+        share = tl.where(sequence < sequences, share, 0.0)
     base, row = tokens_of(dq, q_first, head)
     store_rows(base, of_rows * gradient_scale, q_start, present, row, DIM)
     store_statistics(statistics_ptr, at, present, shift, share, delta)
@@ -78,8 +83,10 @@ def keys_kernel(
     keys_lost, values_lost = nothing_lost(of_keys, DOT), nothing_lost(of_values, DOT)
     for g in range(0, group):
         head = kv_head * group + g
-        slice_index = sequence * heads + head
-        policy = policy_of(masks, numbers, sequence, head, slice_index, q_len, kv_len, KINDS)
+        policy = policy_of(
+            masks, numbers, tl.minimum(sequence, sequences - 1), head, sequence * heads + head,
+            q_len, kv_len, KINDS,
+        )  # fmt: skip
         first, last = rows_seeing(policy, 0, q_len, k_start, KINDS, OWN, LOOP)
         q_base, q_row = tokens_of(q, q_first, head)
         grad_base, grad_row = tokens_of(grad, q_first, head)
@@ -135,8 +142,9 @@ def mask_kernel(
 @planned
 def varlen_backward(
     grads: tuple[Tensor | None, Tensor | None], call: Any, mask_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, d attn_mask); the last is empty if not wanted."""
+) -> tuple[Tensor, ...]:
+    """(dq, dk, dv, d attn_mask, d sinks), the mask's empty if it is not wanted, that of sinks if
+    there are none."""
     (grad_out, grad_lse), attn_mask = grads, call.attn_mask
     query, key, value = call.query, call.key, call.value
     if grad_out is None:
@@ -149,7 +157,11 @@ def varlen_backward(
     if mask_gradient and attn_mask is not None and attn_mask.is_floating_point():
         dmask = empty(attn_mask, attn_mask.shape)
     if total * heads == 0 or sequences == 0 or key.shape[0] == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_()
+        if grad_lse is not None:  # of rows behind the last sequence there is none
+            rows = torch.arange(total, device=query.device)[:, None]
+            grad_lse = grad_lse.masked_fill(rows >= call.cu_seqlens_q[-1], 0.0)
+        dsinks = gradient_without_keys(call, grad_lse)
+        return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_(), dsinks
     widest = max(width(dim), width(value.shape[2]))
     # (heads, tokens), as the statistics lie: the rows of a head side by side.
     grad_lse = None if grad_lse is None else grad_lse.t().contiguous()
@@ -182,4 +194,4 @@ def varlen_backward(
             SHARED_ROWS=shared[2] == 1 and call.max_seqlen_q > 1,
             SHARED_COLUMNS=shared[3] == 1 and call.max_seqlen_k > 1,
         )  # fmt: skip
-    return dq, dk, dv, dmask
+    return dq, dk, dv, dmask, sink_gradient(call, 1, total, common)

@@ -35,8 +35,10 @@ def forward_kernel(
     sequence, q_start, q_first, q_len, k_first, kv_len = find_tile(
         q_offsets, q_total, k_offsets, k_total, sequences, tl.program_id(0) // heads, OWN
     )
-    slice_index = sequence * heads + head
-    policy = policy_of(masks, numbers, sequence, head, slice_index, q_len, kv_len, KINDS)
+    policy = policy_of(
+        masks, numbers, tl.minimum(sequence, sequences - 1), head, sequence * heads + head, q_len,
+        kv_len, KINDS,
+    )  # fmt: skip
     q_base, q_row = tokens_of(q, q_first, head)
     k_base, k_row = tokens_of(k, k_first, head // group)
     v_base, v_row = tokens_of(v, k_first, head // group)
@@ -65,8 +67,8 @@ def varlen_forward(call: Any, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     out = empty(query, (total, heads, value.shape[2]))
     lse = empty(query, (total, heads), torch.float32) if return_lse else None
     sequences = call.cu_seqlens_q.shape[0] - 1
-    if total * heads == 0:
-        return out, lse
+    if total * heads * sequences == 0:
+        return out.zero_(), None if lse is None else lse.fill_(-torch.inf)
     widest = max(width(dim), width(value.shape[2]))
     chosen = tile("varlen", query.dtype, widest, query.device, aligned(dim, value.shape[2]))
     launch(

@@ -137,8 +137,8 @@ def number_rows(op: str) -> list[Bad]:
         for value in given:
             kind = type(value).__name__
             rows.append(Bad(op, f"{name}_{kind}", {name: value}, TypeError, (name, kind)))
-    rows += kind_rows(op) + ([] if op == VARLEN else range_rows(op))
-    return rows + (sink_rows(op) if op == SDPA else [])
+    rows += kind_rows(op) + prefix_rows(op) + ([] if op == VARLEN else segment_rows(op))
+    return rows + ([] if op == BIDIRECTIONAL else sink_rows(op))
 
 
 def kind_rows(op: str) -> list[Bad]:
@@ -177,10 +177,10 @@ def kind_rows(op: str) -> list[Bad]:
     ]  # fmt: skip
 
 
-def range_rows(op: str) -> list[Bad]:
-    """Faults of segments and prefixes, of two entries and lengths 5 and 6."""
+def segment_rows(op: str) -> list[Bad]:
+    """Faults of segments, of two entries and lengths 5 and 6."""
     q_ids, k_ids = torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)
-    both, prefix = {"segment_ids_q": q_ids, "segment_ids_k": k_ids}, torch.tensor([1, 2])
+    both = {"segment_ids_q": q_ids, "segment_ids_k": k_ids}
     return [
         Bad(op, "segments_alone", {"segment_ids_k": k_ids}, ValueError,
             ("segment_ids_k comes with segment_ids_q",)),
@@ -190,10 +190,18 @@ def range_rows(op: str) -> list[Bad]:
             ("segment_ids_q", "integers", "float32")),
         Bad(op, "segments_length", both | {"segment_ids_k": q_ids}, ValueError,
             ("segment_ids_k", "(2, 6)", "(2, 5)")),
+    ]  # fmt: skip
+
+
+def prefix_rows(op: str) -> list[Bad]:
+    """Faults of prefixes, of two entries or three packed sequences."""
+    batch = 3 if op == VARLEN else 2
+    prefix = torch.arange(batch)
+    return [
         Bad(op, "prefix_bools", {"prefix_len": prefix > 1}, TypeError, ("prefix_len", "bool")),
         Bad(op, "prefix_int", {"prefix_len": 3}, TypeError, ("prefix_len", "int")),
-        Bad(op, "prefix_batch", {"prefix_len": torch.ones(3, dtype=torch.long)}, ValueError,
-            ("prefix_len", "(2,)", "(3,)")),
+        Bad(op, "prefix_batch", {"prefix_len": torch.arange(batch + 2)}, ValueError,
+            ("prefix_len", f"({batch},)", f"({batch + 2},)")),
         Bad(op, "prefix_device", {"prefix_len": prefix.to("meta")}, ValueError,
             ("prefix_len", "meta", "cpu")),
     ]  # fmt: skip

@@ -37,6 +37,8 @@ def plain_varlen(
     window: Any = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    prefix_len: Tensor | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
@@ -67,13 +69,17 @@ def plain_varlen(
                 scores = scores.masked_fill(~part, -torch.inf)
             else:
                 scores = scores.to(torch.promote_types(scores.dtype, part.dtype)) + part
-        hidden = outside(scores, is_causal, window, causal_alignment)
+        own = None if prefix_len is None else prefix_len.expand(len(pairs))[index]
+        hidden = outside(scores, is_causal, window, causal_alignment, prefix_len=own)
         scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            column = sinks.to(scores.dtype).expand(heads)[:, None, None]
+            scores = torch.cat((scores, column.expand(-1, scores.shape[1], -1)), -1)
         dead = (scores == -torch.inf).all(-1, keepdim=True)
         scores = scores.masked_fill(dead, 0.0)
-        weights = torch.softmax(scores, -1).masked_fill(dead, 0.0)
+        weights = torch.softmax(scores, -1).masked_fill(dead, 0.0)[..., : v.shape[1]]
         if dropout_p > 0.0:
-            kept = keep[index, :, : scores.shape[1], : scores.shape[2]]
+            kept = keep[index, :, : weights.shape[1], : weights.shape[2]]
             weights = weights * kept * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
         outs.append((weights.to(v.dtype) @ v).transpose(0, 1))
         lse = plain_lse(scores.to(statistics[0].dtype), -1).masked_fill(dead[..., 0], -torch.inf)
@@ -116,6 +122,25 @@ def masked(sizes: tuple[int, ...], kind: str = "bias") -> Any:
 
 def slopes(call: dict[str, Any]) -> None:
     call["alibi_slopes"] = 0.3 * torch.rand(3, call["query"].shape[1])
+
+
+def prefix(call: dict[str, Any]) -> None:
+    """One that ends within the keys, none, and one of more than there are."""
+    call["prefix_len"] = torch.tensor([9, 0, 70])
+
+
+def sinks(call: dict[str, Any]) -> None:
+    """Of which one outweighs ordinary rows, and another one has no weight."""
+    call["sinks"] = torch.randn(call["query"].shape[1])
+    call["sinks"][0], call["sinks"][-1] = 6.0, -torch.inf
+
+
+def both(*edits: Any) -> Any:
+    def edit(call: dict[str, Any]) -> None:
+        for each in edits:
+            each(call)
+
+    return edit
 
 
 def rows_behind(call: dict[str, Any]) -> None:
@@ -178,6 +203,15 @@ CASES = [
          LAST | {"window": (64, None)}),
     Case("softcap", "scores that a cap bends", shape(*MIXED, 40), {"softcap": 0.8}),
     Case("alibi", "slopes for each sequence", shape(*MIXED, heads=4, kv_heads=2), LAST, slopes),
+    Case("prefix", "one for each sequence, beside windows", shape(*MIXED), {"window": (25, None)},
+         prefix),
+    Case("prefix_bottom_right", "decoding behind a prefix", shape(
+        [1, 2, 30], [60, 17, 40], heads=3), LAST, prefix),
+    Case("sinks", "rows of a sink alone, and rows behind that have none", shape(
+        [5, 8, 7], [6, 0, 90], heads=4, kv_heads=2), edit=both(sinks, rows_behind)),
+    Case("sinks_alone", "no keys at all", shape([7, 3], [0, 0]), edit=both(sinks, rows_behind)),
+    Case("sinks_and_prefix", "beside masks and dropout", shape(*MIXED, heads=8, kv_heads=2), {
+        "dropout_p": 0.2}, both(sinks, prefix, slopes, masked((3, 1, *LONGEST)))),
     Case("no_queries", "empty", shape([0, 0], [7, 3])),
     Case("no_keys", "rows without a key only", shape([7, 3], [0, 0])),
     Case("no_sequences", "empty", shape([], [])),

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/api.h"
+#include "cpu/key_ranges.h"
 
 namespace ff {
 namespace {
@@ -34,6 +34,7 @@ void advance_outputs(AttentionBackward& p, int64_t sequence, int64_t queries, in
   advance(p.grad_value, p.type, keys);
   if (p.grad_mask.values) p.grad_mask.values += sequence * p.grad_mask.batch;
   if (p.grad_mask.sums) p.grad_mask.sums += sequence * p.grad_mask.batch;
+  if (p.grad_sinks) p.grad_sinks += sequence * p.heads;
 }
 
 int64_t parts_of(const AttentionForward& p) { return kernels().attention_parts(p); }
@@ -59,6 +60,16 @@ class Packed {
   Packed(const Call& whole, const Sequences& sequences) : whole_(whole), sequences_(sequences) {
     parts_.push_back(0);
     work_.push_back(0.0);
+    if (sequences.prefixes.data) {
+      std::vector<KeyRangeTable> ranges;
+      for (int64_t i = 0; i < sequences.count; ++i) {
+        Call p = sequence(i);
+        p.rules.prefixes = sequences.prefixes;
+        p.rules.prefixes.data += i * p.rules.prefixes.batch;
+        ranges.push_back(key_ranges(p));
+      }
+      ranges_ = std::move(ranges);
+    }
     for (int64_t i = 0; i < sequences.count; ++i) {
       const Call p = sequence(i);
       const int64_t parts = parts_of(p);
@@ -104,6 +115,7 @@ class Packed {
     }
     if (p.alibi.data) p.alibi.data += i * p.alibi.batch;
     p.diagonal = sequences_.bottom_right ? p.kv_len - p.q_len : 0;
+    if (!ranges_.empty()) p.ranges = ranges_[size_t(i)].ranges();
     advance_outputs(p, i, q, k);
     return p;
   }
@@ -134,6 +146,7 @@ class Packed {
   int64_t chunks_ = 1;
   std::vector<int64_t> parts_;  // before each sequence, and all
   std::vector<double> work_;
+  std::vector<KeyRangeTable> ranges_;  // of sequences with prefixes
 };
 
 }  // namespace
