@@ -1,8 +1,8 @@
 """The calls whose kernels `make kernels` compiles, forward and backward.
 
-For every dtype and head dim a plain call, the heaviest (float mask with its gradient, padding and
-dropout), one of shaped scores (window, soft cap and slopes) and one of ranges (segments, a prefix
-and, where an op takes them, sinks). In bfloat16, at three head dims,
+For every dtype and head dim a plain call, the heaviest (float mask with its gradient, padding,
+dropout, and sinks of attention), one of shaped scores (window, soft cap and slopes) and one of
+ranges (segments, a prefix and, where an op takes them, sinks). In bfloat16, at three head dims,
 also what the launchers treat apart. A row of a mask is no multiple of 16 elements, as in most calls
 of real models, and so cannot be read in vectors.
 """
@@ -145,7 +145,7 @@ def _attention(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dtype)
     options = (*_dropout(kind), kind == "causal", False, scale)
     call = AttentionCall(query, key, key, mask, _padding(kv_len, kind), None, *options, False)
     call = call._replace(**_kinds(kind), **_ranges(kind, q_len, kv_len))
-    if kind == "ranges":
+    if kind in ("ranges", "heaviest"):
         call = call._replace(sinks=torch.empty(HEADS))
     grads = attention_forward(call, kind != "plain")
     attention_backward(grads, call, mask is not None and kind != "bool")
