@@ -88,6 +88,28 @@ struct Sinks {
   constexpr float at(int64_t h) const { return data[h * head]; }
 };
 
+// What position tables add to scores (cpu/position_table.h): numbers of each head, where those of
+// adjacent queries are adjacent, with memory for a register behind the last. No data: none.
+struct PositionBias {
+  const float* data = nullptr;  // of the first head, query and key
+  int64_t head = 0, key = 0;
+
+  const float* at(int64_t h, int64_t query, int64_t j) const {
+    return data + h * head + j * key + query;
+  }
+};
+
+// Where the gradient of these goes, likewise: `entries` batch entries share their sums, which the
+// caller has zeroed. No sums: it is not wanted.
+struct PositionGradient {
+  double* sums = nullptr;
+  int64_t entries = 1, part = 0, head = 0, key = 0;
+
+  double* at(int64_t b, int64_t h, int64_t query, int64_t j) const {
+    return sums + b / entries * part + h * head + j * key + query;
+  }
+};
+
 // How far a query sees that sees all keys: beyond any length, and sums of it with lengths are
 // exact.
 constexpr int64_t kEndless = int64_t{1} << 40;
@@ -113,6 +135,7 @@ struct Attention {
   RangeRules rules;
   KeyRanges ranges;  // what all of these say, for the CPU's kernels (cpu/key_ranges.h)
   Slopes alibi;
+  PositionBias positions;
   Sinks sinks;
   bool exchanged = false;  // queries and keys have changed places: the keys have the diagonal
 
@@ -279,7 +302,9 @@ struct AttentionBackward : Attention {
   LseGradient grad_lse;
   MutableView grad_query, grad_key, grad_value;
   MaskGradient grad_mask;
+  PositionGradient grad_positions;
   double* grad_sinks = nullptr;  // (B, H), zeroed by the caller; where there are sinks
+  int64_t grad_sinks_batch = 0;
 };
 
 // Attention from queries to keys and, with the same scores, from keys to queries.

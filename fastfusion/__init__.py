@@ -33,7 +33,7 @@ with without_collection():
     from fastfusion.nn._attention_maps import attention_maps  # isort: skip
 
 if TYPE_CHECKING:
-    from fastfusion import data, distributed, mask, models
+    from fastfusion import data, distributed, mask, models, positions
     from fastfusion.acceleration import AccelerationReport, accelerate, register_swap, restore
     from fastfusion.plotting import attention_page, plot_attention
     from fastfusion.quantization import QuantizationReport, QuantizedLayer, quantize
@@ -72,6 +72,7 @@ __all__ = [
     "norm",
     "ops",
     "plot_attention",
+    "positions",
     "quantize",
     "register_swap",
     "restore",
@@ -87,6 +88,7 @@ _LATER = {
     "data": (),
     "distributed": (),
     "mask": (),
+    "positions": (),
     "models": (),
     "plotting": ("attention_page", "plot_attention"),
     "quantization": ("QuantizationReport", "QuantizedLayer", "quantize"),

@@ -71,6 +71,7 @@ class Drawn:
         slopes: of which sizes alibi_slopes are: "one", "heads" or "entries".
         segments: how their numbers lie: "sorted", "turned" or "scattered".
         prefix, sinks: whether there are any.
+        positions: how a position table is indexed: "each" score, or by "offset".
         number: what the scale and the longest lengths are: of "python", "numpy" or a "tensor".
         loss: the results that gradients start from: "all", "out" or "lse".
     """
@@ -98,6 +99,7 @@ class Drawn:
     segments: str | None = None
     prefix: bool = False
     sinks: bool = False
+    positions: str | None = None
     number: str = "python"
 
     # Whether the op computes of doubles what the formula does.
@@ -306,6 +308,18 @@ class Built:
         if self.drawn.sinks:
             self.option("sinks", (4 * self.random(heads) - 2).to(DEVICE))
 
+    def positions(self, heads: int, q_len: int, kv_len: int) -> None:
+        """A table, of one for all heads in some calls, and an index, of integers of some kind."""
+        kind, seed = self.drawn.positions, self.drawn.seed
+        if kind is None:
+            return
+        size = (q_len, kv_len) if kind == "each" else (max(q_len + kv_len - 1, 0),)
+        rows, entries = (1 if seed % 5 == 0 else heads), 1 + seed % 40
+        index = (self.random(*size) * entries).floor()
+        table = (2 * self.random(entries, rows) - 1).T
+        self.option("position_table", table.to(DEVICE))
+        self.option("position_index", index.to(DEVICE, (torch.int64, torch.int32)[seed % 2]))
+
     def padding(self, name: str, kind: str | None, narrow: bool, *target: int) -> None:
         """A padding mask (..., length): some hidden, the tail of each, whole samples, or all;
         `narrow`: the same for all samples, which broadcasts."""
@@ -417,6 +431,8 @@ def draw_common(rng: random.Random, target: Target, operands: tuple[str, ...]) -
         drawn["prefix"] = True
     if rng.random() < 0.1:
         drawn["sinks"] = True
+    if rng.random() < 0.15 and target.backend not in ("triton", "cuda"):
+        drawn["positions"] = rng.choice(("each", "offset"))
     drawn["number"] = rng.choice(("python",) * 6 + ("numpy", "tensor"))
     half = drawn["dtype"] == "float16"
     kind = rng.random()

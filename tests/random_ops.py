@@ -93,6 +93,7 @@ class Attention(Drawn):
             built.kinds(batch, heads[0])
             built.ranges(batch, self.q_len, self.kv_len)
             built.sinks(heads[0])
+            built.positions(heads[0], self.q_len, self.kv_len)
         built.padding("key_padding_mask", self.padding, self.narrow, *batch, self.kv_len)
         if self.nan_behind:
             built.spoil("key_padding_mask", "key", "value")

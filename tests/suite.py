@@ -417,6 +417,13 @@ class AttentionSuite(OpSuite):
     scale_cases: ClassVar[tuple[str, ...]] = ()
     slow_scale_cases: ClassVar[tuple[str, ...]] = ()
 
+    def takes(self, target: Target, call: dict[str, Any]) -> bool:
+        if target.backend not in ("triton", "cuda") or "position_table" not in call:
+            return True
+        with pytest.raises(ff.BackendUnavailableError, match="position_table is left to the"):
+            target.call(type(self).function, **call)
+        return False
+
     @pytest.mark.parametrize("scale", SCALES)
     def test_any_finite_scale(self, scale: str, fast_target: Target, dtype: torch.dtype) -> None:
         """Zero times infinity is nowhere on the way to a number that float32 holds."""
@@ -486,6 +493,13 @@ def shaped(
     return scores
 
 
+def positioned(table: Tensor, index: Tensor, scores: Tensor) -> Tensor:
+    """What a position table adds, in the dtype of the scores."""
+    if index.dim() == 1:
+        index = index[scores.shape[-2] - 1 - distances(scores, "top_left")]
+    return table[:, index.long()].to(scores.dtype)
+
+
 def outside(
     scores: Tensor,
     is_causal: bool,
@@ -530,6 +544,8 @@ def plain_attention(
     segment_ids_k: Tensor | None = None,
     prefix_len: Tensor | None = None,
     sinks: Tensor | None = None,
+    position_table: Tensor | None = None,
+    position_index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Unfused attention as a user writes it, every step in the dtype of the inputs."""
     if enable_gqa:
@@ -542,6 +558,8 @@ def plain_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = (query @ key.transpose(-1, -2)) * scale
     scores = shaped(scores, softcap, alibi_slopes, causal_alignment)
+    if position_table is not None and position_index is not None:
+        scores = scores + positioned(position_table, position_index, scores)
     # A batch or heads that the values alone have.
     outer = torch.broadcast_shapes(scores.shape[:-2], value.shape[:-2])
     scores = scores.expand(*outer, *scores.shape[-2:])

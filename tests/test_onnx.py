@@ -26,6 +26,7 @@ from fastfusion.ops import pack_int8
 from fastfusion.ops.decoder_layer import OP as DECODER
 from fastfusion.ops.encoder_layer import OP as ENCODER
 from fastfusion.ops.linear import ACTIVATIONS
+from fastfusion.positions import t5_buckets
 
 HEADS, WIDTH, LONGEST = 4, 16, 12
 EXPORTED = (3, 5, 7)
@@ -131,6 +132,8 @@ def op_inputs(batch: int, q_len: int, kv_len: int) -> dict[str, Tensor]:
         "begin_q": offsets(q_lens),
         "begin_k": offsets(kv_lens),
         "slopes": torch.rand(HEADS),
+        "table": torch.randn(HEADS, 8),
+        "places": torch.randint(0, 8, (q_len, kv_len)),
         "q_ids": torch.randint(0, 3, (batch, q_len)),
         "k_ids": torch.randint(1, 4, (batch, kv_len)),
         "prefix": torch.randint(0, kv_len, (batch,)),
@@ -176,6 +179,10 @@ def calls(t: dict[str, Tensor]) -> list[Any]:
         bidirectional(*sides, window=(3, 1), softcap=0.9, alibi_slopes=t["slopes"]),
         attention(query, key, value, segment_ids_q=t["q_ids"], segment_ids_k=t["k_ids"]),
         attention(query, key, value, t["bools"], sinks=t["slopes"], return_lse=True),
+        attention(query, key, value, t["bias"], position_table=t["table"],
+                  position_index=t["places"]),
+        attention(query, key, value, position_table=t["table"], position_index=t5_buckets(
+            query.shape[2], key.shape[2], num_buckets=8, max_distance=6), **bottom),
         bidirectional(*sides, segment_ids_q=t["q_ids"], segment_ids_k=t["k_ids"],
                       prefix_len=t["prefix"]),
         varlen(*packed, *longest, window=(2, 1), softcap=0.9, alibi_slopes=t["slopes"], **bottom),
@@ -194,7 +201,8 @@ OP_AXES = {
     "q_ids": {0: B, 1: L}, "k_ids": {0: B, 1: S}, "prefix": {0: B},
     "no_queries": {0: B, 1: L}, "packed_query": {0: Dim("Tq")}, "packed_key": {0: Dim("Tk")},
     "packed_value": {0: Dim("Tk")}, "begin_q": {0: Dim("N")}, "begin_k": {0: Dim("N")},
-    "slopes": None, "packed_bools": None, "nan_key": {0: B, 2: S}, "nan_value": {0: B, 2: S},
+    "slopes": None, "table": None, "places": {0: L, 1: S}, "packed_bools": None,
+    "nan_key": {0: B, 2: S}, "nan_value": {0: B, 2: S},
 }  # fmt: skip
 
 

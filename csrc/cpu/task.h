@@ -42,13 +42,13 @@ inline bool carve(const Attention& p, std::initializer_list<Part> parts) {
   return carve(p.out_of_memory, parts);
 }
 
-// A call as tasks of some batch entries and key heads each: one, or all.
+// A call as tasks of some batch entries, the last one of fewer, and of key heads: one, or all.
 template <class Call>
 struct HeadTasks {
   const Call* p;
   int64_t entries = 1, heads = 1;
 
-  int64_t count() const { return p->batch / entries * (p->kv_heads / heads); }
+  int64_t count() const { return (p->batch + entries - 1) / entries * (p->kv_heads / heads); }
 };
 
 // The tasks of a backward call: what is added to one sum of a mask's gradient is added by one task.
@@ -67,8 +67,8 @@ void head_tasks(int64_t begin, int64_t end, const void* context) {
   const int64_t beside = p.kv_heads / tasks.heads, slices = tasks.entries * tasks.heads;
   for (int64_t i = begin * slices; i < end * slices; ++i) {
     const int64_t number = i / slices, own = i % slices;
-    task.run(number / beside * tasks.entries + own / tasks.heads,
-             number % beside * tasks.heads + own % tasks.heads);
+    const int64_t b = number / beside * tasks.entries + own / tasks.heads;
+    if (b < p.batch) task.run(b, number % beside * tasks.heads + own % tasks.heads);
   }
 }
 

@@ -1,15 +1,50 @@
 // scaled_dot_product_attention as torch ops.
 
+#include "cpu/position_table.h"
 #include "cpu_calls.h"
 
 namespace {
+
+// The position table of a call, as it was given and checked.
+ff::PositionHeads describe_positions(const ff::Attention& p, const AttentionInputs& in) {
+  STD_TORCH_CHECK(in.position_table.has_value() == in.position_index.has_value(),
+                  "fastfusion: position_table and position_index come together");
+  ff::PositionTable table;
+  if (in.position_table) {
+    const Tensor &numbers = *in.position_table, &index = *in.position_index;
+    check_fits(numbers.dim() == 2 && numbers.size(0) == p.heads && numbers.is_cpu() &&
+                   numbers.scalar_type() == ScalarType::Float && numbers.size(1) <= INT32_MAX &&
+                   (numbers.size(1) > 0 || p.q_len * p.kv_len == 0),
+               "position_table");
+    table.data = static_cast<const float*>(numbers.const_data_ptr());
+    table.entries = numbers.size(1), table.head = numbers.stride(0);
+    table.entry = numbers.stride(1);
+    table.by_offset = index.dim() == 1;
+    if (table.by_offset) {
+      const int64_t count = p.q_len + p.kv_len - 1;
+      table.index = integers(index, {count > 0 ? count : 0}, "position_index");
+      table.index = {table.index.data, 0, table.index.batch};
+    } else {
+      table.index = integers(index, {p.q_len, p.kv_len}, "position_index");
+    }
+  }
+  ff::PositionHeads heads(p, table);
+  STD_TORCH_CHECK(heads.is_legal(), "fastfusion: position_index must be from 0 to ",
+                  table.entries - 1, ", the entries of position_table");
+  return heads;
+}
 
 Tensor forward(const AttentionInputs& in, Tensor* lse) {
   ff::AttentionForward p;
   describe(p, in);
   const ff::KeyRangeTable ranges = describe_ranges(p);
+  ff::PositionHeads positions = describe_positions(p, in);
   Tensor out = make_out(p, in.query, lse);
-  run(p, [&] { ff::kernels().attention_forward(p, parallel_for); });
+  run(p, [&] {
+    positions.for_parts(p, parallel_for, nullptr, [](const ff::AttentionForward& part) {
+      ff::kernels().attention_forward(part, parallel_for);
+    });
+  });
   return out;
 }
 
@@ -21,9 +56,18 @@ std::tuple<Tensor, Tensor> attention_forward(const AttentionInputs& in) {
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Gradients<2>& gradients,
-                                                                      bool mask_gradient,
-                                                                      const AttentionInputs& in) {
+// A tensor of sums, or one without numbers of none.
+Tensor as_float32(const std::vector<double>& sums, std::initializer_list<int64_t> sizes,
+                  const Tensor& query) {
+  const Tensor tensor =
+      empty_contiguous(int64_t(sizes.size()), sizes.begin(), float32_beside(query));
+  auto* to = static_cast<float*>(tensor.mutable_data_ptr());
+  for (size_t i = 0; i < sums.size(); ++i) to[i] = float(sums[i]);
+  return tensor;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Gradients<2>& gradients, bool mask_gradient, const AttentionInputs& in) {
   ff::AttentionBackward p;
   describe(p, in);
   const ff::KeyRangeTable ranges = describe_ranges(p);
@@ -39,8 +83,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(const Grad
   const int64_t scores[4] = {p.batch, p.heads, p.q_len, p.kv_len};
   MaskGradientTensor grad_mask(p, scores, in.attn_mask, mask_gradient, kind, p.grad_mask);
   const SinkGradient grad_sinks(p, in.sinks, p.batch, kind);
-  run(p, [&] { ff::kernels().attention_backward(p, parallel_for); });
-  return {grad_query, grad_key, grad_value, grad_mask.tensor(), grad_sinks.tensor()};
+  ff::PositionHeads positions = describe_positions(p, in);
+  const int64_t entries = in.position_table ? in.position_table->size(1) : 0;
+  std::vector<double> grad_table(size_t(entries > 0 ? p.heads * entries : 0));
+  run(p, [&] {
+    positions.for_parts(p, parallel_for, grad_table.data(), [](const ff::AttentionBackward& part) {
+      ff::kernels().attention_backward(part, parallel_for);
+    });
+  });
+  const Tensor grad_positions = in.position_table
+                                    ? as_float32(grad_table, {p.heads, entries}, in.query)
+                                    : as_float32({}, {0}, in.query);
+  return {grad_query,         grad_key,       grad_value,
+          grad_mask.tensor(), grad_positions, grad_sinks.tensor()};
 }
 
 constexpr Op kOps[] = {

@@ -108,7 +108,7 @@ class SinkGradient {
       : entries_(entries), sums_(sinks ? size_t(entries * p.heads) : 0) {
     const int64_t sizes[] = {sinks ? p.heads : 0};
     tensor_ = empty_contiguous(1, sizes, {aoti_torch_dtype_float32(), beside.device_index});
-    if (sinks) p.grad_sinks = sums_.data();
+    if (sinks) p.grad_sinks = sums_.data(), p.grad_sinks_batch = p.heads;
   }
 
   // After the kernels have run.

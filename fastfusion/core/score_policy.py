@@ -1,11 +1,13 @@
-"""Kinds of masks that are numbers: causal masks, windows, soft caps, ALiBi, segments, prefixes and
-sinks.
+"""Kinds of masks that are numbers: causal masks, windows, soft caps, ALiBi, position tables,
+segments, prefixes and sinks.
 
 With x the scaled products of queries and keys, scores are, as FlashAttention makes them
 (`flash_attn_func` of flash-attn 2.6 and later):
 
     S = softcap * tanh(x / softcap)               Gemma 2 (Gemma Team, 2024, section 2)
       - alibi_slopes * |i + diagonal - j|         ALiBi (Press et al., 2022), both ways
+      + position_table[position_index]            T5 (Raffel et al., 2020, section 2.1), Swin (Liu
+                                                  et al., 2021, equation 4)
       + attn_mask
 
 where query i stands beside key i + diagonal, and sees the keys from i + diagonal - left to
@@ -42,6 +44,8 @@ class Policy(NamedTuple):
         segments: numbers (batch, q_len) and (batch, kv_len); a query sees the keys of its own.
         prefix: (batch,), how many keys all queries see, whatever is right of them.
         sinks: (heads,), the score of a key without a value.
+        positions: a table (heads, entries), and the entry of each score: (q_len, kv_len), or by
+            offset, (q_len + kv_len - 1,), where a score has number j - i + q_len - 1.
     """
 
     diagonal: int | Tensor = 0
@@ -52,20 +56,33 @@ class Policy(NamedTuple):
     segments: tuple[Tensor, Tensor] | None = None
     prefix: Tensor | None = None
     sinks: Tensor | None = None
+    positions: tuple[Tensor, Tensor] | None = None
 
     @property
     def hides(self) -> bool:
         """Whether some scores may be -inf by it."""
         return not (self.left is self.right is self.segments is None)
 
+    @property
+    def adds(self) -> bool:
+        """Whether it adds to scores, as a mask does."""
+        return not (self.alibi_slopes is self.positions is None)
+
     def shape(self, scores: Tensor) -> Tensor:
-        """The scaled products (batch, heads, q_len, kv_len) with cap and ALiBi."""
+        """The scaled products (batch, heads, q_len, kv_len) with cap, ALiBi and position table."""
+        q_len, kv_len = scores.shape[-2:]
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if self.alibi_slopes is not None:
             slopes = self.alibi_slopes.to(scores.dtype)[:, :, None, None]
-            q_len, kv_len = scores.shape[-2:]
             scores = scores - slopes * self._distance(q_len, kv_len, scores.device).abs()
+        if self.positions is not None:
+            table, index = self.positions
+            if index.dim() == 1:
+                rows, columns = (torch.arange(n, device=index.device) for n in (q_len, kv_len))
+                index = index[columns - rows[:, None] + (q_len - 1)]
+            bias = table.to(scores.dtype).index_select(1, index.flatten())
+            scores = scores + bias.reshape(table.shape[0], q_len, kv_len)
         return scores
 
     def hide(self, scores: Tensor) -> Tensor:
@@ -122,6 +139,8 @@ class Kinds(NamedTuple):
     segment_ids_k: Any = None
     prefix_len: Any = None
     sinks: Any = None
+    position_table: Any = None
+    position_index: Any = None
 
     def policy(self, query: Tensor, key: Tensor) -> Policy:
         """Of queries and keys (batch, heads, length, head_dim), once they are checked."""
@@ -130,7 +149,9 @@ class Kinds(NamedTuple):
         *ids, prefix = ranges_of(self, query.shape[:1], query.shape[2], key.shape[2])
         right = right if prefix is None else 0
         sinks = sinks_of(self.sinks, query, query.shape[1])
-        return Policy(0, left, right, softcap, slopes, _pair(ids), prefix, sinks)
+        index, table = positions_of(self, query, query.shape[1])
+        positions = _pair((table, index))
+        return Policy(0, left, right, softcap, slopes, _pair(ids), prefix, sinks, positions)
 
     def check(self, query: Tensor, key: Tensor) -> None:
         """Raise TypeError or ValueError for what is not legal beside these queries and keys."""
@@ -138,10 +159,11 @@ class Kinds(NamedTuple):
         check_kinds(self, query, tuple(query.shape[:2]), sizes)
         check_ranges(self, query, key, tuple(query.shape[:1]), sizes)
         check_sinks(self.sinks, query, tuple(query.shape[1:2]), sizes)
+        check_positions(self, query, key, tuple(query.shape[1:2]), sizes)
 
 
 # Those that modules name where they do not go with something else.
-KINDS = "window, softcap, alibi_slopes, segment ids, prefix_len and sinks"
+KINDS = "window, softcap, alibi_slopes, segment ids, prefix_len, sinks and position tables"
 
 
 def causal(diagonal: int | None) -> Policy:
@@ -153,8 +175,11 @@ def policy_of(call: Any, diagonal: Any) -> Policy:
     """That of an op's call, whose queries stand beside this diagonal."""
     left, right = sides_of(call)
     *ids, prefix = ranges_in(call)
-    sinks = getattr(call, "sinks", None)
-    return Policy(diagonal, left, right, call.softcap, call.alibi_slopes, _pair(ids), prefix, sinks)
+    sinks, table, index = (getattr(call, n, None) for n in ("sinks", *POSITIONS))
+    return Policy(
+        diagonal, left, right, call.softcap, call.alibi_slopes, _pair(ids), prefix, sinks,
+        _pair((table, index)),
+    )  # fmt: skip
 
 
 def ranges_in(call: Any) -> tuple[Any, Any, Any]:
@@ -168,11 +193,13 @@ def _has_ranges(call: Any) -> bool:
 
 
 _RANGES = ("segment_ids_q", "segment_ids_k", "prefix_len")
+POSITIONS = ("position_table", "position_index")
 
 
-def _pair(ids: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
-    of_queries, of_keys = ids
-    return None if of_queries is None else (of_queries, of_keys)
+def _pair(both: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+    """Of two that come together."""
+    one, other = both
+    return None if one is None else (one, other)
 
 
 def sides_of(call: Any) -> tuple[int | None, int | None]:
@@ -281,6 +308,61 @@ def _check_numbers(
         )
 
 
+def check_positions(
+    given: Any, query: Tensor, key: Tensor, heads: tuple[int, ...], sizes: str
+) -> None:
+    """Raise TypeError or ValueError for a position table or index that is not legal.
+
+    Args:
+        given: the arguments of an op.
+        heads: (heads,), or of no heads.
+        sizes: what was given, for messages.
+    """
+    table, index = given.position_table, given.position_index
+    if (table is None) != (index is None):
+        given_one, other = POSITIONS if index is None else POSITIONS[::-1]
+        raise ValueError(f"{given_one} comes with {other}, which is None; {sizes}")
+    if table is None:
+        return
+    entries = table.shape[-1] if isinstance(table, Tensor) and table.dim() == 2 else 0
+    target = (*(heads or (1,)), entries)
+    _check_numbers("position_table", table, query, "(heads, entries)", target, sizes)
+    if table.dim() != 2:
+        raise ValueError(f"position_table must be (heads, entries), got {tuple(table.shape)}")
+    if not isinstance(index, Tensor):
+        raise TypeError(f"position_index must be a Tensor or None, got {type(index).__name__}")
+    check_dense("position_index", index)
+    if index.dtype not in _INTEGERS:
+        raise TypeError(f"position_index must be integers, got {index.dtype}")
+    check_device("position_index", index, "query", query)
+    q_len, kv_len = query.shape[-2], key.shape[-2]
+    if tuple(index.shape) not in ((q_len, kv_len), (max(q_len + kv_len - 1, 0),)):
+        raise ValueError(
+            f"position_index must be (q_len, kv_len), {(q_len, kv_len)}, or by offset "
+            f"(q_len + kv_len - 1,), got shape {tuple(index.shape)}; {sizes}"
+        )
+    if not _is_readable(index) or index.numel() == 0:
+        return
+    smallest, largest = (int(number) for number in index.aminmax())
+    if smallest < 0 or largest >= entries:
+        raise ValueError(
+            f"position_index must be from 0 to {entries - 1}, the entries of position_table "
+            f"{tuple(table.shape)}, got {smallest} to {largest}"
+        )
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether its numbers can be looked at for nothing: on the CPU, where nothing is traced."""
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.device.type == "cpu"
+        and type(tensor) is Tensor
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
 def check_ranges(
     given: Any, query: Tensor, key: Tensor, leading: tuple[int, ...], sizes: str
 ) -> None:
@@ -370,6 +452,33 @@ def sinks_fit(call: Any, heads: Any) -> Iterator[Any]:
         yield sinks.shape[0] == heads
 
 
+def positions_of(given: Any, query: Tensor, heads: Any) -> tuple[Any, Any]:
+    """Position index and table of an op's arguments as calls have them: integers of 64 bits, and
+    (heads, entries), wide enough."""
+    table, index = given.position_table, given.position_index
+    if table is None:
+        return None, None
+    return index.to(torch.int64), slopes_of(table, query, heads, table.shape[1])
+
+
+def positions_fit(call: Any, heads: Any) -> Iterator[Any]:
+    """What holds for the position table and index of a call of so many heads."""
+    table, index, query = call.position_table, call.position_index, call.query
+    yield (table is None) == (index is None)
+    if table is not None:
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        yield table.dtype == dtype and table.device == query.device and table.dim() == 2
+        yield table.shape[0] == heads
+        yield index.dtype == torch.int64 and index.device == query.device
+        q_len, kv_len = query.shape[2], call.key.shape[2]
+        offsets = (torch.sym_max(q_len + kv_len - 1, 0),)
+        yield index.dim() in (1, 2)
+        for size, expected in zip(
+            index.shape, offsets if index.dim() == 1 else (q_len, kv_len), strict=True
+        ):
+            yield size == expected
+
+
 def kinds_fit(call: Any, *leading: Any) -> Iterator[Any]:
     """What holds for the kinds of a call of so many entries and heads."""
     slopes = call.alibi_slopes
@@ -384,8 +493,9 @@ def kinds_fit(call: Any, *leading: Any) -> Iterator[Any]:
 
 
 def has_rare_kinds(call: Any) -> bool:
-    """Whether a call has segments, a prefix or sinks."""
-    return _has_ranges(call) or getattr(call, "sinks", None) is not None
+    """Whether a call has segments, a prefix, sinks or a position table."""
+    others = (getattr(call, name, None) for name in ("sinks", "position_table"))
+    return _has_ranges(call) or any([tensor is not None for tensor in others])
 
 
 def refuses_gradient(call: Any) -> Sequence[str]:
@@ -394,3 +504,11 @@ def refuses_gradient(call: Any) -> Sequence[str]:
     if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         return ("the gradient of alibi_slopes is left to the reference",)
     return ()
+
+
+def refuses_on_gpus(call: Any) -> Sequence[str]:
+    """Why kernels that have these kinds but position tables cannot run a call."""
+    if getattr(call, "position_table", None) is None:
+        return refuses_gradient(call)
+    reason = "position_table is left to the CPU kernels and the reference"
+    return (*refuses_gradient(call), reason)

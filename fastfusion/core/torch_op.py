@@ -66,8 +66,8 @@ class Definition:
         flops: a call, and whether it is for the backward, to floating-point operations.
         folds: whether the tensors have a batch dimension, into which another one can be folded.
         written: names of tensors that a call which has them writes to.
-        last_gradient: whether the last argument may have a gradient, too: of one dimension, and no
-            part of a batch. The backward gives it last, without numbers where there is none.
+        last_gradients: how many of the last arguments may have a gradient, too: they are no part of
+            a batch. The backward gives these last, without numbers where there are none.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Definition:
     flops: Callable[[Any, bool], int]
     folds: bool = True
     written: tuple[str, ...] = ()
-    last_gradient: bool = False
+    last_gradients: int = 0
 
     @cached_property
     def tensors(self) -> int:
@@ -143,7 +143,7 @@ class Definition:
         grads = ", ".join(f"Tensor? grad_{i}" for i in range(self.outputs))
         results, gradients = (
             "(" + ", ".join(["Tensor"] * n) + ")"
-            for n in (self.outputs, self.gradients + self.last_gradient)
+            for n in (self.outputs, self.gradients + self.last_gradients)
         )
         LIBRARY.define(f"{name}({self.schema()}) -> {results}")
         LIBRARY.define(f"{name}_forward({self.schema()}) -> {results}")
@@ -173,11 +173,12 @@ class Definition:
 
         wanted = mask_gradient and mask is not None and mask.is_floating_point()
         gradient = mask.new_empty(mask.shape) if wanted else others[0].new_empty(0)
-        if not self.last_gradient:
-            return *map(like, others), gradient
-        last = call[-1] if len(call) == len(self.call._fields) else None
-        empty = others[0].new_empty(0, dtype=torch.float32)
-        return *map(like, others), gradient, empty if last is None else torch.empty_like(last)
+        last = self.call(*call)[len(self.call._fields) - self.last_gradients :]
+
+        def like_last(t: Tensor | None) -> Tensor:
+            return others[0].new_empty((0,) if t is None else t.shape, dtype=torch.float32)
+
+        return *map(like, others), gradient, *map(like_last, last)
 
 
 def _written(default: Any) -> str:
@@ -194,9 +195,9 @@ def needs_gradient(definition: Definition, call: Any) -> bool:
         for tensor in call[: definition.gradients]:
             if tensor is not None and tensor.requires_grad:
                 return True
-        if definition.last_gradient:
-            last = call[-1]
-            return last is not None and last.requires_grad
+        for tensor in call[len(call) - definition.last_gradients :]:
+            if tensor is not None and tensor.requires_grad:
+                return True
     return False
 
 
@@ -475,8 +476,9 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
     calls with log-sum-exps."""
     definition, leading, rare = op.definition, op.definition.tensors, op.definition.rare
     outputs, gradients = definition.outputs, definition.gradients
-    without_gradient = (None,) * (len(definition.call._fields) - gradients)
-    last_place = len(definition.call._fields) - 1
+    fields = len(definition.call._fields)
+    last_places = range(fields - definition.last_gradients, fields)
+    without_gradient = (None,) * (last_places.start - gradients)
     first = outputs + 1  # argument of the backward op that is one of the forward's
     absent = (None,) * (outputs - definition.results)  # gradients of log-sum-exps
 
@@ -506,9 +508,10 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
             # Of the call, and of what this function gives.
             places = list(range(gradients if ctx.mask_gradient else gradients - 1))
             results_of = list(places)
-            if definition.last_gradient and call[last_place] is not None:
-                places.append(last_place)
-                results_of.append(gradients)
+            for result, place in enumerate(last_places, gradients):
+                if call[place] is not None:
+                    places.append(place)
+                    results_of.append(result)
             given = [i for i, g in enumerate(grads) if g is not None]
 
             def gradient(*primals: Tensor) -> tuple[Tensor, ...]:
@@ -570,10 +573,9 @@ def _functions(op: TorchOp) -> tuple[Any, Any, Any]:
             else:
                 found = op.run_backward(*grads, mask_gradient, *given)
             mask = found[gradients - 1] if mask_gradient else None
-            absent_or_last = without_gradient
-            if definition.last_gradient and len(needed) > last_place and needed[last_place]:
-                absent_or_last = (*without_gradient[:-1], found[gradients])
-            return (*found[: gradients - 1], mask, *absent_or_last)[: len(needed)]
+            last = found[gradients:] if len(needed) == fields else ()
+            last = [g if needed[i] else None for g, i in zip(last, last_places, strict=False)]
+            return (*found[: gradients - 1], mask, *without_gradient, *last)[: len(needed)]
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> Any:

@@ -29,7 +29,7 @@ def backward(
 ) -> tuple[Any, Any]:
     """All gradients of the backward op `apply`; an empty one of the mask is not vmapped."""
     mask_gradient, first = given[definition.outputs], definition.outputs + 1
-    count = definition.gradients + definition.last_gradient
+    count = definition.gradients + definition.last_gradients
     if size == 0:
         fake = definition.fake_backward(*_without(given, dims))
         return tuple(t.new_empty(0, *t.shape) for t in fake), (0,) * count
@@ -47,8 +47,8 @@ def backward(
 def _folds(definition: Any, call: tuple[Any, ...]) -> bool:
     """Whether a vmapped dimension may become a part of the batch: not beside a seed, as dropout is
     a function of the batch index, nor beside what is no part of a batch."""
-    seed, last = call[definition.tensors - 1], definition.last_gradient and call[-1] is not None
-    return definition.folds and seed is None and not last
+    seed, last = call[definition.tensors - 1], call[len(call) - definition.last_gradients :]
+    return definition.folds and seed is None and all([t is None for t in last])
 
 
 def _batch(query: Tensor, dim: int | None) -> int:

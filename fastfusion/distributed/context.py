@@ -62,9 +62,9 @@ def context_parallel(
     Raises:
         ValueError: a length that the ranks do not divide, a mesh of several dimensions; from the
             call of an attention: attention weights (``need_weights``, `attention_maps`), windows,
-            ALiBi, segments, prefixes, sinks, packed sequences; a causal one on parts that are not
-            zigzag; masks where both sides are in parts; dropout in both directions where both sides
-            are in parts and long, or parts are zigzag.
+            ALiBi, segments, prefixes, sinks, position tables, packed sequences; a causal one on
+            parts that are not zigzag; masks where both sides are in parts; dropout in both
+            directions where both sides are in parts and long, or parts are zigzag.
     """
     group: Group = mesh
     if hasattr(mesh, "get_group"):
@@ -150,7 +150,7 @@ class _Parts:
         refused = {
             "dropout_p": call.dropout_p > 0.0 and both and (way == RING or self.zigzag),
             "window and alibi_slopes": any(value is not None for value in of_places),
-            "segment ids, prefix_len and sinks": has_rare_kinds(call),
+            "segment ids, prefix_len, sinks and position tables": has_rare_kinds(call),
             "softcap": call.softcap is not None and way == RING,
             "attn_mask": call.attn_mask is not None
             and (way not in (NOTHING, SUM) or (call.seed is not None and self.zigzag)),

@@ -26,20 +26,20 @@ class Layout:
         outputs: likewise, in their order.
         shards: the letters along which a call may be sharded.
         gradients: how many inputs have a gradient in the backward op, if there is one.
-        last: another of them, whose gradient comes behind theirs.
+        last: others of them, whose gradients come behind theirs.
     """
 
     inputs: Mapping[str, str]
     outputs: Sequence[str]
     shards: str
     gradients: int = 0
-    last: str | None = None
+    last: tuple[str, ...] = ()
 
 
 _ATTENTION = {
     "query": "bhqd", "key": "bhkd", "value": "bhkd", "attn_mask": "bhqk", "key_padding_mask": "bk",
     "alibi_slopes": "bh", "segment_ids_q": "bq", "segment_ids_k": "bk", "prefix_len": "b",
-    "sinks": "h",
+    "sinks": "h", "position_table": "he", "position_index": "",
 }  # fmt: skip
 _BOTH = {
     **_ATTENTION, "query_value": "bhqd", "query_padding_mask": "bq",
@@ -49,11 +49,13 @@ _PACKED = dict.fromkeys(("query", "key", "value"), "thd") | {
 }  # fmt: skip
 
 LAYOUTS: dict[str, Layout] = {
-    "attention": Layout(_ATTENTION, ("bhqd", "bhq"), "bhq", gradients=4, last="sinks"),
+    "attention": Layout(
+        _ATTENTION, ("bhqd", "bhq"), "bhq", gradients=4, last=("position_table", "sinks")
+    ),
     # Its columns are normalised over all queries, so these cannot be sharded.
     "bidirectional": Layout(_BOTH, ("bhqd", "bhkd", "bhq", "bhk"), "bh", gradients=5),
     # A sequence may begin on one rank and end on another: heads alone are independent.
-    "varlen": Layout(_PACKED, ("thd", "th"), "h", gradients=4, last="sinks"),
+    "varlen": Layout(_PACKED, ("thd", "th"), "h", gradients=4, last=("sinks",)),
     "weight_statistics": Layout(
         {**_ATTENTION, "query_padding_mask": "bq"}, ("bhq", "bhk"), "bh"
     ),
@@ -138,11 +140,9 @@ def _rule(name: str, layout: Layout, op: Any) -> Any:
                 outputs = [_gradient(inputs[argument], letter) for argument in first]
                 if not call["mask_gradient"]:
                     outputs[-1] = Replicate()  # a tensor without numbers
-                if layout.last is not None:
-                    absent = call[layout.last] is None
-                    outputs.append(
-                        Replicate() if absent else _gradient(inputs[layout.last], letter)
-                    )
+                for last in layout.last:
+                    absent = call[last] is None
+                    outputs.append(Replicate() if absent else _gradient(inputs[last], letter))
             else:
                 outputs = [_place(dims, letter) for dims in layout.outputs[:returns]]
             found.append((outputs, list(inputs.values())[: len(given)]))
@@ -172,7 +172,8 @@ def _letters(name: str, layout: Layout, call: Mapping[str, Any]) -> Iterator[str
 
 def _asks_for_places(call: Mapping[str, Any]) -> bool:
     """Whether a score depends on where its query is."""
-    given = (call.get(name) for name in ("window_left", "window_right", "alibi_slopes"))
+    names = ("window_left", "window_right", "alibi_slopes", "position_table")
+    given = (call.get(name) for name in names)
     return bool(call.get("is_causal", False)) or any(value is not None for value in given)
 
 

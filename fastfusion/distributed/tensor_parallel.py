@@ -356,7 +356,8 @@ class Heads(ParallelStyle):
                         tokens = self.tokens if tensor is given["query"] else Replicate()
                         made[id(tensor)] = _gathered(tensor, mesh, tokens)
                 given |= {name: made[id(given[name])] for name in ("query", "key", "value")}
-            for name in ("attn_mask", "key_padding_mask", "alibi_slopes", "sinks"):
+            masks = "attn_mask", "key_padding_mask", "alibi_slopes", "sinks", "position_table"
+            for name in masks:
                 mask = given.get(name)
                 if isinstance(mask, Tensor):
                     mask = _everywhere(mask, mesh) if mask.requires_grad else mask
@@ -396,6 +397,8 @@ def _mask_of_heads(module: Any, name: str, mask: Tensor, heads: int, rank: int) 
     first = rank * count
     if name in ("alibi_slopes", "sinks") and mask.dim() and mask.shape[-1] == heads:
         return mask.narrow(-1, first, count)
+    if name == "position_table" and mask.dim() == 2 and mask.shape[0] == heads:
+        return mask.narrow(0, first, count)
     if name != "attn_mask" or mask.dim() < 3:
         return mask
     if isinstance(module, MultiheadAttention):  # (batch * heads, q_len, kv_len)

@@ -8,7 +8,7 @@ the ops: a row without keys is 0, what a padding mask hides is never read into a
 masks are written out. Lengths and batch sizes may differ from the exported ones where
 `dynamic_shapes` says so.
 
-The formulas are written once, over `_Operators`, and take the arguments of an op by their names in
+The formulas are written once, over `Operators`, and take the arguments of an op by their names in
 its schema, whatever the backend.
 
 Up to opset 22 attention becomes MatMul, Softmax and Where. From opset 23 on it is the operator
@@ -25,6 +25,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from fastfusion.integrations.onnx_operators import Graph, Script
 
 _OPSET = 18
 _FUSED_OPSET = 23
@@ -88,85 +90,9 @@ def _translation(op: Any, fused: bool) -> Callable[..., Any]:
 
     def translate(*args: Any, **kwargs: Any) -> Any:
         given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
-        return _results(op, formula(_Script(fused), **given))
+        return _results(op, formula(Script(fused), **given))
 
     return translate
-
-
-class _Operators:
-    """ONNX's operators as methods: inputs are values of the graph, floats, ints, bools or lists of
-    ints (float32 and int64 constants), keywords are attributes, left out where None."""
-
-    fused = False  # whether there is `Attention`
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def add(*inputs: Any, **attributes: Any) -> Any:
-            values = [self._constant(i) if isinstance(i, float | int | list) else i for i in inputs]
-            given = {key: value for key, value in attributes.items() if value is not None}
-            return self._node(name, values, given)
-
-        return add
-
-    def _constant(self, number: Any) -> Any:
-        raise NotImplementedError
-
-    def _node(self, name: str, inputs: list[Any], attributes: dict[str, Any]) -> Any:
-        raise NotImplementedError
-
-
-def _tensor(number: Any) -> torch.Tensor:
-    dtype = {float: torch.float32, bool: torch.bool}.get(type(number), torch.int64)
-    return torch.tensor(number, dtype=dtype, device="cpu")
-
-
-class _Script(_Operators):
-    """As onnxscript records them for torch's exporter."""
-
-    def __init__(self, fused: bool) -> None:
-        self.fused = fused
-
-    def _constant(self, number: Any) -> Any:
-        import onnx_ir
-
-        return self._node("Constant", [], {"value": onnx_ir.tensor(_tensor(number).numpy())})
-
-    def _node(self, name: str, inputs: list[Any], attributes: dict[str, Any]) -> Any:
-        import onnxscript
-
-        opset = onnxscript.opset23 if name == "Attention" else onnxscript.opset18
-        return getattr(opset, name)(*inputs, **attributes)
-
-    @staticmethod
-    def dtype(value: Any) -> int:
-        return value.dtype
-
-    @staticmethod
-    def size(value: Any, dim: int) -> int | None:
-        size = value.shape[dim]
-        return size if isinstance(size, int) else None
-
-
-class _Graph(_Operators):
-    """As nodes of the TorchScript exporter's graph."""
-
-    def __init__(self, graph: Any) -> None:
-        self._graph = graph
-
-    def _constant(self, number: Any) -> Any:
-        return self._graph.op("Constant", value_t=_tensor(number))
-
-    def _node(self, name: str, inputs: list[Any], attributes: dict[str, Any]) -> Any:
-        # The suffix says that it is an integer or a list of them.
-        return self._graph.op(name, *inputs, **{f"{k}_i": v for k, v in attributes.items()})
-
-    @staticmethod
-    def dtype(value: Any) -> int:
-        dtype: Any = torch.onnx.JitScalarType.from_value(value).onnx_type()
-        return int(dtype)
-
-    @staticmethod
-    def size(value: Any, dim: int) -> int | None:
-        return torch.onnx.symbolic_helper._get_tensor_dim_size(value, dim)
 
 
 def _attention(
@@ -415,13 +341,24 @@ def _kinds(
     segment_ids_q: Any = None,
     segment_ids_k: Any = None,
     prefix_len: Any = None,
+    position_index: Any = None,
+    position_table: Any = None,
     **others: Any,
 ) -> tuple[Any, Any]:
-    """The bias and the visible scores with what causal masks, windows, segments, prefixes and ALiBi
-    add to them. Queries stand beside the keys of the same number, or `offset` further."""
+    """The bias and the visible scores with what causal masks, windows, segments, prefixes, ALiBi
+    and position tables add to them. Queries stand beside the keys of the same number, or `offset`
+    further."""
     if segment_ids_q is not None:
         rows, columns = op.Unsqueeze(segment_ids_q, [1, 3]), op.Unsqueeze(segment_ids_k, [1, 2])
         visible = _and(op, visible, op.Equal(rows, columns))
+    if position_table is not None:
+        if op.rank(position_index) == 1:  # by offset of key to query
+            last = op.Sub(_size(op, query, 2), 1)
+            rows, keys = (_range(op, _size(op, t, 2)) for t in (query, key))
+            places = op.Sub(op.Add(keys, last), op.Unsqueeze(rows, [1]))
+            position_index = op.Gather(position_index, places, axis=0)
+        added = op.Gather(position_table, position_index, axis=1)
+        bias = added if bias is None else op.Add(bias, added)
     window_right = 0 if is_causal else window_right
     if window_left is window_right is alibi_slopes is None:
         return bias, visible
@@ -588,6 +525,6 @@ def _symbolic(op: Any) -> Callable[..., Any]:
 
     def symbolic(graph: Any, *values: Any) -> Any:
         given = {a.name: constant(a, v) for a, v in zip(arguments, values, strict=True)}
-        return _results(op, formula(_Graph(graph), **given))
+        return _results(op, formula(Graph(graph), **given))
 
     return symbolic

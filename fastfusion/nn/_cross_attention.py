@@ -152,6 +152,8 @@ class CrossAttention(RecordsAttention):
         segment_ids_k: Tensor | None = None,
         prefix_len: Tensor | None = None,
         sinks: Tensor | None = None,
+        position_table: Tensor | None = None,
+        position_index: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from `query` to `context`.
 
@@ -178,6 +180,8 @@ class CrossAttention(RecordsAttention):
                 and the first so many.
             sinks: broadcastable to (num_heads,): one more score, which takes weight from the others
                 and has no value; weights that are returned are those of the context alone.
+            position_table, position_index: (num_heads, entries), and which entry is added to each
+                score, integers (q_len, kv_len), or by offset (q_len + kv_len - 1,); as of the op.
                 These do not go with nested tensors.
 
         Returns:
@@ -192,11 +196,12 @@ class CrossAttention(RecordsAttention):
         kinds = None
         if not (
             window is softcap is alibi_slopes is segment_ids_q is segment_ids_k is prefix_len
-            is sinks is None
+            is sinks is position_table is position_index is None
         ):  # fmt: skip
             kinds = Kinds(
-                window, softcap, alibi_slopes, segment_ids_q, segment_ids_k, prefix_len, sinks
-            )
+                window, softcap, alibi_slopes, segment_ids_q, segment_ids_k, prefix_len, sinks,
+                position_table, position_index,
+            )  # fmt: skip
         if is_nested(query, context):
             if kinds is not None:
                 raise ValueError(f"{KINDS} do not go with nested tensors")
@@ -244,6 +249,7 @@ class CrossAttention(RecordsAttention):
                 key_padding_mask=key_padding_mask, window=window, softcap=softcap,
                 alibi_slopes=alibi_slopes, segment_ids_q=segment_ids_q,
                 segment_ids_k=segment_ids_k, prefix_len=prefix_len, sinks=sinks,
+                position_table=position_table, position_index=position_index,
             )  # fmt: skip
             return self.out_proj(cast(out, q.dtype).transpose(1, 2).flatten(2))
         if attn_mask is not None:

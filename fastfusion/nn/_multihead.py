@@ -114,6 +114,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         segment_ids_k: Tensor | None = None,
         prefix_len: Tensor | None = None,
         sinks: Tensor | None = None,
+        position_table: Tensor | None = None,
+        position_index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `query` to `key` and `value`.
 
@@ -141,6 +143,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
                 but all queries see the first so many keys.
             sinks: broadcastable to (num_heads,): one more score, which takes weight from the others
                 and has no value; weights that are returned are those of keys alone.
+            position_table, position_index: (num_heads, entries), and which entry is added to each
+                score, integers (q_len, kv_len), or by offset (q_len + kv_len - 1,); as of the op.
                 These, which torch's module has not, go with neither nested tensors nor
                 `add_bias_kv` nor `add_zero_attn`.
 
@@ -153,11 +157,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         kinds = None
         if not (
             window is softcap is alibi_slopes is segment_ids_q is segment_ids_k is prefix_len
-            is sinks is None
+            is sinks is position_table is position_index is None
         ):  # fmt: skip
             kinds = Kinds(
-                window, softcap, alibi_slopes, segment_ids_q, segment_ids_k, prefix_len, sinks
-            )
+                window, softcap, alibi_slopes, segment_ids_q, segment_ids_k, prefix_len, sinks,
+                position_table, position_index,
+            )  # fmt: skip
             self._check_kinds(query, key, value)
         if query.is_nested or key.is_nested or value.is_nested:
             return self._forward_nested(
@@ -228,6 +233,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
                 key_padding_mask=padding, window=window, softcap=softcap,
                 alibi_slopes=alibi_slopes, segment_ids_q=segment_ids_q,
                 segment_ids_k=segment_ids_k, prefix_len=prefix_len, sinks=sinks,
+                position_table=position_table, position_index=position_index,
             )  # fmt: skip
             out = cast(out, q.dtype)
         out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)

@@ -44,7 +44,7 @@ def attention_with_weights(
             float to be added, where -inf hides.
         key_padding_mask: bool (batch, kv_len), True = ignore; NaN in such a key spreads nowhere.
         dropout_p: applied whenever it is above 0.
-        kinds: window, soft cap, slopes, segments, prefix and sinks, as of the op.
+        kinds: window, soft cap, slopes, segments, prefix, sinks and position table, as of the op.
 
     Returns:
         (batch, heads, q_len, value_dim) and (batch, heads, q_len, kv_len) in the query's dtype, or
@@ -118,7 +118,7 @@ def _attend(
         key, value = _without(key, key_padding_mask), _without(value, key_padding_mask)
         padding = _additive(key_padding_mask[:, None, None, :], query.dtype)
         bias = padding if bias is None else bias + padding
-    if policy.hides or policy.alibi_slopes is not None:
+    if policy.hides or policy.adds:
         nothing = query.new_zeros(1, 1, query.shape[2], key.shape[2])
         own = policy.hide(policy._replace(softcap=None).shape(nothing))
         bias = own if bias is None else bias + own

@@ -51,6 +51,8 @@ class Arguments(NamedTuple):
     segment_ids_k: Any = None
     prefix_len: Any = None
     sinks: Any = None
+    position_table: Any = None
+    position_index: Any = None
     return_lse: Any = False
     backend: Any = None
 
@@ -79,6 +81,8 @@ class Call(NamedTuple):
     segment_ids_q: Tensor | None = None  # (B, Lq)
     segment_ids_k: Tensor | None = None  # (B, Lk)
     prefix_len: Tensor | None = None  # (B,), of a causal call
+    position_index: Tensor | None = None  # (Lq, Lk), or by offset (Lq + Lk - 1,)
+    position_table: Tensor | None = None  # (H, entries)
     sinks: Tensor | None = None  # (H,)
 
     def head_dims(self) -> tuple[int, ...]:
@@ -101,6 +105,7 @@ class Call(NamedTuple):
         yield from score_policy.kinds_fit(self, batch, heads)
         yield from score_policy.ranges_fit(self, batch)
         yield from score_policy.sinks_fit(self, heads)
+        yield from score_policy.positions_fit(self, heads)
 
 
 @overload
@@ -123,6 +128,8 @@ def scaled_dot_product_attention(
     segment_ids_k: Tensor | None = None,
     prefix_len: Tensor | None = None,
     sinks: Tensor | None = None,
+    position_table: Tensor | None = None,
+    position_index: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -146,6 +153,8 @@ def scaled_dot_product_attention(
     segment_ids_k: Tensor | None = None,
     prefix_len: Tensor | None = None,
     sinks: Tensor | None = None,
+    position_table: Tensor | None = None,
+    position_index: Tensor | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -168,6 +177,8 @@ def scaled_dot_product_attention(
     segment_ids_k: Tensor | None = None,
     prefix_len: Tensor | None = None,
     sinks: Tensor | None = None,
+    position_table: Tensor | None = None,
+    position_index: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -213,6 +224,14 @@ def scaled_dot_product_attention(
             one more score for each head, which takes weight from a row's and has no value (of
             gpt-oss; attention sinks of Xiao et al., 2024, without a token). A part of the
             log-sum-exp; a row without a key has this score alone.
+        position_table: (heads, entries), or of one for all heads, float32 or of the query's dtype,
+            may require a gradient: position_table[:, position_index] is added to the scores, after
+            `scale` and `softcap`, as ALiBi and a float `attn_mask` are (T5's buckets, Swin's and
+            BEiT's windows). Comes with `position_index`.
+        position_index: integers, which entry a score has: (q_len, kv_len), or for each offset of
+            key to query (q_len + kv_len - 1,), from 1 - q_len to kv_len - 1, whose memory is linear
+            in the length. `ff.positions` makes those of T5, Swin and BEiT. What is not an entry
+            raises on the CPU, and otherwise as indexing in torch.
         return_lse: also return the log-sum-exp of each row of scores.
         backend: "cpu", "triton", "cuda" or "reference" to insist on one; None chooses.
 
@@ -230,19 +249,16 @@ def scaled_dot_product_attention(
         # Each argument by its name: 0.1 us less than tuples that are put together.
         if has_torch_function_variadic(
             query, key, value, attn_mask, key_padding_mask, alibi_slopes, segment_ids_q,
-            segment_ids_k, prefix_len, sinks,
+            segment_ids_k, prefix_len, sinks, position_table, position_index,
         ):  # fmt: skip
             given = Arguments(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 key_padding_mask, causal_alignment, window, softcap, alibi_slopes, segment_ids_q,
-                segment_ids_k, prefix_len, sinks, return_lse, backend,
-            )  # fmt: skip
-            tensors = (
-                *given[:4], key_padding_mask, alibi_slopes, segment_ids_q, segment_ids_k,
-                prefix_len, sinks,
+                segment_ids_k, prefix_len, sinks, position_table, position_index, return_lse,
+                backend,
             )  # fmt: skip
             answer = arguments.ask_torch_function(
-                scaled_dot_product_attention, given, _POSITIONAL, tensors
+                scaled_dot_product_attention, given, _POSITIONAL, (*given[:4], *given[8:-2])
             )
             if answer is not NotImplemented:
                 return answer
@@ -259,7 +275,8 @@ def scaled_dot_product_attention(
             call = tuple.__new__(Call, (
                 query, key, value, attn_mask, key_padding_mask, alibi_slopes, None, 0.0,
                 is_causal or prefix_len is not None, causal_alignment == "bottom_right", scale,
-                enable_gqa, left, right, cap, segment_ids_q, segment_ids_k, prefix_len, sinks,
+                enable_gqa, left, right, cap, segment_ids_q, segment_ids_k, prefix_len,
+                position_index, position_table, sinks,
             ))  # fmt: skip
             result = OP.attempt(backend, call, return_lse)
             if result is not None:
@@ -268,7 +285,7 @@ def scaled_dot_product_attention(
         Arguments(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
             key_padding_mask, causal_alignment, window, softcap, alibi_slopes, segment_ids_q,
-            segment_ids_k, prefix_len, sinks, return_lse,
+            segment_ids_k, prefix_len, sinks, position_table, position_index, return_lse,
         )
     )  # fmt: skip
     result = OP.run(backend, call, return_lse)
@@ -327,6 +344,7 @@ def check(given: Arguments) -> None:
     score_policy.check_kinds(given, query, (*leading, *heads), sizes)
     score_policy.check_ranges(given, query, key, leading, sizes)
     score_policy.check_sinks(given.sinks, query, heads, sizes)
+    score_policy.check_positions(given, query, key, heads, sizes)
     arguments.check_dropout(given.dropout_p)
     arguments.check_scale(given.scale, query)
     arguments.check_flag("return_lse", given.return_lse)
@@ -372,6 +390,7 @@ def normalize(given: Arguments) -> Call:
         query, key, value, attn_mask, key_padding_mask, slopes, seed, given.dropout_p,
         is_causal or given.prefix_len is not None, causal_alignment == "bottom_right", scale,
         bool(enable_gqa or kv_heads != heads), *score_policy.kinds_of(given), *ranges,
+        *score_policy.positions_of(given, query, heads),
         score_policy.sinks_of(given.sinks, query, heads),
     )  # fmt: skip
 
@@ -409,7 +428,7 @@ def _flops(call: Call, backward: bool) -> int:
 
 DEFINITION = Definition(
     "attention", Call, gradients=4, results=1, outputs=2, fake=_fake,
-    reference=lambda call: run_reference(call, True), flops=_flops, last_gradient=True,
+    reference=lambda call: run_reference(call, True), flops=_flops, last_gradients=2,
 )  # fmt: skip
 _CPU = cpu.torch_op(DEFINITION)
 _CUDA = cuda.CudaOp(DEFINITION)
@@ -433,11 +452,11 @@ def _cpu_refuses(call: Call) -> Sequence[str]:
 
 
 def _triton_refuses(call: Call) -> Sequence[str]:
-    return [*triton.refuses(call), *score_policy.refuses_gradient(call)]
+    return [*triton.refuses(call), *score_policy.refuses_on_gpus(call)]
 
 
 def _cuda_refuses(call: Call) -> Sequence[str]:
-    return [*cuda.refuses(call, DEFINITION), *score_policy.refuses_gradient(call)]
+    return [*cuda.refuses(call, DEFINITION), *score_policy.refuses_on_gpus(call)]
 
 
 def _cuda_waits(call: Call) -> bool:
@@ -503,6 +522,10 @@ def inputs(
         call["prefix_len"] = torch.full((batch,), shape["prefix"], device=device)
     if shape.get("sinks"):
         call["sinks"] = torch.linspace(-1.0, 1.0, heads, device=device)
+    if shape.get("positions"):
+        size = (q_len + kv_len - 1,) if shape["positions"] == "offsets" else (q_len, kv_len)
+        index = torch.randint(64, size, generator=generator, device="cpu")
+        call |= {"position_table": normal(heads, 64), "position_index": index.to(device)}
     mask = shape.get("mask")
     if mask == "key_padding":
         hidden = torch.zeros(batch, kv_len, dtype=torch.bool, device="cpu")

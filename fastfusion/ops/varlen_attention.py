@@ -459,7 +459,7 @@ def _flops(call: Call, backward: bool) -> int:
 DEFINITION = Definition(
     "varlen", Call, gradients=4, results=1, outputs=2, fake=_fake,
     reference=lambda call: run_reference(call, True), flops=_flops, folds=False,
-    last_gradient=True,
+    last_gradients=1,
 )  # fmt: skip
 _CPU = cpu.torch_op(DEFINITION)
 _TRITON = triton.torch_op(

@@ -252,8 +252,8 @@ def merge_splits(partial: Tensor, of_side: Tensor, of_value: Tensor, splits: int
 def attention_backward(
     grads: tuple[Tensor | None, Tensor | None], call: Any, mask_gradient: bool
 ) -> tuple[Tensor, ...]:
-    """(dq, dk, dv, d attn_mask, d sinks), the mask's empty if it is not wanted, that of sinks if
-    there are none."""
+    """(dq, dk, dv, d attn_mask, d position_table, d sinks): the mask's empty if it is not wanted,
+    that of sinks if there are none, and that of the table, which these kernels have not."""
     (grad_out, grad_lse), attn_mask = grads, call.attn_mask
     query, key, value = call.query, call.key, call.value
     if grad_out is None:
@@ -265,13 +265,13 @@ def attention_backward(
     dq = rows_outside(query, batch, heads, q_len, dim)
     dk = rows_outside(query, batch, kv_heads, kv_len, dim)
     dv = rows_outside(query, batch, kv_heads, kv_len, value_dim)
-    dmask = empty(query, (0,))
+    dmask, no_table = empty(query, (0,)), empty(query, (0,), torch.float32)
     if mask_gradient and attn_mask is not None and attn_mask.is_floating_point():
         dmask = empty(attn_mask, attn_mask.shape)
     if batch * heads * q_len == 0 or batch * kv_heads * kv_len == 0:
         of_rows = None if grad_lse is None else grad_lse.transpose(1, 2).flatten(0, 1)
         dsinks = gradient_without_keys(call, of_rows)
-        return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_(), dsinks
+        return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_(), no_table, dsinks
     scores = score_options(
         call, (batch, heads, q_len, kv_len), None, readable(call.key_padding_mask)
     )
@@ -343,4 +343,4 @@ def attention_backward(
                 mask_merge_kernel, cdiv(dmask.numel(), 256), parts, dmask, elements=dmask.numel(),
                 splits=splits, BLOCK=256, num_warps=4,
             )  # fmt: skip
-    return dq, dk, dv, dmask, sink_gradient(call, batch, q_len, common)
+    return dq, dk, dv, dmask, no_table, sink_gradient(call, batch, q_len, common)

@@ -171,6 +171,7 @@ def check_refusals(rank: int, world: int) -> None:
         for options in (
             {"is_causal": True}, {"attn_mask": torch.ones(6, 6)}, {"window": (1, 1)},
             {"sinks": torch.zeros(2)},
+            {"position_table": torch.zeros(2, 1), "position_index": torch.zeros(11).long()},
         ):  # fmt: skip
             with pytest.raises(ValueError, match="not for sequences in parts"):
                 ff.scaled_dot_product_attention(q, q, q, **options)  # type: ignore[arg-type]

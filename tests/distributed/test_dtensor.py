@@ -87,13 +87,20 @@ def check_attention(rank: int, world: int) -> None:
             ({"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.05])}, False),
             ({"softcap": 2.0}, True),
             ({"sinks": torch.tensor([0.5, 0.25, 0.1, 0.05])}, True),
+            (
+                {
+                    "position_table": torch.arange(12.0).view(4, 3) / 9,
+                    "position_index": torch.arange(60).view(6, 10) % 3,
+                },
+                False,
+            ),
         ):
             numbers = {k: v for k, v in options.items() if isinstance(v, Tensor)}
             kinds = list(numbers.values())
 
             def with_kinds(*t: Tensor, options: Any = options, numbers: Any = numbers) -> Any:
                 given = {
-                    k: v if k == "sinks" else v.detach()
+                    k: v if k in ("sinks", "position_table") else v.detach()
                     for k, v in zip(numbers, t[3:], strict=True)
                 }
                 return attend(*t[:3], **options | given)

@@ -55,6 +55,7 @@ def cases() -> Iterator[tuple[nn.Module, list[Tensor], dict[str, Any], bool]]:
     )
     yield other, [tokens(8, WIDTH), tokens(5, 8), tokens(5, 12)], {}, False
     slopes = {"alibi_slopes": torch.rand(HEADS), "sinks": torch.rand(HEADS)}
+    slopes |= {"position_table": torch.rand(HEADS, 3), "position_index": torch.arange(12) % 3}
     cross = ff.nn.CrossAttention(WIDTH, 8, HEADS)
     yield cross, [x, tokens(5, 8)], slopes | {"need_weights": True}, False
     encoder = ff.nn.TransformerEncoder(

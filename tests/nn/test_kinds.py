@@ -1,4 +1,5 @@
-"""Windows, soft caps, ALiBi, segments, prefixes and sinks in the modules that take them."""
+"""Windows, soft caps, ALiBi, segments, prefixes, sinks and position tables in the modules that take
+them."""
 
 from typing import Any
 
@@ -21,6 +22,8 @@ KINDS: list[dict[str, Any]] = [
         "segment_ids_k": torch.tensor([[0, 0, 1, 1, 1, 2, 2]] * 3),
         "sinks": SLOPES,
     },
+    {"position_table": torch.randn(2, 4), "position_index": torch.arange(35).view(5, 7) % 4},
+    {"softcap": 0.9, "position_table": torch.randn(1, 4), "position_index": torch.arange(11) % 4},
 ]
 kinds = pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 
@@ -38,6 +41,11 @@ def scores_bias(q_len: int, kv_len: int, kinds: Any) -> Tensor:
     if "segment_ids_q" in kinds:
         q_ids, k_ids = kinds["segment_ids_q"], kinds["segment_ids_k"][:, :kv_len]
         hidden = hidden | (q_ids[:, None] != k_ids[:, None, None])
+    if "position_table" in kinds:
+        index = kinds["position_index"]
+        if index.dim() == 1:
+            index = index[q_len - 1 - distance]
+        bias = bias + kinds["position_table"][:, index]
     return bias.masked_fill(hidden, -torch.inf)
 
 
@@ -131,6 +139,10 @@ def test_compiles(kinds: Any) -> None:
     x = torch.randn(3, 5, 16)
     if "segment_ids_k" in kinds:
         kinds = kinds | {"segment_ids_k": kinds["segment_ids_k"][:, :5]}
+    if "position_index" in kinds:
+        kinds = kinds | {"position_index": kinds["position_index"][..., :5]}
+        if kinds["position_index"].dim() == 1:
+            kinds["position_index"] = torch.arange(9) % 4
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     for need_weights in (False, True):
         assert_close(

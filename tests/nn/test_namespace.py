@@ -87,7 +87,7 @@ MORE = {
     ("MultiheadAttention", "forward"): [
         ("window", None), ("softcap", None), ("alibi_slopes", None),
         ("segment_ids_q", None), ("segment_ids_k", None), ("prefix_len", None),
-        ("sinks", None),
+        ("sinks", None), ("position_table", None), ("position_index", None),
     ],
 }  # fmt: skip
 

@@ -138,7 +138,8 @@ def number_rows(op: str) -> list[Bad]:
             kind = type(value).__name__
             rows.append(Bad(op, f"{name}_{kind}", {name: value}, TypeError, (name, kind)))
     rows += kind_rows(op) + prefix_rows(op) + ([] if op == VARLEN else segment_rows(op))
-    return rows + ([] if op == BIDIRECTIONAL else sink_rows(op))
+    rows += [] if op == BIDIRECTIONAL else sink_rows(op)
+    return rows + (position_rows(op) if op == SDPA else [])
 
 
 def kind_rows(op: str) -> list[Bad]:
@@ -214,6 +215,37 @@ def sink_rows(op: str) -> list[Bad]:
         Bad(op, "sinks_dtype", {"sinks": torch.zeros(4).double()}, TypeError, ("sinks", "float64")),
         Bad(op, "sinks_heads", {"sinks": torch.zeros(3)}, ValueError, ("sinks", "(4,)", "(3,)")),
     ]
+
+
+def position_rows(op: str) -> list[Bad]:
+    """Faults of position tables, of 4 heads, 5 queries and 6 keys."""
+    table, index = torch.zeros(4, 3), torch.zeros(5, 6).long()
+    both = {"position_table": table, "position_index": index}
+    return [
+        Bad(op, "table_alone", {"position_table": table}, ValueError,
+            ("position_table comes with position_index",)),
+        Bad(op, "index_alone", {"position_index": index}, ValueError,
+            ("position_index comes with position_table",)),
+        Bad(op, "table_number", both | {"position_table": 0.5}, TypeError,
+            ("position_table", "float")),
+        Bad(op, "table_dtype", both | {"position_table": table.double()}, TypeError,
+            ("position_table", "float64")),
+        Bad(op, "table_heads", both | {"position_table": table[:3]}, ValueError,
+            ("position_table", "(4, 3)", "(3, 3)")),
+        Bad(op, "table_rank", both | {"position_table": table[0]}, ValueError,
+            ("position_table", "(3,)")),
+        Bad(op, "index_number", both | {"position_index": 1}, TypeError, ("position_index", "int")),
+        Bad(op, "index_dtype", both | {"position_index": index.float()}, TypeError,
+            ("position_index", "float32")),
+        Bad(op, "index_shape", both | {"position_index": index.T}, ValueError,
+            ("position_index", "(5, 6)", "(6, 5)")),
+        Bad(op, "index_offsets", both | {"position_index": index.flatten()[:11]}, ValueError,
+            ("position_index", "(5, 6)", "(11,)")),
+        Bad(op, "index_large", both | {"position_index": index + 3}, ValueError,
+            ("position_index must be from 0 to 2", "3 to 3")),
+        Bad(op, "index_negative", both | {"position_index": index - 1}, ValueError,
+            ("position_index must be from 0 to 2", "-1 to -1")),
+    ]  # fmt: skip
 
 
 def mask_rows(op: str) -> list[Bad]:

@@ -97,6 +97,26 @@ def sinks(call: dict[str, Any]) -> None:
     call["sinks"][0] = 6.0
 
 
+def positions(kind: str, heads: int | None = None) -> Any:
+    """A table of 5 entries for so many heads, of which one outweighs ordinary scores, and an index:
+    of each score, or by "offset"."""
+
+    def edit(call: dict[str, Any]) -> None:
+        q_len, kv_len = call["query"].shape[2], call["key"].shape[2]
+        size = (q_len + kv_len - 1,) if kind == "offset" else (q_len, kv_len)
+        call["position_table"] = torch.randn(heads or call["query"].shape[1], 5)
+        call["position_table"][0, 2] = 6.0
+        call["position_index"] = torch.randint(5, size)
+
+    return edit
+
+
+def swin(call: dict[str, Any]) -> None:
+    """Its table lies (entries, heads) in memory."""
+    call["position_table"] = torch.randn(169, 3).to(call["query"].dtype).T
+    call["position_index"] = ff.positions.swin_window((7, 7)).int()
+
+
 def both(*edits: Any) -> Any:
     def edit(call: dict[str, Any]) -> None:
         for each in edits:
@@ -245,6 +265,21 @@ CASES = [
         "window": (300, 40), "softcap": 1.1, "dropout_p": 0.2, **LAST},
          both(sinks, segments("sorted"), hide_all_of_one),
          in_triton={"q_len": 20, "kv_len": 100, "heads": 2}),
+    Case("positions", "tiles and blocks of a table that heads share", shape(60, 300),
+         edit=positions("each", 1)),
+    Case("positions_offset", "the same by offset", shape(60, 300), edit=positions("offset")),
+    Case("positions_swin", "windows, with a query beyond whole registers", shape(
+        49, 49, batch=9, heads=3), edit=swin),
+    Case("positions_rest", "queries beyond whole registers, around hidden keys", shape(
+        19, 41, 40, heads=4, kv_heads=2), edit=both(positions("offset"), hide_all_of_one)),
+    Case("positions_few", "one at a time", shape(2, 300, heads=4, kv_heads=2),
+         edit=positions("offset")),
+    Case("positions_few_each", "one at a time, by an index of each score", shape(3, 50),
+         {"dropout_p": 0.2}, both(positions("each"), dead_rows, hide_all_of_one)),
+    Case("positions_pieces", "of the keys in pieces", shape(33, 1300, 8), edit=positions("offset")),
+    Case("positions_masked", "with everything", shape(65, 580, mask="bias", heads=4, kv_heads=2), {
+        "window": (300, 40), "softcap": 1.1, "dropout_p": 0.2, **LAST},
+         both(positions("offset"), sinks, segments("scattered"), slopes_of(4), hide_all_of_one)),
     Case("all_kinds", "window, cap and slopes", shape(65, 580, mask="bias", heads=4, kv_heads=2),
          {"window": (90, 40), "softcap": 1.1, **LAST}, both(slopes_of(2, 4), hide_all_of_one),
          in_triton={"q_len": 40, "kv_len": 130}),
@@ -262,7 +297,7 @@ class TestScaledDotProductAttention(AttentionSuite):
     outputs = 1
     scale_cases = (
         "few_dead_rows", "rest_of_two", "dead_rows", "bias", "pieces", "causal", "alibi",
-        "alibi_few", "all_kinds",
+        "alibi_few", "all_kinds", "positions_rest", "positions_few",
     )  # fmt: skip
     slow_scale_cases = ("dead_rows", "bias")
     bool_cases = ("few_dead_rows", "rest_of_two", "padding", "bool_mask")

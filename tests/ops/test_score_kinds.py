@@ -1,5 +1,5 @@
-"""Windows, soft caps, ALiBi, segments, prefixes and sinks: what they mean, and everything that
-torch does to an op.
+"""Windows, soft caps, ALiBi, segments, prefixes, sinks and position tables: what they mean, and
+everything that torch does to an op.
 
 How accurate they are is tested among the cases of each op.
 """
@@ -31,6 +31,9 @@ KINDS: list[dict[str, Any]] = [
      "segment_ids_k": torch.tensor([[0, 0, 1, 1, 1, 3, 3], [3, 4, 5, 4, 3, 5, 3]]),
      "prefix_len": torch.tensor([3, 6])},
     {"sinks": torch.tensor([0.5, -torch.inf, 2.0])},
+    {"position_table": torch.randn(3, 4),
+     "position_index": torch.arange(35).reshape(5, 7) % 4},
+    {"position_table": torch.randn(1, 4), "position_index": torch.arange(11) % 4},
 ]  # fmt: skip
 kinds = pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 needs_cuda = pytest.mark.skipif(cuda.unavailable() is not None, reason="no CUDA kernels")
@@ -255,6 +258,25 @@ def test_bits_are_those_of_an_entry_and_of_any_threads(backend: str, length: int
 
 
 @needs_native
+def test_heads_that_are_taken_some_at_a_time() -> None:
+    """Indices of each score beyond 16 MB of numbers, of grouped heads with all that heads have."""
+    query, key, value = (torch.randn(1, heads, n, 4) for heads, n in ((6, 900), (3, 800), (3, 800)))
+    table, sinks = torch.randn(6, 9), torch.randn(6)
+    index, runs = torch.randint(9, (900, 800)), []
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        torch.manual_seed(3)
+        given = [t.detach().to(dtype).requires_grad_() for t in (query, key, value, table, sinks)]
+        out = attention(
+            *given[:3], torch.zeros(6, 1, 800), 0.2, enable_gqa=True, position_table=given[3],
+            position_index=index, sinks=given[4], alibi_slopes=torch.arange(6.0) / 100,
+            backend=backend,
+        )  # fmt: skip
+        found = (out, *torch.autograd.grad(out.square().sum(), given))
+        runs.append([t.float() for t in found])
+    assert_close(*runs)
+
+
+@needs_native
 class TestTransforms:
     @kinds
     def test_opcheck(self, kinds: Any) -> None:
@@ -286,7 +308,8 @@ class TestTransforms:
 
     @kinds
     def test_export(self, kinds: Any) -> None:
-        kinds = {k: v for k, v in kinds.items() if "segment" not in k}  # those are of one length
+        # Those of segments and positions are of one length.
+        kinds = {k: v for k, v in kinds.items() if not k.startswith(("segment", "position"))}
 
         class Module(torch.nn.Module):
             def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -365,6 +388,66 @@ class TestTransforms:
             torch.autograd.grad(compiled(attention, sinks, *tensors), (sinks, *tensors)), expected
         )
 
+    @pytest.mark.parametrize("size", [(5, 7), (11,)])
+    def test_gradients_of_position_tables(self, size: tuple[int, ...]) -> None:
+        """First and second ones beside those of sinks, and under what torch does to them."""
+        tensors, table = qkv(gradient=True), torch.randn(3, 4, requires_grad=True)
+        index, sinks = torch.randint(4, size), torch.randn(3, requires_grad=True)
+        weight = torch.randn(2, 3, 5, 6)
+
+        def loss(run: Any, table: Tensor, sinks: Tensor, *tensors: Tensor) -> Tensor:
+            out = run(*tensors, sinks=sinks, position_table=table, position_index=index)
+            total: Tensor = (out * weight).sin().sum()
+            return total
+
+        given = (table, sinks, *tensors)
+        found, expected = (
+            torch.autograd.grad(loss(run, *given), given, create_graph=True)
+            for run in (attention, reference)
+        )
+        assert_close(found, expected)
+        second, expected_second = (
+            torch.autograd.grad(sum(g.cos().sum() for g in gradients), given)
+            for gradients in (found, expected)
+        )
+        assert_close(second, expected_second)
+        gradient = torch.func.grad(lambda *t: loss(attention, *t), (0, 1, 2))
+        assert_close(gradient(*given), tuple(expected[:3]))
+        several = torch.stack((table, table + 1.0)).detach()
+        assert_close(
+            torch.vmap(lambda t: gradient(t, *given[1:])[0])(several)[0], expected[0].detach()
+        )
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        assert_close(torch.autograd.grad(compiled(attention, *given), given), expected)
+
+    def test_vmap_over_position_indices(self) -> None:
+        tensors, table = qkv(), torch.randn(3, 4)
+        several = torch.randint(4, (4, 5, 7))
+
+        def attend(index: Tensor) -> Any:
+            return attention(*tensors, position_table=table, position_index=index)
+
+        assert_close(torch.vmap(attend)(several), torch.stack([attend(i) for i in several]))
+
+    def test_export_of_buckets(self) -> None:
+        """For lengths that differ, as of T5."""
+        table = torch.randn(3, 32)
+
+        class Module(torch.nn.Module):
+            def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                index = ff.positions.t5_buckets(query.shape[2], key.shape[2])
+                out: Tensor = attention(
+                    query, key, value, position_table=table, position_index=index
+                )
+                return out
+
+        q_len, kv_len = torch.export.Dim("q_len"), torch.export.Dim("kv_len")
+        shapes = ({2: q_len}, {2: kv_len}, {2: kv_len})
+        program = torch.export.export(Module(), qkv(), dynamic_shapes=shapes)
+        assert "fastfusion.attention" in program.graph_module.code
+        others = qkv(9, 11)
+        assert_close(program.module()(*others), Module()(*others))
+
     def test_second_derivatives(self) -> None:
         tensors = [t.double().detach().requires_grad_() for t in qkv(3, 4)]
         assert torch.autograd.gradgradcheck(
@@ -394,6 +477,12 @@ class TestChoice:
             torch.autograd.grad(reference(*tensors, bias), slopes, given),
         )
 
+    def test_kernels_of_gpus_say_that_they_leave_position_tables(self) -> None:
+        given = {"position_table": torch.zeros(3, 2), "position_index": torch.zeros(11).long()}
+        rows = dict(ff.explain(ff.scaled_dot_product_attention, *qkv(), **given).rows)
+        sentence = "position_table is left to the CPU kernels and the reference"
+        assert all((sentence in row) == (b in ("triton", "cuda")) for b, row in rows.items())
+
     @pytest.mark.parametrize("op", [
         pytest.param("attention_forward", marks=needs_native),
         pytest.param("cuda_attention_forward", marks=needs_cuda),
@@ -408,9 +497,17 @@ class TestChoice:
             {"segment_ids_q": torch.zeros(2, 5).int(), "segment_ids_k": torch.zeros(2, 7).long()},
             {"segment_ids_q": torch.zeros(2, 5).long(), "segment_ids_k": torch.zeros(2, 5).long()},
             {"prefix_len": torch.ones(3).long(), "is_causal": True}, {"sinks": torch.zeros(2)},
-            {"sinks": torch.zeros(3).double()},
+            {"sinks": torch.zeros(3).double()}, {"position_table": torch.zeros(3, 2)},
+            {"position_table": torch.zeros(3, 2), "position_index": torch.full((11,), 2)},
+            {"position_table": torch.zeros(3, 2), "position_index": torch.full((5, 7), -1)},
+            {"position_table": torch.zeros(3, 0), "position_index": torch.zeros(5, 7).long()},
+            {"position_table": torch.zeros(3, 2), "position_index": torch.zeros(12).long()},
+            {"position_table": torch.zeros(3, 2), "position_index": torch.zeros(7, 5).long()},
+            {"position_table": torch.zeros(3, 2), "position_index": torch.zeros(5, 7).int()},
+            {"position_table": torch.zeros(2, 2), "position_index": torch.zeros(5, 7).long()},
         ):  # fmt: skip
-            with pytest.raises(RuntimeError, match="softcap|alibi_slopes|segment|prefix|sinks"):
+            match = "softcap|alibi_slopes|segment|prefix|sinks|position"
+            with pytest.raises(RuntimeError, match=match):
                 run(*call._replace(**wrong))
 
 
@@ -437,14 +534,16 @@ def test_flops_count_what_a_window_shows() -> None:
 
 @needs_native
 def test_memory_of_a_window_is_linear() -> None:
-    """Forward and backward of a capped window over 8,192 tokens, within 64 MB."""
+    """Forward and backward of a capped window with a table over 8,192 tokens, within 64 MB."""
     code = """
 import resource, torch, fastfusion as ff
 torch.set_num_threads(1)
 def run(n):
     q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
+    table = torch.randn(1, 32, requires_grad=True)
     ff.scaled_dot_product_attention(
-        q, k, v, window=(64, 64), softcap=5.0, backend="cpu"
+        q, k, v, window=(64, 64), softcap=5.0, backend="cpu", position_table=table,
+        position_index=ff.positions.t5_buckets(n, n),
     ).sum().backward()
 run(64)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

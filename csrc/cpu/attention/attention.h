@@ -43,6 +43,13 @@ void attention_forward(const AttentionForward& p, ParallelFor parallel) {
   ff::run(parallel, attention_parts<HalfMath>(p), flops, body, p);
 }
 
+// The tasks of a call: what is added to one sum is added by one task.
+inline HeadTasks<AttentionBackward> backward_tasks(const AttentionBackward& p) {
+  HeadTasks<AttentionBackward> tasks = gradient_tasks(p);
+  if (tasks.entries < p.grad_positions.entries) tasks.entries = p.grad_positions.entries;
+  return tasks;
+}
+
 template <class HalfMath>
 void attention_backward_part(const AttentionBackward& p, int64_t begin, int64_t end) {
   if constexpr (!kTakesAll<HalfMath>) {
@@ -53,7 +60,7 @@ void attention_backward_part(const AttentionBackward& p, int64_t begin, int64_t 
     body = with_type(p.type,
                      [](auto kind) { return &head_tasks<DecodeBackwardTask<decltype(kind)>>; });
   }
-  const auto tasks = gradient_tasks(p);
+  const auto tasks = backward_tasks(p);
   body(begin, end, &tasks);
 }
 
@@ -65,7 +72,7 @@ void attention_backward(const AttentionBackward& p, ParallelFor parallel) {
   const auto body = [](int64_t begin, int64_t end, const void* context) {
     attention_backward_part<HalfMath>(*static_cast<const AttentionBackward*>(context), begin, end);
   };
-  ff::run(parallel, gradient_tasks(p).count(), flops, body, p);
+  ff::run(parallel, backward_tasks(p).count(), flops, body, p);
 }
 
 }  // namespace

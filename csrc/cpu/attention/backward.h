@@ -263,7 +263,7 @@ class BackwardTask {
       const float weight = std::exp(sink.maximum - tile.statistics.maximum[i]) * sum;
       grad_sink += double(weight * ((0.0f - tile.weighted[i]) + tile.grad_lse[i]));
     }
-    if (p_.grad_sinks) p_.grad_sinks[b * p_.heads + tile.h] += grad_sink;
+    if (p_.grad_sinks) p_.grad_sinks[b * p_.grad_sinks_batch + tile.h] += grad_sink;
   }
 
   // P c in the place of exp(S - m), dS in that of dP, and what they add to the gradients, those of
@@ -293,6 +293,8 @@ class BackwardTask {
     for (int64_t row = 0; row < tile.queries.count; ++row)
       add_mask_gradient(p_.grad_mask, b, tile.h, tile.queries[row], block, at.grad_scores + row,
                         columns);
+    add_position_gradient(p_.grad_positions, b, tile.h, tile.queries, block, at.grad_scores,
+                          columns);
     if (at.derivative) through_cap(at.derivative, block.count * columns, at.grad_scores);
     grad_scale_.apply(block.count * columns, at.grad_scores);
 

@@ -145,7 +145,7 @@ class DecodeBackwardTask {
     rest = (rest - sink_weight * mean) * divisor;
     if (p_.grad_sinks) {
       const float grad = (0.0f - mean) - rest + grad_lse;
-      p_.grad_sinks[b * p_.heads + h] += double(sink_weight * divisor * grad);
+      p_.grad_sinks[b * p_.grad_sinks_batch + h] += double(sink_weight * divisor * grad);
     }
     for (int64_t j = 0; j < keys.count; j += Vec::kLanes) {
       const Vec weight = Vec::load(scores + j) * Vec::set(divisor);
@@ -155,6 +155,7 @@ class DecodeBackwardTask {
       (p_.dropout ? weight * Vec::load(factor_ + j) : weight).store(scores + j);
     }
     add_mask_gradient(p_.grad_mask, b, h, query, {keys, 0, keys.count}, grads, 1);
+    add_position_gradient(p_.grad_positions, b, h, one(query), {keys, 0, keys.count}, grads, 1);
     if (capped()) through_cap(derivative_ + r * length_, keys.count, grads);
     grad_scale_.apply(keys.count, grads);
   }

@@ -115,8 +115,9 @@ class ForwardTask {
     const QueryTile& tile = tile_[i];
     const int64_t columns = tile.columns;
     if (tile.tail) {
+      const Scores scores{p_, b, tile.h, tile.queries, columns, scores_};
       attend_tail(key, query_[i], block.count, Packing<Math>::steps(p_.head_dim), columns, base_,
-                  scaling_.unit, maximum_, scores_, tile.statistics);
+                  {scores, block, scaling_.unit}, maximum_, scores_, tile.statistics);
     } else {
       weigh(b, i, block, key);
     }

@@ -25,6 +25,14 @@ inline void add_mask_gradient(const MaskGradient& g, int64_t b, int64_t h, int64
   }
 }
 
+// Adds dS of a block of keys, down, and of adjacent queries to the gradient of position tables.
+inline void add_position_gradient(const PositionGradient& g, int64_t b, int64_t h,
+                                  const Block& queries, const Block& block, const float* grad,
+                                  int64_t columns) {
+  for (int64_t j = 0; j < block.count && g.sums; ++j)
+    add(g.at(b, h, queries[0], block[j]), grad + j * columns, queries.count);
+}
+
 // The gradients of queries and keys are sums over dS times the scale. The sums take it where it is
 // ordinary. One that is not would come too late where they leave the range of float32, and dS takes
 // it, as in the formula.

@@ -36,6 +36,7 @@ inline AttentionForward keys_of(AttentionForward p, int64_t first, int64_t end) 
   skip(p.value, p.type, p.value.row);
   skip(p.mask, p.mask_type, p.mask.column);
   if (p.padding) p.padding += first * p.padding_column;
+  if (p.positions.data) p.positions.data += first * p.positions.key;
   p.diagonal -= first;
   p.kv_len = end - first;
   return p;

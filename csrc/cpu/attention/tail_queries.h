@@ -14,12 +14,13 @@ template <class Math>
 constexpr int64_t kMostTail =
     Vec::kLanes == 16 && Math::kDepth == 1 ? 8 : Vec::kLanes / (4 * Math::kDepth);
 
-// How many queries of each head that are. Whatever else is made of scores, and dropout, wants lanes
-// of queries.
+// How many queries of each head that are. Whatever else is made of scores, but what a position
+// table adds, and dropout, wants lanes of queries.
 template <class Math>
 int64_t tail_queries(const Attention& p) {
   const int64_t tail = p.q_len % Vec::kLanes;
-  const bool plain = !p.mask.data && !p.windowed() && !is_shaped(p) && !p.dropout;
+  const bool shaped = p.softcap > 0.0f || p.alibi.data;
+  const bool plain = !p.mask.data && !p.windowed() && !shaped && !p.dropout;
   const bool wide = 2 * p.value_dim > Vec::kLanes;
   return plain && wide && p.q_len > Vec::kLanes && tail <= kMostTail<Math> ? tail : 0;
 }
@@ -44,11 +45,36 @@ Right<Math> tail_rows(const Slice& from, const Block& block, int64_t dim, float 
   return {to, width};
 }
 
+// What a position table adds to products of a tail's queries, times their unit. Without one these
+// stay.
+struct TailBias {
+  const Scores& scores;
+  const Block& block;
+  float factor;
+
+  // What is left of the unit.
+  float unit() const { return scores.p.positions.data ? 1.0f : factor; }
+
+  // Of R queries by the keys `first`, `first` + `step`, ..., the last of them again.
+  template <int R>
+  Vec add(Vec product, int64_t first, int64_t step) const {
+    const PositionBias& table = scores.p.positions;
+    if (!table.data) return product;
+    float lanes[Vec::kLanes];
+    for (int64_t i = 0; i < Vec::kLanes; ++i) {
+      const int64_t k = first + i / R * step, last = block.count - 1;
+      const int64_t query = i % R < scores.queries.count ? i % R : scores.queries.count - 1;
+      lanes[i] = *table.at(scores.h, scores.queries[query], block[k < last ? k : last]);
+    }
+    return Vec::fma(product, Vec::set(factor), Vec::load(lanes));
+  }
+};
+
 // Scores of `count` keys: register v holds R queries by kLanes / R keys, as the weights are kept.
 // In pairs of registers one has the even keys and one the odd ones. `maximum` gets one.
 template <class Math, int R>
 void tail_scores(const LeftRows<Math>& key, const Right<Math>& query, int64_t count, int64_t steps,
-                 float* scores, float* maximum) {
+                 const TailBias& bias, float* scores, float* maximum) {
   constexpr int64_t kLanes = Vec::kLanes, kDepth = Math::kDepth, kKeys = kLanes / R;
   Vec largest = Vec::set(-kInfinity);
   for (int64_t j = 0; j < count; j += kKeys * kDepth) {
@@ -77,7 +103,7 @@ void tail_scores(const LeftRows<Math>& key, const Right<Math>& query, int64_t co
       int64_t s = 0;
       for (; s + kLanes <= steps; s += kLanes) step(s, [](const auto* p) { return Math::load(p); });
       if (s < steps) step(s, [&](const auto* p) { return Math::load(p, steps - s); });
-      Vec score = Vec::totals(sum);
+      Vec score = bias.template add<R>(Vec::totals(sum), first, kDepth);
       if (first + (kKeys - 1) * kDepth >= count) {
         score.store(scores);
         for (int64_t i = 0; i < kLanes; ++i)
@@ -139,14 +165,14 @@ void tail_softmax(int64_t count, float unit, const float* maximum, float* scores
 // of the product with the values, and the statistics move on.
 template <class Math>
 void attend_tail(const LeftRows<Math>& key, const Right<Math>& query, int64_t count, int64_t steps,
-                 int64_t columns, Base base, float unit, float* maximum, float* scores,
+                 int64_t columns, Base base, const TailBias& bias, float* maximum, float* scores,
                  const Statistics& s) {
   const auto run = [&]<int R>() {
     if constexpr (R <= kMostTail<Math>) {
-      tail_scores<Math, R>(key, query, count, steps, scores, maximum);
+      tail_scores<Math, R>(key, query, count, steps, bias, scores, maximum);
       const auto softmax =
           base == Base::kTwo ? tail_softmax<Math, Base::kTwo, R> : tail_softmax<Math, Base::kE, R>;
-      softmax(count, unit, maximum, scores, s);
+      softmax(count, bias.unit(), maximum, scores, s);
     }
   };
   if (columns == 1) run.template operator()<1>();

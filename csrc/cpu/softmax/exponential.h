@@ -80,7 +80,7 @@ enum class Base { kE, kTwo };
 
 inline Base base_of(const Attention& p, bool few_keys) {
   const bool few = p.q_len <= kDecodeLength || few_keys;
-  const bool added = p.mask.data && p.mask_type != Type::kBool;
+  const bool added = (p.mask.data && p.mask_type != Type::kBool) || p.positions.data;
   return few || added || !ordinary(p.scale) ? Base::kE : Base::kTwo;
 }
 
