@@ -74,6 +74,16 @@ def slopes_bias(call: Arguments) -> Tensor | None:
     return bias.to(call["query"].dtype)
 
 
+def positions_bias(call: Arguments) -> Tensor | None:
+    """A position table as a mask that is added, per head."""
+    table, index, query = call.get("position_table"), call.get("position_index"), call["query"]
+    if table is None or index is None:
+        return None
+    if index.dim() == 1:
+        index = index[query.shape[-2] - 1 - distances(query, call["key"])]
+    return table[:, index].to(query.dtype)
+
+
 def mask_or_causal(call: Arguments) -> tuple[Tensor | None, bool]:
     """The mask and is_causal for whoever takes but one of them, as SDPA from torch 2.14 on."""
     causal = bool(call.get("is_causal")) and attend_mask(call) is None
@@ -162,6 +172,9 @@ def unfused(call: Arguments) -> Callable[[], Tensor]:
     if slopes is not None:
         bias = slopes if bias is None else bias + slopes
     scale = call.get("scale", query.shape[-1] ** -0.5)
+    table = positions_bias(call)
+    if table is not None:
+        bias = table if bias is None else bias + table
     kinds = call.get("softcap"), call.get("sinks")
     return partial(unfused_formula, query, call["key"], call["value"], bias, scale, *kinds)
 

@@ -44,6 +44,8 @@ def flex(call: Arguments) -> Callable[[], Tensor]:
         raise Skipped("a mask tensor would be read score by score")
     if call.get("sinks") is not None:
         raise Skipped("it has no sinks")
+    if call.get("position_table") is not None:
+        raise Skipped("a table would be read score by score")
     query, key = call["query"], call["key"]
     padding, causal = call.get("key_padding_mask"), bool(call.get("is_causal"))
     window, softcap, slopes = (call.get(n) for n in ("window", "softcap", "alibi_slopes"))
