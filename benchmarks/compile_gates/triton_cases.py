@@ -156,7 +156,7 @@ def _bidirectional(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dt
         keys = kv_len
         if kv_len == MOST:
             lengths = (256, 128, 64, 32, 16)
-            extras = {"plain": 0, "shaped": 1, "ranges": 1}.get(kind, 2) + (dim % 8 > 0)
+            extras = {"plain": 0, "shaped": 1}.get(kind, 2) + (dim % 8 > 0)
             sizes = (width(dim), dtype.itemsize, *((extras,) if part is forward else ()))
             fits = (n for n in lengths if part.keys_on_chip(n, *sizes))
             keys = next(fits, 64)  # where none fits, the other kernels run

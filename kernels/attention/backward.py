@@ -290,13 +290,17 @@ def attention_backward(
 
     even = tma or aligned(dim, value_dim)
 
-    # The derivative of a cap takes as many registers as the scores, of which rows have none left,
-    # nor any for the numbers of segments (4 bytes of spills on sm_80).
-    roomy = even and call.softcap is None and not has_segments(call)
+    # The derivative of a cap takes as many registers as the scores, of which rows have none left.
+    roomy = even and call.softcap is None
 
     def chosen(kernel: str, rows: int) -> tuple[int, dict[str, int]]:
         name = f"attention_backward_{kernel}{'_tma' if tma else ''}"
-        return cut(name, query, widest, rows, roomy if kernel == "rows" else even, masked)
+        own, sizes = cut(name, query, widest, rows, roomy if kernel == "rows" else even, masked)
+        # Beside tiles that wait numbers of segments spill: 4 bytes in rows of 64 columns on sm_80,
+        # 20 in keys of 32 on sm_86.
+        if has_segments(call) and (kernel == "rows" or widest <= 32):
+            sizes["num_stages"] = 1
+        return own, sizes
 
     hidden = masked or hides(call) or call.sinks is not None
     short = backward_short_side.chosen(query, widest, kv_len, even, hidden)

@@ -208,11 +208,11 @@ def keys_on_chip(kv_len: int, widest: int, itemsize: int, extras: int) -> bool:
 
 
 def extras(call: Any) -> int:
-    """A mask, random bits, a cap or slopes, segments, and rows that are read one element at a
-    time."""
+    """A mask, random bits, a cap or slopes, segments, a prefix, and rows that are read one element
+    at a time."""
     unaligned = any(t.shape[3] % 8 for t in (call.query, call.value, call.query_value))
-    has = call.attn_mask is not None, call.seed is not None, shapes_scores(call), has_segments(call)
-    return sum((*has, unaligned))
+    tensors = call.attn_mask, call.seed, call.segment_ids_q, call.prefix_len
+    return sum((*(t is not None for t in tensors), shapes_scores(call), unaligned))
 
 
 class Results:

@@ -93,7 +93,7 @@ def policy_of(masks, numbers, batch, head, slice_index, row_len, column_len, KIN
     """The policy of a head of a batch entry, from what `score_options` makes of a call."""
     (
         mask, mask_batch, mask_head, mask_row, mask_column, row_padding, padding, seed, slope,
-        row_segments, row_segments_batch, segments, segments_batch, prefix, prefix_batch, sink,
+        row_segments, own_row_segments, segments, own_segments, prefix, prefix_batch, sink,
         sinks_head,
     ) = masks  # fmt: skip
     (
@@ -106,7 +106,7 @@ def policy_of(masks, numbers, batch, head, slice_index, row_len, column_len, KIN
         row_padding, padding = padding, row_padding
         row_padding_batch, padding_batch = padding_batch, row_padding_batch
         row_segments, segments = segments, row_segments
-        row_segments_batch, segments_batch = segments_batch, row_segments_batch
+        own_row_segments, own_segments = own_segments, own_row_segments
         left, right = right, left
     # What is not there is 0, since Triton 3.6 makes no tuple of None.
     batch, head = tl.cast(batch, tl.int64), tl.cast(head, tl.int64)
@@ -114,8 +114,11 @@ def policy_of(masks, numbers, batch, head, slice_index, row_len, column_len, KIN
     mask = mask + batch * mask_batch + head * mask_head if masked else 0
     row_padding = row_padding + batch * row_padding_batch if ROW_PADDING & KINDS else 0
     padding = padding + batch * padding_batch if PADDING & KINDS else 0
-    row_segments = row_segments + batch * row_segments_batch if SEGMENTS & KINDS else 0
-    segments = segments + batch * segments_batch if SEGMENTS & KINDS else 0
+    if SEGMENTS & KINDS:
+        row_segments += batch * row_len * own_row_segments
+        segments += batch * column_len * own_segments
+    else:
+        row_segments, segments = 0, 0
     seed = tl.load(seed) if DROPOUT & KINDS else 0
     slope = tl.load(slope + batch * slopes_batch + head * slopes_head) if BIASED & KINDS else 0.0
     sink = tl.load(sink + head * sinks_head) if SINKS & KINDS else 0.0

@@ -18,7 +18,9 @@ _ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float
 
 
 class Numbers(NamedTuple):
-    """Numbers of which kernels are compiled for none in particular: `policy_of` reads them."""
+    """Numbers that `policy_of` reads. Kernels are compiled for none in particular, but for integers
+    that are 1 or multiples of 16: `do_not_specialize` does not reach into tuples (Triton 3.6 to
+    3.9), which is why lengths are arguments of their own."""
 
     left: int
     right: int
@@ -116,8 +118,8 @@ def score_options(
         left=0 if left is None else min(left, _FARTHEST),
         right=0 if right is None else min(right, _FARTHEST),
         bottom_right=int(call.bottom_right),
-        mask_rows=sizes[2],
-        mask_columns=sizes[3],
+        mask_rows=0 if attn_mask is None else sizes[2],
+        mask_columns=0 if attn_mask is None else sizes[3],
         row_padding_batch=0 if row_padding is None else row_padding.stride(0),
         padding_batch=0 if padding is None else padding.stride(0),
         slopes_batch=0 if slopes is None else slopes.stride(0),
@@ -131,12 +133,25 @@ def score_options(
     )
     mask_strides = (0, 0, 0, 0) if attn_mask is None else attn_mask.expand(sizes).stride()
     # Strides of what is not there are None, too, which kernels do not take.
-    rare = readable(q_ids), readable(k_ids), prefix, sinks
-    with_strides = chain(*[(t, None if t is None else t.stride(0)) for t in rare])
-    masks = (attn_mask, *mask_strides, row_padding, padding, seed, slopes, *with_strides)
+    numbered = [(t, None if t is None else t.stride(0)) for t in (prefix, sinks)]
+    ids = chain(_segments(q_ids), _segments(k_ids), *numbered)
+    masks = (attn_mask, *mask_strides, row_padding, padding, seed, slopes, *ids)
     return {
         "masks": masks, "numbers": tuple(given), "KINDS": kinds, **numbers(query.dtype),
     }  # fmt: skip
+
+
+def _segments(ids: Tensor | None) -> tuple[Tensor | None, int | None]:
+    """Numbers (batch, length) as kernels read them, each entry's behind the one before, and 1; or
+    one entry's for all, and 0: of strides that follow lengths kernels would be compiled anew."""
+    if ids is None:
+        return None, None
+    batch, length = ids.shape
+    shared = batch == 1 or ids.stride(0) == 0
+    adjacent = ids.stride(1) == 1 or length == 1
+    if not (adjacent and (shared or ids.stride(0) == length)):
+        ids, shared = ids.contiguous(), batch == 1
+    return ids, int(not shared)
 
 
 def exchanged_kinds(kinds: int) -> int:
