@@ -285,6 +285,8 @@ def _both(call: Any, return_lse: bool, widest: int) -> tuple[Any, ...]:
     results = Results(call, return_lse)
     (batch, heads, q_len, _), kv_len = query.shape, key.shape[2]
     chosen = tile("bidirectional_both", query.dtype, widest, query.device)
+    if has_segments(call):  # beside tiles that wait their numbers spill 24 bytes on sm_86
+        chosen = chosen._replace(stages=1)
     own = owned(chosen, max(q_len, kv_len), query.dtype)
     is_causal = call.is_causal
     lengths = split_length(q_len, kv_len, is_causal), split_length(kv_len, q_len, is_causal)
