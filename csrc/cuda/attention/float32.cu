@@ -118,6 +118,7 @@ FF_DEVICE void mask_scores(const AttentionForward& p, const Place& place, const 
     shown[j] = k < place.end_key && !(place.padding && place.padding[k * p.padding_column]);
     columns[j] = k * p.mask.column;
   }
+#pragma unroll  // or scores stay in local memory on sm_100, with kinds
   for (int i = 0; i < kThreadRows; ++i) {
     const int query = place.first_row + row + 2 * i;
     const int64_t offset = place.b * p.mask.batch + place.h * p.mask.head + query * p.mask.row;
