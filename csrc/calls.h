@@ -44,8 +44,8 @@ struct Slopes {
   constexpr float at(int64_t b, int64_t h) const { return data[b * batch + h * head]; }
 };
 
-// Numbers of segments, (B, L). No data: none.
-struct Segments {
+// Integers of a call, (B, L) by strides. No data: none.
+struct Integers {
   const int64_t* data = nullptr;
   int64_t batch = 0, place = 0;
 
@@ -62,7 +62,7 @@ struct Prefixes {
 
 // What says which keys queries see beside the diagonal and the window.
 struct RangeRules {
-  Segments q_segments, k_segments;  // a query sees the keys of its own; both or none
+  Integers q_segments, k_segments;  // a query sees the keys of its own; both or none
   Prefixes prefixes;                // so many keys are seen from the left of the diagonal, too
 
   constexpr bool any() const { return q_segments.data || prefixes.data; }

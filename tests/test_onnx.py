@@ -1,6 +1,5 @@
 """The ops and modules in ONNX: onnxruntime runs them at other sizes than those exported."""
 
-import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from torch.export import Dim
 
 import fastfusion as ff
 from fastfusion.core import layers
-from fastfusion.core.on_import import on_import
 from fastfusion.integrations.onnx import translations
 from fastfusion.ops import pack_int8
 from fastfusion.ops.decoder_layer import OP as DECODER

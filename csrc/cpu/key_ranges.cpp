@@ -18,7 +18,7 @@ struct Run {
 // The segments of a batch entry's keys, by number.
 class KeySegments {
  public:
-  KeySegments(const Segments& numbers, int64_t b, int64_t length) {
+  KeySegments(const Integers& numbers, int64_t b, int64_t length) {
     std::vector<Run> pieces;
     for (int64_t j = 0; j < length; ++j) {
       const int64_t number = numbers.at(b, j);
@@ -55,7 +55,7 @@ class KeySegments {
 
 // Calls body(i, place of the i-th number among the segments).
 template <class Body>
-void for_places(const KeySegments& segments, const Segments& numbers, int64_t b, int64_t length,
+void for_places(const KeySegments& segments, const Integers& numbers, int64_t b, int64_t length,
                 const Body& body) {
   int64_t before = 0;
   int32_t place = -1;

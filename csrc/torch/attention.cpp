@@ -22,10 +22,11 @@ ff::PositionHeads describe_positions(const ff::Attention& p, const AttentionInpu
     table.by_offset = index.dim() == 1;
     if (table.by_offset) {
       const int64_t count = p.q_len + p.kv_len - 1;
-      table.index = integers(index, {count > 0 ? count : 0}, "position_index");
-      table.index = {table.index.data, 0, table.index.batch};
+      const int64_t* data = integers(index, {count > 0 ? count : 0}, in.query, "position_index");
+      table.index = {data, 0, index.stride(0)};
     } else {
-      table.index = integers(index, {p.q_len, p.kv_len}, "position_index");
+      const int64_t* data = integers(index, {p.q_len, p.kv_len}, in.query, "position_index");
+      table.index = {data, index.stride(0), index.stride(1)};
     }
   }
   ff::PositionHeads heads(p, table);

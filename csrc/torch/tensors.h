@@ -239,7 +239,7 @@ inline void describe_rules(ff::Attention& p, const Inputs& in) {
   STD_TORCH_CHECK(!in.prefix_len || in.is_causal, "fastfusion: prefix_len needs is_causal");
   const auto segments = [&](const MaybeTensor& ids, int64_t length, const char* name) {
     const int64_t* data = integers(ids, {p.batch, length}, in.query, name);
-    return data ? ff::Segments{data, ids->stride(0), ids->stride(1)} : ff::Segments{};
+    return data ? ff::Integers{data, ids->stride(0), ids->stride(1)} : ff::Integers{};
   };
   p.rules.q_segments = segments(in.segment_ids_q, p.q_len, "segment_ids_q");
   p.rules.k_segments = segments(in.segment_ids_k, p.kv_len, "segment_ids_k");
