@@ -120,6 +120,7 @@ $(EXAMPLE)/encoder: Makefile csrc/calls.h $(filter csrc/cpu/% csrc/examples/%,$(
 	@echo "compiling the kernels of $(EXAMPLE) (about a minute of one core)"
 	@$(foreach set,$(SETS),$(CXX) $(EXAMPLE_FLAGS) $(SET_$(set)) $(KERNEL_FLAGS) -o $(EXAMPLE)/$(set).o &&) true
 	@$(CXX) $(EXAMPLE_FLAGS) -static -s -Wl,--gc-sections csrc/examples/encoder.cpp csrc/cpu/dispatch.cpp \
+		csrc/cpu/attention/varlen.cpp csrc/cpu/key_ranges.cpp \
 		$(SETS:%=$(EXAMPLE)/%.o) -o $@
 
 # Those of dev stand beside them so that their versions stay.

@@ -193,9 +193,17 @@ struct Weights {
   }
 };
 
+// Where sequences of any lengths begin that stand one behind the other, and where the last one
+// ends: count + 1 numbers. No data: sequences are of one length.
+struct Offsets {
+  const int64_t* data = nullptr;
+  int64_t count = 0;
+};
+
 // out = activation(x W^T + bias) + residual; columns of all matrices are adjacent.
 struct Linear {
   int64_t rows, length;     // rows of x, in sequences of `length`, 1 at least
+  Offsets packed = {};      // or of these lengths
   int64_t width, features;  // of each weight
   Type type;                // of everything but the weight, to whose type x is rounded first
   const void* x;
@@ -333,6 +341,7 @@ struct BidirectionalBackward : Bidirectional {
 struct EncoderLayer {
   Type type;                   // of the tokens
   AttentionForward attention;  // its shapes, masks and scale; the layer gives it memory
+  Offsets packed = {};         // where these stand, the attention is one entry of all tokens
   int64_t width, hidden;       // of the tokens, and between linear1 and linear2
   const void* x;
   int64_t x_row;    // rows are at one stride

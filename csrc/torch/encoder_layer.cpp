@@ -15,10 +15,23 @@ ff::AttentionForward self_attention(const EncoderLayerInputs& in, ff::Type type,
   return p;
 }
 
+// Where the sequences of the one entry begin, and where the last one ends, which is that of all
+// rows; nothing without `cu_seqlens`.
+std::vector<int64_t> sequences_of(const EncoderLayerInputs& in) {
+  if (!in.cu_seqlens) return {};
+  check_fits(in.input.size(0) == 1 && !in.attn_mask && !in.key_padding_mask,
+             "input, attn_mask or key_padding_mask beside cu_seqlens");
+  const int64_t rows = in.input.size(1);
+  std::vector<int64_t> offsets = offsets_of(*in.cu_seqlens, rows, rows);
+  check_fits(offsets.back() == rows, "cu_seqlens");
+  return offsets;
+}
+
 Tensor encoder_layer_forward(const EncoderLayerInputs& in) {
   check_fits(in.input.dim() == 3 && in.input.size(2) > 0, "input");
   LayerOperands operands(in.input);
   const int64_t width = in.input.size(2);
+  const std::vector<int64_t> offsets = sequences_of(in);
   bool out_of_memory = false;
   ff::EncoderLayer p;
   p.type = operands.type, p.width = width;
@@ -37,6 +50,7 @@ Tensor encoder_layer_forward(const EncoderLayerInputs& in) {
   p.norm1 = operands.norm(in.norm1_weight, in.norm1_bias, in.norm1_eps, width, "norm1");
   p.norm2 = operands.norm(in.norm2_weight, in.norm2_bias, in.norm2_eps, width, "norm2");
 
+  if (in.cu_seqlens) p.packed = {offsets.data(), int64_t(offsets.size()) - 1};
   const int64_t sizes[] = {in.input.size(0), in.input.size(1), width};
   const Tensor out = empty_contiguous(3, sizes, kind_of(in.input));
   if (out.numel() == 0) return out;

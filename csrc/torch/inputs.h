@@ -234,6 +234,7 @@ struct EncoderLayerInputs {
   bool is_causal = from.flag("is_causal");
   double norm1_eps = from.number("norm1_eps");
   double norm2_eps = from.number("norm2_eps");
+  MaybeTensor cu_seqlens = from.maybe_tensor("cu_seqlens");
 };
 
 // `kWrites`: whether the op writes to the caches.

@@ -16,26 +16,6 @@ ff::MutableView packed_output(const Tensor& t) {
   return packed<ff::MutableView>(t, t.mutable_data_ptr());
 }
 
-std::vector<int64_t> offsets_of(const Tensor& offsets, int64_t total, int64_t longest) {
-  STD_TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) > 0 && offsets.is_cpu(),
-                  "fastfusion: cu_seqlens must be (sequences + 1,) on the CPU");
-  const bool narrow = offsets.scalar_type() == ScalarType::Int;
-  STD_TORCH_CHECK(narrow || offsets.scalar_type() == ScalarType::Long,
-                  "fastfusion: cu_seqlens must be int32 or int64");
-  std::vector<int64_t> values(size_t(offsets.size(0)));
-  const void* data = offsets.const_data_ptr();
-  for (size_t i = 0; i < values.size(); ++i) {
-    const int64_t at = int64_t(i) * offsets.stride(0);
-    values[i] =
-        narrow ? static_cast<const int32_t*>(data)[at] : static_cast<const int64_t*>(data)[at];
-    STD_TORCH_CHECK(i == 0 || (values[i] >= values[i - 1] && values[i] - values[i - 1] <= longest),
-                    "fastfusion: cu_seqlens must never fall, nor rise by more than max_seqlen");
-  }
-  STD_TORCH_CHECK(values.front() == 0 && values.back() <= total,
-                  "fastfusion: cu_seqlens must start at 0 and end within the rows");
-  return values;
-}
-
 struct Packing {
   std::vector<int64_t> q, kv;
   int64_t max_q, max_k;

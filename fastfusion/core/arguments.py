@@ -68,6 +68,46 @@ def are_plain(mask: Any, dropout_p: Any, scale: Any, causal_alignment: Any) -> b
     )
 
 
+def is_readable(offsets: Tensor) -> bool:
+    """Whether reading the values costs and breaks nothing: on the CPU, and nobody traces."""
+    return (
+        not torch.compiler.is_compiling()
+        and offsets.is_cpu
+        and type(offsets) in PLAIN
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def check_offsets(
+    name: str, offsets: Any, total: int, like: Tensor, liked: str, what: str
+) -> list[int] | None:
+    """Where packed sequences begin: int32 or int64 (sequences + 1,), on the device of `like`, which
+    is the argument `liked`. The values, which are those of legal ones, where they can be read.
+
+    Args:
+        total: how many there are of `what`.
+    """
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(offsets).__name__}")
+    check_dense(name, offsets)
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {offsets.dtype}")
+    if offsets.dim() != 1 or offsets.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (sequences + 1,), got {tuple(offsets.shape)}")
+    check_device(name, offsets, liked, like)
+    if not is_readable(offsets):
+        return None
+    values: list[int] = offsets.tolist()
+    falls = any(b < a for a, b in zip(values, values[1:], strict=False))
+    if values[0] != 0 or values[-1] > total or falls:
+        raise ValueError(
+            f"{name} must start at 0, never fall and end at {total} or before, {what}; got "
+            f"{values if len(values) < 9 else '...'}"
+        )
+    return values
+
+
 def are_alike(first: Tensor, *others: Tensor) -> bool:
     """Whether these are dense tensors of one floating dtype, on one device."""
     dtype, device = first.dtype, first.device

@@ -8,6 +8,7 @@ from fastfusion.core.int8 import LEAST, LIMIT, PANEL, STEP, ZERO
 from fastfusion.integrations.onnx import (
     _DOUBLE,
     _FLOAT,
+    _INT64,
     _cast,
     _kinds,
     _rows,
@@ -162,6 +163,15 @@ class _Parts:
         return self.linear("linear2", self.linear("linear1", x))
 
 
+def _same_sequence(op: Any, offsets: Any, total: Any) -> Any:
+    """bool (total, total), True where two tokens are of one sequence, behind as many ends."""
+    tokens, ends = op.Range(0, total, 1), op.Slice(offsets, [1], [2**31 - 1], [0])
+    ends = op.Cast(ends, to=_INT64)
+    behind = op.LessOrEqual(op.Unsqueeze(ends, [0]), op.Unsqueeze(tokens, [1]))
+    number = op.ReduceSum(op.Cast(behind, to=_INT64), [1], keepdims=0)
+    return op.Equal(op.Unsqueeze(number, [1]), op.Unsqueeze(number, [0]))
+
+
 def _encoder_layer(
     op: Any,
     *,
@@ -172,10 +182,13 @@ def _encoder_layer(
     activation: int,
     norm_first: bool,
     is_causal: bool,
+    cu_seqlens: Any = None,
     **parts: Any,
 ) -> tuple[Any]:
     """In float32 from its input to its output."""
     dtype = op.dtype(input)
+    if cu_seqlens is not None:
+        attn_mask = _same_sequence(op, cu_seqlens, op.Squeeze(_size(op, input, 1), [0]))
     layer = _Parts(op, input, parts, num_heads, activation)
     x = _cast(op, input, dtype, _FLOAT)
     heads = layer.separate(layer.norm("norm1", x, norm_first), "in_proj", "k_proj", "v_proj")

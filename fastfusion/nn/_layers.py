@@ -30,7 +30,12 @@ TOGETHER: Any = (None, None, None)  # key and value, projected together with the
 
 
 def encoder_layer(
-    module: Any, src: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
+    module: Any,
+    src: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    is_causal: bool,
+    offsets: Tensor | None = None,
 ) -> Tensor | None:
     """`TransformerEncoderLayer.forward`, or None where it may mean more than its formula.
 
@@ -38,11 +43,12 @@ def encoder_layer(
         src: whatever the module was given.
         mask, padding: bool (True = hidden), or float.
         is_causal: whether the mask is promised to be the causal one.
+        offsets: `cu_seqlens` of the op, of sequences in a batch of 1.
     """
     if not runs_on_cpu(src):
         return None
     layer = _plain_layer(module, _ENCODER_PARTS)
-    if layer is None or not layer[1]:
+    if layer is None or not (layer[1] or offsets is not None):
         return None
     heads, _, activation, products, norms, epsilons = layer
     masks = _masks(heads, src, src.shape[1], mask, padding, is_causal)
@@ -54,8 +60,36 @@ def encoder_layer(
         src, w, b, None, None, None, None, w_out, b_out, w1, b1, w2, b2, *norms, attn_mask,
         key_padding_mask, s, None, None, s_out, s1, s2,
     ]  # fmt: skip
-    numbers = (heads, activation, module.norm_first, is_causal, *epsilons)
+    numbers = (heads, activation, module.norm_first, is_causal, *epsilons, offsets)
     return _fused(_encoder, tensors, numbers)
+
+
+def without_padding(layers: Any, src: Tensor, left_out: Tensor) -> Tensor | None:
+    """What `TransformerEncoderLayer`s make of a batch in which padded tokens are 0 in the end and
+    nothing to others before: of the tokens that are left, packed. None where none is left out, or
+    a layer may mean more than its formula.
+
+    Args:
+        layers: a ModuleList.
+        src: (batch, length, width), whatever the module was given.
+        left_out: bool (batch, length).
+    """
+    if not runs_on_cpu(src) or type(left_out) is not Tensor or not are_bare(layers):
+        return None
+    kept = ~left_out
+    if bool(kept.all()):
+        return None
+    offsets = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
+    rows: Tensor | None = src[kept].unsqueeze(0)
+    for layer in layers:
+        assert rows is not None
+        rows = encoder_layer(layer, rows, None, None, False, offsets)
+        if rows is None:
+            return None
+    output = torch.zeros_like(src)
+    assert rows is not None
+    output[kept] = rows[0]
+    return output
 
 
 def decoder_layer(
@@ -192,7 +226,7 @@ def run_encoder_layer(
         return None
     tensors, scales = _in_a_row(products)  # type: ignore[arg-type]
     tensors = [src, *tensors, *found[0], attn_mask, key_padding_mask, *scales]
-    numbers = (num_heads, _linear.NUMBERS[activation], norm_first, is_causal, *found[1])
+    numbers = (num_heads, _linear.NUMBERS[activation], norm_first, is_causal, *found[1], None)
     return _fused(_encoder, tensors, numbers)
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.transformer import _get_seq_len
 
 from fastfusion.nn import _nested
 from fastfusion.nn._decoding import DecoderCache, decode, make_cache
-from fastfusion.nn._layers import decoder_layer, encoder_layer
+from fastfusion.nn._layers import decoder_layer, encoder_layer, without_padding
 from fastfusion.nn._linear import feed_forward
 from fastfusion.nn._multihead import MultiheadAttention, settle_in
 from fastfusion.nn._tracing import be_leaf
@@ -99,6 +99,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if packed is None:
             # self_attn knows what to say about such a shape.
             return self._sa_block(src, mask, padding, is_causal)
+        if type(self) is TransformerEncoderLayer and mask is padding is None and not is_causal:
+            rows = packed.values.unsqueeze(0)
+            result = encoder_layer(self, rows, None, None, False, packed.offsets)
+            if result is not None:
+                return _nested.unpack(result[0], packed)
 
         def attend(values: Tensor) -> Tensor:
             nested = _nested.unpack(values, packed)
@@ -180,6 +185,10 @@ class TransformerEncoder(nn.TransformerEncoder):
             src, mask, src_key_padding_mask
         ):
             left_out = _positions_left_out(src_key_padding_mask, getattr(self, "mask_check", True))
+            if not is_causal and all(type(m) is TransformerEncoderLayer for m in self.layers):
+                packed = without_padding(self.layers, src, left_out.squeeze(-1))
+                if packed is not None:
+                    return packed if self.norm is None else self.norm(packed)
         output = src
         for layer in self.layers:
             output = layer(

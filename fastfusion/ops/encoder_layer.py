@@ -81,6 +81,7 @@ class Arguments(NamedTuple):
     v_proj_weight: Any = None
     v_proj_bias: Any = None
     v_proj_scale: Any = None
+    cu_seqlens: Any = None
     backend: Any = None
 
 
@@ -121,6 +122,7 @@ class Call(NamedTuple):
     is_causal: bool
     norm1_eps: float
     norm2_eps: float
+    cu_seqlens: Tensor | None = None  # (sequences + 1,), of a batch of 1
 
     def linear(self, name: str, x: Tensor, residual: Tensor | None = None) -> _linear.Call:
         return linear_call(self, name, x, residual)
@@ -162,6 +164,15 @@ class Call(NamedTuple):
         yield from self.norm("norm2", x).conditions()
         yield arguments.mask_fits(self.attn_mask, x, batch, self.num_heads, length, length)
         yield from arguments.padding_fits(self.key_padding_mask, x, batch, length)
+        if self.cu_seqlens is not None:
+            yield batch == 1
+            yield self.attn_mask is None and self.key_padding_mask is None
+            yield self.cu_seqlens.dim() == 1 and self.cu_seqlens.device == x.device
+            yield self.cu_seqlens.dtype in (torch.int32, torch.int64)
+            yield self.cu_seqlens.shape[0] > 0
+            if arguments.is_readable(self.cu_seqlens):
+                values = self.cu_seqlens.tolist()
+                yield values[0] == 0 and values[-1] == length and values == sorted(values)
 
 
 def encoder_layer(
@@ -197,6 +208,7 @@ def encoder_layer(
     v_proj_weight: Tensor | None = None,
     v_proj_bias: Tensor | None = None,
     v_proj_scale: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Self-attention and feed-forward with their residuals and norms: `nn.TransformerEncoderLayer`
@@ -225,6 +237,9 @@ def encoder_layer(
         k_proj_weight, k_proj_bias, k_proj_scale, v_proj_weight, v_proj_bias, v_proj_scale: of key
             and value, where in_proj is the query's alone: weights (width, width), both or neither,
             and biases (width,), of which each may be missing. The same bits as side by side.
+        cu_seqlens: int32 or int64 (sequences + 1,): the input is a batch of 1 in which these
+            sequences stand one behind the other, where each begins and the last one ends, without
+            masks. Each gets the bits that it has alone.
         backend: "cpu" or "reference" to insist on one; None chooses. Gradients are the reference's.
 
     Returns:
@@ -240,10 +255,11 @@ def encoder_layer(
         linear1_bias, linear2_weight, linear2_bias, norm1_weight, norm1_bias, norm2_weight,
         norm2_bias, num_heads, activation, norm_first, norm1_eps, norm2_eps, attn_mask,
         key_padding_mask, is_causal, in_proj_scale, out_proj_scale, linear1_scale, linear2_scale,
-        k_proj_weight, k_proj_bias, k_proj_scale, v_proj_weight, v_proj_bias, v_proj_scale, backend,
+        k_proj_weight, k_proj_bias, k_proj_scale, v_proj_weight, v_proj_bias, v_proj_scale,
+        cu_seqlens, backend,
     )  # fmt: skip
     if not torch.compiler.is_compiling():
-        tensors = tuple(getattr(given, name) for name in TENSORS)
+        tensors = (*(getattr(given, name) for name in TENSORS), cu_seqlens)
         if has_torch_function_variadic(*tensors):
             answer = arguments.ask_torch_function(encoder_layer, given, _POSITIONAL, tensors)
             if answer is not NotImplemented:
@@ -292,7 +308,7 @@ def _as_call(given: Arguments) -> Call:
         given.num_heads, _linear.NUMBERS[given.activation], given.norm_first, given.is_causal,
         given.norm1_eps, given.norm2_eps,
     )  # fmt: skip
-    return Call._make((*(getattr(given, name) for name in TENSORS), *numbers))
+    return Call._make((*(getattr(given, name) for name in TENSORS), *numbers, given.cu_seqlens))
 
 
 def check(given: Arguments) -> None:
@@ -323,6 +339,22 @@ def check(given: Arguments) -> None:
     arguments.check_padding_mask(
         "key_padding_mask", given.key_padding_mask, given.input, (batch, length), sizes
     )
+    if given.cu_seqlens is not None:
+        _check_packed(given, sizes)
+
+
+def _check_packed(given: Arguments, sizes: str) -> None:
+    total = given.input.shape[1]
+    if given.input.shape[0] != 1:
+        raise ValueError(f"input must be (1, total length, width) beside cu_seqlens, got {sizes}")
+    for name in ("attn_mask", "key_padding_mask"):
+        if getattr(given, name) is not None:
+            raise ValueError(f"{name} must be None beside cu_seqlens")
+    values = arguments.check_offsets(
+        "cu_seqlens", given.cu_seqlens, total, given.input, "input", "the tokens of input"
+    )
+    if values is not None and values[-1] != total:
+        raise ValueError(f"cu_seqlens must end at {total}, the tokens of input, got {values[-1]}")
 
 
 def normalize(given: Arguments) -> Call:
@@ -358,14 +390,16 @@ def run_reference(call: Call, lse: bool) -> Any:
         result: Tensor = _norm.run_reference(call.norm(name, x), False)
         return result
 
-    x = call.input
+    x, attn_mask = call.input, call.attn_mask
+    if call.cu_seqlens is not None:
+        attn_mask = _same_sequence(call.cu_seqlens, x.shape[1])
     scored = norm("norm1", x) if call.norm_first else x
     heads = torch.cat([linear(name, scored) for name in call.projections], -1)
     query, key, value = (
         part.transpose(1, 2) for part in heads.unflatten(-1, (3, call.num_heads, -1)).unbind(2)
     )
     attended = attend(
-        call.attention_dtype, 0 if call.is_causal else None, query, key, value, call.attn_mask,
+        call.attention_dtype, 0 if call.is_causal else None, query, key, value, attn_mask,
         call.key_padding_mask,
     )  # fmt: skip
     y = linear("out_proj", attended, x)
@@ -373,6 +407,13 @@ def run_reference(call: Call, lse: bool) -> Any:
         return linear("linear2", linear("linear1", norm("norm2", y)), y)
     y = norm("norm1", y)
     return norm("norm2", linear("linear2", linear("linear1", y), y))
+
+
+def _same_sequence(offsets: Tensor, total: int) -> Tensor:
+    """bool (total, total), True where two tokens are of one sequence."""
+    tokens = torch.arange(total, device=offsets.device)
+    number = torch.searchsorted(offsets[1:].to(tokens.dtype), tokens, right=True)
+    return number[:, None] == number
 
 
 def _fake(call: Call) -> Tensor:

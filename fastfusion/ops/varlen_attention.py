@@ -93,7 +93,7 @@ class Call(NamedTuple):
             yield offsets.dim() == 1 and offsets.dtype in (torch.int32, torch.int64)
             yield offsets.device == query.device
         yield self.cu_seqlens_q.shape[0] == self.cu_seqlens_k.shape[0]
-        if _readable(self.cu_seqlens_q):
+        if arguments.is_readable(self.cu_seqlens_q):
             _check_offsets("q", self.cu_seqlens_q, self.max_seqlen_q, query, query)
             _check_offsets("k", self.cu_seqlens_k, self.max_seqlen_k, key, query)
         lengths = self.max_seqlen_q, self.max_seqlen_k
@@ -311,14 +311,8 @@ def check(given: Arguments) -> None:
 
 def _check_offsets(side: str, offsets: Any, longest: Any, tensor: Tensor, query: Tensor) -> None:
     name, total = f"cu_seqlens_{side}", tensor.shape[0]
-    if not isinstance(offsets, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(offsets).__name__}")
-    arguments.check_dense(name, offsets)
-    if offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {offsets.dtype}")
-    if offsets.dim() != 1 or offsets.shape[0] == 0:
-        raise ValueError(f"{name} must have shape (sequences + 1,), got {tuple(offsets.shape)}")
-    arguments.check_device(name, offsets, "query", query)
+    whose = "query" if side == "q" else "key"
+    values = arguments.check_offsets(name, offsets, total, query, "query", f"the rows of {whose}")
     longest = arguments.number(f"max_seqlen_{side}", longest)
     if longest is not None:
         if isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt):
@@ -327,31 +321,14 @@ def _check_offsets(side: str, offsets: Any, longest: Any, tensor: Tensor, query:
             )
         if longest < 0:
             raise ValueError(f"max_seqlen_{side} must not be negative, got {longest}")
-    if not _readable(offsets):
+    if values is None or longest is None:
         return
-    values = offsets.tolist()
-    lengths = [b - a for a, b in zip(values, values[1:], strict=False)]
-    if values[0] != 0 or values[-1] > total or min(lengths, default=0) < 0:
+    longest_given = max((b - a for a, b in zip(values, values[1:], strict=False)), default=0)
+    if longest_given > longest:
         raise ValueError(
-            f"{name} must start at 0, never fall and end at {total} or before, the rows of "
-            f"{'query' if side == 'q' else 'key'}; got {values if len(values) < 9 else '...'}"
-        )
-    if longest is not None and max(lengths, default=0) > longest:
-        raise ValueError(
-            f"max_seqlen_{side} must be at least the longest sequence, {max(lengths)}, "
+            f"max_seqlen_{side} must be at least the longest sequence, {longest_given}, "
             f"got {longest}"
         )
-
-
-def _readable(offsets: Tensor) -> bool:
-    """Whether reading the values costs and breaks nothing: on the CPU, and nobody traces."""
-    return (
-        not torch.compiler.is_compiling()
-        and offsets.is_cpu
-        and type(offsets) in arguments.PLAIN
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def _longest(offsets: Tensor, longest: Any, rows: Tensor, mask: Any, dim: int) -> Any:
@@ -361,7 +338,7 @@ def _longest(offsets: Tensor, longest: Any, rows: Tensor, mask: Any, dim: int) -
         return arguments.number("max_seqlen", longest)
     if offsets.shape[0] == 1:
         return 0
-    if offsets.is_cuda and not torch.compiler.is_compiling() or _readable(offsets):
+    if offsets.is_cuda and not torch.compiler.is_compiling() or arguments.is_readable(offsets):
         return int(offsets.diff().max())
     named = isinstance(mask, Tensor) and mask.dim() >= -dim and mask.shape[dim] != 1
     return mask.shape[dim] if named else rows.shape[0]

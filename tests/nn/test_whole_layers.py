@@ -126,6 +126,53 @@ def test_stacks() -> None:
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("weights", [None, "int8"])
+@torch.no_grad()
+def test_padded_tokens_are_left_out(norm_first: bool, weights: str | None) -> None:
+    """A sequence has the bits that it has alone; hidden tokens are 0, whatever they were."""
+    stack = ff.nn.TransformerEncoder(encoder_layer(norm_first=norm_first), 3).eval()
+    if norm_first:
+        stack.use_nested_tensor = True  # torch would leave them out of its other kind of layer
+    if weights is not None:
+        ff.quantize(stack, weights)
+    x = X.clone()
+    x[HIDDEN] = torch.nan
+    with counted() as seen:
+        result = stack(x, src_key_padding_mask=HIDDEN)
+    assert len(seen) == 3
+    assert (result[HIDDEN] == 0.0).all()
+    for b, length in enumerate((20, 13, 1)):
+        assert torch.equal(result[b, :length], stack(X[b : b + 1, :length])[0])
+    empty = torch.ones(3, 20, dtype=torch.bool)
+    assert (stack(x, src_key_padding_mask=empty) == 0.0).all()
+    turned = HIDDEN.flip(1)  # torch leaves out what is at the end
+    assert stack(X, src_key_padding_mask=turned)[turned].abs().min() > 0.0
+
+
+@torch.no_grad()
+def test_layers_whose_calls_are_watched_see_padded_tokens() -> None:
+    stack = ff.nn.TransformerEncoder(encoder_layer(), 2).eval()
+    expected, shapes = stack(X, src_key_padding_mask=HIDDEN), []
+    stack.layers[1].register_forward_hook(lambda m, given, result: shapes.append(result.shape))
+    torch.testing.assert_close(stack(X, src_key_padding_mask=HIDDEN), expected)
+    assert shapes == [X.shape]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@torch.no_grad()
+def test_nested_input_is_one_call(layout: torch.layout) -> None:
+    layer = encoder_layer()
+    parts = [X[0], X[1, :13], X[2, :1]]
+    nested = torch.nested.as_nested_tensor(parts, layout=layout)
+    with counted() as seen:
+        result = layer(nested)
+    assert len(seen) == 1 and result.layout == layout
+    for ours, part in zip(result.unbind(), parts, strict=True):
+        assert torch.equal(ours, layer(part[None])[0])
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
 @torch.no_grad()
 def test_fusion_modules(norm_first: bool) -> None:
     """Cross-attention and fusion layers, with each kind of mask, beside their parts."""

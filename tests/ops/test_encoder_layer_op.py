@@ -184,6 +184,30 @@ class TestKernel:
                     alone = call | {"input": call["input"][b : b + 1]}
                     assert torch.equal(ff.encoder_layer(**alone, backend="cpu")[0], together[b])
 
+    def test_packed_sequences_have_the_bits_that_they_have_alone(self, isa: str) -> None:
+        """Lengths with and without a rest of rows, and none; all kinds of weights."""
+        lengths = (20, 0, 1, 50, 16, 5)
+        offsets = torch.tensor((0, *lengths)).cumsum(0)
+        shape = {"length": sum(lengths), "dim": 48, "heads": 2, "ffn": 70}
+        for dtype, change in itertools.product(DTYPES[:2], (dict, in_int8, in_bfloat16)):
+            if change is in_bfloat16 and dtype != torch.float32:
+                continue
+            for causal, kind in ((False, torch.int64), (True, torch.int32)):
+                call = change(OP.inputs(shape | {"is_causal": causal, "norm_first": causal}, dtype))
+                packed = call | {"cu_seqlens": offsets.to(kind)}
+                result = ff.encoder_layer(**packed, backend="cpu")
+                parts = call["input"].split(lengths, 1)
+                alone = [
+                    ff.encoder_layer(**call | {"input": part}, backend="cpu") for part in parts
+                ]
+                assert torch.equal(result, torch.cat(alone, 1))
+                exact = run_reference(OP.call(**in_double(packed)), False)
+                formula = run_reference(OP.call(**packed), False)
+                if change is not in_int8:
+                    assert_accurate(*(t.reshape(1, -1) for t in (result, exact, formula)))
+                parts = [run_reference(OP.call(**call | {"input": part}), False) for part in parts]
+                torch.testing.assert_close(formula, torch.cat(parts, 1))
+
     def test_strides_and_empty(self, isa: str) -> None:
         call = OP.inputs(SHAPES[2], torch.float32)
         expected = ff.encoder_layer(**call, backend="cpu")
@@ -201,7 +225,9 @@ class TestKernel:
 class TestTorch:
     def test_opcheck(self) -> None:
         call = OP.inputs({"length": 5, "dim": 8, "heads": 2, "ffn": 12}, torch.float32)
-        for given in (call, in_int8(call), separate(call), in_int8(separate(call)), *masks(call)):
+        packed = call | {"cu_seqlens": torch.tensor([0, 3, 5])}
+        narrow = in_int8(call), in_int8(separate(call))
+        for given in (call, *narrow, separate(call), packed, *masks(call)):
             op = torch.ops.fastfusion.encoder_layer_forward.default
             torch.library.opcheck(op, tuple(OP.call(**given)))
 
@@ -269,6 +295,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"linear1_weight": CALL["linear1_weight"].double()}, TypeError, "linear1: weight must have"),
     ({"linear2_weight": torch.ones(8, 11)}, ValueError, "linear2: weight must be"),
     ({"norm2_bias": torch.ones(7)}, ValueError, r"norm2: bias must be \(width,\)"),
+    ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, r"input must be \(1, total length, width\)"),
     ({"norm1_eps": -1.0}, ValueError, "norm1: eps must not be negative"),
     ({"activation": "tanh"}, ValueError, "linear1: activation must be one of"),
     ({"norm_first": 1}, TypeError, "norm_first must be a bool"),
@@ -293,6 +320,20 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         "k_proj_weight must have 8 features, got 9",
     ),
     ({"backend": "gpu"}, ValueError, "backend must be one of"),
+]
+ONE = {"input": X[:1]}
+BAD += [
+    (ONE | {"cu_seqlens": [0, 5]}, TypeError, "cu_seqlens must be a Tensor"),
+    (ONE | {"cu_seqlens": torch.tensor([0.0, 5.0])}, TypeError, "cu_seqlens must be int32 or"),
+    (ONE | {"cu_seqlens": torch.tensor([[0, 5]])}, ValueError, r"shape \(sequences \+ 1,\)"),
+    (ONE | {"cu_seqlens": torch.tensor([0, 4])}, ValueError, "must end at 5, the tokens of input"),
+    (ONE | {"cu_seqlens": torch.tensor([0, 3, 2, 5])}, ValueError, "never fall and end at 5"),
+    (ONE | {"cu_seqlens": torch.tensor([1, 5])}, ValueError, "cu_seqlens must start at 0"),
+    (
+        ONE | {"cu_seqlens": torch.tensor([0, 5]), "attn_mask": torch.ones(5, 5).bool()},
+        ValueError,
+        "attn_mask must be None beside cu_seqlens",
+    ),
 ]
 
 

@@ -288,7 +288,7 @@ class TestTransforms:
                 torch.library.opcheck(op.default, tuple(call))
 
     def test_opcheck_of_triton(self) -> None:
-        call = spec.OP.call(*qkv(), **KINDS[-1], **KINDS[-2])
+        call = spec.OP.call(*qkv(), **KINDS[-4], **KINDS[-3])
         op = torch.ops.fastfusion.triton_attention_backward.default
         torch.library.opcheck(op, (torch.randn(2, 3, 5, 6), torch.randn(2, 3, 5), False, *call))
 

@@ -20,7 +20,7 @@ void encoder_layer(const EncoderLayer& p, ParallelFor parallel) {
   const LayerSteps<HalfMath> steps(p.type, p.attention, parallel);
   AttentionForward attention = p.attention;
   const int64_t width = p.width, length = attention.q_len, dim = attention.head_dim;
-  const LayerRows x{p.x, attention.batch, length, width, p.x_row};
+  const LayerRows x{p.x, attention.batch, length, width, p.x_row, p.packed};
   if (x.count() == 0) return;
   const int64_t one = steps.bytes(x.count(), width);
   const int64_t widest = steps.bytes(x.count(), 3 * width > p.hidden ? 3 * width : p.hidden);
@@ -39,7 +39,12 @@ void encoder_layer(const EncoderLayer& p, ParallelFor parallel) {
   attention.value = steps.heads(attention, heads, 2, width);
   char* const out_of_heads = narrow ? wide : attended;
   attention.out = steps.joined(out_of_heads, length, width, dim);
-  if (!*attention.out_of_memory) attention_forward<HalfMath>(attention, parallel);
+  if (*attention.out_of_memory) return;
+  if (p.packed.data) {
+    varlen_forward(attention, {p.packed.count, p.packed.data, p.packed.data, false}, parallel);
+  } else {
+    attention_forward<HalfMath>(attention, parallel);
+  }
 
   const LayerRows joined = steps.side_by_side(x, out_of_heads, width);
   const LayerRows gathered = steps.widened(attention, joined, attended);

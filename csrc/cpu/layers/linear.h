@@ -276,11 +276,23 @@ inline Slice rounded_input(const Linear& p, uint16_t* memory, ParallelFor parall
   return matrix(memory, p.weight.type, p.width);
 }
 
+// Calls body(first row, rows) for each sequence.
+template <class Body>
+void for_sequences(const Linear& p, const Body& body) {
+  if (p.packed.data) {
+    for (int64_t i = 0; i < p.packed.count; ++i)
+      body(p.packed.data[i], p.packed.data[i + 1] - p.packed.data[i]);
+  } else {
+    for (int64_t i = 0; i < p.rows; i += p.length) body(i, p.length);
+  }
+}
+
 template <class Math>
 void linear_rows(const Linear& p, ParallelFor parallel) {
-  const int64_t first = outer_rows(p.length), count = p.rows / p.length * first;
+  int64_t count = 0;
+  for_sequences(p, [&](int64_t, int64_t length) { count += outer_rows(length); });
   Positions outer{count, nullptr}, inner{p.rows - count, nullptr};
-  const bool mixed = first > 0 && first < p.length;
+  const bool mixed = count > 0 && count < p.rows;
   const auto most = [](int64_t n) { return n < kLinearRound ? n : kLinearRound; };
   const int64_t panels = (most(outer.count) + kLinearPanel - 1) / kLinearPanel;
   const int64_t transposed = panels * LinearRows<Math>::panel_size(p);
@@ -296,8 +308,11 @@ void linear_rows(const Linear& p, ParallelFor parallel) {
     auto* list = reinterpret_cast<int32_t*>(lists);
     outer.list = list, inner.list = list + count;
     int32_t *first_rows = list, *others = list + count;
-    for (int64_t i = 0; i < p.rows; ++i)
-      *(i % p.length < first ? first_rows : others)++ = int32_t(i);
+    for_sequences(p, [&](int64_t begin, int64_t length) {
+      const int64_t first = outer_rows(length);
+      for (int64_t i = 0; i < length; ++i)
+        *(i < first ? first_rows : others)++ = int32_t(begin + i);
+    });
   }
   const Slice x = rounded_input(p, reinterpret_cast<uint16_t*>(lists + listed), parallel);
   for (int64_t i = 0; i < outer.count || i < inner.count; i += kLinearRound) {

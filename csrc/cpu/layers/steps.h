@@ -14,6 +14,7 @@ namespace {
 struct LayerRows {
   const void* data;
   int64_t batch, length, width, row;
+  Offsets packed = {};  // of sequences in the one of a batch of 1
 
   int64_t count() const { return batch * length; }
 };
@@ -43,7 +44,7 @@ struct LayerSteps {
 
   // Rows side by side in memory.
   static LayerRows side_by_side(const LayerRows& like, const void* data, int64_t width) {
-    return {data, like.batch, like.length, width, width};
+    return {data, like.batch, like.length, width, width, like.packed};
   }
 
   LayerRows normalize(const Norm& norm, const LayerRows& x, void* out) const {
@@ -134,7 +135,7 @@ struct LayerSteps {
   Linear linear_call(const Weight& weight, const LayerRows& x, int64_t features, void* out,
                      int64_t out_row) const {
     Linear call;
-    call.rows = x.count(), call.length = x.length;
+    call.rows = x.count(), call.length = x.length, call.packed = x.packed;
     call.width = x.width, call.features = features;
     call.type = type, call.weight = weight;
     call.x = x.data, call.x_row = x.row;
