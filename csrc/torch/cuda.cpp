@@ -34,6 +34,8 @@ struct Attention {
 
   explicit Attention(const AttentionInputs& in) : query(in.query), device(query) {
     check_dropout(in);
+    STD_TORCH_CHECK(!in.position_table && !in.position_index,
+                    "fastfusion: the CUDA kernels have no position tables");
     describe(p, in);
     p.query = straight(in.query), p.key = straight(in.key), p.value = straight(in.value);
     capability = check_kernels(p);

@@ -280,10 +280,6 @@ inline void describe(ff::Attention& p, const AttentionInputs& in) {
   STD_TORCH_CHECK(in.enable_gqa || p.heads == p.kv_heads || p.kv_heads == 1,
                   "fastfusion: more query heads than key heads need enable_gqa");
   describe_sinks(p, in.query, in.sinks);
-#ifdef FF_TORCH_CUDA
-  STD_TORCH_CHECK(!in.position_table && !in.position_index,
-                  "fastfusion: the CUDA kernels have no position tables");
-#endif
 }
 
 inline void describe(ff::Bidirectional& p, const BidirectionalInputs& in) {

@@ -484,8 +484,10 @@ struct ByTail {
   void operator()(const ff::LeftRows<Math>& keys, const ff::Right<Math>& rows,
                   const ff::Block& block, int64_t steps, float unit, float* maximum, float* scores,
                   const ff::Statistics& s) const {
-    ff::attend_tail<Math>(keys, rows, block.count, steps, columns, ff::Base::kTwo, unit, maximum,
-                          scores, s);
+    const ff::Attention plain{};
+    const ff::Scores of_tail{plain, 0, 0, Rows(count, false).block, columns, scores};
+    ff::attend_tail<Math>(keys, rows, block.count, steps, columns, ff::Base::kTwo,
+                          ff::TailBias{of_tail, block, unit}, maximum, scores, s);
   }
 };
 
