@@ -320,7 +320,7 @@ def test_linear(tmp_path: Path) -> None:
 
 
 def encoder_calls(t: dict[str, Tensor]) -> list[Tensor]:
-    x, weights = t["x"], {n: v for n, v in t.items() if n not in ("x", "hidden")}
+    x, weights = t["x"], {n: v for n, v in t.items() if n not in ("x", "hidden", "offsets")}
     parts = [weights[f"in_proj_{kind}"].chunk(3) for kind in ("weight", "bias")]
     apart = dict(weights, in_proj_weight=parts[0][0], in_proj_bias=parts[1][0])
     apart |= {"k_proj_weight": parts[0][1], "k_proj_bias": None}
@@ -332,6 +332,7 @@ def encoder_calls(t: dict[str, Tensor]) -> list[Tensor]:
         ff.encoder_layer(x, **weights, num_heads=2, activation="gelu"),
         ff.encoder_layer(x, **weights, num_heads=2, norm_first=True, **masks),
         ff.encoder_layer(x, **apart, num_heads=2),
+        ff.encoder_layer(x.flatten(0, 1)[None], **weights, num_heads=2, cu_seqlens=t["offsets"]),
     ]
 
 
@@ -339,11 +340,13 @@ def encoder_calls(t: dict[str, Tensor]) -> list[Tensor]:
 def test_norms_and_encoder_layers(tmp_path: Path) -> None:
     def inputs(batch: int, length: int) -> dict[str, Tensor]:
         hidden = torch.arange(length).expand(batch, length) >= length - 1
-        return {"x": torch.randn(batch, length, 8), "hidden": hidden, **weights}
+        ends = torch.arange(batch + 1) * length
+        return {"x": torch.randn(batch, length, 8), "hidden": hidden, "offsets": ends, **weights}
 
     call = ENCODER.inputs({"length": 1, "dim": 8, "heads": 2, "ffn": 12}, torch.float32)
     weights = {n: v for n, v in call.items() if n.endswith(("weight", "bias"))}
-    axes = {"x": {0: B, 1: L}, "hidden": {0: B, 1: L}, **dict.fromkeys(weights)}
+    axes = {"x": {0: B, 1: L}, "hidden": {0: B, 1: L}, "offsets": {0: Dim.AUTO}}
+    axes |= dict.fromkeys(weights)
     first = inputs(2, 5)
     module = Module(list(first), encoder_calls)
     program = export(module, first, axes, optimize=False)

@@ -103,13 +103,6 @@ def check_heads(num_heads: Any, width: int, what: str, sizes: str) -> None:
 # ---- the same as conditions of a call
 
 
-def linear_fits(weight: Tensor, bias: Tensor | None, features: Any, width: Any) -> Iterator[Any]:
-    yield weight.dim() == 2
-    yield weight.shape[0] == features
-    yield weight.shape[1] == width
-    yield from vector_fits(bias, features)
-
-
 def vector_fits(vector: Tensor | None, size: Any) -> Iterator[Any]:
     if vector is not None:
         yield vector.dim() == 1

@@ -26,7 +26,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastfusion.core.arguments import broadcasts, check_dense, check_device, number, shapes
+from fastfusion.core.arguments import (
+    broadcasts,
+    check_dense,
+    check_device,
+    is_readable,
+    number,
+    shapes,
+)
 
 Window = tuple[int | None, int | None] | None
 
@@ -341,7 +348,8 @@ def check_positions(
             f"position_index must be (q_len, kv_len), {(q_len, kv_len)}, or by offset "
             f"(q_len + kv_len - 1,), got shape {tuple(index.shape)}; {sizes}"
         )
-    if not _is_readable(index) or index.numel() == 0:
+    traced = torch._C._get_tracing_state() is not None
+    if traced or not is_readable(index) or index.numel() == 0:
         return
     smallest, largest = (int(number) for number in index.aminmax())
     if smallest < 0 or largest >= entries:
@@ -349,18 +357,6 @@ def check_positions(
             f"position_index must be from 0 to {entries - 1}, the entries of position_table "
             f"{tuple(table.shape)}, got {smallest} to {largest}"
         )
-
-
-def _is_readable(tensor: Tensor) -> bool:
-    """Whether its numbers can be looked at for nothing: on the CPU, where nothing is traced."""
-    return (
-        not torch.compiler.is_compiling()
-        and tensor.device.type == "cpu"
-        and type(tensor) is Tensor
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-    )
 
 
 def check_ranges(

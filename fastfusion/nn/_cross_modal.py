@@ -191,7 +191,7 @@ class CrossModalAttention(RecordsAttention):
     def _fused_unchecked(
         self, visual: Any, text: Any, visual_padding_mask: Any, text_padding_mask: Any
     ) -> tuple[Tensor, Tensor] | None:
-        """The same of arguments that nobody has checked: the op refuses what does not fit, for
+        """`_fused` of arguments that nobody has checked: the op refuses what does not fit, for
         `_check` to say what it is."""
         if type(visual) is not Tensor or type(text) is not Tensor:
             return None

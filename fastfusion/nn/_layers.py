@@ -80,14 +80,13 @@ def without_padding(layers: Any, src: Tensor, left_out: Tensor) -> Tensor | None
     if bool(kept.all()):
         return None
     offsets = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
-    rows: Tensor | None = src[kept].unsqueeze(0)
+    rows = src[kept].unsqueeze(0)
     for layer in layers:
-        assert rows is not None
-        rows = encoder_layer(layer, rows, None, None, False, offsets)
-        if rows is None:
+        result = encoder_layer(layer, rows, None, None, False, offsets)
+        if result is None:
             return None
+        rows = result
     output = torch.zeros_like(src)
-    assert rows is not None
     output[kept] = rows[0]
     return output
 

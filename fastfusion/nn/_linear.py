@@ -22,6 +22,7 @@ from fastfusion.nn._plain import (
     does_nothing,
     has_global_hooks,
     is_bare,
+    operands_of,
 )
 from fastfusion.nn._quantized import Operands, QuantizedLinear, product
 from fastfusion.ops.linear import has_own_dtype, linear
@@ -157,8 +158,7 @@ def weights_of(module: Any) -> Operands | None:
         return weight, None, parameters.get("bias")
     if type(module) is not QuantizedLinear:
         return None
-    buffers = module.__dict__["_buffers"]
-    return buffers["packed"], buffers["weight_scale"], parameters["bias"]
+    return operands_of(module)
 
 
 def large_weights_of(module: Any) -> Operands | None:

@@ -114,17 +114,17 @@ def is_plain_call(
         else:
             return False
     dtype, device = inputs[0].dtype, inputs[0].device
-    if any(t is not None and t.dtype is not dtype for t in tensors):
-        return False
-    for tensor in tensors + narrow:
-        if tensor is not None and (
-            (tracked and tensor.requires_grad)
-            or type(tensor) not in _PLAIN_TENSORS
-            or tensor.device != device
-            or tensor.layout is not torch.strided
-            or tensor.is_neg()
-        ):
-            return False
+    for given, alike in ((tensors, True), (narrow, False)):
+        for tensor in given:
+            if tensor is not None and (
+                (tracked and tensor.requires_grad)
+                or type(tensor) not in _PLAIN_TENSORS
+                or (alike and tensor.dtype is not dtype)
+                or tensor.device != device
+                or tensor.layout is not torch.strided
+                or tensor.is_neg()
+            ):
+                return False
     return True
 
 

@@ -276,6 +276,15 @@ def test_heads_that_are_taken_some_at_a_time() -> None:
     assert_close(*runs)
 
 
+def exported(module: torch.nn.Module) -> Any:
+    """The program of a module that attends, for other lengths than `qkv()` has."""
+    q_len, kv_len = torch.export.Dim("q_len"), torch.export.Dim("kv_len")
+    shapes = ({2: q_len}, {2: kv_len}, {2: kv_len})
+    program = torch.export.export(module, qkv(), dynamic_shapes=shapes)
+    assert "fastfusion.attention" in program.graph_module.code
+    return program.module()
+
+
 @needs_native
 class TestTransforms:
     @kinds
@@ -316,12 +325,8 @@ class TestTransforms:
                 out: Tensor = attention(query, key, value, **kinds)
                 return out
 
-        q_len, kv_len = torch.export.Dim("q_len"), torch.export.Dim("kv_len")
-        shapes = ({2: q_len}, {2: kv_len}, {2: kv_len})
-        program = torch.export.export(Module(), qkv(), dynamic_shapes=shapes)
-        assert "fastfusion.attention" in program.graph_module.code
         others = qkv(9, 11)
-        assert_close(program.module()(*others), reference(*others, **kinds))
+        assert_close(exported(Module())(*others), reference(*others, **kinds))
 
     @kinds
     def test_vmap(self, kinds: Any) -> None:
@@ -441,12 +446,8 @@ class TestTransforms:
                 )
                 return out
 
-        q_len, kv_len = torch.export.Dim("q_len"), torch.export.Dim("kv_len")
-        shapes = ({2: q_len}, {2: kv_len}, {2: kv_len})
-        program = torch.export.export(Module(), qkv(), dynamic_shapes=shapes)
-        assert "fastfusion.attention" in program.graph_module.code
         others = qkv(9, 11)
-        assert_close(program.module()(*others), Module()(*others))
+        assert_close(exported(Module())(*others), Module()(*others))
 
     def test_second_derivatives(self) -> None:
         tensors = [t.double().detach().requires_grad_() for t in qkv(3, 4)]
