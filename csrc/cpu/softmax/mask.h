@@ -196,7 +196,7 @@ inline float make_scores(const Scores& s, const Block& block, Base base, float u
   for (int64_t e = 0; e < s.columns; ++e) maximum[e] = -kInfinity;
   if (is_shaped(s.p)) {
     const ScoreShape shape(s, block, unit, maximum, base);
-    product(StoreShaped{s.data, s.columns, shape});
+    product(shape);
     unit = shape.unit();
   } else if (shown && maskable_product(s, block)) {
     shown_lanes(s, block, shown);

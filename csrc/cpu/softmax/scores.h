@@ -188,13 +188,42 @@ class ScoreShape {
   // Of what is left.
   float unit() const { return unit_; }
 
-  // Whether products get no more than what a position table adds.
-  bool adds_alone() const { return scores_.p.softcap <= 0.0f && !scores_.p.alibi.data; }
-
-  // Stores sums with that while they are in registers, and takes maxima: attention of 2,048 tokens
-  // takes 0.96 times as long as where `apply` reads them again.
+  // Stores sums of so many keys and registers of queries, shaped, and takes maxima.
   template <int R, int N>
-  void add(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
+  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
+    const Attention& p = scores_.p;
+    const float side = p.alibi.data ? side_of(block_[row], block_[row + R - 1], column, N) : 0.0f;
+    if (p.softcap <= 0.0f && !p.alibi.data) {
+      add_table(row, column, sum);
+    } else if (p.softcap <= 0.0f && !p.positions.data && factor_ == 1.0f && side != 0.0f) {
+      add_slope(row, column, side, sum);
+    } else {
+      Store{scores_.data, scores_.columns}(row, column, sum);
+      apply(row, R, column, N);
+    }
+  }
+
+  void apply(int64_t row, int64_t rows, int64_t column, int64_t vectors) const {
+    const bool biased = scores_.p.alibi.data || scores_.p.positions.data;
+    const bool narrow = narrow_products(scores_.p);
+    if (scores_.p.softcap <= 0.0f) {
+      run<Cap::kNone, true, false>(row, rows, column, vectors);
+    } else if (biased || scores_.derivative) {
+      narrow ? run<Cap::kNarrow, true, true>(row, rows, column, vectors)
+             : run<Cap::kFull, true, true>(row, rows, column, vectors);
+    } else {
+      narrow ? run<Cap::kNarrow, false, false>(row, rows, column, vectors)
+             : run<Cap::kFull, false, false>(row, rows, column, vectors);
+    }
+  }
+
+ private:
+  enum class Cap { kNone, kNarrow, kFull };
+
+  // What a table adds, while sums are in registers: attention of 2,048 tokens takes 0.96 times as
+  // long as where `apply` reads them again.
+  template <int R, int N>
+  void add_table(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
     const Vec factor = Vec::set(factor_);
     Vec largest[N];
 #pragma GCC unroll 4
@@ -215,22 +244,40 @@ class ScoreShape {
     for (int n = 0; n < N; ++n) largest[n].store(maximum_ + column + n * Vec::kLanes);
   }
 
-  void apply(int64_t row, int64_t rows, int64_t column, int64_t vectors) const {
-    const bool biased = scores_.p.alibi.data || scores_.p.positions.data;
-    const bool narrow = narrow_products(scores_.p);
-    if (scores_.p.softcap <= 0.0f) {
-      run<Cap::kNone, true, false>(row, rows, column, vectors);
-    } else if (biased || scores_.derivative) {
-      narrow ? run<Cap::kNarrow, true, true>(row, rows, column, vectors)
-             : run<Cap::kFull, true, true>(row, rows, column, vectors);
-    } else {
-      narrow ? run<Cap::kNarrow, false, false>(row, rows, column, vectors)
-             : run<Cap::kFull, false, false>(row, rows, column, vectors);
-    }
+  // 1 where these keys stand left of all queries of the registers or beside them, -1 where they
+  // stand right of them, and 0 where they do either.
+  float side_of(int64_t first, int64_t last, int64_t column, int64_t vectors) const {
+    const int64_t count = scores_.queries.count, end = column + vectors * Vec::kLanes;
+    const int64_t diagonal = scores_.p.diagonal;
+    if (column >= count) return 1.0f;
+    if (scores_.queries[column] + diagonal >= last) return 1.0f;
+    return scores_.queries[(end < count ? end : count) - 1] + diagonal <= first ? -1.0f : 0.0f;
   }
 
- private:
-  enum class Cap { kNone, kNarrow, kFull };
+  // What slopes take off on one side of the diagonal, likewise.
+  template <int R, int N>
+  void add_slope(int64_t row, int64_t column, float side, const Vec (&sum)[R][N]) const {
+    const Vec slope = Vec::set(-side * slope_);
+    Vec largest[N], place[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const int64_t lane = column + n * Vec::kLanes;
+      largest[n] = Vec::load(maximum_ + lane);
+      place[n] = distances(scores_, lane, 0);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec key = Vec::set(float(block_[row + r]));
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const Vec score = Vec::fma(place[n] - key, slope, sum[r][n]);
+        score.store(scores_.data + (row + r) * scores_.columns + column + n * Vec::kLanes);
+        largest[n] = Vec::max(score, largest[n]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) largest[n].store(maximum_ + column + n * Vec::kLanes);
+  }
 
   // `kBiased`: there may be slopes or a table. `kDerives`: the derivative may be wanted.
   template <Cap kCap, bool kBiased, bool kDerives>
@@ -274,20 +321,6 @@ class ScoreShape {
   float factor_, unit_;
   SoftCap cap_;
   float slope_;
-};
-
-// Stores, shapes while the scores are in the first cache, and takes maxima.
-struct StoreShaped {
-  float* to;
-  int64_t stride;
-  const ScoreShape& shape;
-
-  template <int R, int N>
-  void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
-    if (shape.adds_alone()) return shape.add(row, column, sum);
-    Store{to, stride}(row, column, sum);
-    shape.apply(row, R, column, N);
-  }
 };
 
 // The same of a row: a query's scores, in natural exponents.
