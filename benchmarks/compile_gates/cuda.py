@@ -2,8 +2,9 @@
 
 Compiles each csrc/cuda/*/*.cu to machine code with setup.py's flags, and fails on what can be told
 from it: a spilled register or a load from local memory in any kernel; in 16-bit ones no tensor-core
-instruction, or from Ampere on no asynchronous copy of 16 bytes. Shared memory is the launcher's to
-choose; the emulator of the tests holds each launch to the limit of its architecture.
+instruction, or from Ampere on no asynchronous copy of 16 bytes. The FLOPs of tensor cores for each
+instruction (`tensor_core.py`) are listed. Shared memory is the launcher's to choose; the emulator
+of the tests holds each launch to the limit of its architecture.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .tensor_core import flops_per_instruction
+
 ROOT = Path(__file__).resolve().parents[2]
 QUICK_ARCHS = (75, 80, 90)
 # Kernels of these names add partial results up: they multiply nothing and load nothing twice.
@@ -33,6 +36,7 @@ EMPTY_REGISTERS = 8
 COLUMNS = (
     *("kernel", "arch", "registers", "spilled bytes"),
     *("tensor-core instructions", "asynchronous copies", "local loads"),
+    "tensor-core FLOPs per instruction",
 )
 UNKNOWN = -1  # without a disassembler
 
@@ -57,11 +61,12 @@ class Row:
     tensor_core: int = UNKNOWN
     copies: int = UNKNOWN
     local_loads: int = UNKNOWN
+    flops: int = UNKNOWN
 
     @property
     def cells(self) -> tuple[Any, ...]:
         """The columns, as named in COLUMNS; what is not known is null."""
-        counts = (self.tensor_core, self.copies, self.local_loads)
+        counts = (self.tensor_core, self.copies, self.local_loads, self.flops)
         known = (None if n == UNKNOWN else n for n in counts)
         return (self.kernel, f"sm_{self.arch}", self.registers, self.spilled, *known)
 
@@ -104,12 +109,15 @@ def parse_report(report: str) -> dict[str, tuple[int, int]]:
 
 
 def parse_code(code: str) -> dict[str, dict[str, int]]:
-    """Mangled name -> how many of each instruction, from what ``cuobjdump -sass`` says."""
+    """Mangled name -> how many of each instruction, and the FLOPs of tensor cores for each of all,
+    from what ``cuobjdump -sass`` says."""
     parts = re.split(r"^\s*Function : (\w+)$", code, flags=re.MULTILINE)
-    return {
-        name: {kind: len(pattern.findall(text)) for kind, pattern in _INSTRUCTIONS.items()}
-        for name, text in zip(parts[1::2], parts[2::2], strict=True)
-    }
+    found = {}
+    for name, text in zip(parts[1::2], parts[2::2], strict=True):
+        counts = {kind: len(pattern.findall(text)) for kind, pattern in _INSTRUCTIONS.items()}
+        flops = flops_per_instruction(text)
+        found[name] = counts | {"flops": UNKNOWN if flops is None else round(flops)}
+    return found
 
 
 def find_disassembler() -> str | None:
@@ -164,7 +172,7 @@ def compile_all(
 
 def table(rows: list[Row]) -> str:
     """One line per kernel and architecture."""
-    head = ("kernel", "arch", "regs", "spill", "HMMA", "LDGSTS", "LDL")
+    head = ("kernel", "arch", "regs", "spill", "HMMA", "LDGSTS", "LDL", "FLOPs")
     lines = [head, *(tuple("-" if c is None else str(c) for c in row.cells) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

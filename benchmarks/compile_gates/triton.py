@@ -3,7 +3,8 @@
 Compiles what the launchers launch (`triton_cases.py`) to machine code, and fails on what can be
 told from it: in 16-bit kernels a spilled register or a missing tensor-core instruction (Hopper's
 own, wgmma, from 64 rows on), in all of them more shared memory than a block may have, and layouts
-that Triton gets wrong. float32 kernels may spill, and are listed.
+that Triton gets wrong. float32 kernels may spill, and are listed. The FLOPs of tensor cores for
+each instruction (`tensor_core.py`) are listed alike.
 """
 
 import argparse
@@ -36,6 +37,7 @@ QUICK_ARCHS = (80, 90, 100)
 COLUMNS = (
     *("kernel", "variant", "dtype", "size", "arch", "tile"),
     *("registers", "spilled bytes", "shared KB", "tensor-core instructions", "wgmma"),
+    "tensor-core FLOPs per instruction",
 )
 
 
@@ -121,7 +123,7 @@ def compile_all(builds: list[Build], jobs: int) -> Iterator[Row]:
 
 def table(rows: list[Row]) -> str:
     """One line per build."""
-    head = (*COLUMNS[:6], "regs", "spill", "KB", "tc", *COLUMNS[10:], "s")
+    head = (*COLUMNS[:6], "regs", "spill", "KB", "tc", "wgmma", "FLOPs", "s")
     lines = [head, *(tuple(map(str, (*cells(row), row.seconds))) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     words = 6  # columns of words, flush left
@@ -135,11 +137,12 @@ def table(rows: list[Row]) -> str:
 
 
 def cells(row: Row) -> tuple[Any, ...]:
-    """The columns of a build, as named in COLUMNS."""
+    """The columns of a build, as named in COLUMNS; what is not known is null."""
     kind = row.kind
     return (
         *(kind.kernel, kind.variant, kind.dtype, kind.size, f"sm_{kind.arch}", kind.tile),
         *(row.registers, row.spilled, row.shared_kb, row.tensor_core, int(row.wgmma)),
+        None if row.flops is None else round(row.flops),
     )
 
 

@@ -8,6 +8,7 @@ of the build and declines it; a description compiles later, in any process.
 import contextlib
 import io
 import re
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ from triton.backends.compiler import GPUTarget
 
 from fastfusion.kernels.device.score_policy import DROPOUT
 from fastfusion.kernels.host import tiles
+
+from .tensor_core import flops_per_instruction
 
 # Shared memory that a block may have, in KB, by architecture.
 SHARED_LIMITS = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227}
@@ -71,6 +74,7 @@ class Kind:
         dropout: whether it draws random numbers.
         dots: whether it multiplies matrices.
         own: rows of a program, 0 where they are not called so.
+        warps: of a program.
     """
 
     kernel: str
@@ -82,6 +86,7 @@ class Kind:
     dropout: bool = False
     dots: bool = True
     own: int = 0
+    warps: int = 4
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,9 @@ class Build:
 
 @dataclass(frozen=True)
 class Row:
-    """A compiled kernel, or why there is none. Spilled bytes are ptxas's "spill stores"; faults are
-    what `layout_faults` found."""
+    """A compiled kernel, or why there is none. Spilled bytes are ptxas's "spill stores"; FLOPs are
+    those of tensor cores for each instruction (`tensor_core.py`), None where they are not known;
+    faults are what `layout_faults` found."""
 
     kind: Kind
     registers: int = 0
@@ -106,6 +112,7 @@ class Row:
     tensor_memory: int = 0
     tensor_core: int = 0
     wgmma: bool = False
+    flops: float | None = None
     faults: tuple[str, ...] = ()
     seconds: float = 0.0
     error: str = ""
@@ -214,6 +221,7 @@ def record(call: Callable[[], Any], arch: int, variant: str, dtype: str, size: i
             dropout=bool(constants.get("KINDS", 0) & DROPOUT.value),
             dots="PRECISION" in constants,
             own=constants.get("OWN", 0),
+            warps=warps,
         )
         builds.append(Build(kind, fn.module, fn.name, compile["specialization_data"]))
         return True
@@ -229,6 +237,15 @@ def unique(builds: list[Build]) -> list[Build]:
     for build in builds:
         first.setdefault((build.module, build.description), build)
     return list(first.values())
+
+
+def disassembled(cubin: bytes) -> str:
+    """What the cuobjdump that Triton brings along says of machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def compile_build(build: Build) -> Row:
@@ -259,6 +276,7 @@ def compile_build(build: Build) -> Row:
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         tensor_core=len(_TENSOR_CORE.findall(compiled.asm["ptx"])),
         wgmma="wgmma.mma_async" in compiled.asm["ptx"],
+        flops=flops_per_instruction(disassembled(compiled.asm["cubin"]), build.kind.warps),
         faults=layout_faults(compiled.asm["ttgir"]),
         seconds=round(time.perf_counter() - start, 2),
     )

@@ -116,6 +116,8 @@ def test_shipped_kernels_compile_well(tmp_path: Path) -> None:
         assert result.returncode == 0, result.stdout + result.stderr
         rows = json.loads(path.read_text())["rows"]
         assert {row[4] for row in rows} == {f"sm_{arch}"}
+        # FLOPs of tensor cores where and only where there are products, of one warp's share.
+        assert all(bool(row[9]) == (0 < row[11] < 1024) for row in rows)
         kernels |= {row[0].partition(".")[0] for row in rows}
     assert kernels == set(kernels_build.TABLE_NAMES.values())
     files = Path(kernels_build.tiles.__file__).parents[1].rglob("*.py")

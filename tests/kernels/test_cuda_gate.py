@@ -67,15 +67,15 @@ ptxas info    : Used 4 registers, 752 bytes cmem[0]
 \t.headerflags
         /*0010*/                   HMMA.16816.F32 R4, R4, R8, RZ ;   /* 0x00 */
         /*0020*/                   LDGSTS.E.BYPASS.128 [R4], [R2.64] ;
-        /*0020*/                   LDGSTS.E.64 [R4], [R2.64] ;
+        /*0028*/                   LDGSTS.E.64 [R4], [R2.64] ;
         /*0030*/                   LDL R4, [R1] ;
         /*0040*/                   LDL.64 R4, [R1] ;
         /*0050*/                   LDG.E R4, [R2.64] ;
 \t\tFunction : _Z3twoPf
 """
     assert kernels_cuda.parse_code(code) == {
-        "_Z3onePf": {"tensor_core": 1, "copies": 1, "local_loads": 2},
-        "_Z3twoPf": {"tensor_core": 0, "copies": 0, "local_loads": 0},
+        "_Z3onePf": {"tensor_core": 1, "copies": 1, "local_loads": 2, "flops": 683},
+        "_Z3twoPf": {"tensor_core": 0, "copies": 0, "local_loads": 0, "flops": 0},
     }
 
 
@@ -127,6 +127,8 @@ def test_a_kernel_is_built(tmp_path: Path) -> None:
     assert not any(map(problems, rows))
     if disassembler is not None:
         assert [(row.tensor_core, row.copies) for row in rows] == [(2, 0), (1, 1)]
+        # Two halves of a product on Turing are one on Ampere, among 10 to 100 other instructions.
+        assert all(16 * 8 * 16 * 2 / 100 < row.flops < 16 * 8 * 16 * 2 / 10 for row in rows)
     path = tmp_path / "table.json"
     kernels_cuda.write_json(path, rows, "13.0")
     document = json.loads(path.read_text())
