@@ -429,7 +429,10 @@ def test_scales(lengths: tuple[int, int], scale: float) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("head_dim", [20, 64, 96])
-@pytest.mark.parametrize("lengths", [(1, 50), (50, 50), (20, 100), (32, 257), (64, 320), (2, 600)])
+@pytest.mark.parametrize(
+    "lengths",
+    [(1, 50), (50, 50), (20, 100), (32, 257), (64, 320), (9, 513), (33, 577), (1, 640), (2, 700)],
+)
 def test_few_queries_or_keys(lengths: tuple[int, int], head_dim: int) -> None:
     """All ways to cut keys into slices and chunks, where rows are aligned chunks of 16 bytes and
     where they are not; hidden keys are NaN, and a row depends on no other batch entry."""
@@ -486,7 +489,7 @@ def test_turing() -> None:
         pytest.skip("only one emulated library is given")
     cases = (
         "small or past_a_panel or few_and_far or everything or padding or dim_160 or bias_padding"
-        " or wide_chunks"
+        " or wide_chunks or vit_577"
     )
     ops = str(Path(__file__).with_name("ops"))
     command = [sys.executable, "-m", "pytest", ops, f"--emulated={library}"]

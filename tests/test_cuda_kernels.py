@@ -4,6 +4,7 @@ changes a bit, and leaving out any barrier or wait does in some order."""
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkout import ROOT, build_script
@@ -17,7 +18,10 @@ UNNOTICED = {
 }
 
 
-def build(capability: int, folder: Path) -> Path:
+@pytest.fixture(scope="module", params=[75, 80])
+def built(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """The capability, and the check with kernels for it."""
+    capability, folder = request.param, tmp_path_factory.mktemp("check")
     compiler = BUILD["find_compiler"]()
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -28,12 +32,34 @@ def build(capability: int, folder: Path) -> Path:
     command = [*compiler, *flags, f"-DFF_ARCH={capability}", *sources]
     command += ["-x", "c++", *kernels, "-x", "none", "-pthread", "-o", program]
     subprocess.run([str(part) for part in command], cwd=ROOT, check=True)
-    return program
+    return capability, program
 
 
-@pytest.mark.parametrize("capability", [75, 80])
-def test_every_barrier_is_needed_and_enough(capability: int, tmp_path: Path) -> None:
-    program = build(capability, tmp_path)
+@pytest.mark.parametrize(
+    ("keys", "devices"),
+    [
+        (64, {75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121}),
+        (240, {75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121}),
+        (257, {80, 86, 87, 89, 90, 100, 103, 110, 120, 121}),
+        (577, {80, 87, 90, 100, 103, 110}),
+        (640, {90, 100, 103, 110}),
+        (641, set()),
+    ],
+)
+def test_keys_that_shared_memory_holds(
+    built: tuple[int, Path], keys: int, devices: set[int]
+) -> None:
+    """64 KB of it on Turing, 99 on chips made for graphics, 163 or 227 elsewhere; a key and a
+    value of 64 numbers take 256 bytes."""
+    done = subprocess.run([built[1], str(keys)], capture_output=True, text=True, check=True)
+    lines = [line.partition(" ")[::2] for line in done.stdout.splitlines()]
+    assert {int(device) for device, way in lines if way == "all keys in shared memory"} == devices
+    others = {way for device, way in lines if int(device) not in devices}
+    assert others <= {"chunks of keys in shared memory, then combined"} and len(lines) == 11
+
+
+def test_every_barrier_is_needed_and_enough(built: tuple[int, Path]) -> None:
+    capability, program = built
     done = subprocess.run([program], capture_output=True, text=True, timeout=300, check=True)
     lines = done.stdout.splitlines()
     assert len(lines) == len(re.findall(r'\{"\w+", Type::k', CHECK.read_text()))

@@ -1,9 +1,11 @@
 // The CUDA attention kernels in the emulator, as a mutation test: every legal order of blocks and
 // warps gives the same bits, and leaving out any barrier or wait is noticed in some order. Whether
 // the bits are right is for the tests of the ops to say. `check_cuda_attention` prints a line for
-// each kernel: its name, "orders agree" or not, and the calls that nobody misses.
+// each kernel: its name, "orders agree" or not, and the calls that nobody misses. With an argument
+// it prints in its stead how each device has 20 queries over so many keys.
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>
@@ -125,13 +127,26 @@ void check(const Shape& shape) {
   std::printf(", %d mutations\n", removed);
 }
 
+void print_paths(int64_t keys) {
+  ff::AttentionForward p{};
+  p.batch = p.heads = p.kv_heads = 1, p.q_len = 20, p.kv_len = keys;
+  p.head_dim = p.value_dim = 64, p.type = Type::kFloat16, p.scale = 0.125f;
+  for (int capability : {75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121})
+    std::printf("%d %s\n", capability, ff::cuda::attention_path(p, capability));
+}
+
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  if (argc > 1) {
+    print_paths(std::atoi(argv[1]));
+    return 0;
+  }
   const Shape shapes[] = {
       {"short", Type::kFloat16, 1, 20, 36, 64, false, false},
       {"slices", Type::kFloat16, 1, 20, 150, 64, false, false},
-      {"chunks", Type::kFloat16, 1, 3, 600, 64, false, false},
+      {"slices_577", Type::kFloat16, 1, 20, 577, 64, false, true},
+      {"chunks", Type::kFloat16, 1, 3, 700, 64, false, false},
       {"tiles", Type::kFloat16, 1, 70, 260, 64, false, true},
       {"tiles_256", Type::kFloat16, 1, 70, 100, 256, false, true},
       {"both", Type::kFloat16, 1, 36, 20, 64, true, false},

@@ -154,6 +154,8 @@ CASES = [
     Case("dim_160", "wide heads", shape(9, 33, 160)),
     Case("wide_chunks", "keys of wide heads in chunks, of which some GPUs hold one alone", shape(
         33, 130, 100)),
+    Case("vit_577", "a picture's patches, 24 x 24 and a token: one launch of CUDA's", shape(
+        17, 577, 64, batch=1, heads=2, kv_heads=1)),
     Case("dim_256_short", "one chain along the head dim, which a few rows show", shape(
         4, 30, 256, batch=1, heads=1)),
     Case("value_dim", "value dim above key dim", shape(11, 23, 8, value_dim=33)),

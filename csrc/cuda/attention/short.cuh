@@ -11,12 +11,16 @@
 namespace ff::cuda {
 namespace {
 
-constexpr int kSlice = 64;      // keys of a warp
-constexpr int kMostSlices = 8;  // warps that share queries
-constexpr int kMostTiles = 4;   // of 16 queries in a block, where warps share none
+constexpr int kSlice = 64;     // keys of a warp
+constexpr int kMostTiles = 4;  // of 16 queries in a block, where warps share none
+
+// Warps that share queries: ten have the 577 tokens of a picture of 24 x 24 patches. Of wider heads
+// no shared memory holds what eight have.
+constexpr int most_slices(int dim) { return dim <= 64 ? 10 : 8; }
 
 struct ShortPlan {
-  int slices, keys;   // slices of so many keys, a multiple of 16
+  int slices, keys;   // slices of so many keys, a multiple of 16; the last may have fewer
+  int rows;           // keys of all slices, likewise
   int tiles;          // of 16 queries in a block
   int64_t groups;     // of tiles in a head
   int64_t chunks;     // that the keys of a head are cut into
@@ -27,7 +31,7 @@ struct ShortPlan {
 
 inline int short_bytes(const ShortPlan& plan, int dim) {
   const int queries = shared_bytes<uint16_t>(plan.tiles * 16 * dim);
-  const int keys = shared_bytes<uint16_t>(plan.slices * plan.keys * dim);
+  const int keys = shared_bytes<uint16_t>(plan.rows * dim);
   const int statistics = shared_bytes<float>(plan.tiles * plan.slices * 16);
   return queries + 2 * keys + 2 * statistics;
 }
@@ -35,20 +39,24 @@ inline int short_bytes(const ShortPlan& plan, int dim) {
 // How a call goes this way, if it does: a matter of one sequence's lengths and the device alone.
 inline std::optional<ShortPlan> short_plan(const Attention& p, int capability) {
   if (p.q_len > 64 && p.kv_len > kSlice) return std::nullopt;
-  ShortPlan plan{1, kSlice, 1, 0, 1, nullptr, nullptr, is_natural(p)};
-  const int dim = padded_dim(p, p.value_dim);
+  ShortPlan plan{1, kSlice, kSlice, 1, 0, 1, nullptr, nullptr, is_natural(p)};
+  const int dim = padded_dim(p, p.value_dim), keys = int(p.kv_len + 15) / 16 * 16;
   const auto fits = [&] { return short_bytes(plan, dim) <= shared_limit(capability); };
   const int64_t tiles = p.q_len > 0 ? (p.q_len + 15) / 16 : 1,
                 slices = (p.kv_len + kSlice - 1) / kSlice;
   if (slices <= 1) {
-    plan.keys = p.kv_len == 0 ? 16 : int(p.kv_len + 15) / 16 * 16;
+    plan.keys = plan.rows = keys == 0 ? 16 : keys;
     plan.tiles = int(tiles < kMostTiles ? tiles : kMostTiles);
     while (plan.tiles > 1 && !fits()) --plan.tiles;
   } else {
-    plan.slices = int(slices < kMostSlices ? slices : kMostSlices);
-    while (plan.slices > 1 && !fits()) --plan.slices;
-    constexpr int kChunk = kMostSlices / 2;  // longer ones would leave too few blocks
-    if (plan.slices < slices && plan.slices > kChunk) plan.slices = kChunk;
+    const auto take = [&](int64_t count) {
+      plan.slices = int(count);
+      plan.rows = count < slices ? plan.slices * kSlice : keys;
+    };
+    take(slices < most_slices(dim) ? slices : most_slices(dim));
+    while (plan.slices > 1 && !fits()) take(plan.slices - 1);
+    constexpr int kChunk = 4;  // longer ones would leave too few blocks
+    if (plan.slices < slices && plan.slices > kChunk) take(kChunk);
     plan.chunks = (slices + plan.slices - 1) / plan.slices;
   }
   plan.groups = (tiles + plan.tiles - 1) / plan.tiles;
@@ -68,7 +76,7 @@ FF_DEVICE int64_t chunk_row(const Attention& p, const ShortPlan& plan, int64_t h
 }
 
 template <class T, int kDim, class Scores>
-FF_KERNEL(kMostSlices * 32)
+FF_KERNEL(most_slices(kDim) * 32)
 attention_short(const AttentionForward p, const ShortPlan plan) {
   if constexpr (has_mma<T>()) {
     constexpr int kTiles = kSlice / 8, kChunks = kDim / 8;
@@ -79,15 +87,16 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
     uint32_t index = uint32_t(block_index());
     const int first_query = take_last(index, plan.groups) * plan.tiles * 16;
     const int chunk = take_last(index, plan.chunks), h = take_last(index, p.heads), b = int(index);
-    const int keys = plan.slices * plan.keys, place = slice * plan.keys;
-    const int first_key = chunk * keys + place;
+    const int place = slice * plan.keys, first_key = chunk * plan.rows + place;
+    const int keys = plan.rows - place < plan.keys ? plan.rows - place : plan.keys;
 
     const Exponents<Scores> exponents(p, b, h);
     const KeyFlags flags(exponents.padding, first_key, exponents.kv_len);
 
     Shared shared;
     const SharedTile<T, kDim> query{shared.take<T>(plan.tiles * 16 * kDim)};
-    const SharedTile<T, kDim> key{shared.take<T>(keys * kDim)}, value{shared.take<T>(keys * kDim)};
+    const SharedTile<T, kDim> key{shared.take<T>(plan.rows * kDim)},
+        value{shared.take<T>(plan.rows * kDim)};
     float* const maxima = shared.take<float>(plan.slices * 16);
     float* const sums = shared.take<float>(plan.slices * 16);
 
@@ -107,8 +116,7 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
       T* const to = queries ? query.data : (operand == 1 ? key.data : value.data) + place * kDim;
       const RowCopy<T, kDim> copy(head, first, uint32_t(own ? lane_index() : thread_index()),
                                   uint32_t(own ? 32 : plan.slices * plan.tiles * 32));
-      copy.template load<false>(SharedTile<T, kDim>{to}, queries ? plan.tiles * 16 : plan.keys,
-                                present);
+      copy.template load<false>(SharedTile<T, kDim>{to}, queries ? plan.tiles * 16 : keys, present);
       if (!queries) commit_copies();
     }
 
@@ -117,7 +125,7 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
     wait_copies<1>();
     barrier();
     float weights[kTiles][4];
-    multiply_scores<1>(query, tile * 16, key, place, plan.keys / 8, weights);
+    multiply_scores<1>(query, tile * 16, key, place, keys / 8, weights);
     hiding.apply(exponents, row, first_key, present, weights);
 
     const int at = slice * 16 + lane_index() / 4;  // of the first row's maximum and sum
@@ -157,7 +165,7 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
     const Reader<T, kDim> values = value_reader(value, place);
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
-      if (n * 8 >= plan.keys) break;
+      if (n * 8 >= keys) break;
       add_weighted(exponents, weights[n], weights[n + 1], shift, values, n * 8, sum, out);
     }
     sum[0] = row_sum(sum[0]), sum[1] = row_sum(sum[1]);
@@ -168,9 +176,11 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
       return;
     }
 
-    // Partial outputs, 16 rows of float32 a warp, where the keys were: 64 rows of 16 bits. Threads
-    // add up eight columns of a row each, and row maxima stay as they are among all slices.
+    // Partial outputs, 16 rows of float32 a warp, where the keys were: 64 rows of 16 bits, and 16
+    // at least of the last. Threads add up eight columns of a row each, and row maxima stay as they
+    // are among all slices.
     constexpr int kStride = kDim + 8;
+    static_assert(2 * 16 * kStride * sizeof(float) <= (kSlice + 16) * kDim * sizeof(T));
     float* const parts = reinterpret_cast<float*>(key.data);
     if (lane_index() % 4 == 0) {
       sums[at] = sum[0], sums[at + 8] = sum[1];
