@@ -289,6 +289,18 @@ def resolve_causal(
     return None, True, "bottom_right" if bias.variant.name == "LOWER_RIGHT" else "top_left"
 
 
+def broadcast(*shapes: torch.Size) -> torch.Size:
+    """To what these broadcast. torch's function takes 15 us also where they are one and the same.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    first = shapes[0]
+    if not torch.compiler.is_compiling() and all([shape == first for shape in shapes]):
+        return first
+    return torch.broadcast_shapes(*shapes)
+
+
 def with_a_head_dim(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Queries and keys as they are; where head_dim is 0, with one of zeros: scores are 0."""
     if tensors[0].shape[-1] > 0:

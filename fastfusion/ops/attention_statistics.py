@@ -149,7 +149,7 @@ def attention_statistics(
     if "topk" in _asked(what):
         with torch.autocast(call.query.device.type, enabled=False):
             weights, keys = _strongest(_widened(call), k)
-    leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
+    leading = arguments.broadcast(query.shape[:-3], key.shape[:-3])
     inner = (call.query.shape[1],) if query.dim() > 2 else ()
 
     def shaped(tensor: Tensor | None, asked: bool = True) -> Tensor | None:

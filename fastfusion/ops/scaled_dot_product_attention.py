@@ -272,8 +272,11 @@ def scaled_dot_product_attention(
         ):
             left, right, cap = kinds
             # 0.1 us less than by its own constructor.
+            slopes = alibi_slopes
+            if slopes is not None:
+                slopes = score_policy.slopes_of_each(slopes, query)
             call = tuple.__new__(Call, (
-                query, key, value, attn_mask, key_padding_mask, alibi_slopes, None, 0.0,
+                query, key, value, attn_mask, key_padding_mask, slopes, None, 0.0,
                 is_causal or prefix_len is not None, causal_alignment == "bottom_right", scale,
                 enable_gqa, left, right, cap, segment_ids_q, segment_ids_k, prefix_len,
                 position_index, position_table, sinks,
@@ -291,7 +294,7 @@ def scaled_dot_product_attention(
     result = OP.run(backend, call, return_lse)
     if query.dim() == 4:
         return result
-    leading = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value)))
+    leading = arguments.broadcast(*(t.shape[:-3] for t in (query, key, value)))
     heads = call.query.shape[1:2] if query.dim() > 2 else ()
     if return_lse:
         return tuple(t.reshape(leading + heads + t.shape[2:]) for t in result)
@@ -310,7 +313,7 @@ def check(given: Arguments) -> None:
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"value must have the kv_len of key, got {sizes}")
     try:
-        leading = tuple(torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value))))
+        leading = tuple(arguments.broadcast(*(t.shape[:-3] for t in (query, key, value))))
     except RuntimeError:
         raise ValueError(f"query, key and value must have one batch size, got {sizes}") from None
     arguments.check_flag("enable_gqa", given.enable_gqa)
@@ -365,7 +368,7 @@ def normalize(given: Arguments) -> Call:
     scale = arguments.number("scale", given.scale)
     rank = query.dim()
     query, key = arguments.with_a_head_dim(query, key)
-    leading = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value)))
+    leading = arguments.broadcast(*(t.shape[:-3] for t in (query, key, value)))
     if key_padding_mask is not None:
         key_padding_mask = key_padding_mask.expand(*leading, key.shape[-2])
     if rank < 4:

@@ -143,6 +143,7 @@ struct Vec {
 
   // The second operand where either is NaN, as the x86 instruction.
   static Vec max(Vec a, Vec b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
+  static Vec abs(Vec a) { return {vabsq_f32(a.v)}; }
   static Vec min(Vec a, Vec b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
 
   static Vec round(Vec a) { return {vrndnq_f32(a.v)}; }

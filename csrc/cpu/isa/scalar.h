@@ -183,6 +183,7 @@ struct Vec {
 
   // The second operand where either is NaN, as the x86 instruction.
   static Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+  static Vec abs(Vec a) { return {a.v < 0.0f ? 0.0f - a.v : a.v}; }
   static Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
 
   // For |a| below 2^22.

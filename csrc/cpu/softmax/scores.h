@@ -167,8 +167,6 @@ inline Vec distances(const Scores& s, int64_t lane, int64_t key) {
   return Vec::load(lanes);
 }
 
-inline Vec absolute(Vec x) { return Vec::max(x, Vec::zero() - x); }
-
 // From products to scores before masks, where they stand: of `rows` keys from `row` on and some
 // registers of queries from `column` on, into whose maxima they are taken.
 class ScoreShape {
@@ -192,11 +190,10 @@ class ScoreShape {
   template <int R, int N>
   void operator()(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
     const Attention& p = scores_.p;
-    const float side = p.alibi.data ? side_of(block_[row], block_[row + R - 1], column, N) : 0.0f;
     if (p.softcap <= 0.0f && !p.alibi.data) {
       add_table(row, column, sum);
-    } else if (p.softcap <= 0.0f && !p.positions.data && factor_ == 1.0f && side != 0.0f) {
-      add_slope(row, column, side, sum);
+    } else if (p.softcap <= 0.0f && !p.positions.data && factor_ == 1.0f) {
+      add_slope(row, column, sum);
     } else {
       Store{scores_.data, scores_.columns}(row, column, sum);
       apply(row, R, column, N);
@@ -244,20 +241,10 @@ class ScoreShape {
     for (int n = 0; n < N; ++n) largest[n].store(maximum_ + column + n * Vec::kLanes);
   }
 
-  // 1 where these keys stand left of all queries of the registers or beside them, -1 where they
-  // stand right of them, and 0 where they do either.
-  float side_of(int64_t first, int64_t last, int64_t column, int64_t vectors) const {
-    const int64_t count = scores_.queries.count, end = column + vectors * Vec::kLanes;
-    const int64_t diagonal = scores_.p.diagonal;
-    if (column >= count) return 1.0f;
-    if (scores_.queries[column] + diagonal >= last) return 1.0f;
-    return scores_.queries[(end < count ? end : count) - 1] + diagonal <= first ? -1.0f : 0.0f;
-  }
-
-  // What slopes take off on one side of the diagonal, likewise.
+  // What slopes take off, likewise.
   template <int R, int N>
-  void add_slope(int64_t row, int64_t column, float side, const Vec (&sum)[R][N]) const {
-    const Vec slope = Vec::set(-side * slope_);
+  void add_slope(int64_t row, int64_t column, const Vec (&sum)[R][N]) const {
+    const Vec slope = Vec::set(-slope_);
     Vec largest[N], place[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
@@ -270,7 +257,7 @@ class ScoreShape {
       const Vec key = Vec::set(float(block_[row + r]));
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
-        const Vec score = Vec::fma(place[n] - key, slope, sum[r][n]);
+        const Vec score = Vec::fma(Vec::abs(place[n] - key), slope, sum[r][n]);
         score.store(scores_.data + (row + r) * scores_.columns + column + n * Vec::kLanes);
         largest[n] = Vec::max(score, largest[n]);
       }
@@ -301,7 +288,7 @@ class ScoreShape {
         if (kBiased && table.data)
           score = score + Vec::load(table.at(scores_.h, scores_.queries[0] + lane, block_[r]));
         if (kBiased && sloped) {
-          score = Vec::fma(absolute(distance), slope, score);
+          score = Vec::fma(Vec::abs(distance), slope, score);
           if (adjacent) {
             distance = distance - one;
           } else if (r + 1 < row + rows) {
@@ -339,7 +326,7 @@ inline void shape_row(const Scores& s, const Block& block) {
     if (p.alibi.data) {
       float lanes[kLanes] = {};
       for (int64_t i = 0; i < some; ++i) lanes[i] = float(place - block[j + i]);
-      score = Vec::fma(absolute(Vec::load(lanes)), slope, score);
+      score = Vec::fma(Vec::abs(Vec::load(lanes)), slope, score);
     }
     if (p.positions.data) {
       float lanes[kLanes] = {};
