@@ -354,7 +354,8 @@ struct EncoderLayer {
 };
 
 // out_proj(attention(q_proj(norm(query)), kv_proj(norm(context)))) + residual; norms, residual and,
-// where keys and values are given, kv_proj are left out. Keys stand before values in kv_proj.
+// where keys and values are given, kv_proj are left out. Keys stand before values in kv_proj;
+// values may be projected from a context of their own, which has no norm.
 struct CrossAttentionLayer {
   Type type;                   // of the tokens
   AttentionForward attention;  // its shapes, type, masks and scale; the layer gives it memory
@@ -363,6 +364,8 @@ struct CrossAttentionLayer {
   int64_t query_row;
   const void* context = nullptr;  // none: attention has the keys and values
   int64_t context_row = 0;
+  const void* value_context = nullptr;  // none: values come from the context, too
+  int64_t value_dim = 0, value_row = 0;
   Weight q_proj;
   Weights kv_proj;  // one for both, or one each
   Weight out_proj;

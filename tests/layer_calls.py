@@ -87,7 +87,13 @@ def plain_cross_attention(**call: Any) -> tuple[Tensor, ...]:
     (q,) = heads_of(F.linear(query, given["q_weight"], given["q_bias"]), 1, heads)
     if isinstance(context, Tensor):
         context = normalized(context, given.get("context_norm"))
-        context = heads_of(F.linear(context, given["kv_weight"], given["kv_bias"]), 2, heads)
+        parts = 2 if given.get("v_weight") is None else 1
+        both = heads_of(F.linear(context, given["kv_weight"], given["kv_bias"]), parts, heads)
+        if parts == 1:
+            values = given.get("value_context")
+            values = context if values is None else values
+            both += heads_of(F.linear(values, given["v_weight"], given.get("v_bias")), 1, heads)
+        context = both
     out, _ = plain_attention(
         q, *context, given.get("attn_mask"), scale=given.get("scale"),
         key_padding_mask=given.get("key_padding_mask"),
@@ -140,9 +146,11 @@ class LayerSuite(OpSuite):
         return cls.op.reference(**nested(call))
 
     def takes(self, target: Target, call: Call) -> bool:
-        """CUDA's kernels are those of 16 bits, and project the context themselves."""
+        """CUDA's kernels are those of 16 bits, and project the context themselves, at once."""
         refused = target.backend == "cuda" and (
-            call[next(iter(call))].dtype == torch.float32 or "context.0" in call
+            call[next(iter(call))].dtype == torch.float32
+            or "context.0" in call
+            or call.get("v_weight") is not None
         )
         if refused:
             with pytest.raises(ff.BackendUnavailableError, match="is left to Triton"):

@@ -87,6 +87,8 @@ class CrossAttentionLayer(Layer):
     out_dim: int = 4
     norms: str | None = None
     projected: bool = False
+    apart: bool = False
+    value_dim: int | None = None
     residual: bool = False
     padding: str | None = None
     narrow: bool = False
@@ -98,7 +100,8 @@ class CrossAttentionLayer(Layer):
     operands = (
         "query", "context", "context.0", "context.1", "q_weight", "q_bias", "kv_weight", "kv_bias",
         "out_weight", "out_bias", "residual", "query_norm.weight", "query_norm.bias",
-        "context_norm.weight", "context_norm.bias", "attn_mask", "key_padding_mask",
+        "context_norm.weight", "context_norm.bias", "attn_mask", "key_padding_mask", "v_weight",
+        "v_bias", "value_context",
     )  # fmt: skip
 
     def build(self) -> Built:
@@ -115,11 +118,16 @@ class CrossAttentionLayer(Layer):
             built.option("kv_bias", None)
         else:
             built.operand("context", self.batch, self.kv_len, context_dim)
-            self.product(built, "kv", 2 * self.inner, context_dim, 2)
+            parts = 1 if self.apart else 2
+            self.product(built, "kv", parts * self.inner, context_dim, 2)
+            if self.apart:
+                self.product(built, "v", self.inner, self.value_dim or context_dim, 3)
+            if self.apart and self.value_dim:
+                built.operand("value_context", self.batch, self.kv_len, self.value_dim)
         if self.norms is not None:
             built.option("rms_norm", self.norms == "rms")
             self.norm(built, "query_norm", dim, 1e-3)
-            if not self.projected:
+            if not (self.projected or (self.apart and self.value_dim)):
                 self.norm(built, "context_norm", context_dim, 1e-5)
         if self.residual:
             built.operand("residual", self.batch, self.q_len, self.out_dim)
@@ -137,6 +145,8 @@ class CrossAttentionLayer(Layer):
             out_dim=rng.choice((1, 4, 24, 33)),
             norms=rng.choice((None, "layer", "rms")),
             projected=rng.random() < 0.2,
+            apart=target.backend != "cuda" and rng.random() < 0.3,
+            value_dim=rng.choice((None, None, 7, 24)),
             residual=rng.random() < 0.4,
             padding=draw_padding(rng),
             narrow=rng.random() < 0.2,

@@ -424,8 +424,13 @@ def layer_calls(t: dict[str, Tensor]) -> list[Any]:
     paddings = {"visual_padding_mask": t["no_query"], "text_padding_mask": t["no_context"]}
     keys = context[:, None, :, :12].expand(-1, 2, -1, -1)
     projected = attend | {"context": (keys, keys * 0.5), "kv_weight": None, "kv_bias": None}
+    halves = attend["kv_weight"].chunk(2), attend["kv_bias"].chunk(2)
+    apart = attend | {"kv_weight": halves[0][0], "kv_bias": halves[1][0], "v_weight": halves[0][1]}
+    values = {"v_bias": halves[1][1], "value_context": context * 0.5}
     return [
         ff.cross_attention_layer(query, context, **attend),
+        ff.cross_attention_layer(query, context, **apart, **norms),
+        ff.cross_attention_layer(query, context, **apart, **values, **masks),
         ff.cross_attention_layer(query, context, **attend, **masks, **norms, residual=query),
         ff.cross_attention_layer(query, context, **attend, **norms, rms_norm=True, scale=0.3),
         ff.cross_attention_layer(query, **projected, attn_mask=t["bias"]),
@@ -467,6 +472,9 @@ def in_int8(call: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 INT8_ATTEND = ATTEND | in_int8(ATTEND, "q", "kv", "out")
+APART = ATTEND | {"kv_weight": ATTEND["kv_weight"][:24], "kv_bias": ATTEND["kv_bias"][:24]}
+APART |= {"v_weight": ATTEND["kv_weight"][24:], "v_bias": ATTEND["kv_bias"][24:]}
+INT8_APART = APART | in_int8(APART, "q", "kv", "v", "out")
 INT8_FUSE = FUSE | {
     f"{name}_weights": FUSE[f"{name}_weights"]._replace(
         **in_int8(FUSE[f"{name}_weights"]._asdict(), "in", "out", "linear1", "linear2")
@@ -477,13 +485,14 @@ INT8_FUSE = FUSE | {
 
 def narrow_layer_calls(t: dict[str, Tensor]) -> list[Any]:
     query, context, norm = t["query"], t["context"], {"context_norm": ff.ops.Norm(eps=1e-3)}
-    attend, fuse = (
+    attend, apart, fuse = (
         {k: layers.cast(query.dtype, v) if k[-5:] != "scale" else v for k, v in c.items()}
-        for c in (INT8_ATTEND, INT8_FUSE)
+        for c in (INT8_ATTEND, INT8_APART, INT8_FUSE)
     )
     return [
         ff.cross_attention_layer(query, context, **attend),
         ff.cross_attention_layer(query, context, **attend, **norm, residual=query),
+        ff.cross_attention_layer(query, context, **apart, value_context=context * 0.5),
         ff.cross_modal_layer(query, context, **fuse, activation="gelu"),
     ]
 

@@ -10,6 +10,33 @@ void check_sequence(const Tensor& t, const Tensor& query, const char* name) {
              name);
 }
 
+// What projects the context, by one weight or two.
+void describe_keys_and_values(ff::CrossAttentionLayer& p, LayerOperands& operands,
+                              const CrossAttentionLayerInputs& in, int64_t inner) {
+  const auto context = operands.matrix(*in.context);
+  p.context = context.data, p.context_row = context.stride;
+  ff::Weight *const key = p.kv_proj.each, *const value = key + 1;
+  int64_t features;
+  *key = operands.weight(*in.kv_weight, in.kv_scale, in.kv_bias, p.context_dim, &features,
+                         "kv_weight or its bias");
+  if (in.value_context) {
+    check_sequence(*in.value_context, in.query, "value_context");
+    check_fits(
+        in.v_weight && !in.context_norm_eps && in.value_context->size(1) == p.attention.kv_len,
+        "value_context");
+    const auto values = operands.matrix(*in.value_context);
+    p.value_context = values.data, p.value_row = values.stride;
+    p.value_dim = in.value_context->size(2);
+  }
+  *value = operands.maybe_weight({in.v_weight, in.v_scale, in.v_bias},
+                                 in.value_context ? p.value_dim : p.context_dim, inner,
+                                 "v_weight or its bias");
+  p.kv_proj.count = in.v_weight ? 2 : 1;
+  check_fits(features * p.kv_proj.count == 2 * inner, "kv_weight");
+  p.attention.type = in.v_weight ? type_of_products(p.type, {p.q_proj, *key, *value})
+                                 : type_of_products(p.type, {p.q_proj, *key});
+}
+
 Tensor cross_attention_layer_forward(const CrossAttentionLayerInputs& in) {
   check_sequence(in.query, in.query, "query");
   LayerOperands operands(in.query);
@@ -27,15 +54,11 @@ Tensor cross_attention_layer_forward(const CrossAttentionLayerInputs& in) {
     check_sequence(*in.context, in.query, "context");
     check_fits(bool(in.kv_weight) && !in.key && !in.value, "context");
     attention.kv_len = in.context->size(1), p.context_dim = in.context->size(2);
-    int64_t features;
-    p.kv_proj.each[0] = operands.weight(*in.kv_weight, in.kv_scale, in.kv_bias, p.context_dim,
-                                        &features, "kv_weight or its bias");
-    check_fits(features == 2 * inner, "kv_weight");
-    attention.type = type_of_products(p.type, {p.q_proj, p.kv_proj.each[0]});
-    const auto context = operands.matrix(*in.context);
-    p.context = context.data, p.context_row = context.stride;
+    describe_keys_and_values(p, operands, in, inner);
   } else {
-    check_fits(in.key && in.value && !in.kv_weight && !in.kv_scale && in.key->dim() == 4, "key");
+    check_fits(in.key && in.value && !in.kv_weight && !in.kv_scale && !in.v_weight &&
+                   !in.value_context && in.key->dim() == 4,
+               "key");
     attention.kv_len = in.key->size(2);
     for (const MaybeTensor* t : {&in.key, &in.value})
       check_heads(**t, attention, attention.kv_len, "key or value");

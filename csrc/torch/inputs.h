@@ -118,6 +118,10 @@ struct CrossAttentionLayerInputs {
   MaybeTensor q_scale = from.maybe_tensor("q_scale");
   MaybeTensor kv_scale = from.maybe_tensor("kv_scale");
   MaybeTensor out_scale = from.maybe_tensor("out_scale");
+  MaybeTensor v_scale = from.maybe_tensor("v_scale");
+  MaybeTensor v_weight = from.maybe_tensor("v_weight");
+  MaybeTensor v_bias = from.maybe_tensor("v_bias");
+  MaybeTensor value_context = from.maybe_tensor("value_context");
 };
 
 // One of the two sequences of a CrossModalLayer.

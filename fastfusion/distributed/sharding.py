@@ -78,7 +78,7 @@ LAYOUTS: dict[str, Layout] = {
     "cross_attention_layer": Layout(
         {
             "query": "bqw", "context": "bkw", "key": "bhkd", "value": "bhkd", "residual": "bqw",
-            "attn_mask": "bhqk", "key_padding_mask": "bk",
+            "attn_mask": "bhqk", "key_padding_mask": "bk", "value_context": "bkw",
         },
         ("bqw",), "bq",
     ),

@@ -46,7 +46,7 @@ def _joined(op: Any, attended: Any, width: int | None) -> Any:
 
 
 # Read by `_Products`, in dtypes of their own.
-_OF_PRODUCTS = re.compile(r"(q|kv|in|out|linear[12])_(weight|bias|scale)$")
+_OF_PRODUCTS = re.compile(r"(q|kv|v|in|out|linear[12])_(weight|bias|scale)$")
 
 
 def _in_float32(op: Any, dtype: int, given: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +82,12 @@ def _cross_attention_layer(
         if context_norm_eps is not None:
             norm = t["context_norm_weight"], t["context_norm_bias"]
             context = normalized(op, context, *norm, context_norm_eps, rms_norm)
-        k, v = product.heads("kv", context, 2, num_heads)
+        if tensors["v_weight"] is None:
+            k, v = product.heads("kv", context, 2, num_heads)
+        else:
+            values = context if t["value_context"] is None else t["value_context"]
+            (k,) = product.heads("kv", context, 1, num_heads)
+            (v,) = product.heads("v", values, 1, num_heads)
     bias, visible = onnx._split(op, attn_mask)
     fused = op.fused and dtype == onnx._FLOAT and (scale is None or scale > 0.0)
     out, _ = onnx._rows(op, q, k, v, bias, visible, key_padding_mask, scale, 0.0, False, fused)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfusion.core.arguments import PLAIN, autocast_dtype
+from fastfusion.core.arguments import autocast_dtype
 from fastfusion.core.layers import Norm
-from fastfusion.nn._linear import LINEAR, runs_on_cpu, weights_of
+from fastfusion.nn._linear import LINEAR, fused, runs_on_cpu, weights_of
 from fastfusion.nn._multihead import MultiheadAttention, stay_visible
 from fastfusion.nn._plain import activation_name, are_bare, has_global_hooks, is_layer_norm
 from fastfusion.nn._quantized import Operands, part
@@ -24,7 +24,6 @@ from fastfusion.ops import linear as _linear
 from fastfusion.ops._parts import AttentionWeights, FeedForwardWeights, attention_dtype
 from fastfusion.ops._parts import project_memory as _project_memory
 
-_is_grad_enabled = torch.is_grad_enabled
 _VISIBLE = [stay_visible]
 TOGETHER: Any = (None, None, None)  # key and value, projected together with the query or before
 
@@ -61,7 +60,7 @@ def encoder_layer(
         key_padding_mask, s, None, None, s_out, s1, s2,
     ]  # fmt: skip
     numbers = (heads, activation, module.norm_first, is_causal, *epsilons, offsets)
-    return _fused(_encoder, tensors, numbers)
+    return fused(_encoder, tensors, numbers)
 
 
 def without_padding(layers: Any, src: Tensor, left_out: Tensor) -> Tensor | None:
@@ -118,7 +117,7 @@ def decoder_layer(
         own[1], others[1], s, None, None, s_out, query[1], key[1], value[1], cs, s1, s2, None, None,
     ]  # fmt: skip
     numbers = (heads, 0, activation, module.norm_first, own[2], *epsilons)
-    return _fused(_decoder, tensors, numbers)
+    return fused(_decoder, tensors, numbers)
 
 
 def cached_decoder_layer(
@@ -226,7 +225,7 @@ def run_encoder_layer(
     tensors, scales = _in_a_row(products)  # type: ignore[arg-type]
     tensors = [src, *tensors, *found[0], attn_mask, key_padding_mask, *scales]
     numbers = (num_heads, _linear.NUMBERS[activation], norm_first, is_causal, *found[1], None)
-    return _fused(_encoder, tensors, numbers)
+    return fused(_encoder, tensors, numbers)
 
 
 def run_decoder_layer(
@@ -264,7 +263,7 @@ def run_decoder_layer(
     ]  # fmt: skip
     number = _linear.NUMBERS[activation]
     numbers = (num_heads, past_length, number, norm_first, is_causal, *found[1])
-    return _fused(_decoder, tensors, numbers)
+    return fused(_decoder, tensors, numbers)
 
 
 class _Parts:
@@ -348,19 +347,6 @@ def _in_a_row(products: Iterable[Operands]) -> tuple[list[Any], list[Any]]:
         tensors += (weight, bias)
         scales.append(scale)
     return tensors, scales
-
-
-def _fused(op: Any, tensors: list[Any], numbers: tuple[Any, ...]) -> Tensor | None:
-    """The result of an op, where nobody would see the difference."""
-    if not PLAIN.issuperset(map(type, tensors)):
-        return None
-    if _is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
-        return None
-    try:
-        result: Tensor | None = op.OP.fuse(op.Call._make((*tensors, *numbers)))
-    except RuntimeError:
-        return None  # what does not fit is for the parts to say
-    return result
 
 
 def attention_parts(module: Any) -> tuple[tuple[Any, ...], Any, Any] | None:

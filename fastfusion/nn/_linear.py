@@ -5,7 +5,7 @@ class in its place, autocast, a transform) leaves the call to the module. So do 
 fuses by itself, and exported programs, in which torch's own layers mean more to others.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -199,6 +199,27 @@ def runs_on_cpu(x: Any) -> bool:
         and forward_ad._current_level < 0
         and _tracing() is None
     )
+
+
+def fused(
+    op: Any, tensors: Sequence[Any], numbers: Sequence[Any], others: Sequence[Any] = ()
+) -> Tensor | None:
+    """The result of the op of a whole layer, where nobody would see the difference.
+
+    Args:
+        op: its module.
+        tensors, numbers, others: its call: tensors before and behind the numbers.
+    """
+    given = (*tensors, *others)
+    if not PLAIN.issuperset(map(type, given)):
+        return None
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in given]):
+        return None
+    try:
+        result: Tensor | None = op.OP.fuse(op.Call._make((*tensors, *numbers, *others)))
+    except RuntimeError:
+        return None  # what does not fit is for the parts to say
+    return result
 
 
 def is_linear(module: Any) -> bool:

@@ -15,8 +15,9 @@ from fastfusion.core.op import check_not_intercepted
 from fastfusion.core.reference import cast
 from fastfusion.core.score_policy import KINDS, Kinds, Window
 from fastfusion.nn import _nested
+from fastfusion.nn._attention_layer import attention_layer
 from fastfusion.nn._attention_maps import RecordsAttention
-from fastfusion.nn._linear import apply, project
+from fastfusion.nn._linear import apply, project, runs_on_cpu
 from fastfusion.nn._nested_pair import packed_attention_with_weights
 from fastfusion.nn._quantized import Operands, QuantizedLinear, part, product
 from fastfusion.nn._torchs_path import torchs_slow_path
@@ -200,6 +201,23 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
             query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
             if key_padding_mask is not None:
                 key_padding_mask = key_padding_mask.unsqueeze(0)
+        dropout_p = self.dropout if self.training else 0.0
+        # As in torch: alone, the hint replaces the mask; beside padding or weights the mask counts.
+        is_causal = is_causal and key_padding_mask is None and not need_weights
+        adds_keys = self.bias_k is not None or self.add_zero_attn
+        with_weights = need_weights or bool(self._recorders)
+        leading = query.shape[0 if batch_first else 1], self.num_heads
+        if (
+            not (with_weights or is_causal or adds_keys or dropout_p > 0.0)
+            and kinds is None
+            and runs_on_cpu(query)
+        ):
+            masks = _merge_masks(attn_mask, key_padding_mask, leading)
+            fused = attention_layer(
+                self, query, key, value, shared[1], batch_first, in_proj, *masks
+            )
+            if fused is not None:
+                return (fused if batched else fused.squeeze(0)), None
         q, k, v = (
             heads
             for projected in self._project(
@@ -207,26 +225,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
             )
             for heads in _heads(projected, self.num_heads, self.head_dim, batch_first)
         )
-        if self.bias_k is not None or self.add_zero_attn:
+        if adds_keys:
             k, v, key_padding_mask, attn_mask = self._append_columns(
                 k, v, key_padding_mask, attn_mask
             )
-        dropout_p = self.dropout if self.training else 0.0
         weights = None
-        # As in torch: alone, the hint replaces the mask; beside padding or weights the mask counts.
-        is_causal = is_causal and key_padding_mask is None and not need_weights
-        if need_weights or self._recorders:
+        if with_weights:
             if is_causal:
                 attn_mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
-            bias, padding = _merge_masks(attn_mask, key_padding_mask, q, additive=True)
+            bias, padding = _merge_masks(attn_mask, key_padding_mask, leading, q.dtype)
             out, weights = attention_with_weights(q, k, v, bias, padding, dropout_p, kinds)
             if not batched:
                 weights = weights.squeeze(0)
             weights = self._hand_out(weights, need_weights, average_attn_weights)
         else:
-            bias = padding = None
-            if key_padding_mask is not None or not (attn_mask is None or is_causal):
-                bias, padding = _merge_masks(attn_mask, key_padding_mask, q, additive=False)
+            mask = None if is_causal else attn_mask
+            bias, padding = _merge_masks(mask, key_padding_mask, leading)
             dtype = attention_dtype(q, *(weight for weight, _, _ in in_proj))
             out = scaled_dot_product_attention(
                 cast(q, dtype), cast(k, dtype), cast(v, dtype), bias, dropout_p, is_causal,
@@ -528,13 +542,16 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _merge_masks(
-    attn_mask: Tensor | None, key_padding_mask: Tensor | None, query: Tensor, *, additive: bool
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    leading: tuple[int, int],
+    additive: torch.dtype | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """torch.nn's masks (True = hidden) as the attention's.
 
     Args:
-        query: (batch, heads, q_len, head_dim).
-        additive: give `attn_mask` as a float to be added, not as bool.
+        leading: batch and heads.
+        additive: give `attn_mask` as a float of this dtype to be added, not as bool.
 
     Returns:
         A mask that broadcasts to (batch, heads, q_len, kv_len), as a bool True = attend, and the
@@ -543,8 +560,8 @@ def _merge_masks(
     bias, padding = attn_mask, key_padding_mask
     if bias is not None:
         if bias.dim() == 3:
-            bias = bias.unflatten(0, query.shape[:2])
-        elif additive:
+            bias = bias.unflatten(0, leading)
+        elif additive is not None:
             bias = bias[None, None]
     if padding is not None and padding.dtype != torch.bool:
         keys = padding[:, None, None, :]
@@ -553,5 +570,5 @@ def _merge_masks(
             return keys, None
         bias = (_additive(bias, keys.dtype) if bias.dtype == torch.bool else bias) + keys
     if bias is not None and bias.dtype == torch.bool:
-        bias = _additive(bias, query.dtype) if additive else ~bias
+        bias = ~bias if additive is None else _additive(bias, additive)
     return bias, padding

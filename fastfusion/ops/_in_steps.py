@@ -13,6 +13,7 @@ from fastfusion.core import layers
 from fastfusion.core import reference as formulas
 from fastfusion.ops import linear as _linear
 from fastfusion.ops import norm as _norm
+from fastfusion.ops._keys_and_values import keys_and_values
 from fastfusion.ops._parts import attend
 
 
@@ -28,13 +29,9 @@ def cross_attention_in_steps(call: Any) -> Tensor:
     heads = call.num_heads
     asking = norm("query_norm", call.query, call.query_norm_eps)
     (query,) = layers.heads_of(linear("q", asking), 1, heads)
-    key, value = call.key, call.value
-    if call.context is not None:
-        context = call.context
-        if call.key_padding_mask is not None:  # a NaN would get into the gradient of kv_weight
-            context = context.masked_fill(call.key_padding_mask[..., None], 0.0)
-        context = norm("context_norm", context, call.context_norm_eps)
-        key, value = layers.heads_of(linear("kv", context), 2, heads)
+    key, value = keys_and_values(
+        call, call.query.dtype, linear, lambda x: norm("context_norm", x, call.context_norm_eps)
+    )
     attended = attend(
         call.attention_dtype, None, query, key, value, call.attn_mask, call.key_padding_mask,
         call.scale,

@@ -4,14 +4,15 @@
 
 with Q = q_proj(norm_q(query)) and K, V = kv_proj(norm_c(context)) (Vaswani et al., "Attention Is
 All You Need", 2017, sections 3.2.2 and 3.2.3); norms and residual are left out where they are not
-given. Weights are those of torch.nn.Linear, keys before values in `kv_weight`. What the masks hide
-is never read into a result.
+given. Weights are those of torch.nn.Linear, keys before values in `kv_weight`, or one of each. What
+the masks hide is never read into a result.
 
 On a GPU that is three launches: projections of both sequences, attention, projection; CUDA's first
-one does the norms too, Triton's kernels have a launch for them.
+one does the norms too, Triton's kernels have a launch for them, and one for a weight of values.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from fastfusion.core.layers import Norm
 from fastfusion.core.op import Implementation, Op, never_refuses
 from fastfusion.core.score_policy import Policy
 from fastfusion.core.torch_op import Definition
+from fastfusion.ops import _keys_and_values as _kv
 from fastfusion.ops import linear as _linear
 from fastfusion.ops import scaled_dot_product_attention as _attention
 from fastfusion.ops._in_steps import cross_attention_in_steps
@@ -34,7 +36,6 @@ from fastfusion.ops._parts import (
     attention_dtype,
     attention_path,
     check_any_product,
-    heads_fit,
     linear_call,
     normals,
     part_of,
@@ -74,6 +75,10 @@ class Arguments(NamedTuple):
     q_scale: Any = None
     kv_scale: Any = None
     out_scale: Any = None
+    v_weight: Any = None
+    v_bias: Any = None
+    v_scale: Any = None
+    value_context: Any = None
     backend: Any = None
 
 
@@ -89,7 +94,7 @@ class Call(NamedTuple):
     value: Tensor | None  # (B, H, Lk, D)
     q_weight: Tensor  # (H * D, query_dim), or packed, as every weight
     q_bias: Tensor | None
-    kv_weight: Tensor | None  # (2 * H * D, context_dim), keys before values
+    kv_weight: Tensor | None  # (2 * H * D, context_dim), keys before values; or of keys alone
     kv_bias: Tensor | None
     out_weight: Tensor  # (out_dim, H * D)
     out_bias: Tensor | None
@@ -108,6 +113,10 @@ class Call(NamedTuple):
     q_scale: Tensor | None = None  # (H * D,), of packed weights
     kv_scale: Tensor | None = None
     out_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    v_weight: Tensor | None = None  # (H * D, context_dim), or of value_context
+    v_bias: Tensor | None = None
+    value_context: Tensor | None = None  # (B, Lk, value_dim), where it is not the context
 
     def linear(self, name: str, x: Tensor, residual: Tensor | None = None) -> _linear.Call:
         return linear_call(self, name, x, residual)
@@ -125,10 +134,11 @@ class Call(NamedTuple):
         """Of the attention inside, as in `encoder_layer`."""
         if self.kv_weight is None:
             return self.query.dtype
-        return attention_dtype(self.query, self.q_weight, self.kv_weight)
+        weights = (self.q_weight, self.kv_weight, self.v_weight)
+        return attention_dtype(self.query, *(w for w in weights if w is not None))
 
     def has_narrow_weights(self) -> bool:  # than the tokens
-        parts = (part_of(self, name) for name in ("q", "kv", "out"))
+        parts = (part_of(self, name) for name in ("q", "kv", "v", "out"))
         return any(w is not None and _linear.has_own_dtype(self.query, w, s) for w, _, s in parts)
 
     def head_dims(self) -> tuple[int, ...]:
@@ -145,6 +155,7 @@ class Call(NamedTuple):
         given = (
             self.context, self.key, self.value, self.residual, self.query_norm_weight,
             self.query_norm_bias, self.context_norm_weight, self.context_norm_bias,
+            self.value_context,
         )  # fmt: skip
         yield arguments.are_alike(query, *[t for t in given if t is not None])
         batch, q_len, query_dim = query.shape
@@ -155,22 +166,8 @@ class Call(NamedTuple):
         yield from self.linear("out", query.new_empty(batch, q_len, inner)).conditions()
         yield from layers.vector_fits(self.query_norm_weight, query_dim)
         yield from layers.vector_fits(self.query_norm_bias, query_dim)
+        yield from _kv.conditions(self, batch, inner)
         kv_len = self.kv_len()
-        if self.context is not None and self.kv_weight is not None:
-            context_dim = self.context.shape[2]
-            yield context_dim > 0 and self.key is None and self.value is None
-            yield from layers.sequence_fits(self.context, batch, kv_len, context_dim)
-            kv_proj = self.linear("kv", self.context)
-            yield from kv_proj.conditions()
-            yield kv_proj.features == 2 * inner
-            yield from layers.vector_fits(self.context_norm_weight, context_dim)
-            yield from layers.vector_fits(self.context_norm_bias, context_dim)
-        else:
-            yield self.context is None and self.kv_weight is None and self.kv_bias is None
-            yield self.kv_scale is None and self.context_norm_eps is None
-            yield self.key is not None and self.value is not None
-            size = (batch, heads, kv_len, inner // heads)
-            yield from heads_fit(query, size, self.key, self.value)
         if self.residual is not None:
             yield from layers.sequence_fits(self.residual, batch, q_len, self.out_dim)
         yield arguments.mask_fits(self.attn_mask, query, batch, heads, q_len, kv_len)
@@ -199,6 +196,10 @@ def cross_attention_layer(
     q_scale: Tensor | None = None,
     kv_scale: Tensor | None = None,
     out_scale: Tensor | None = None,
+    v_weight: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    value_context: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """out_proj(attention(q_proj(query), kv_proj(context))) + residual.
@@ -209,8 +210,9 @@ def cross_attention_layer(
             keys and values, each (batch, num_heads, kv_len, head_dim).
         q_weight: (inner, query_dim), as torch.nn.Linear keeps it; inner is num_heads * head_dim.
         q_bias: (inner,), or None.
-        kv_weight: (2 * inner, context_dim), the keys' features before the values'.
-        kv_bias: (2 * inner,), or None.
+        kv_weight: (2 * inner, context_dim), the keys' features before the values'; beside
+            `v_weight` the keys' alone, (inner, context_dim).
+        kv_bias: (2 * inner,), beside `v_weight` (inner,), or None.
         out_weight: (out_dim, inner).
         out_bias: (out_dim,), or None.
         num_heads: number of heads.
@@ -225,7 +227,12 @@ def cross_attention_layer(
         q_scale, kv_scale, out_scale: of weights of 8-bit integers, as `weight_scale` of `linear`,
             which also takes weights of bfloat16 or float16 beside tokens of float32, and says how
             they are multiplied. Steps hand over numbers of the dtype of the query then, and where
-            neither q_weight nor kv_weight has more than bfloat16, attention is in bfloat16.
+            no weight of queries, keys or values has more than bfloat16, attention is in bfloat16.
+        v_weight, v_bias: of values, where these are no part of `kv_weight`: (inner, context_dim)
+            and (inner,), or None.
+        v_scale: as the other scales.
+        value_context: (batch, kv_len, value_dim), what `v_weight`, (inner, value_dim), projects in
+            the place of the context. It goes with no `context_norm`.
         backend: "cpu", "cuda", "triton" or "reference" to insist on one; None chooses. Gradients
             are the reference's. Triton's products stand around the attention that is chosen there.
 
@@ -240,7 +247,7 @@ def cross_attention_layer(
     given = Arguments(
         query, context, q_weight, q_bias, kv_weight, kv_bias, out_weight, out_bias, num_heads,
         attn_mask, key_padding_mask, residual, query_norm, context_norm, rms_norm, scale, q_scale,
-        kv_scale, out_scale, backend,
+        kv_scale, out_scale, v_weight, v_bias, v_scale, value_context, backend,
     )  # fmt: skip
     if not _is_compiling():
         tensors = tuple(_tensors(given).values())
@@ -266,7 +273,8 @@ def _tensors(given: Arguments) -> dict[str, Any]:
         kv_weight=given.kv_weight, kv_bias=given.kv_bias, out_weight=given.out_weight,
         out_bias=given.out_bias, residual=given.residual, query_norm=given.query_norm,
         context_norm=given.context_norm, q_scale=given.q_scale, kv_scale=given.kv_scale,
-        out_scale=given.out_scale,
+        out_scale=given.out_scale, v_weight=given.v_weight, v_bias=given.v_bias,
+        v_scale=given.v_scale, value_context=given.value_context,
     )  # fmt: skip
 
 
@@ -296,7 +304,8 @@ def _call(given: Arguments) -> Call:
     values: list[Any] = [
         given.query, context, key, value, *given[2:8], given.residual, q_norm, q_shift, k_norm,
         k_shift, given.attn_mask, given.key_padding_mask, given.num_heads, given.scale, q_eps,
-        k_eps, given.rms_norm, given.q_scale, given.kv_scale, given.out_scale,
+        k_eps, given.rms_norm, given.q_scale, given.kv_scale, given.out_scale, given.v_scale,
+        given.v_weight, given.v_bias, given.value_context,
     ]  # fmt: skip
     return Call(*values)
 
@@ -312,7 +321,7 @@ def check(given: Arguments) -> None:
     for name in ("query", "context"):
         if getattr(given, name) is None:
             raise TypeError(f"{name} must be a Tensor, got NoneType")
-    query, context, heads = given.query, given.context, given.num_heads
+    query, heads = given.query, given.num_heads
     batch = query.shape[0] if query.dim() else 0
     layers.check_sequence("query", query, batch, sizes)
     inner = check_any_product("q", part_of(given, "q"), query, None, "(inner, query_dim)", sizes)
@@ -321,17 +330,7 @@ def check(given: Arguments) -> None:
     out_dim = check_any_product(
         "out", part_of(given, "out"), gathered, None, "(out_dim, inner)", sizes
     )
-    if isinstance(context, tuple):
-        _check_projected(given, (batch, heads), inner // heads, sizes)
-        kv_len = context[0].shape[2]
-    else:
-        layers.check_sequence("context", context, batch, sizes)
-        kv_len, width = context.shape[1:]
-        check_any_product(
-            "kv", part_of(given, "kv"), context, 2 * inner, "(2 * inner, context_dim)", sizes
-        )
-        if given.context_norm is not None:
-            layers.check_norm("context_norm", given.context_norm, width, sizes)
+    kv_len = _kv.check(given, (batch, heads), inner, sizes)
     if given.query_norm is not None:
         layers.check_norm("query_norm", given.query_norm, query.shape[2], sizes)
     expected = (batch, query.shape[1], out_dim)
@@ -344,21 +343,6 @@ def check(given: Arguments) -> None:
     )
     arguments.check_scale(given.scale, query)
     arguments.check_flag("rms_norm", given.rms_norm)
-
-
-def _check_projected(given: Arguments, leading: tuple[int, int], head_dim: int, sizes: str) -> None:
-    if len(given.context) != 2:
-        raise TypeError("context must be a Tensor, or a pair of keys and values")
-    for name in ("kv_weight", "kv_bias", "kv_scale", "context_norm"):
-        if getattr(given, name) is not None:
-            raise ValueError(f"{name} must be None where context is projected already; {sizes}")
-    key, value = given.context
-    if key.dim() != 4 or tuple(key.shape) != (*leading, *key.shape[2:3], head_dim):
-        raise ValueError(
-            f"the keys of context must be {(*leading, 'kv_len', head_dim)}, got {sizes}"
-        )
-    if value.shape != key.shape:
-        raise ValueError(f"the values of context must have the shape of its keys, got {sizes}")
 
 
 def normalize(given: Arguments) -> Call:
@@ -380,35 +364,28 @@ def run_reference(call: Call, lse: bool) -> Any:
     acc, heads = formulas.accumulation_dtype(call.query.dtype), call.num_heads
     if call.has_narrow_weights():
         return cross_attention_in_steps(call)
+
+    def project(name: str, x: Tensor) -> Tensor:
+        weight, bias, _ = part_of(call, name)
+        return layers.linear(x, weight, bias)
+
+    def normalize(name: str, x: Tensor) -> Tensor:
+        weight, bias, eps = (getattr(call, f"{name}_norm_{s}") for s in ("weight", "bias", "eps"))
+        result: Tensor = layers.normalized(x, weight, bias, eps, call.rms_norm)
+        return result
+
     query = formulas.cast(call.query, acc)
     if call.query_norm_eps is not None:
-        query = layers.normalized(
-            query, call.query_norm_weight, call.query_norm_bias, call.query_norm_eps, call.rms_norm
-        )
-    (q,) = layers.heads_of(layers.linear(query, call.q_weight, call.q_bias), 1, heads)
-    k, v = _keys_and_values(call, acc)
+        query = normalize("query", query)
+    (q,) = layers.heads_of(project("q", query), 1, heads)
+    k, v = _kv.keys_and_values(call, acc, project, partial(normalize, "context"))
     out, _ = formulas.attention(
         Policy(), q, k, v, call.attn_mask, call.key_padding_mask, None, 0.0, call.scale
     )
-    out = layers.linear(layers.rows_of(out), call.out_weight, call.out_bias)
+    out = project("out", layers.rows_of(out))
     if call.residual is not None:
         out = out + formulas.cast(call.residual, acc)
     return formulas.cast(out, call.query.dtype)
-
-
-def _keys_and_values(call: Call, acc: torch.dtype) -> tuple[Tensor, ...]:
-    if call.context is None or call.kv_weight is None:
-        assert call.key is not None and call.value is not None
-        return formulas.cast(call.key, acc), formulas.cast(call.value, acc)
-    context = formulas.cast(call.context, acc)
-    if call.key_padding_mask is not None:  # a NaN would get into the gradient of kv_weight
-        context = context.masked_fill(call.key_padding_mask[..., None], 0.0)
-    if call.context_norm_eps is not None:
-        context = layers.normalized(
-            context, call.context_norm_weight, call.context_norm_bias, call.context_norm_eps,
-            call.rms_norm,
-        )  # fmt: skip
-    return layers.heads_of(layers.linear(context, call.kv_weight, call.kv_bias), 2, call.num_heads)
 
 
 def _fake(call: Call) -> Tensor:
@@ -419,8 +396,7 @@ def _flops(call: Call, backward: bool) -> int:
     (batch, q_len, query_dim), kv_len = call.query.shape, call.kv_len()
     out_dim, inner = call.out_dim, call.inner
     products = q_len * inner * (query_dim + out_dim) + 2 * q_len * kv_len * inner
-    if call.context is not None:
-        products += 2 * kv_len * inner * call.context.shape[2]
+    products += sum(kv_len * parts * inner * x.shape[2] for _, x, parts in _kv.projections(call))
     return 2 * batch * products * (2 if backward else 1)
 
 
@@ -434,7 +410,7 @@ def _attend(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 DEFINITION = Definition(
     "cross_attention_layer", Call, gradients=16, results=1, outputs=1, fake=_fake,
-    reference=lambda call: (run_reference(call, False),), flops=_flops,
+    reference=lambda call: (run_reference(call, False),), flops=_flops, last_gradients=3,
 )  # fmt: skip
 _CPU = cpu.forward_op(DEFINITION)
 _CUDA = cuda.CudaOp(DEFINITION)
@@ -481,6 +457,8 @@ def _cuda_refuses(call: Call) -> Sequence[str]:
     if context is None:
         reasons.append("a context that is projected already is left to Triton and the reference")
         return reasons
+    if call.v_weight is not None:
+        reasons.append("a weight of values alone is left to Triton and the reference")
     if max(query.shape[2], context.shape[2], call.inner) > _MAX_WIDTH:
         reasons.append(f"widths above {_MAX_WIDTH} are left to Triton and the reference")
     elif any(width > _MAX_NORM_WIDTH for width in _norm_widths(call)):
@@ -504,8 +482,7 @@ def _cpu_refuses(call: Call) -> Sequence[str]:
 
 def _cpu_path(call: Call) -> str:
     ways = {_linear.cpu_path(call.linear(name, call.query)) for name in ("q", "out")}
-    if call.context is not None:
-        ways.add(_linear.cpu_path(call.linear("kv", call.context)))
+    ways |= {_linear.cpu_path(call.linear(name, x)) for name, x, _ in _kv.projections(call)}
     ways |= attention_path(call.query, call.attention_dtype)
     return f"{cpu.isa()}, one call, {', '.join(sorted(ways))}"
 
@@ -518,7 +495,8 @@ def inputs(
 
     Args:
         shape: q_len, kv_len, dim, context_dim and heads; optionally batch, head_dim, out_dim, norms
-            ("layer" or "rms"), residual (a bool), projected (a bool), bias (False: none), and mask:
+            ("layer" or "rms"), residual (a bool), projected (a bool), apart (a bool: a weight of
+            values alone), value_dim (of a context of theirs), bias (False: none), and mask:
             "key_padding" (the last quarter of the context of every second entry hidden), "bool",
             "bias" (a float for each head and score) or None.
     """
@@ -532,18 +510,24 @@ def inputs(
         "query": normal(batch, q_len, dim),
         "context": normal(batch, kv_len, context_dim),
     }
+    value_dim = shape.get("value_dim")
+    apart = shape.get("apart", value_dim is not None)
     sizes = {"q": (inner, dim), "kv": (2 * inner, context_dim), "out": (out_dim, inner)}
+    if apart:
+        sizes |= {"kv": (inner, context_dim), "v": (inner, value_dim or context_dim)}
     for name, (features, width) in sizes.items():
         call[f"{name}_weight"] = normal(features, width, scale=width**-0.5)
         call[f"{name}_bias"] = normal(features) if has_bias else None
     call["num_heads"] = heads
+    if value_dim is not None:
+        call["value_context"] = normal(batch, kv_len, value_dim)
     if projected:
         call["context"] = tuple(normal(batch, heads, kv_len, head_dim) for _ in range(2))
         call["kv_weight"] = call["kv_bias"] = None
     if shape.get("norms"):
         call["rms_norm"] = shape["norms"] == "rms"
         call["query_norm"] = Norm(normal(dim), normal(dim), 1e-5)
-        if not projected:
+        if not (projected or value_dim):
             call["context_norm"] = Norm(normal(context_dim), normal(context_dim), 1e-3)
     if shape.get("residual"):
         call["residual"] = normal(batch, q_len, out_dim)
@@ -568,9 +552,11 @@ def cost(shape: Mapping[str, Any], dtype: torch.dtype) -> tuple[int, int]:
     if shape.get("projected"):
         tokens += 2 * kv_len * inner
     else:
-        products += 2 * kv_len * inner * context_dim
-        elements += 2 * inner * (context_dim + 1)
-        tokens += kv_len * context_dim
+        value_dim = shape.get("value_dim")
+        both = context_dim + (value_dim or context_dim)  # widths of what keys and values are from
+        products += kv_len * inner * both
+        elements += inner * (both + 2)
+        tokens += kv_len * (both if value_dim else context_dim)
     return 2 * batch * products, (elements + batch * tokens) * dtype.itemsize
 
 

@@ -13,7 +13,8 @@ A launch holds both streams, or both sequences, at once. The cross-modal layer:
 
 that is 7, and one more for each further kernel of the attention; torch needs 9 a stream and the
 attention. The cross-attention layer: 3 (q_proj and kv_proj, attention, out_proj), and one more for
-norms; torch needs 3 and the attention. A sum is rounded once where torch rounds after every step.
+norms, or for values with a weight of their own; torch needs 3 and the attention. A sum is rounded
+once where torch rounds after every step.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,13 +32,18 @@ def cross_attention_layer(call: Any, attend: Attend) -> Tensor:
     """The op's call; `attend` takes it, then queries, keys and values, of
     (batch, heads, length, head_dim)."""
     query, context = _normalized(call)
-    products = [Product(query, call.q_weight, call.q_bias)]
+    asking, heads = Product(query, call.q_weight, call.q_bias), call.num_heads
     if context is None:
         k, v = call.key, call.value
-        ((q,),) = project_heads(tuple(products), (1,), call.num_heads)
+        ((q,),) = project_heads((asking,), (1,), heads)
     else:
-        products.append(Product(context, call.kv_weight, call.kv_bias))
-        (q,), (k, v) = project_heads(tuple(products), (1, 2), call.num_heads)
+        asked = Product(context, call.kv_weight, call.kv_bias)
+        if call.v_weight is None:
+            (q,), (k, v) = project_heads((asking, asked), (1, 2), heads)
+        else:
+            values = context if call.value_context is None else call.value_context
+            (q,), (k,) = project_heads((asking, asked), (1, 1), heads)
+            ((v,),) = project_heads((Product(values, call.v_weight, call.v_bias),), (1,), heads)
     rows = _rows(attend(call, q, k, v))
     return linears((Product(rows, call.out_weight, call.out_bias, call.residual),))[0]
 

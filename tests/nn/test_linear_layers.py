@@ -12,16 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastfusion as ff
 from fastfusion.backends import library
 
-OURS = "fastfusion.linear_forward.default"
+OURS, ATTENTION = (f"fastfusion.{n}_forward.default" for n in ("linear", "cross_attention_layer"))
 pytestmark = pytest.mark.skipif(library.native is None, reason="without the compiled part")
 
 
-def calls_of_the_op(run: Callable[[], Any]) -> int:
+def calls_of_the_op(run: Callable[[], Any], name: str = OURS) -> int:
     class Count(TorchDispatchMode):
         seen = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            self.seen += str(func) == OURS
+            self.seen += str(func) == name
             return func(*args, **(kwargs or {}))
 
     with Count() as count:
@@ -42,13 +42,18 @@ X, MEMORY = torch.randn(2, 20, 128), torch.randn(2, 9, 128)
 def test_layers_take_it(norm_first: bool) -> None:
     layer = encoder_layer(norm_first=norm_first)
     layer.norm1.register_forward_hook(lambda module, given, result: result)  # or it is one call
-    assert calls_of_the_op(lambda: layer(X)) == 4  # in_proj, out_proj, feed-forward
+    assert calls_of_the_op(lambda: layer(X)) == 2  # feed-forward
+    assert calls_of_the_op(lambda: layer(X), ATTENTION) == 1
     decoder = ff.nn.TransformerDecoderLayer(
         128, 4, 512, activation="relu", batch_first=True, norm_first=norm_first
     ).eval()
     decoder.norm1.register_forward_hook(lambda module, given, result: result)
-    # Cross-attention projects queries, then keys and values.
-    assert calls_of_the_op(lambda: decoder(X, MEMORY)) == 4 + 3
+    assert calls_of_the_op(lambda: decoder(X, MEMORY)) == 2
+    assert calls_of_the_op(lambda: decoder(X, MEMORY), ATTENTION) == 2
+    # Where out_proj has to be called: in_proj; of cross-attention that of queries, and of the rest.
+    for attention in (decoder.self_attn, decoder.multihead_attn):
+        attention.out_proj.register_forward_hook(lambda module, given, result: result)
+    assert calls_of_the_op(lambda: decoder(X, MEMORY)) == 2 + 1 + 2
     for ours, given in ((layer, (X,)), (decoder, (X, MEMORY))):
         with ff.use_backend("reference"):
             expected = ours(*given)
@@ -61,9 +66,10 @@ def test_quantised_layers_take_it(weights: str) -> None:
     layer, decoder = encoder_layer(), ff.nn.TransformerDecoderLayer(128, 4, 512, batch_first=True)
     for one in (layer, decoder):  # or each is one call
         one.norm1.register_forward_hook(lambda module, given, result: result)
-    for model, given, calls in ((layer, (X,), 4), (decoder.eval(), (X, MEMORY), 4 + 3)):
+    for model, given, calls in ((layer, (X,), 1), (decoder.eval(), (X, MEMORY), 2)):
         ff.quantize(model, weights)
-        assert calls_of_the_op(lambda run=model, given=given: run(*given)) == calls
+        assert calls_of_the_op(lambda run=model, given=given: run(*given)) == 2
+        assert calls_of_the_op(lambda run=model, given=given: run(*given), ATTENTION) == calls
         with ff.use_backend("reference"):
             expected = model(*given)
         # Integers of the next layer may be others after a difference in the last bit.

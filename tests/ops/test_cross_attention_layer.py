@@ -49,6 +49,16 @@ CASES = [
     Case(
         "projected", "keys and values that are given", SMALL | {"projected": True, "norms": "rms"}
     ),
+    Case(
+        "apart",
+        "values of the keys' weight, or of what the norm has not seen",
+        SMALL | {"apart": True, "norms": "layer", "residual": True, "mask": "key_padding"},
+    ),
+    Case(
+        "value_context",
+        "values of the keys' context, or of its width",
+        SMALL | {"value_dim": 19, "mask": "key_padding"},
+    ),
     Case("no_bias", "absent biases", SMALL | {"bias": False, "head_dim": 5}),
     Case("scale", "another scale", SMALL, {"scale": -0.3}),
     Case(
@@ -69,7 +79,7 @@ class TestCrossAttentionLayer(LayerSuite):
     plain = staticmethod(plain_cross_attention)
     cases = CASES
     outputs = 1
-    bool_cases = ("key_padding", "bool_mask", "dead")
+    bool_cases = ("key_padding", "bool_mask", "dead", "value_context")
 
 
 def small(dtype: torch.dtype = torch.float32, **more: Any) -> dict[str, Any]:
@@ -85,10 +95,14 @@ kernels = pytest.mark.parametrize("target", KERNELS, ids=str)
 
 @kernels
 def test_what_is_hidden_is_not_read(target: Target) -> None:
-    call = small(dtype_of(target), mask="key_padding", norms="layer")
-    (expected,) = target.call(cross_attention_layer, **call)
-    call["context"][call["key_padding_mask"]] = torch.nan
-    assert torch.equal(target.call(cross_attention_layer, **call)[0], expected)
+    for more in ({"norms": "layer"}, {"value_dim": 19}):
+        call = small(dtype_of(target), mask="key_padding", **more)
+        if target.backend == "cuda" and "v_weight" in call:
+            continue  # not its
+        (expected,) = target.call(cross_attention_layer, **call)
+        for name in {"context", "value_context"} & call.keys():
+            call[name][call["key_padding_mask"]] = torch.nan
+        assert torch.equal(target.call(cross_attention_layer, **call)[0], expected)
 
 
 def test_gradients_beside_what_is_hidden() -> None:
@@ -137,7 +151,11 @@ def test_compiled_and_exported(target: Target) -> None:
 @kernels
 def test_opcheck(target: Target) -> None:
     op = getattr(torch.ops.fastfusion, f"{prefix(target)}cross_attention_layer_forward").default
-    for more in ({}, {"norms": "layer", "residual": True, "mask": "key_padding"}):
+    options: list[dict[str, Any]] = [
+        {},
+        {"norms": "layer", "residual": True, "mask": "key_padding"},
+    ]
+    for more in options if target.backend == "cuda" else [*options, {"value_dim": 19}]:
         given = OP.call(**nested(small(dtype_of(target), **more)))
         torch.library.opcheck(op, tuple(given))
 
@@ -224,6 +242,7 @@ def test_what_the_cuda_kernels_refuse() -> None:
     assert reasons(kv_len=MAX_LENGTH + 1) == ""  # that is waiting, not refusing
     assert "float32" in reasons(torch.float32)
     assert "projected" in reasons(projected=True)
+    assert "values alone" in reasons(apart=True) and "values alone" in reasons(value_dim=8)
     assert "widths above 2048" in reasons(context_dim=2049)
     assert reasons(context_dim=2048) == "" and reasons(context_dim=1792, norms="layer") == ""
     assert "norms wider than 1792" in reasons(context_dim=1793, norms="layer")
@@ -243,6 +262,7 @@ LEGAL = {
     "kv_weight": X.new_ones(16, 6), "kv_bias": None, "out_weight": X.new_ones(3, 8),
     "out_bias": None, "num_heads": 2,
 }  # fmt: skip
+APART = {"kv_weight": X.new_ones(8, 6), "v_weight": X.new_ones(8, 6)}
 Norm = ff.ops.Norm
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"query": [1.0]}, TypeError, "query must be a Tensor"),
@@ -283,6 +303,31 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"context": (KV[:, :1], KV), "kv_weight": None}, ValueError, "the keys of context must be"),
     ({"context": (KV, KV[:, :, :3]), "kv_weight": None}, ValueError, "the values of context"),
     ({"context": (KV,), "kv_weight": None}, TypeError, "or a pair of keys and values"),
+    ({"v_weight": X}, ValueError, r"kv_weight must be \(inner, context_dim\)"),
+    (APART | {"v_weight": [1.0]}, TypeError, "v_weight must be a Tensor"),
+    (APART | {"v_weight": X.new_ones(8, 5)}, ValueError, r"v_weight must be \(inner, value_dim\)"),
+    (APART | {"v_weight": X.new_ones(7, 6)}, ValueError, r"v_weight must be .*\(8, 6\)"),
+    (APART | {"v_weight": None}, ValueError, r"kv_weight must be \(2 \* inner, context_dim\)"),
+    (APART | {"v_bias": X.new_ones(16)}, ValueError, r"v_bias must be \(8,\)"),
+    (APART | {"v_scale": X.new_ones(8)}, TypeError, "v: weight must be uint8"),
+    (APART | {"value_context": C[0]}, ValueError, "value_context must be"),
+    (APART | {"value_context": C[:1]}, ValueError, "value_context must have the batch size"),
+    (APART | {"value_context": C[:, :6]}, ValueError, "value_context must be as long as context"),
+    (APART | {"value_context": C[..., :5]}, ValueError, r"v_weight must be \(inner, value_dim\)"),
+    (APART | {"value_context": C.double()}, TypeError, "value_context must have the dtype"),
+    (
+        APART | {"value_context": C, "context_norm": Norm()},
+        ValueError,
+        "context_norm must be None beside value_context",
+    ),
+    ({"v_bias": X.new_ones(8)}, ValueError, "v_bias must be None without v_weight"),
+    ({"v_scale": X.new_ones(8)}, ValueError, "v_scale must be None without v_weight"),
+    ({"value_context": C}, ValueError, "value_context must be None without v_weight"),
+    (
+        {"context": (KV, KV), "kv_weight": None, "v_weight": X},
+        ValueError,
+        "v_weight must be None where context is projected",
+    ),
     ({"backend": "gpu"}, ValueError, "backend must be one of"),
 ]
 
@@ -295,10 +340,8 @@ def test_bad_input(change: dict[str, Any], error: Any, match: str, backend: str 
 
 
 def test_the_reference_is_the_formula() -> None:
-    for norms, projected in itertools.product((None, "layer", "rms"), (False, True)):
-        call = flat(
-            OP.inputs(SMALL | {"norms": norms, "projected": projected, "mask": "bias"},
-                      torch.float64)
-        )  # fmt: skip
+    kinds = ({}, {"projected": True}, {"apart": True}, {"value_dim": 19})
+    for norms, kind in itertools.product((None, "layer", "rms"), kinds):
+        call = flat(OP.inputs(SMALL | {"norms": norms, "mask": "bias"} | kind, torch.float64))
         result = cross_attention_layer(**call, backend="reference")
         torch.testing.assert_close(result, plain_cross_attention(**call)[0])

@@ -25,6 +25,9 @@ ATTENTION = [
     SMALL | {"norms": "rms", "out_dim": 33, "mask": "bias", "bias": False},
     SMALL | {"projected": True, "mask": "bool"},
     LONG | {"residual": True},
+    SMALL | {"apart": True, "norms": "layer", "mask": "key_padding"},
+    SMALL | {"value_dim": 19, "residual": True},
+    LONG | {"value_dim": 64, "bias": False},
 ]
 MODAL = [
     SMALL | {"ffn": 20},
@@ -43,7 +46,7 @@ def in_int8(call: Call) -> Call:
     """The flat call with weights of 8-bit integers."""
     narrow = dict(call)
     for name in names_of(call):
-        parts = 2 if name.endswith(("kv", "in")) else 1
+        parts = 2 if name.endswith(("kv", "in")) and "v_weight" not in call else 1
         weight, scale = ff.ops.pack_int8(call[f"{name}_weight"].float(), parts)
         narrow |= {f"{name}_weight": weight, f"{name}_scale": scale}
     return narrow
@@ -56,7 +59,7 @@ def in_bfloat16(call: Call) -> Call:
 def partly(call: Call) -> Call:
     """One of them alone: the attention is in the dtype of the tokens."""
     narrow = in_int8(call)
-    name = names_of(call)[0]
+    name = "v" if "v_weight" in call else names_of(call)[0]
     return call | {key: narrow[key] for key in (f"{name}_weight", f"{name}_scale")}
 
 
@@ -98,8 +101,15 @@ def cross_attention_by_ops(call: Call) -> tuple[Tensor, ...]:
     k, v, dtype = c.key, c.value, c.query.dtype
     if c.context is not None:
         asked = norm(c.context, given.get("context_norm"), rms)
-        k, v = heads_of(linear(c, "kv", asked), 2, c.num_heads)
-        dtype = attention_dtype(c.query, c.q_weight, c.kv_weight)
+        weights = (c.q_weight, c.kv_weight)
+        if c.v_weight is None:
+            k, v = heads_of(linear(c, "kv", asked), 2, c.num_heads)
+        else:
+            values = asked if c.value_context is None else c.value_context
+            (k,) = heads_of(linear(c, "kv", asked), 1, c.num_heads)
+            (v,) = heads_of(linear(c, "v", values), 1, c.num_heads)
+            weights += (c.v_weight,)
+        dtype = attention_dtype(c.query, *weights)
     q, k, v = (t.to(dtype) for t in (q, k, v))
     out = ff.scaled_dot_product_attention(
         q, k, v, c.attn_mask, key_padding_mask=c.key_padding_mask, backend="cpu"
@@ -186,7 +196,8 @@ def test_accurate(isa: str, op: Any, function: Any, by_ops: Any, shape: Call) ->
 def test_a_sample_alone_has_the_same_bits(op: Any, function: Any, by_ops: Any, shape: Call) -> None:
     call = in_int8(flat(op.inputs(shape | {"batch": 3}, torch.float32)))
     together = function(**call)
-    batched = ("query", "context", "context.0", "context.1", "residual", "visual", "text",
+    batched = ("query", "context", "context.0", "context.1", "value_context", "residual", "visual",
+               "text",
                "key_padding_mask", "visual_padding_mask", "text_padding_mask")  # fmt: skip
     alone = {n: t[1:2] if n in batched and t is not None else t for n, t in call.items()}
     for one, among in zip(function(**alone), together, strict=True):

@@ -22,8 +22,13 @@ struct CrossAttentionSteps {
   LayerRows context() const {
     return {p.context, p.attention.batch, p.attention.kv_len, p.context_dim, p.context_row};
   }
+  LayerRows value_context() const {
+    return {p.value_context, p.attention.batch, p.attention.kv_len, p.value_dim, p.value_row};
+  }
   int64_t of_query() const { return steps.bytes(query().count(), inner()); }
-  int64_t of_context() const { return p.context ? steps.bytes(context().count(), 2 * inner()) : 0; }
+  // Of keys, or of values.
+  int64_t of_either() const { return p.context ? steps.bytes(context().count(), inner()) : 0; }
+  int64_t of_context() const { return 2 * of_either(); }
   int64_t of_query_norm() const {
     return p.query_norm ? steps.bytes(query().count(), p.query_dim) : 0;
   }
@@ -53,10 +58,18 @@ struct CrossAttentionSteps {
       const LayerRows asked =
           p.context_norm ? steps.normalize(*p.context_norm, context(), norms + of_query_norm())
                          : context();
-      const LayerRows wide = steps.product(p.kv_proj, asked, 2 * inner, keys);
-      const LayerRows both = steps.narrowed(attention, wide, narrow_keys);
-      attention.key = steps.heads(attention, both, 0, inner);
-      attention.value = steps.heads(attention, both, 1, inner);
+      const auto* by = p.kv_proj.each;
+      const LayerRows wide = p.value_context ? steps.product(by[0], asked, inner, keys)
+                                             : steps.product(p.kv_proj, asked, 2 * inner, keys);
+      const LayerRows first = steps.narrowed(attention, wide, narrow_keys);
+      attention.key = steps.heads(attention, first, 0, inner);
+      if (p.value_context) {
+        const LayerRows values = steps.product(by[1], value_context(), inner, keys + of_either());
+        const LayerRows second = steps.narrowed(attention, values, narrow_keys + of_either());
+        attention.value = steps.heads(attention, second, 0, inner);
+      } else {
+        attention.value = steps.heads(attention, first, 1, inner);
+      }
     }
     char* const out_of_heads = narrow ? queries : attended;
     attention.out = steps.joined(out_of_heads, attention.q_len, inner, attention.head_dim);
