@@ -341,10 +341,12 @@ class ForwardOp:
 
     def __call__(self, call: Any, lse: bool) -> Any:
         """The results of a call, and with `lse` the log-sum-exps behind them."""
-        if _transforms_active() or (not _is_compiling() and forward_ad._current_level >= 0):
+        compiling = _is_compiling()
+        if _transforms_active() or (not compiling and forward_ad._current_level >= 0):
             outputs = self.definition.reference(call)
             return outputs if lse else self.definition.without_lse(outputs)
-        return (self.forward if lse else self.out)(*self.definition.given(call))
+        op = self.forward if lse else self.out
+        return (op if compiling else op._op)(*self.definition.given(call))  # as in `_by_count`
 
     def flops(self, counter: Any) -> None:
         """Say to torch.utils.flop_counter what the ops cost."""

@@ -170,6 +170,28 @@ def check_other_ops(rank: int, world: int) -> None:
         assert found[0].placements == (Shard(0),)
 
 
+def check_cross_attention_layer(rank: int, world: int) -> None:
+    """By batch or by queries, with values of a sequence of their own."""
+    from torch.distributed.tensor import Replicate, Shard, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world,))
+    shape = {"q_len": 6, "kv_len": 5, "dim": 8, "context_dim": 12, "heads": 2, "batch": 4}
+    call = ff.ops.LAYERS[0].inputs(shape | {"value_dim": 10}, torch.float32)
+    heads = call.pop("num_heads")
+    names = list(call)
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return ff.cross_attention_layer(**dict(zip(names, tensors, strict=True)), num_heads=heads)
+
+    everywhere = (Replicate(),)
+    for place, keys in (((Shard(0),), (Shard(0),)), ((Shard(1),), everywhere)):
+        tokens = {"query": place, "context": keys, "value_context": keys}
+        places = [tokens.get(name, everywhere) for name in names]
+        with torch.no_grad():
+            found = agree(attend, list(call.values()), places, mesh, False)
+        assert found[0].placements == place
+
+
 def check_two_dimensions(rank: int, world: int) -> None:
     """Batch and heads at once, on a mesh of two by two."""
     from torch.distributed.tensor import Shard, init_device_mesh
@@ -200,7 +222,7 @@ def check_compiled(rank: int, world: int) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    ranks.run(2, [check_attention, check_other_ops], tmp_path)
+    ranks.run(2, [check_attention, check_other_ops, check_cross_attention_layer], tmp_path)
 
 
 def test_compiled(tmp_path: Path) -> None:
