@@ -210,7 +210,7 @@ def fused(
         op: its module.
         tensors, numbers, others: its call: tensors before and behind the numbers.
     """
-    given = (*tensors, *others)
+    given = (*tensors, *others) if others else tensors
     if not PLAIN.issuperset(map(type, given)):
         return None
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in given]):
