@@ -40,6 +40,7 @@ TABLE_NAMES = {
     "attention.forward": "attention",
     "attention.backward": "attention_backward",
     "attention.backward_short_side": "attention_backward_short",
+    "attention.positions": "attention_positions",
     "attention.sinks": "attention_sinks",
     "attention.tma": "attention_tma",
     "bidirectional.forward": "bidirectional",

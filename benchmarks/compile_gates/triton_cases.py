@@ -1,8 +1,9 @@
 """The calls whose kernels `make kernels` compiles, forward and backward.
 
 For every dtype and head dim a plain call, the heaviest (float mask with its gradient, padding,
-dropout, and sinks of attention), one of shaped scores (window, soft cap and slopes) and one of
-ranges (segments, a prefix and, where an op takes them, sinks). In bfloat16, at three head dims,
+dropout, and sinks of attention), one of shaped scores (window, soft cap and slopes), one of ranges
+(segments, a prefix and, where an op takes them, sinks) and of attention one of positions (a table
+and an index of each score). In bfloat16, at three head dims,
 also what the launchers treat apart. A row of a mask is no multiple of 16 elements, as in most calls
 of real models, and so cannot be read in vectors.
 """
@@ -46,6 +47,9 @@ ATTENTION = {
     "shaped": ("shaped", 300, 300),
     "shaped heaviest": ("shaped heaviest", 300, 300),
     "ranges": ("ranges", 300, 300),
+    "positions": ("positions", 300, 300),
+    "positions heaviest": ("positions heaviest", 300, 300),
+    "offsets": ("offsets", 300, 300),
     "small": ("plain", 20, 36),
     "small heaviest": ("heaviest", 20, 36),
     "tiny": ("plain", 8, 10),
@@ -96,7 +100,7 @@ class Case:
 
 
 # Kinds of calls without a mask.
-BARE = ("plain", "causal", "large scale", "window", "shaped", "ranges")
+BARE = ("plain", "causal", "large scale", "window", "shaped", "ranges", "positions", "offsets")
 
 
 def _heads(length: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -108,14 +112,14 @@ def _padding(length: int, kind: str) -> Tensor | None:
 
 
 def _mask(q_len: int, kv_len: int, kind: str, dtype: torch.dtype) -> Tensor | None:
-    if kind in BARE:
+    if kind in BARE or kind == "positions heaviest":
         return None
     shape = (1, 1, 1, kv_len) if kind == "shared" else (BATCH, HEADS, q_len, kv_len)
     return torch.empty(shape, dtype=torch.bool if kind == "bool" else dtype)
 
 
 def _dropout(kind: str) -> tuple[Tensor | None, float]:
-    drops = kind in ("heaviest", "shared", "shaped heaviest")
+    drops = kind in ("heaviest", "shared", "shaped heaviest", "positions heaviest")
     return torch.zeros(1, dtype=torch.int64) if drops else None, 0.1 if drops else 0.0
 
 
@@ -145,7 +149,11 @@ def _attention(kind: str, q_len: int, kv_len: int, dim: int, dtype: torch.dtype)
     options = (*_dropout(kind), kind == "causal", False, scale)
     call = AttentionCall(query, key, key, mask, _padding(kv_len, kind), None, *options, False)
     call = call._replace(**_kinds(kind), **_ranges(kind, q_len, kv_len))
-    if kind in ("ranges", "heaviest"):
+    if kind in ("positions", "positions heaviest", "offsets"):
+        size = (q_len + kv_len - 1,) if kind == "offsets" else (q_len, kv_len)
+        index, table = torch.empty(size, dtype=torch.int64), torch.empty(HEADS, 50)
+        call = call._replace(position_index=index, position_table=table)
+    if kind in ("ranges", "heaviest", "positions heaviest"):
         call = call._replace(sinks=torch.empty(HEADS))
     grads = attention_forward(call, kind != "plain")
     attention_backward(grads, call, mask is not None and kind != "bool")
@@ -243,8 +251,8 @@ def _calls(dtype: torch.dtype, head_dims: tuple[int, ...]) -> Iterator[tuple[str
 def cases(quick: bool) -> Iterator[Case]:
     """All cases, or with `quick` those that find most mistakes: the two variants in bfloat16."""
     main = (
-        "plain", "heaviest", "shaped", "ranges", "few queries", "long", "long heaviest", "some",
-        "some heaviest",
+        "plain", "heaviest", "shaped", "ranges", "positions", "few queries", "long",
+        "long heaviest", "some", "some heaviest",
     )  # fmt: skip
     for dtype in DTYPES[:1] if quick else DTYPES:
         element = getattr(torch, dtype)

@@ -364,15 +364,21 @@ def check_positions(
             f"position_index must be (q_len, kv_len), {(q_len, kv_len)}, or by offset "
             f"(q_len + kv_len - 1,), got shape {tuple(index.shape)}; {sizes}"
         )
-    traced = torch._C._get_tracing_state() is not None
-    if traced or not is_readable(index) or index.numel() == 0:
-        return
-    smallest, largest = (int(number) for number in index.aminmax())
+    smallest, largest = _ends(index, entries)
     if smallest < 0 or largest >= entries:
         raise ValueError(
             f"position_index must be from 0 to {entries - 1}, the entries of position_table "
             f"{tuple(table.shape)}, got {smallest} to {largest}"
         )
+
+
+def _ends(index: Tensor, entries: int) -> tuple[int, int]:
+    """The least and the largest number of an index, where one can look, or those of all entries."""
+    traced = torch._C._get_tracing_state() is not None
+    if traced or not is_readable(index) or index.numel() == 0:
+        return 0, entries - 1
+    smallest, largest = (int(number) for number in index.aminmax())
+    return smallest, largest
 
 
 def check_ranges(
@@ -489,6 +495,9 @@ def positions_fit(call: Any, heads: Any) -> Iterator[Any]:
             index.shape, offsets if index.dim() == 1 else (q_len, kv_len), strict=True
         ):
             yield size == expected
+        smallest, largest = _ends(index, table.shape[1])
+        yield smallest >= 0
+        yield largest < table.shape[1]
 
 
 def kinds_fit(call: Any, *leading: Any) -> Iterator[Any]:
@@ -518,9 +527,9 @@ def refuses_gradient(call: Any) -> Sequence[str]:
     return ()
 
 
-def refuses_on_gpus(call: Any) -> Sequence[str]:
+def refuses_positions(call: Any) -> Sequence[str]:
     """Why kernels that have these kinds but position tables cannot run a call."""
     if getattr(call, "position_table", None) is None:
         return refuses_gradient(call)
-    reason = "position_table is left to the CPU kernels and the reference"
+    reason = "position_table is left to the other kernels and the reference"
     return (*refuses_gradient(call), reason)

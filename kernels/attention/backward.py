@@ -21,6 +21,7 @@ from fastfusion.core.score_policy import hides
 from fastfusion.kernels.attention import backward_short_side
 from fastfusion.kernels.attention import tma as attention_tma
 from fastfusion.kernels.attention.backward_short_side import inputs, parts_of_splits
+from fastfusion.kernels.attention.positions import position_gradient
 from fastfusion.kernels.attention.sinks import gradient_without_keys, sink_gradient
 from fastfusion.kernels.device.gradient_sums import (
     key_gradients,
@@ -216,7 +217,8 @@ def mask_kernel(
 
 @triton.jit(do_not_specialize=["elements", "splits"])
 def mask_merge_kernel(parts_ptr, dmask_ptr, elements, splits, BLOCK: tl.constexpr):
-    """The sum of the splits' parts of a mask's gradient. Programs: blocks of its elements."""
+    """The sum of the splits' parts of the gradient of a mask, or of a position table. Programs:
+    blocks of its elements."""
     at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
@@ -248,12 +250,21 @@ def merge_splits(partial: Tensor, of_side: Tensor, of_value: Tensor, splits: int
     )  # fmt: skip
 
 
+def merge_elements(parts: Tensor, splits: int, gradient: Tensor) -> None:
+    """Fill the gradient of a mask or a table from its parts, one behind the other."""
+    elements = gradient.numel()
+    launch(
+        mask_merge_kernel, cdiv(elements, 256), parts, gradient, elements=elements, splits=splits,
+        BLOCK=256, num_warps=4,
+    )  # fmt: skip
+
+
 @planned
 def attention_backward(
     grads: tuple[Tensor | None, Tensor | None], call: Any, mask_gradient: bool
 ) -> tuple[Tensor, ...]:
     """(dq, dk, dv, d attn_mask, d position_table, d sinks): the mask's empty if it is not wanted,
-    that of sinks if there are none, and that of the table, which these kernels have not."""
+    those of table and sinks if there are none."""
     (grad_out, grad_lse), attn_mask = grads, call.attn_mask
     query, key, value = call.query, call.key, call.value
     if grad_out is None:
@@ -265,13 +276,15 @@ def attention_backward(
     dq = rows_outside(query, batch, heads, q_len, dim)
     dk = rows_outside(query, batch, kv_heads, kv_len, dim)
     dv = rows_outside(query, batch, kv_heads, kv_len, value_dim)
-    dmask, no_table = empty(query, (0,)), empty(query, (0,), torch.float32)
+    table = call.position_table
+    dmask = empty(query, (0,))
+    dtable = empty(query, (0,) if table is None else table.shape, torch.float32)
     if mask_gradient and attn_mask is not None and attn_mask.is_floating_point():
         dmask = empty(attn_mask, attn_mask.shape)
     if batch * heads * q_len == 0 or batch * kv_heads * kv_len == 0:
         of_rows = None if grad_lse is None else grad_lse.transpose(1, 2).flatten(0, 1)
         dsinks = gradient_without_keys(call, of_rows)
-        return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_(), no_table, dsinks
+        return dq.zero_(), dk.zero_(), dv.zero_(), dmask.zero_(), dtable.zero_(), dsinks
     scores = score_options(
         call, (batch, heads, q_len, kv_len), None, readable(call.key_padding_mask)
     )
@@ -290,15 +303,17 @@ def attention_backward(
 
     even = tma or aligned(dim, value_dim)
 
-    # The derivative of a cap takes as many registers as the scores, of which rows have none left.
-    roomy = even and call.softcap is None
+    # The derivative of a cap takes as many registers as the scores, of which rows have none left;
+    # numbers of positions spill 124 bytes beside dropout.
+    roomy = even and call.softcap is call.position_table is None
 
     def chosen(kernel: str, rows: int) -> tuple[int, dict[str, int]]:
         name = f"attention_backward_{kernel}{'_tma' if tma else ''}"
         own, sizes = cut(name, query, widest, rows, roomy if kernel == "rows" else even, masked)
         # Beside tiles that wait numbers of segments spill: 4 bytes in rows of 64 columns on sm_80,
-        # 20 in keys of 32 on sm_86.
-        if has_segments(call) and (kernel == "rows" or widest <= 32):
+        # 20 in keys of 32 on sm_86; and those of positions: 152 in rows on sm_80.
+        positioned = call.position_table is not None and kernel == "rows"
+        if positioned or (has_segments(call) and (kernel == "rows" or widest <= 32)):
             sizes["num_stages"] = 1
         return own, sizes
 
@@ -343,8 +358,9 @@ def attention_backward(
             SHARED_COLUMNS=shared[3] == 1 and kv_len > 1,
         )  # fmt: skip
         if splits > 1:
-            launch(
-                mask_merge_kernel, cdiv(dmask.numel(), 256), parts, dmask, elements=dmask.numel(),
-                splits=splits, BLOCK=256, num_warps=4,
-            )  # fmt: skip
-    return dq, dk, dv, dmask, no_table, sink_gradient(call, batch, q_len, common)
+            merge_elements(parts, splits, dmask)
+    if dtable.numel():
+        own, sizes = chosen("mask", max(q_len, 32))
+        given = inputs((query, key, value, grad_out), own, sizes["LOOP"], False)
+        merge_elements(*position_gradient(call, given, common, sizes), dtable)
+    return dq, dk, dv, dmask, dtable, sink_gradient(call, batch, q_len, common)

@@ -3,7 +3,8 @@ over them, for every kernel. A kind of mask is a bit of KINDS, fields of `Policy
 
     range      seen_range, rows_seeing: the keys that a tile of queries may see, and the other way
     sinks      `first_sums` in softmax.py: what sums begin with, and `sinks_kernel` their gradient
-    shape      `scores` in scores.py: a soft cap, then ALiBi, then a float mask, in natural units
+    shape      `scores` in scores.py: a soft cap, then ALiBi, then the entries of a position table,
+               then a float mask, in natural units
     mask       the same function: bools, bounds and segments, keys that are absent or hidden
     derivative `product_gradient` in gradients.py: through the cap, and the part of extreme scales
 
@@ -36,6 +37,10 @@ SEGMENTS = tl.constexpr(8192)  # a row sees the columns of its number
 PREFIX = tl.constexpr(16384)  # the first columns are seen from below their upper bound, too
 ROW_PREFIX = tl.constexpr(32768)  # the first rows see beyond their lower bound, too
 SINKS = tl.constexpr(65536)  # one more score of a row, of a column without a value
+POSITIONS = tl.constexpr(131072)  # a position table, whose index has a number for each score
+BY_OFFSET = tl.constexpr(262144)  # or for each offset of key to query
+# A product is no score yet, before masks.
+SHAPED = tl.constexpr(CAPPED.value | BIASED.value | POSITIONS.value)
 # Columns may be hidden from some rows anywhere in the range of a tile.
 MIXED = tl.constexpr(PADDING.value | LOWER.value | SEGMENTS.value)
 
@@ -54,6 +59,8 @@ class Policy(NamedTuple):
         lower, upper: row i sees the columns from i + lower to i + upper.
         prefix: so many columns that all rows see, or rows that see all columns.
         sink: the score without a column.
+        index: which entry of the position table a score has, row by row without a gap.
+        table, entry, entries: the numbers of the head, how far apart they are, how many.
         slope: of ALiBi.
         cap, inverse_cap: of the soft cap.
         scale: of products, without its sign, which rows or columns carry.
@@ -77,6 +84,10 @@ class Policy(NamedTuple):
     upper: Any
     prefix: Any
     sink: Any
+    index: Any
+    table: Any
+    entry: Any
+    entries: Any
     slope: Any
     cap: Any
     inverse_cap: Any
@@ -94,7 +105,7 @@ def policy_of(masks, numbers, batch, head, slice_index, row_len, column_len, KIN
     (
         mask, mask_batch, mask_head, mask_row, mask_column, row_padding, padding, seed, slope,
         row_segments, own_row_segments, segments, own_segments, prefix, prefix_batch, sink,
-        sinks_head,
+        sinks_head, index, table, table_head, entry, entries,
     ) = masks  # fmt: skip
     (
         left, right, bottom_right, mask_rows, mask_columns, row_padding_batch, padding_batch,
@@ -122,6 +133,10 @@ def policy_of(masks, numbers, batch, head, slice_index, row_len, column_len, KIN
     seed = tl.load(seed) if DROPOUT & KINDS else 0
     slope = tl.load(slope + batch * slopes_batch + head * slopes_head) if BIASED & KINDS else 0.0
     sink = tl.load(sink + head * sinks_head) if SINKS & KINDS else 0.0
+    if POSITIONS & KINDS:
+        table += head * table_head
+    else:
+        index, table, entry, entries = 0, 0, 0, 0
     if (PREFIX | ROW_PREFIX) & KINDS:
         longest = row_len if ROW_PREFIX & KINDS else column_len
         prefix = tl.load(prefix + batch * prefix_batch)  # of 64 bits
@@ -132,7 +147,8 @@ def policy_of(masks, numbers, batch, head, slice_index, row_len, column_len, KIN
     return Policy(
         mask, mask_row, mask_column, mask_rows, mask_columns, row_padding, padding, row_segments,
         segments, row_len, column_len, diagonal, diagonal - left, diagonal + right, prefix, sink,
-        slope, cap, inverse_cap, scale, factor, seed, slice_index, threshold, keep_scale,
+        index, table, entry, entries, slope, cap, inverse_cap, scale, factor, seed, slice_index,
+        threshold, keep_scale,
     )  # fmt: skip
 
 

@@ -10,13 +10,16 @@ import triton.language as tl
 from fastfusion.kernels.device.score_policy import (
     BIASED,
     BOOL_MASK,
+    BY_OFFSET,
     CAPPED,
     FLOAT_MASK,
     LOWER,
     NATURAL,
+    POSITIONS,
     PREFIX,
     ROW_PREFIX,
     SEGMENTS,
+    SHAPED,
     UPPER,
 )
 
@@ -105,6 +108,25 @@ def seen(policy, rows, keys, q_start, k_start, KINDS: tl.constexpr):
 
 
 @triton.jit
+def positions(policy, rows, keys, q_start, k_start, KINDS: tl.constexpr):
+    """What the position table adds to the tile of rows and keys from these starts on: NaN where the
+    index has no entry of it, which the kernels of a GPU cannot raise."""
+    # The lower half of 64 bits, which take twice the registers: 80 bytes spill beside 64 rows of
+    # backward on sm_80.
+    index = policy.index.to(tl.pointer_type(tl.int32), bitcast=True)
+    if BY_OFFSET & KINDS:
+        at = index + 2 * (policy.row_len - 1 + k_start - q_start) + (2 * keys - 2 * rows)
+    else:
+        at = index + 2 * (tl.cast(q_start, tl.int64) * policy.column_len + k_start)
+        at += rows * (2 * policy.column_len) + 2 * keys
+    inside = (rows < policy.row_len - q_start) & (keys < policy.column_len - k_start)
+    number = tl.load(at, mask=inside, other=0)
+    is_entry = number.to(tl.uint32, bitcast=True) < policy.entries
+    at = policy.table + number * policy.entry
+    return tl.load(at, mask=is_entry, other=float("nan"))
+
+
+@triton.jit
 def scores(
     q, k, policy, q_start, k_start, visible, KINDS: tl.constexpr, EDGE: tl.constexpr,
     BOUNDED: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
@@ -123,7 +145,7 @@ def scores(
         x = product(q, k, PRECISION)
         rows, keys, shown = rows[:, None], keys[None, :], visible[None, :]
     derivative = x
-    if NATURAL & KINDS and (not FLOAT_MASK & KINDS or (CAPPED | BIASED) & KINDS):
+    if NATURAL & KINDS and (not FLOAT_MASK & KINDS or SHAPED & KINDS):
         x = times(x, policy.scale)
     if CAPPED & KINDS:
         derivative = cap_derivative(x, policy)
@@ -131,6 +153,8 @@ def scores(
     if BIASED & KINDS:
         distance = tl.abs(rows - keys + (q_start + policy.diagonal - k_start)).to(tl.float32)
         x = tl.fma(distance, tl.zeros_like(x) - policy.slope, x)
+    if POSITIONS & KINDS:
+        x = x + positions(policy, rows, keys, q_start, k_start, KINDS)
     if (BOOL_MASK | FLOAT_MASK) & KINDS:
         base = policy.mask + tl.cast(q_start, tl.int64) * policy.mask_row
         base += tl.cast(k_start, tl.int64) * policy.mask_column
@@ -139,7 +163,7 @@ def scores(
         value = tl.load(at, mask=inside, other=0)
         if BOOL_MASK & KINDS:
             x = tl.where(value != 0, x, -float("inf"))
-        elif (CAPPED | BIASED) & KINDS:
+        elif SHAPED & KINDS:
             x = x + value.to(tl.float32)
         else:
             x = tl.fma(x, tl.zeros_like(x) + policy.scale, value.to(tl.float32))

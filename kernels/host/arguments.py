@@ -91,6 +91,7 @@ def score_options(
     left, right = sides_of(call)
     q_ids, k_ids, prefix = ranges_in(call)
     sinks = getattr(call, "sinks", None)
+    index, *table = position_operands(call)
     has = {
         flags.NEGATIVE: scale < 0,
         flags.UPPER: right is not None,
@@ -107,6 +108,8 @@ def score_options(
         flags.PREFIX: prefix is not None and call.is_causal,
         flags.ROW_PREFIX: prefix is not None and not call.is_causal,  # see `exchanged`
         flags.SINKS: sinks is not None,
+        flags.POSITIONS: index is not None,
+        flags.BY_OFFSET: index is not None and index.dim() == 1,
     }
     # What the factor of raw products loses is common to all rows, of which a sink's gradient is a
     # sum: 1.2e-7 of 66 rows where the plain formula errs by 5e-8.
@@ -135,7 +138,7 @@ def score_options(
     # Strides of what is not there are None, too, which kernels do not take.
     numbered = [(t, None if t is None else t.stride(0)) for t in (prefix, sinks)]
     ids = chain(_segments(q_ids), _segments(k_ids), *numbered)
-    masks = (attn_mask, *mask_strides, row_padding, padding, seed, slopes, *ids)
+    masks = (attn_mask, *mask_strides, row_padding, padding, seed, slopes, *ids, index, *table)
     return {
         "masks": masks, "numbers": tuple(given), "KINDS": kinds, **numbers(query.dtype),
     }  # fmt: skip
@@ -152,6 +155,15 @@ def _segments(ids: Tensor | None) -> tuple[Tensor | None, int | None]:
     if not (adjacent and (shared or ids.stride(0) == length)):
         ids, shared = ids.contiguous(), batch == 1
     return ids, int(not shared)
+
+
+def position_operands(call: Any) -> tuple[Any, ...]:
+    """Position index of a call, without gaps, and table, its strides and how many entries it has;
+    all None where there is none."""
+    index, table = (getattr(call, name, None) for name in ("position_index", "position_table"))
+    if index is None or table is None:
+        return (None,) * 5
+    return index.contiguous(), table, *table.stride(), table.shape[1]
 
 
 def exchanged_kinds(kinds: int) -> int:
@@ -174,12 +186,13 @@ def units(options: dict[str, Any]) -> int:
 
 def shapes_scores(call: Any) -> bool:
     """Whether scores are more than products, before masks."""
-    return call.softcap is not None or call.alibi_slopes is not None
+    table = getattr(call, "position_table", None)
+    return not (call.softcap is call.alibi_slopes is table is None)
 
 
 def has_values(call: Any) -> bool:
     """Whether a call has what takes registers beside the scores: a mask's values, random bits, a
-    cap or slopes, numbers of segments."""
+    cap, slopes or positions, numbers of segments."""
     return (
         call.attn_mask is not None
         or call.seed is not None

@@ -108,7 +108,7 @@ def test_shipped_kernels_compile_well(tmp_path: Path) -> None:
     path = tmp_path / "kernels.json"
     kernels = set()
     for arch, sizes, variants in (
-        ("90", "64,160,768", "plain,few queries,long"),
+        ("90", "64,160,768", "plain,few queries,long,positions"),
         ("86", "128,77,1024", "heaviest,some heaviest"),
     ):
         options = ("--size", sizes, "--variant", variants, "--json", str(path))

@@ -276,6 +276,44 @@ def test_heads_that_are_taken_some_at_a_time() -> None:
     assert_close(*runs)
 
 
+@pytest.mark.parametrize("size", [(90, 40), (129,)])
+def test_tables_of_stretches_of_queries(size: tuple[int, ...], monkeypatch: Any) -> None:
+    """Triton's gradient of a table where one tile of queries is all that has room at once."""
+    positions = pytest.importorskip("fastfusion.kernels.attention.positions")
+    from fastfusion.kernels.host import plan
+
+    tensors = [torch.randn(2, 4, 90, 16), *(torch.randn(2, 2, 40, 16) for _ in range(2))]
+    table, index, given = torch.randn(4, 37), torch.randint(37, size), torch.randn(2, 4, 90, 16)
+
+    def run(backend: str, dtype: torch.dtype) -> Tensor:
+        number = table.to(dtype).requires_grad_()
+        out = attention(
+            *(t.to(dtype) for t in tensors), enable_gqa=True, position_table=number,
+            position_index=index, backend=backend,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(out, number, given.to(dtype))
+        return gradient
+
+    whole, expected = run("triton", torch.float32), run("reference", torch.float64)
+    monkeypatch.setattr(positions, "MOST_SCORES", 1)
+    plan.forget()
+    parts, again = run("triton", torch.float32), run("triton", torch.float32)
+    plan.forget()
+    assert_close(whole, expected.float())
+    assert_close(parts, expected.float())
+    assert torch.equal(parts, again)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:3])
+def test_entries_that_are_not_there(backend: str) -> None:
+    for wrong in (-1, 4):
+        index = torch.full((11,), wrong)
+        with pytest.raises(ValueError, match=f"from 0 to 3.*got {wrong} to {wrong}"):
+            attention(
+                *qkv(), position_table=torch.zeros(3, 4), position_index=index, backend=backend
+            )
+
+
 def exported(module: torch.nn.Module) -> Any:
     """The program of a module that attends, for other lengths than `qkv()` has."""
     q_len, kv_len = torch.export.Dim("q_len"), torch.export.Dim("kv_len")
@@ -297,7 +335,7 @@ class TestTransforms:
                 torch.library.opcheck(op.default, tuple(call))
 
     def test_opcheck_of_triton(self) -> None:
-        call = spec.OP.call(*qkv(), **KINDS[-4], **KINDS[-3])
+        call = spec.OP.call(*qkv(), **KINDS[-4], **KINDS[-3], **KINDS[-2])
         op = torch.ops.fastfusion.triton_attention_backward.default
         torch.library.opcheck(op, (torch.randn(2, 3, 5, 6), torch.randn(2, 3, 5), False, *call))
 
@@ -478,11 +516,11 @@ class TestChoice:
             torch.autograd.grad(reference(*tensors, bias), slopes, given),
         )
 
-    def test_kernels_of_gpus_say_that_they_leave_position_tables(self) -> None:
+    def test_cuda_says_that_it_leaves_position_tables(self) -> None:
         given = {"position_table": torch.zeros(3, 2), "position_index": torch.zeros(11).long()}
         rows = dict(ff.explain(ff.scaled_dot_product_attention, *qkv(), **given).rows)
-        sentence = "position_table is left to the CPU kernels and the reference"
-        assert all((sentence in row) == (b in ("triton", "cuda")) for b, row in rows.items())
+        sentence = "position_table is left to the other kernels and the reference"
+        assert all((sentence in row) == (b == "cuda") for b, row in rows.items())
 
     @pytest.mark.parametrize("op", [
         pytest.param("attention_forward", marks=needs_native),
