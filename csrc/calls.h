@@ -110,6 +110,17 @@ struct PositionGradient {
   }
 };
 
+// A position table as it is given, of CUDA's kernels: (H, entries), or `turned` (entries, H), and
+// which entry a score has, (Lq, Lk), or by offset of key to query (Lq + Lk - 1), all without gaps.
+// As large as PositionBias, in whose place it stands. No data: none.
+struct PositionEntries {
+  const float* data;
+  const int64_t* index;
+  int32_t entries;
+  bool turned, by_offset;
+};
+static_assert(sizeof(PositionEntries) == sizeof(PositionBias));
+
 // How far a query sees that sees all keys: beyond any length, and sums of it with lengths are
 // exact.
 constexpr int64_t kEndless = int64_t{1} << 40;
@@ -135,7 +146,10 @@ struct Attention {
   RangeRules rules;
   KeyRanges ranges;  // what all of these say, for the CPU's kernels (cpu/key_ranges.h)
   Slopes alibi;
-  PositionBias positions;
+  union {
+    PositionBias positions = {};
+    PositionEntries table;  // both begin with their data
+  };
   Sinks sinks;
   bool exchanged = false;  // queries and keys have changed places: the keys have the diagonal
 

@@ -431,7 +431,7 @@ def draw_common(rng: random.Random, target: Target, operands: tuple[str, ...]) -
         drawn["prefix"] = True
     if rng.random() < 0.1:
         drawn["sinks"] = True
-    if rng.random() < 0.15 and target.backend != "cuda":
+    if rng.random() < 0.15:
         drawn["positions"] = rng.choice(("each", "offset"))
     drawn["number"] = rng.choice(("python",) * 6 + ("numpy", "tensor"))
     half = drawn["dtype"] == "float16"

@@ -417,13 +417,6 @@ class AttentionSuite(OpSuite):
     scale_cases: ClassVar[tuple[str, ...]] = ()
     slow_scale_cases: ClassVar[tuple[str, ...]] = ()
 
-    def takes(self, target: Target, call: dict[str, Any]) -> bool:
-        if target.backend != "cuda" or "position_table" not in call:
-            return True
-        with pytest.raises(ff.BackendUnavailableError, match="position_table is left to the"):
-            target.call(type(self).function, **call)
-        return False
-
     @pytest.mark.parametrize("scale", SCALES)
     def test_any_finite_scale(self, scale: str, fast_target: Target, dtype: torch.dtype) -> None:
         """Zero times infinity is nowhere on the way to a number that float32 holds."""

@@ -1,6 +1,6 @@
 // The kinds of masks that are numbers (core/score_policy.py) but for those of places (diagonal.h):
-// soft cap, ALiBi, segments and sinks. A kernel is built once more for the calls that have any; it
-// reads at run time which. Without them nothing of it is left.
+// soft cap, ALiBi, position tables, segments and sinks. A kernel is built once more for the calls
+// that have any; it reads at run time which. Without them nothing of it is left.
 #pragma once
 
 #include "calls.h"
@@ -12,7 +12,8 @@ namespace {
 
 inline bool has_kinds(const Attention& p) {
   const bool window = p.left < kEndless || (p.right < kEndless && !p.causal());
-  return window || p.softcap > 0.0f || p.alibi.data || p.rules.any() || p.sinks.data;
+  return window || p.softcap > 0.0f || p.alibi.data || p.table.data || p.rules.any() ||
+         p.sinks.data;
 }
 
 // Which keys none of some queries sees by the segments of all of them, from the least to the
@@ -47,7 +48,11 @@ struct Kinds {
   int diagonal;  // query i stands beside key i + diagonal
   const int64_t *query_segments, *key_segments;
   int64_t query_stride, key_stride;
-  float sink;  // a score without a value, or -inf
+  float sink;          // a score without a value, or -inf
+  const float* table;  // of positions
+  const int64_t* index;
+  int index_row, entry;  // from a query to the next, and from an entry
+  uint32_t entries;
 
   FF_DEVICE Kinds(const Attention& p, int64_t b, int64_t h)
       : cap(p.softcap),
@@ -58,7 +63,13 @@ struct Kinds {
         key_segments(p.rules.k_segments.data),
         query_stride(p.rules.q_segments.place),
         key_stride(p.rules.k_segments.place),
-        sink(p.sinks.data ? p.sinks.at(h) : -__builtin_inff()) {
+        sink(p.sinks.data ? p.sinks.at(h) : -__builtin_inff()),
+        table(p.table.data),
+        index(p.table.index + (p.table.by_offset ? p.q_len - 1 : 0)),
+        index_row(p.table.by_offset ? -1 : int(p.kv_len)),
+        entry(p.table.turned ? int(p.heads) : 1),
+        entries(uint32_t(p.table.entries)) {
+    if (table) table += h * (p.table.turned ? 1 : p.table.entries);
     if (!query_segments) return;
     query_segments += b * p.rules.q_segments.batch;
     key_segments += b * p.rules.k_segments.batch;
@@ -111,6 +122,12 @@ struct Kinds {
   FF_DEVICE float biased(float score, int query, int key) const {
     const int distance = query + diagonal - key;
     return fmaf(-slope, float(distance < 0 ? -distance : distance), score);
+  }
+  FF_DEVICE bool positioned() const { return table; }
+  // NaN where the index has no entry of the table, which a kernel cannot raise.
+  FF_DEVICE float position(int query, int key) const {
+    const auto number = uint32_t(index[int64_t(query) * index_row + key]);
+    return number < entries ? table[int64_t(number) * entry] : __builtin_nanf("");
   }
 
  private:

@@ -180,6 +180,18 @@ struct Hiding {
         for (int i = 0; i < 4; ++i)
           scores[n][i] = kinds.biased(scores[n][i], query + i / 2 * 8, lane_key + n * 8 + i % 2);
     }
+    if (kinds.positioned() && exponents.kv_len > 0) {
+      const int last_query = exponents.q_len - 1, last_key = exponents.kv_len - 1;
+      const int lane_key = first + lane_index() % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = query + i / 2 * 8, key = lane_key + n * 8 + i % 2;
+          scores[n][i] +=
+              kinds.position(row < last_query ? row : last_query, key < last_key ? key : last_key);
+        }
+    }
   }
 
   FF_DEVICE static void hide_segments(const Exponents<Scores>& exponents, int query, int first,

@@ -7,27 +7,18 @@ namespace {
 
 // The position table of a call, as it was given and checked.
 ff::PositionHeads describe_positions(const ff::Attention& p, const AttentionInputs& in) {
-  STD_TORCH_CHECK(in.position_table.has_value() == in.position_index.has_value(),
-                  "fastfusion: position_table and position_index come together");
   ff::PositionTable table;
+  const int64_t* data = position_index(p, in);
   if (in.position_table) {
     const Tensor &numbers = *in.position_table, &index = *in.position_index;
-    check_fits(numbers.dim() == 2 && numbers.size(0) == p.heads && numbers.is_cpu() &&
-                   numbers.scalar_type() == ScalarType::Float && numbers.size(1) <= INT32_MAX &&
-                   (numbers.size(1) > 0 || p.q_len * p.kv_len == 0),
-               "position_table");
     table.data = static_cast<const float*>(numbers.const_data_ptr());
     table.entries = numbers.size(1), table.head = numbers.stride(0);
     table.entry = numbers.stride(1);
     table.by_offset = index.dim() == 1;
-    if (table.by_offset) {
-      const int64_t count = p.q_len + p.kv_len - 1;
-      const int64_t* data = integers(index, {count > 0 ? count : 0}, in.query, "position_index");
+    if (table.by_offset)
       table.index = {data, 0, index.stride(0)};
-    } else {
-      const int64_t* data = integers(index, {p.q_len, p.kv_len}, in.query, "position_index");
+    else
       table.index = {data, index.stride(0), index.stride(1)};
-    }
   }
   ff::PositionHeads heads(p, table);
   STD_TORCH_CHECK(heads.is_legal(), "fastfusion: position_index must be from 0 to ",

@@ -6,12 +6,18 @@
 
 namespace {
 
-// Operands whose last stride is 1; copies of those with another are kept for the call.
+// Operands whose last stride is 1, and others in one piece; copies of those that lie in another way
+// are kept for the call.
 class Straight {
  public:
   ff::View operator()(const Tensor& t) {
     const bool copied = t.size(3) > 1 && t.stride(3) != 1;
     return view(copied ? copies_.emplace_back(torch::stable::contiguous(t)) : t);
+  }
+  const void* in_one_piece(const Tensor& t) {
+    const Tensor& whole =
+        t.is_contiguous() ? t : copies_.emplace_back(torch::stable::contiguous(t));
+    return whole.const_data_ptr();
   }
 
  private:
@@ -34,11 +40,22 @@ struct Attention {
 
   explicit Attention(const AttentionInputs& in) : query(in.query), device(query) {
     check_dropout(in);
-    STD_TORCH_CHECK(!in.position_table && !in.position_index,
-                    "fastfusion: the CUDA kernels have no position tables");
     describe(p, in);
+    describe_positions(in);
     p.query = straight(in.query), p.key = straight(in.key), p.value = straight(in.value);
     capability = check_kernels(p);
+  }
+
+  void describe_positions(const AttentionInputs& in) {
+    p.table = {};
+    if (!position_index(p, in)) return;
+    const Tensor &table = *in.position_table, &index = *in.position_index;
+    // The parameter of Swin and BEiT is (entries, heads).
+    const bool turned = table.stride(0) == 1 && table.stride(1) == p.heads;
+    const void* data = turned ? table.const_data_ptr() : straight.in_one_piece(table);
+    p.table = {static_cast<const float*>(data),
+               static_cast<const int64_t*>(straight.in_one_piece(index)), int32_t(table.size(1)),
+               turned, index.dim() == 1};
   }
 
   Tensor run(Tensor* lse) {

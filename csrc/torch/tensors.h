@@ -256,6 +256,22 @@ inline void describe_sinks(ff::Attention& p, const Tensor& query, const MaybeTen
   p.sinks = {static_cast<const float*>(sinks->const_data_ptr()), sinks->stride(0)};
 }
 
+// The index of a call's position table, null without one.
+inline const int64_t* position_index(const ff::Attention& p, const AttentionInputs& in) {
+  STD_TORCH_CHECK(in.position_table.has_value() == in.position_index.has_value(),
+                  "fastfusion: position_table and position_index come together");
+  if (!in.position_table) return nullptr;
+  const Tensor& table = *in.position_table;
+  check_fits(table.dim() == 2 && table.size(0) == p.heads && is_here(table, in.query) &&
+                 table.scalar_type() == ScalarType::Float && table.size(1) <= INT32_MAX &&
+                 (table.size(1) > 0 || p.q_len * p.kv_len == 0),
+             "position_table");
+  if (in.position_index->dim() != 1)
+    return integers(in.position_index, {p.q_len, p.kv_len}, in.query, "position_index");
+  const int64_t count = p.q_len + p.kv_len - 1;
+  return integers(in.position_index, {count > 0 ? count : 0}, in.query, "position_index");
+}
+
 // Of (batch, heads, length, dim) tensors.
 template <class Inputs>
 inline void describe_batched(ff::Attention& p, const Inputs& in) {

@@ -525,11 +525,3 @@ def refuses_gradient(call: Any) -> Sequence[str]:
     if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         return ("the gradient of alibi_slopes is left to the reference",)
     return ()
-
-
-def refuses_positions(call: Any) -> Sequence[str]:
-    """Why kernels that have these kinds but position tables cannot run a call."""
-    if getattr(call, "position_table", None) is None:
-        return refuses_gradient(call)
-    reason = "position_table is left to the other kernels and the reference"
-    return (*refuses_gradient(call), reason)

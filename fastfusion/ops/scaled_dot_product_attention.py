@@ -231,7 +231,7 @@ def scaled_dot_product_attention(
         position_index: integers, which entry a score has: (q_len, kv_len), or for each offset of
             key to query (q_len + kv_len - 1,), from 1 - q_len to kv_len - 1, whose memory is linear
             in the length. `ff.positions` makes those of T5, Swin and BEiT. What is not an entry
-            raises on the CPU; on a GPU Triton's kernels make NaN of it, and the reference raises as
+            raises on the CPU; on a GPU the kernels make NaN of it, and the reference raises as
             indexing in torch.
         return_lse: also return the log-sum-exp of each row of scores.
         backend: "cpu", "triton", "cuda" or "reference" to insist on one; None chooses.
@@ -460,7 +460,7 @@ def _triton_refuses(call: Call) -> Sequence[str]:
 
 
 def _cuda_refuses(call: Call) -> Sequence[str]:
-    return [*cuda.refuses(call, DEFINITION), *score_policy.refuses_positions(call)]
+    return [*cuda.refuses(call, DEFINITION), *score_policy.refuses_gradient(call)]
 
 
 def _cuda_waits(call: Call) -> bool:

@@ -81,7 +81,7 @@ FF_DEVICE void add_values(const float* weight_rows, const float* value_rows, int
 
 // Products to scores before masks.
 template <int kThreadRows>
-FF_DEVICE void shape_scores(const Kinds& kinds, int query, int key,
+FF_DEVICE void shape_scores(const Kinds& kinds, int last_query, int last_key, int query, int key,
                             float (&scores)[kThreadRows][4]) {
   if (kinds.cap > 0.0f) {
     for (int i = 0; i < kThreadRows; ++i)
@@ -91,6 +91,12 @@ FF_DEVICE void shape_scores(const Kinds& kinds, int query, int key,
     for (int i = 0; i < kThreadRows; ++i)
       for (int j = 0; j < 4; ++j)
         scores[i][j] = kinds.biased(scores[i][j], query + 2 * i, key + 16 * j);
+  }
+  if (kinds.positioned()) {
+    for (int i = 0; i < kThreadRows; ++i)
+      for (int j = 0; j < 4; ++j)
+        scores[i][j] +=
+            kinds.position(least(query + 2 * i, last_query), least(key + 16 * j, last_key));
   }
 }
 
@@ -224,7 +230,8 @@ attention_float32_kernel(Call c) {
       for (int j = 0; j < 4; ++j) scores[i][j] = rounded_product(scores[i][j], p.scale);
     }
     if constexpr (Kinds::kAny)
-      shape_scores(kinds, recomputed(place.first_row + row), recomputed(key + lane), scores);
+      shape_scores(kinds, int(p.q_len) - 1, place.end_key - 1, recomputed(place.first_row + row),
+                   recomputed(key + lane), scores);
     if (p.mask.data || place.padding || key + TileConfig::kKeys > place.end_key ||
         places.crosses(place.first_row, TileConfig::kRows, key, TileConfig::kKeys))
       mask_scores(p, place, places, recomputed(row), recomputed(key + lane), scores);
