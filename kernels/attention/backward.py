@@ -311,9 +311,9 @@ def attention_backward(
         name = f"attention_backward_{kernel}{'_tma' if tma else ''}"
         own, sizes = cut(name, query, widest, rows, roomy if kernel == "rows" else even, masked)
         # Beside tiles that wait numbers of segments spill: 4 bytes in rows of 64 columns on sm_80,
-        # 20 in keys of 32 on sm_86; and those of positions: 152 in rows on sm_80.
-        positioned = call.position_table is not None and kernel == "rows"
-        if positioned or (has_segments(call) and (kernel == "rows" or widest <= 32)):
+        # 20 in keys of 32 on sm_86; and those of positions: 152 in rows on sm_80, 36 in keys.
+        numbered = has_segments(call) or call.position_table is not None
+        if numbered and (kernel == "rows" or widest <= 32):
             sizes["num_stages"] = 1
         return own, sizes
 
