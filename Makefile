@@ -151,7 +151,7 @@ asan: $(VENV)/dependencies.stamp
 	@CXXFLAGS="$(SANITIZERS)" $(BIN)/python setup.py --quiet build_emulated --folder build/sanitized/emulated
 	@cd $(SANITIZED) && LD_PRELOAD="$(RUNTIME)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python \
 		-m pytest -n $(JOBS) -p no:benchmark -k "not triton and not scratch_memory" \
-		--emulated $(CURDIR)/build/sanitized/emulated/sm80/_emulated_ops.so \
+		--emulated $(CURDIR)/build/sanitized/emulated/sm90/_emulated_ops.so \
 		$(CURDIR)/tests/ops $(CURDIR)/tests/test_native.py $(CURDIR)/tests/test_cuda.py
 
 # Lines that the tests run: of C++ by gcov, of the kernels' tests alone, with a copy of the package as `make asan` has
@@ -170,7 +170,7 @@ coverage-cpp: $(VENV)/coverage.stamp
 	@CXXFLAGS="$(COUNTED)" $(BIN)/python setup.py --quiet build --build-base $(COVERED) --build-lib $(COVERED)/lib
 	@CXXFLAGS="$(COUNTED)" $(BIN)/python setup.py --quiet build_emulated --folder $(COVERED)/emulated
 	@cd $(COVERED)/lib && OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest -p no:xdist -p no:benchmark \
-		-k "not triton" --emulated $(CURDIR)/$(COVERED)/emulated/sm80/_emulated_ops.so $(CURDIR)/tests/ops \
+		-k "not triton" --emulated $(CURDIR)/$(COVERED)/emulated/sm90/_emulated_ops.so $(CURDIR)/tests/ops \
 		$(CURDIR)/tests/test_native.py $(CURDIR)/tests/test_cuda.py $(CURDIR)/tests/test_registration.py
 	@$(BIN)/python tests/native/coverage.py $(COVERED) $(ARGS)
 

@@ -95,7 +95,7 @@ NVCC_FLAGS = [
     *("-Icsrc", "--threads", "2"),
 ]
 # Kernels see the same bytes as different types, which device code may.
-EMULATED_ARCHS = (75, 80)
+EMULATED_ARCHS = (75, 90)
 EMULATED_FLAGS = ["-O2", "-fno-strict-aliasing", "-DFF_CUDA_EMULATED"]
 EMULATED_FLAGS += ["-Wno-unknown-pragmas", "-Wno-pass-failed"]  # loops unrolled are a GPU's matter
 

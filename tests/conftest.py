@@ -43,7 +43,7 @@ from fastfusion.backends import library  # noqa: E402
 
 torch.version.cuda = _cuda_version
 
-EMULATED = ROOT / "build/emulated/sm80/_emulated_ops.so"
+EMULATED = ROOT / "build/emulated/sm90/_emulated_ops.so"
 
 # The same examples in every run: a red run must be red again. To search with fresh ones, run
 # pytest --hypothesis-profile=default.

@@ -221,7 +221,7 @@ def test(row: Row, paths: list[str], every: int, jobs: int) -> Result:
     """Runs the suite, or the parts of it that are named."""
     report = row.folder / "junit.xml"
     report.unlink(missing_ok=True)
-    emulated = row.origin.source / "build/emulated/sm80/_emulated_ops.so"
+    emulated = row.origin.source / "build/emulated/sm90/_emulated_ops.so"
     options = ["-n", str(jobs), "-p", "no:benchmark", "-p", "no:cacheprovider"]
     options += [f"--emulated={emulated}", f"--junit-xml={report}", f"--every={every}"]
     options += [f"--cxx={row.compiler}"] * (row.compiler is not None)

@@ -31,7 +31,8 @@ QUICK_ARCHS = (75, 80, 90)
 WITHOUT_PRODUCTS = ("combine",)
 # The last argument of projections says whether their operands are aligned.
 UNALIGNED = re.compile(r"^project<.*false>$")
-# Turing has no bfloat16, nor the shared memory for some tiles: these kernels are empty there.
+# Turing has no bfloat16, nor the shared memory for some tiles, and GPUs before Ada no 8-bit floats:
+# these kernels are empty there.
 EMPTY_REGISTERS = 8
 COLUMNS = (
     *("kernel", "arch", "registers", "spilled bytes"),
@@ -74,6 +75,9 @@ class Row:
 def problems(row: Row) -> list[str]:
     """What keeps a kernel from being shipped."""
     found = []
+    is_empty = row.registers <= EMPTY_REGISTERS and row.arch < (
+        89 if "Float8" in row.kernel else 80
+    )
     if row.spilled:
         found.append(f"spills {row.spilled} bytes")
     if row.local_loads > 0:
@@ -81,7 +85,7 @@ def problems(row: Row) -> list[str]:
     if (
         re.search(r"\b(?:Half|BFloat16)\b", row.kernel)
         and not row.kernel.startswith(WITHOUT_PRODUCTS)
-        and not (row.arch < 80 and row.registers <= EMPTY_REGISTERS)
+        and not is_empty
     ):
         if row.tensor_core == 0:
             found.append("no tensor-core instruction")

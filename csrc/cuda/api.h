@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "calls.h"
+#include "cuda/float8.h"
 
 #ifdef FF_CUDA_EMULATED
 #define FF_CUDA_EXPORT
@@ -28,6 +29,13 @@ FF_CUDA_EXPORT const char* attention_forward(const AttentionForward& call, void*
 
 // How attention_forward runs a call on a device, for people.
 FF_CUDA_EXPORT const char* attention_path(const AttentionForward& call, int capability);
+
+// The same for keys and values of 8 bits beside queries of 16, from compute capability 8.9 on.
+FF_CUDA_EXPORT int64_t attention_workspace(const Float8Forward& call, int capability);
+FF_CUDA_EXPORT const char* attention_forward(const Float8Forward& call, void* workspace,
+                                             void* stream);
+FF_CUDA_EXPORT const char* attention_path(const Float8Forward& call, int capability);
+FF_CUDA_EXPORT bool runs_float8(Type type, int capability);
 
 // The same for attention in both directions.
 FF_CUDA_EXPORT int64_t bidirectional_workspace(const BidirectionalForward& call, int capability);

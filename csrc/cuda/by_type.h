@@ -9,6 +9,8 @@ const char* attention_float16(const AttentionForward&, int capability, void* wor
                               void* stream);
 const char* attention_bfloat16(const AttentionForward&, int capability, void* workspace,
                                void* stream);
+const char* attention_float16(const Float8Forward&, int capability, void* workspace, void* stream);
+const char* attention_bfloat16(const Float8Forward&, int capability, void* workspace, void* stream);
 const char* bidirectional_float16(const BidirectionalForward&, void* stream);
 const char* bidirectional_bfloat16(const BidirectionalForward&, void* stream);
 

@@ -16,6 +16,7 @@
 //   copy_async16, commit_copies, wait_copies<N>
 //   rounded_product                      of floats, and never a part of fmaf
 //   log2, reciprocal                     to 1 or 2 units in the last place, for numbers near 1
+//   unpack_float8<T>                     two 8-bit floats; has_float8() says whether FF_ARCH can
 //   exp2, pack<T>, low<T>, high<T>, to_float, from_float<T>, add_atomic
 //
 //   launch<kernel>(Launch, arguments...), compute_capability, shared_limit, shared_bytes<T>   host

@@ -217,6 +217,19 @@ FF_DEVICE float high(uint32_t both) {
   return to_float(T{uint16_t(both >> 16)});
 }
 
+constexpr bool has_float8() { return FF_ARCH >= 89; }
+
+// Two 8-bit floats (E4M3), exactly.
+template <class T>
+FF_DEVICE uint32_t unpack_float8(uint16_t two) {
+  uint32_t halves = 0;
+#if FF_ARCH >= 89
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(two));
+#endif
+  if constexpr (std::is_same_v<T, Half>) return halves;
+  return pack<T>(low<Half>(halves), high<Half>(halves));
+}
+
 FF_DEVICE unsigned add_atomic(unsigned* address, unsigned value) {
   return atomicAdd(address, value);
 }

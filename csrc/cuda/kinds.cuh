@@ -6,6 +6,7 @@
 #include "calls.h"
 #include "device.h"
 #include "diagonal.h"
+#include "float8.h"
 
 namespace ff::cuda {
 namespace {
@@ -15,6 +16,9 @@ inline bool has_kinds(const Attention& p) {
   return window || p.softcap > 0.0f || p.alibi.data || p.table.data || p.rules.any() ||
          p.sinks.data;
 }
+
+// Calls with 8-bit keys have one kernel for all that others have several for.
+inline bool has_kinds(const Float8Forward&) { return true; }
 
 // Which keys none of some queries sees by the segments of all of them, from the least to the
 // largest.
@@ -154,16 +158,28 @@ FF_DEVICE float sink_weight(float sink, int lane_of_row) {
 }
 
 // What a kernel is built for: scores that stay raw products, scores in natural units, and the same
-// with kinds.
+// with kinds, of keys of 16 bits or of 8.
 struct Products {
+  using Call = AttentionForward;
+  static constexpr bool kFloat8 = false;
   static constexpr bool kNatural = false;
   using Kinds = NoKinds;
 };
 struct Natural {
+  using Call = AttentionForward;
+  static constexpr bool kFloat8 = false;
   static constexpr bool kNatural = true;
   using Kinds = NoKinds;
 };
 struct WithKinds {
+  using Call = AttentionForward;
+  static constexpr bool kFloat8 = false;
+  static constexpr bool kNatural = true;
+  using Kinds = ff::cuda::Kinds;
+};
+struct WithFloat8 {
+  using Call = Float8Forward;
+  static constexpr bool kFloat8 = true;
   static constexpr bool kNatural = true;
   using Kinds = ff::cuda::Kinds;
 };

@@ -16,12 +16,14 @@ constexpr float kLn2 = 0.693147181f;
 // with: a mask of finfo.min or an extreme scale would overflow, and so would what the largest score
 // loses when it is rounded to a shift, from scales of about 2^26 on. Else scores stay raw products,
 // and one fma does the rest, with scale * log2(e).
-inline bool is_natural(const Attention& p) {
+template <class Call>
+bool is_natural(const Call& p) {
   return p.mask.data || has_kinds(p) || !(p.scale >= 0x1p-16f && p.scale <= 0x1p16f);
 }
 
 // The class of head dims that a call's kernel is made for, of which those with kinds have fewer.
-inline int padded_dim(const Attention& p, int64_t value_dim) {
+template <class Call>
+int padded_dim(const Call& p, int64_t value_dim) {
   const int64_t dim = p.head_dim > value_dim ? p.head_dim : value_dim;
   if (has_kinds(p)) return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
   return dim <= 32 ? 32 : int((dim + 63) / 64 * 64);
@@ -35,6 +37,15 @@ const char* with_scores(const Attention& p, const Body& body) {
   }
   if (is_natural(p)) return body.template operator()<Natural>();
   return body.template operator()<Products>();
+}
+
+template <int kDim, class Body>
+const char* with_scores(const Float8Forward&, const Body& body) {
+  if constexpr (kDim == 32 || kDim == 192) {
+    return "keys of 8 bits have no kernel of this class";
+  } else {
+    return body.template operator()<WithFloat8>();
+  }
 }
 
 // 0 in place of -inf, the maximum of a row without a key so far: -inf - -inf would be NaN.
@@ -75,14 +86,14 @@ struct Exponents : Units<Scores::kNatural> {
   typename Scores::Kinds kinds;
   int q_len, kv_len;
 
-  FF_DEVICE Exponents(const Attention& p, int64_t b, int64_t h)
+  FF_DEVICE Exponents(const Attention& p, int64_t b, int64_t h, float scale)
       : Units<Scores::kNatural>(p.scale),
         mask(Scores::kNatural ? p.mask.data : nullptr),
         row(p.mask.row),
         column(p.mask.column),
         type(p.mask_type),
         padding(p.padding, p.padding_batch, p.padding_column, b),
-        scale(p.scale),
+        scale(scale),
         places(p, b),
         kinds(p, b, h),
         q_len(int(p.q_len)),

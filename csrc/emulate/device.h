@@ -159,6 +159,14 @@ FF_DEVICE float high(uint32_t both) {
   return to_float(T{uint16_t(both >> 16)});
 }
 
+constexpr bool has_float8() { return FF_ARCH >= 89; }
+
+template <class T>
+FF_DEVICE uint32_t unpack_float8(uint16_t two) {
+  return pack<T>(emulation::float8_to_float(uint8_t(two)),
+                 emulation::float8_to_float(uint8_t(two >> 8)));
+}
+
 FF_DEVICE unsigned add_atomic(unsigned* address, unsigned value) {
   const unsigned before = *address;
   *address = before + value;

@@ -1,8 +1,10 @@
-// 16-bit numbers, one at a time. A NaN becomes 0x7fff, as on the device.
+// Numbers of 16 bits, and of 8, one at a time. A NaN becomes 0x7fff, as on the device.
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 namespace ff::cuda::emulation {
 namespace {
@@ -37,6 +39,15 @@ inline uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
   return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+// Of E4M3, which has no infinities.
+inline float float8_to_float(uint8_t value) {
+  const int size = value & 0x7f, exponent = size >> 3, digits = size & 7;
+  const float magnitude = size == 0x7f   ? std::numeric_limits<float>::quiet_NaN()
+                          : exponent > 0 ? std::ldexp(float(8 + digits), exponent - 10)
+                                         : std::ldexp(float(digits), -9);
+  return value & 0x80 ? -magnitude : magnitude;
 }
 
 }  // namespace

@@ -35,15 +35,27 @@ struct Attention {
   const Tensor& query;
   Device device;
   Straight straight;
-  ff::AttentionForward p;
+  cuda::Float8Forward p;
+  bool float8;
   int capability;
 
-  explicit Attention(const AttentionInputs& in) : query(in.query), device(query) {
+  explicit Attention(const AttentionInputs& in)
+      : query(in.query), device(query), float8(is_float8(in.key, query)) {
     check_dropout(in);
-    describe(p, in);
+    describe(p, in, float8);
     describe_positions(in);
     p.query = straight(in.query), p.key = straight(in.key), p.value = straight(in.value);
     capability = check_kernels(p);
+    if (!float8) return;
+    STD_TORCH_CHECK(cuda::runs_float8(p.type, capability),
+                    "fastfusion: keys of 8 bits need queries of 16 and compute capability 8.9");
+    p.key_scales = scales(in.key_scale), p.value_scales = scales(in.value_scale);
+  }
+
+  // What `use` makes of the call, which is one of two kinds.
+  template <class Use>
+  auto with_call(const Use& use) const {
+    return float8 ? use(p) : use(static_cast<const ff::AttentionForward&>(p));
   }
 
   void describe_positions(const AttentionInputs& in) {
@@ -60,9 +72,25 @@ struct Attention {
 
   Tensor run(Tensor* lse) {
     Tensor out = make_out(p, query, lse);
-    const Workspace workspace(cuda::attention_workspace(p, capability), query);
-    check_launch(cuda::attention_forward(p, workspace.data, device.stream()));
+    with_call([&](const auto& call) {
+      const Workspace workspace(cuda::attention_workspace(call, capability), query);
+      check_launch(cuda::attention_forward(call, workspace.data, device.stream()));
+    });
     return out;
+  }
+
+  const char* path() const {
+    return with_call([&](const auto& call) { return cuda::attention_path(call, capability); });
+  }
+
+ private:
+  ff::Slopes scales(const MaybeTensor& given) const {
+    if (!given) return {};
+    STD_TORCH_CHECK(given->dim() == 2 && given->size(0) == p.batch &&
+                        given->size(1) == p.kv_heads && is_here(*given, query) &&
+                        given->scalar_type() == ScalarType::Float,
+                    "fastfusion: scales must be float32 (batch, kv_heads)");
+    return {static_cast<const float*>(given->const_data_ptr()), given->stride(0), given->stride(1)};
   }
 };
 
@@ -74,10 +102,7 @@ std::tuple<Tensor, Tensor> attention_forward(const AttentionInputs& in) {
   return {out, lse};
 }
 
-std::string attention_path(const AttentionInputs& in) {
-  const Attention call(in);
-  return cuda::attention_path(call.p, call.capability);
-}
+std::string attention_path(const AttentionInputs& in) { return Attention(in).path(); }
 
 // ---- bidirectional_attention
 

@@ -26,6 +26,8 @@ struct AttentionInputs {
   MaybeTensor segment_ids_q = from.maybe_tensor("segment_ids_q");
   MaybeTensor segment_ids_k = from.maybe_tensor("segment_ids_k");
   MaybeTensor prefix_len = from.maybe_tensor("prefix_len");
+  MaybeTensor key_scale = from.maybe_tensor("key_scale");
+  MaybeTensor value_scale = from.maybe_tensor("value_scale");
   MaybeTensor position_index = from.maybe_tensor("position_index");
   MaybeTensor position_table = from.maybe_tensor("position_table");
   MaybeTensor sinks = from.maybe_tensor("sinks");

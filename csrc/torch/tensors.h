@@ -272,9 +272,13 @@ inline const int64_t* position_index(const ff::Attention& p, const AttentionInpu
   return integers(in.position_index, {count > 0 ? count : 0}, in.query, "position_index");
 }
 
-// Of (batch, heads, length, dim) tensors.
+inline bool is_float8(const Tensor& tensor, const Tensor& query) {
+  return tensor.scalar_type() == ScalarType::Float8_e4m3fn && is_here(tensor, query);
+}
+
+// Of (batch, heads, length, dim) tensors; `float8`: the keys and values are of 8 bits.
 template <class Inputs>
-inline void describe_batched(ff::Attention& p, const Inputs& in) {
+inline void describe_batched(ff::Attention& p, const Inputs& in, bool float8 = false) {
   STD_TORCH_CHECK(in.query.dim() == 4 && in.key.dim() == 4 && in.value.dim() == 4,
                   "fastfusion: query, key and value must be 4-D");
   const auto q = in.query.sizes(), k = in.key.sizes(), v = in.value.sizes();
@@ -282,7 +286,13 @@ inline void describe_batched(ff::Attention& p, const Inputs& in) {
   p.kv_heads = k[1], p.kv_len = k[2], p.value_dim = v[3];
   STD_TORCH_CHECK(k[0] == q[0] && v[0] == q[0] && v[1] == k[1] && v[2] == k[2] && k[3] == q[3],
                   "fastfusion: the shapes of query, key and value do not fit");
-  describe_kind(p, in.query, in.key, in.value);
+  if (float8) {
+    describe_kind(p, in.query);
+    STD_TORCH_CHECK(is_float8(in.key, in.query) && is_float8(in.value, in.query),
+                    "fastfusion: dtypes or devices differ");
+  } else {
+    describe_kind(p, in.query, in.key, in.value);
+  }
   p.query = view(in.query), p.key = view(in.key), p.value = view(in.value);
 
   describe_masks(p, in.query, in.attn_mask, in.key_padding_mask);
@@ -291,8 +301,10 @@ inline void describe_batched(ff::Attention& p, const Inputs& in) {
   describe_options(p, in);
 }
 
-inline void describe(ff::Attention& p, const AttentionInputs& in) {
-  describe_batched(p, in);
+inline void describe(ff::Attention& p, const AttentionInputs& in, bool float8 = false) {
+  describe_batched(p, in, float8);
+  STD_TORCH_CHECK(float8 || (!in.key_scale && !in.value_scale),
+                  "fastfusion: key_scale and value_scale are of keys of 8 bits");
   STD_TORCH_CHECK(in.enable_gqa || p.heads == p.kv_heads || p.kv_heads == 1,
                   "fastfusion: more query heads than key heads need enable_gqa");
   describe_sinks(p, in.query, in.sinks);

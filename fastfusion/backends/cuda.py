@@ -70,11 +70,15 @@ def unavailable() -> str | None:
 _capabilities: dict[int, int] = {}
 
 
-def _device_refuses(index: int, dtype: torch.dtype) -> str | None:
+def _device_capability(index: int) -> int:
     if index not in _capabilities:
         with _disable_current_modes():
             _capabilities[index] = torch.ops.fastfusion.cuda_capability(index)
-    capability = _capabilities[index]
+    return _capabilities[index]
+
+
+def _device_refuses(index: int, dtype: torch.dtype) -> str | None:
+    capability = _device_capability(index)
     if capability == 0:
         return "the GPU's driver is older than the CUDA runtime that they are built with"
     if capability < 75:
@@ -84,8 +88,9 @@ def _device_refuses(index: int, dtype: torch.dtype) -> str | None:
     return None
 
 
-# torch.compile calls it when it traces, and takes the answer as a constant.
+# torch.compile calls them when it traces, and takes their answers as constants.
 _device_refuses._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_device_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuses(call: Any, definition: Definition) -> Sequence[str]:
@@ -122,6 +127,21 @@ def refuses_tensor(query: Tensor, head_dims: Iterable[int] = ()) -> list[str]:
     if any(dim > MAX_DIM for dim in head_dims):
         reasons.append(f"head dims above {MAX_DIM} are left to the reference")
     return reasons
+
+
+def refuses_float8(query: Tensor) -> Sequence[str]:
+    """The same of a call whose keys and values are of 8 bits, beside what refuses any."""
+    if (
+        _missing is not None
+        or not (query.is_cuda or query.is_cpu)
+        or query.is_cpu != bool(emulated)
+    ):
+        return ()
+    if query.dtype == torch.float32:
+        return ("keys and values of 8 bits beside queries of float32 are left to the reference",)
+    if _device_capability(query.get_device()) < 89:
+        return ("keys and values of 8 bits need a GPU of compute capability 8.9",)
+    return ()
 
 
 def emulates(call: Any) -> bool:

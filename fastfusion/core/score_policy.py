@@ -20,7 +20,7 @@ A sink is one more score of a row, of a key whose value is 0 (OpenAI's gpt-oss; 
 Is Off By One", 2023, has 0 for all): P = exp(S) / (exp(sink) + sum_j exp(S)).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -525,3 +525,36 @@ def refuses_gradient(call: Any) -> Sequence[str]:
     if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         return ("the gradient of alibi_slopes is left to the reference",)
     return ()
+
+
+def kind_inputs(
+    shape: Mapping[str, Any], normal: Callable[..., Tensor], generator: Any, device: Any
+) -> dict[str, Any]:
+    """Arguments of an op for what a benchmark's shape has of kinds.
+
+    Args:
+        normal: makes normally distributed numbers, by sizes.
+    """
+    call: dict[str, Any] = {}
+    batch, heads = shape.get("batch", 1), shape.get("heads", 1)
+    q_len, kv_len = shape["q_len"], shape["kv_len"]
+    if shape.get("window"):
+        call["window"] = tuple(shape["window"])
+    if shape.get("softcap"):
+        call["softcap"] = shape["softcap"]
+    if shape.get("alibi"):
+        powers = torch.arange(1, heads + 1, device=device) * (-8.0 / heads)
+        call["alibi_slopes"] = torch.exp2(powers)
+    if shape.get("segments"):
+        for name, length in (("segment_ids_q", q_len), ("segment_ids_k", kv_len)):
+            places = torch.arange(length, device=device)
+            call[name] = (places * shape["segments"] // length).expand(batch, length)
+    if shape.get("prefix"):
+        call["prefix_len"] = torch.full((batch,), shape["prefix"], device=device)
+    if shape.get("sinks"):
+        call["sinks"] = torch.linspace(-1.0, 1.0, heads, device=device)
+    if shape.get("positions"):
+        size = (q_len + kv_len - 1,) if shape["positions"] == "offsets" else (q_len, kv_len)
+        index = torch.randint(64, size, generator=generator, device="cpu")
+        call |= {"position_table": normal(heads, 64), "position_index": index.to(device)}
+    return call

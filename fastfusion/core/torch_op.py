@@ -337,6 +337,7 @@ class ForwardOp:
         self.out = self.forward = _op(f"{name}_forward", fake)
         if definition.outputs > definition.results:
             self.out = _op(f"{name}_out", lambda *given: definition.without_lse(fake(*given)))
+        _ = definition._tail  # torch.compile does not enter the lock that Python 3.11 has around it
         ALL.append(self)
 
     def __call__(self, call: Any, lse: bool) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastfusion import ops
-from fastfusion.core import philox
+from fastfusion.core import float8, philox
 from fastfusion.core.op import Op, intercepted_by
 from fastfusion.core.score_policy import has_rare_kinds
 from fastfusion.distributed.ring import pieces, ring_attention, shared_seed
@@ -152,6 +152,7 @@ class _Parts:
             "window and alibi_slopes": any(value is not None for value in of_places),
             "segment ids, prefix_len, sinks and position tables": has_rare_kinds(call),
             "softcap": call.softcap is not None and way == RING,
+            "keys of 8 bits": float8.has(call.key),
             "attn_mask": call.attn_mask is not None
             and (way not in (NOTHING, SUM) or (call.seed is not None and self.zigzag)),
             "is_causal": call.is_causal

@@ -39,7 +39,8 @@ class Layout:
 _ATTENTION = {
     "query": "bhqd", "key": "bhkd", "value": "bhkd", "attn_mask": "bhqk", "key_padding_mask": "bk",
     "alibi_slopes": "bh", "segment_ids_q": "bq", "segment_ids_k": "bk", "prefix_len": "b",
-    "sinks": "h", "position_table": "he", "position_index": "",
+    "sinks": "h", "position_table": "he", "position_index": "", "key_scale": "bh",
+    "value_scale": "bh",
 }  # fmt: skip
 _BOTH = {
     **_ATTENTION, "query_value": "bhqd", "query_padding_mask": "bq",

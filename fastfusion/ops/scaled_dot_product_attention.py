@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from fastfusion.backends import cpu, cuda, triton
-from fastfusion.core import arguments, philox, score_policy
+from fastfusion.core import arguments, float8, philox, score_policy
 from fastfusion.core import reference as formulas
 from fastfusion.core.op import Implementation, Op, never_refuses
-from fastfusion.core.score_policy import Window
+from fastfusion.core.score_policy import Window, slopes_of_each
 from fastfusion.core.torch_op import Definition
 
 _is_compiling = torch.compiler.is_compiling
@@ -53,6 +53,8 @@ class Arguments(NamedTuple):
     sinks: Any = None
     position_table: Any = None
     position_index: Any = None
+    key_scale: Any = None
+    value_scale: Any = None
     return_lse: Any = False
     backend: Any = None
 
@@ -81,6 +83,8 @@ class Call(NamedTuple):
     segment_ids_q: Tensor | None = None  # (B, Lq)
     segment_ids_k: Tensor | None = None  # (B, Lk)
     prefix_len: Tensor | None = None  # (B,), of a causal call
+    key_scale: Tensor | None = None  # (B, Hkv), of 8-bit keys
+    value_scale: Tensor | None = None  # (B, Hkv)
     position_index: Tensor | None = None  # (Lq, Lk), or by offset (Lq + Lk - 1,)
     position_table: Tensor | None = None  # (H, entries)
     sinks: Tensor | None = None  # (H,)
@@ -93,7 +97,7 @@ class Call(NamedTuple):
         query, key, value = self.query, self.key, self.value
         batch, heads, q_len, dim = query.shape
         kv_batch, kv_heads, kv_len, _ = value.shape
-        yield arguments.are_alike(query, key, value)
+        yield from float8.conditions(self, batch, kv_heads)
         yield dim > 0
         yield kv_batch == batch
         for size, expected in zip(key.shape, (batch, kv_heads, kv_len, dim), strict=True):
@@ -130,6 +134,8 @@ def scaled_dot_product_attention(
     sinks: Tensor | None = None,
     position_table: Tensor | None = None,
     position_index: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -155,6 +161,8 @@ def scaled_dot_product_attention(
     sinks: Tensor | None = None,
     position_table: Tensor | None = None,
     position_index: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -179,6 +187,8 @@ def scaled_dot_product_attention(
     sinks: Tensor | None = None,
     position_table: Tensor | None = None,
     position_index: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -191,7 +201,8 @@ def scaled_dot_product_attention(
         query: (batch, heads, q_len, head_dim), float32, bfloat16, float16 or float64. 2-D and 3-D
             inputs, more batch dimensions and size-1 batch and head dimensions are accepted as in
             torch.
-        key: (batch, kv_heads, kv_len, head_dim).
+        key: (batch, kv_heads, kv_len, head_dim). For inference key and value may be float8_e4m3fn,
+            in the kernels of CUDA beside queries of 16 bits, from compute capability 8.9 on.
         value: (batch, kv_heads, kv_len, value_dim).
         attn_mask: broadcastable to (batch, heads, q_len, kv_len): bool, True = attend, or a
             float bias (of the query's dtype or float32) that is added to the scores and may
@@ -231,8 +242,9 @@ def scaled_dot_product_attention(
         position_index: integers, which entry a score has: (q_len, kv_len), or for each offset of
             key to query (q_len + kv_len - 1,), from 1 - q_len to kv_len - 1, whose memory is linear
             in the length. `ff.positions` makes those of T5, Swin and BEiT. What is not an entry
-            raises on the CPU; on a GPU the kernels make NaN of it, and the reference raises as
-            indexing in torch.
+            raises; kernels on a GPU make NaN of it.
+        key_scale, value_scale: float32, broadcastable to (batch, kv_heads): what keys and values
+            of float8_e4m3fn count times; 1 by default.
         return_lse: also return the log-sum-exp of each row of scores.
         backend: "cpu", "triton", "cuda" or "reference" to insist on one; None chooses.
 
@@ -249,14 +261,14 @@ def scaled_dot_product_attention(
     if not _is_compiling():
         # Each argument by its name: 0.1 us less than tuples that are put together.
         if has_torch_function_variadic(
-            query, key, value, attn_mask, key_padding_mask, alibi_slopes, segment_ids_q,
-            segment_ids_k, prefix_len, sinks, position_table, position_index,
+            query, key, value, attn_mask, key_padding_mask, alibi_slopes, segment_ids_q, key_scale,
+            segment_ids_k, prefix_len, sinks, position_table, position_index, value_scale,
         ):  # fmt: skip
             given = Arguments(
                 query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                 key_padding_mask, causal_alignment, window, softcap, alibi_slopes, segment_ids_q,
-                segment_ids_k, prefix_len, sinks, position_table, position_index, return_lse,
-                backend,
+                segment_ids_k, prefix_len, sinks, position_table, position_index, key_scale,
+                value_scale, return_lse, backend,
             )  # fmt: skip
             answer = arguments.ask_torch_function(
                 scaled_dot_product_attention, given, _POSITIONAL, (*given[:4], *given[8:-2])
@@ -273,14 +285,12 @@ def scaled_dot_product_attention(
         ):
             left, right, cap = kinds
             # 0.1 us less than by its own constructor.
-            slopes = alibi_slopes
-            if slopes is not None:
-                slopes = score_policy.slopes_of_each(slopes, query)
+            slopes = None if alibi_slopes is None else slopes_of_each(alibi_slopes, query)
             call = tuple.__new__(Call, (
                 query, key, value, attn_mask, key_padding_mask, slopes, None, 0.0,
                 is_causal or prefix_len is not None, causal_alignment == "bottom_right", scale,
-                enable_gqa, left, right, cap, segment_ids_q, segment_ids_k, prefix_len,
-                position_index, position_table, sinks,
+                enable_gqa, left, right, cap, segment_ids_q, segment_ids_k, prefix_len, key_scale,
+                value_scale, position_index, position_table, sinks,
             ))  # fmt: skip
             result = OP.attempt(backend, call, return_lse)
             if result is not None:
@@ -289,7 +299,8 @@ def scaled_dot_product_attention(
         Arguments(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
             key_padding_mask, causal_alignment, window, softcap, alibi_slopes, segment_ids_q,
-            segment_ids_k, prefix_len, sinks, position_table, position_index, return_lse,
+            segment_ids_k, prefix_len, sinks, position_table, position_index, key_scale,
+            value_scale, return_lse,
         )
     )  # fmt: skip
     result = OP.run(backend, call, return_lse)
@@ -305,7 +316,7 @@ def scaled_dot_product_attention(
 def check(given: Arguments) -> None:
     """Raise TypeError or ValueError for arguments that are not legal."""
     query, key, value = given.query, given.key, given.value
-    arguments.check_tensors(query=query, key=key, value=value)
+    float8.check_tensors(query, key, value)
     sizes = arguments.shapes(query=query, key=key, value=value)
     if not query.dim() == key.dim() == value.dim() or query.dim() < 2:
         raise ValueError(f"query, key and value must have the same rank, at least 2, got {sizes}")
@@ -319,6 +330,7 @@ def check(given: Arguments) -> None:
         raise ValueError(f"query, key and value must have one batch size, got {sizes}") from None
     arguments.check_flag("enable_gqa", given.enable_gqa)
     heads: tuple[int, ...] = ()
+    key_heads = heads
     if query.dim() > 2:
         q_heads, k_heads, v_heads = (t.shape[-3] for t in (query, key, value))
         kv_heads = v_heads if k_heads == 1 else k_heads
@@ -334,6 +346,8 @@ def check(given: Arguments) -> None:
                 f"the heads of query must be a multiple of the heads of key, got {sizes}"
             )
         heads = (q_heads if given.enable_gqa or kv_heads == 1 else kv_heads,)
+        key_heads = (kv_heads,)
+    float8.check_scales(given, (*leading, *key_heads), sizes)
     q_len, kv_len = query.shape[-2], key.shape[-2]
     target = (*leading, *heads, q_len, kv_len)
     arguments.check_flag("is_causal", given.is_causal)
@@ -359,7 +373,7 @@ def normalize(given: Arguments) -> Call:
     query, key, value, attn_mask = given[:4]
     key_padding_mask, enable_gqa = given.key_padding_mask, given.enable_gqa
     dtype = arguments.autocast_dtype(arguments.device_type_of(query))
-    query, key, value = arguments.autocast_cast(dtype, query, key, value)
+    query, key, value = float8.autocast(dtype, query, key, value)
     attn_mask = arguments.autocast_mask(dtype, attn_mask)
     if not _is_compiling():
         check(given._replace(query=query, key=key, value=value, attn_mask=attn_mask))
@@ -381,9 +395,12 @@ def normalize(given: Arguments) -> Call:
     query = _widened(query, (*outer, heads))
     key, value = _widened(key, (*outer, kv_heads)), _widened(value, (*outer, kv_heads))
     slopes = score_policy.slopes_of(given.alibi_slopes, query, *outer, heads)
+    key_scale, value_scale = float8.scales_of(given, *outer, kv_heads)
     ranges = score_policy.ranges_of(given, outer, query.shape[-2], key.shape[-2])
     if rank > 4:
-        slopes = None if slopes is None else slopes.flatten(0, rank - 4)
+        slopes, key_scale, value_scale = (
+            t if t is None else t.flatten(0, rank - 4) for t in (slopes, key_scale, value_scale)
+        )
         query, key, value = (t.flatten(0, rank - 4) for t in (query, key, value))
         if attn_mask is not None and attn_mask.dim() > 3:
             attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-3:]).flatten(0, rank - 4)
@@ -394,7 +411,7 @@ def normalize(given: Arguments) -> Call:
         query, key, value, attn_mask, key_padding_mask, slopes, seed, given.dropout_p,
         is_causal or given.prefix_len is not None, causal_alignment == "bottom_right", scale,
         bool(enable_gqa or kv_heads != heads), *score_policy.kinds_of(given), *ranges,
-        *score_policy.positions_of(given, query, heads),
+        key_scale, value_scale, *score_policy.positions_of(given, query, heads),
         score_policy.sinks_of(given.sinks, query, heads),
     )  # fmt: skip
 
@@ -407,6 +424,10 @@ def _widened(tensor: Tensor, leading: tuple[int, ...]) -> Tensor:
 
 def run_reference(call: Call, lse: bool) -> Any:
     """The definition."""
+    if float8.has(call.key):
+        dtype = formulas.accumulation_dtype(call.query.dtype)
+        out, log_sum_exp = run_reference(float8.widened(call, dtype), True)
+        return (out.to(call.query.dtype), log_sum_exp) if lse else out.to(call.query.dtype)
     diagonal = call.key.shape[2] - call.query.shape[2] if call.bottom_right else 0
     out, log_sum_exp = formulas.attention(
         score_policy.policy_of(call, diagonal), call.query, call.key, call.value, call.attn_mask,
@@ -449,18 +470,18 @@ def _cpu_path(call: Call) -> str:
 
 
 def _cpu_refuses(call: Call) -> Sequence[str]:
-    reasons = cpu.refuses(call)
-    if call.alibi_slopes is None:
-        return reasons
-    return [*reasons, *score_policy.refuses_gradient(call)]
+    if call.alibi_slopes is None and call.key.dtype is not float8.DTYPE:
+        return cpu.refuses(call)
+    return [*cpu.refuses(call), *float8.refuses(call), *score_policy.refuses_gradient(call)]
 
 
 def _triton_refuses(call: Call) -> Sequence[str]:
-    return [*triton.refuses(call), *score_policy.refuses_gradient(call)]
+    return [*triton.refuses(call), *score_policy.refuses_gradient(call), *float8.refuses(call)]
 
 
 def _cuda_refuses(call: Call) -> Sequence[str]:
-    return [*cuda.refuses(call, DEFINITION), *score_policy.refuses_gradient(call)]
+    reasons = [*cuda.refuses(call, DEFINITION), *score_policy.refuses_gradient(call)]
+    return [*reasons, *cuda.refuses_float8(call.query)] if float8.has(call.key) else reasons
 
 
 def _cuda_waits(call: Call) -> bool:
@@ -511,34 +532,15 @@ def inputs(
         call["is_causal"] = True
     if kv_heads != heads:
         call["enable_gqa"] = True
-    if shape.get("window"):
-        call["window"] = tuple(shape["window"])
-    if shape.get("softcap"):
-        call["softcap"] = shape["softcap"]
-    if shape.get("alibi"):
-        powers = torch.arange(1, heads + 1, device=device) * (-8.0 / heads)
-        call["alibi_slopes"] = torch.exp2(powers)
-    if shape.get("segments"):
-        for name, length in (("segment_ids_q", q_len), ("segment_ids_k", kv_len)):
-            places = torch.arange(length, device=device)
-            call[name] = (places * shape["segments"] // length).expand(batch, length)
-    if shape.get("prefix"):
-        call["prefix_len"] = torch.full((batch,), shape["prefix"], device=device)
-    if shape.get("sinks"):
-        call["sinks"] = torch.linspace(-1.0, 1.0, heads, device=device)
-    if shape.get("positions"):
-        size = (q_len + kv_len - 1,) if shape["positions"] == "offsets" else (q_len, kv_len)
-        index = torch.randint(64, size, generator=generator, device="cpu")
-        call |= {"position_table": normal(heads, 64), "position_index": index.to(device)}
+    call |= score_policy.kind_inputs(shape, normal, generator, device)
     mask = shape.get("mask")
     if mask == "key_padding":
         hidden = torch.zeros(batch, kv_len, dtype=torch.bool, device="cpu")
         hidden[::2, kv_len - kv_len // 4 :] = True
         call["key_padding_mask"] = hidden.to(device)
     elif mask == "bool":
-        call["attn_mask"] = (torch.rand(q_len, kv_len, generator=generator, device="cpu") > 0.2).to(
-            device
-        )
+        numbers = torch.rand(q_len, kv_len, generator=generator, device="cpu")
+        call["attn_mask"] = (numbers > 0.2).to(device)
     elif mask == "bias":
         call["attn_mask"] = normal(1, heads, q_len, kv_len)
     elif mask is not None:

@@ -11,6 +11,9 @@ from fastfusion.benchmarks.compile_gates import cuda as kernels_cuda
 from fastfusion.benchmarks.compile_gates.cuda import Row, problems
 
 GOOD = Row("attention_tile<Half, 64>", 80, 200, 0, tensor_core=64, copies=7, local_loads=0)
+FLOAT8 = Row(
+    "attention_tile<Half, 64, WithFloat8>", 86, 4, 0, tensor_core=0, copies=0, local_loads=0
+)
 EMPTY = Row("attention_tile<BFloat16, 64>", 75, 4, 0, tensor_core=0, copies=0, local_loads=0)
 
 
@@ -24,8 +27,9 @@ EMPTY = Row("attention_tile<BFloat16, 64>", 75, 4, 0, tensor_core=0, copies=0, l
         replace(GOOD, kernel="project<Half, 1, true, false>", copies=0),
         replace(GOOD, tensor_core=-1, copies=-1, local_loads=-1),
         EMPTY,
+        FLOAT8,
     ],
-    ids=["good", "Turing", "combine", "float32", "unaligned", "not counted", "empty"],
+    ids=["good", "Turing", "combine", "float32", "unaligned", "not counted", "empty", "8 bits"],
 )
 def test_a_good_build_passes(row: Row) -> None:
     assert problems(row) == []
@@ -40,10 +44,21 @@ def test_a_good_build_passes(row: Row) -> None:
         (replace(GOOD, tensor_core=0), "tensor-core"),
         (replace(EMPTY, registers=40), "tensor-core"),
         (replace(EMPTY, arch=80, copies=1), "tensor-core"),
+        (replace(FLOAT8, arch=89, copies=1), "tensor-core"),
         (replace(GOOD, copies=0), "asynchronous copy"),
         (replace(GOOD, kernel="project<BFloat16, 1, false, true>", copies=0), "asynchronous copy"),
     ],
-    ids=["spill", "float32", "local", "no mma", "Turing", "empty Ampere", "no copy", "aligned"],
+    ids=[
+        "spill",
+        "float32",
+        "local",
+        "no mma",
+        "Turing",
+        "empty Ampere",
+        "empty Ada",
+        "no copy",
+        "aligned",
+    ],
 )
 def test_a_bad_build_fails(row: Row, words: str) -> None:
     (problem,) = problems(row)

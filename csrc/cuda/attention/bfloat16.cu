@@ -8,4 +8,9 @@ const char* attention_bfloat16(const AttentionForward& p, int capability, void* 
   return attention_half<BFloat16>(p, capability, workspace, stream);
 }
 
+const char* attention_bfloat16(const Float8Forward& p, int capability, void* workspace,
+                               void* stream) {
+  return attention_half<BFloat16>(p, capability, workspace, stream);
+}
+
 }  // namespace ff::cuda

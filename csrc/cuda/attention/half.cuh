@@ -7,9 +7,8 @@
 namespace ff::cuda {
 namespace {
 
-template <class T>
-const char* attention_half(const AttentionForward& p, int capability, void* workspace,
-                           void* stream) {
+template <class T, class Call>
+const char* attention_half(const Call& p, int capability, void* workspace, void* stream) {
   if (const auto plan = short_plan(p, capability)) return run_short<T>(p, *plan, workspace, stream);
   return run_tiles<T>(p, capability, stream);
 }

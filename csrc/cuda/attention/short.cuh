@@ -6,7 +6,7 @@
 
 #include <optional>
 
-#include "cuda/softmax.cuh"
+#include "float8.cuh"
 
 namespace ff::cuda {
 namespace {
@@ -37,7 +37,8 @@ inline int short_bytes(const ShortPlan& plan, int dim) {
 }
 
 // How a call goes this way, if it does: a matter of one sequence's lengths and the device alone.
-inline std::optional<ShortPlan> short_plan(const Attention& p, int capability) {
+template <class Call>
+std::optional<ShortPlan> short_plan(const Call& p, int capability) {
   if (p.q_len > 64 && p.kv_len > kSlice) return std::nullopt;
   ShortPlan plan{1, kSlice, kSlice, 1, 0, 1, nullptr, nullptr, is_natural(p)};
   const int dim = padded_dim(p, p.value_dim), keys = int(p.kv_len + 15) / 16 * 16;
@@ -77,8 +78,8 @@ FF_DEVICE int64_t chunk_row(const Attention& p, const ShortPlan& plan, int64_t h
 
 template <class T, int kDim, class Scores>
 FF_KERNEL(most_slices(kDim) * 32)
-attention_short(const AttentionForward p, const ShortPlan plan) {
-  if constexpr (has_mma<T>()) {
+attention_short(const typename Scores::Call p, const ShortPlan plan) {
+  if constexpr (has_mma<T>() && (!Scores::kFloat8 || has_float8())) {
     constexpr int kTiles = kSlice / 8, kChunks = kDim / 8;
     // Either warps share queries or they share keys. A slice may be alone in its chunk, where
     // shared memory holds no two.
@@ -90,7 +91,7 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
     const int place = slice * plan.keys, first_key = chunk * plan.rows + place;
     const int keys = plan.rows - place < plan.keys ? plan.rows - place : plan.keys;
 
-    const Exponents<Scores> exponents(p, b, h);
+    const Exponents<Scores> exponents(p, b, h, score_scale<Scores>(p, b, h));
     const KeyFlags flags(exponents.padding, first_key, exponents.kv_len);
 
     Shared shared;
@@ -114,6 +115,14 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
         if (!queries) present &= exponents.places.reach(first_query, plan.tiles * 16, first);
       }
       T* const to = queries ? query.data : (operand == 1 ? key.data : value.data) + place * kDim;
+      if constexpr (Scores::kFloat8) {
+        if (!queries) {
+          load_float8(view, b, kv_head_of(p, h), head.dim, first, SharedTile<T, kDim>{to}, keys,
+                      present, own ? lane_index() : thread_index(), own ? 32 : plan.tiles * 32);
+          commit_copies();
+          continue;
+        }
+      }
       const RowCopy<T, kDim> copy(head, first, uint32_t(own ? lane_index() : thread_index()),
                                   uint32_t(own ? 32 : plan.slices * plan.tiles * 32));
       copy.template load<false>(SharedTile<T, kDim>{to}, queries ? plan.tiles * 16 : keys, present);
@@ -169,6 +178,7 @@ attention_short(const AttentionForward p, const ShortPlan plan) {
       add_weighted(exponents, weights[n], weights[n + 1], shift, values, n * 8, sum, out);
     }
     sum[0] = row_sum(sum[0]), sum[1] = row_sum(sum[1]);
+    apply_value_scale<Scores>(p, b, h, out);
 
     if (!sliced) {
       store_means(query, tile * 16, p.out, b, h, row, int(p.q_len), int(p.value_dim), sum, out);
@@ -285,8 +295,8 @@ combine_chunks(const AttentionForward p, const ShortPlan plan) {
   }
 }
 
-template <class T>
-const char* run_short(const AttentionForward& p, ShortPlan plan, void* workspace, void* stream) {
+template <class T, class Call>
+const char* run_short(const Call& p, ShortPlan plan, void* workspace, void* stream) {
   const int64_t heads = p.batch * p.heads;
   if (heads * p.q_len > 0xffffffff) return "more than 2^32 queries";
   plan.outs = static_cast<float*>(workspace);
@@ -299,7 +309,8 @@ const char* run_short(const AttentionForward& p, ShortPlan plan, void* workspace
   });
   if (error || plan.chunks == 1) return error;
   const int64_t blocks = (heads * p.q_len + kCombined - 1) / kCombined;
-  return launch<combine_chunks<T>>({blocks, kCombined * 32, 0, stream}, p, plan);
+  const AttentionForward& outputs = p;
+  return launch<combine_chunks<T>>({blocks, kCombined * 32, 0, stream}, outputs, plan);
 }
 
 }  // namespace

@@ -3,7 +3,9 @@
 // while this one is computed, where shared memory holds two.
 #pragma once
 
-#include "cuda/softmax.cuh"
+#include <type_traits>
+
+#include "float8.cuh"
 
 namespace ff::cuda {
 namespace {
@@ -79,8 +81,8 @@ constexpr int blocks_beside() {
 
 template <class T, int kDim, int kWarps, int kKeys, class Scores>
 FF_KERNEL_BESIDE(kWarps * 32, (blocks_beside<kDim, kWarps, Scores>()))
-attention_tile(const AttentionForward p, const TilePlan plan) {
-  if constexpr (has_tile<T, kDim, kKeys>()) {
+attention_tile(const typename Scores::Call p, const TilePlan plan) {
+  if constexpr (has_tile<T, kDim, kKeys>() && (!Scores::kFloat8 || has_float8())) {
     constexpr int kThreads = kWarps * 32, kTiles = kKeys / 8;
     uint32_t index = uint32_t(block_index());
     const int first_query = take_last(index, plan.groups) * kWarps * 16;
@@ -93,7 +95,7 @@ attention_tile(const AttentionForward p, const TilePlan plan) {
     T* const value = shared.take<T>(stages * kKeys * kDim);
     int* const scratch = shared.take<int>(2 * kWarps + 6);
 
-    const Exponents<Scores> exponents(p, b, h);
+    const Exponents<Scores> exponents(p, b, h, score_scale<Scores>(p, b, h));
     const auto stage = [&](T* tiles, int tile) {
       return SharedTile<T, kDim>{tiles + (tile & (stages - 1)) * kKeys * kDim};
     };
@@ -143,7 +145,12 @@ attention_tile(const AttentionForward p, const TilePlan plan) {
           kept[3 + next % 2 * 2] = int(uint32_t(coming >> 32));
         }
         const SharedTile<T, kDim> key_stage = stage(key, next), value_stage = stage(value, next);
-        if (state & 1) {
+        if constexpr (Scores::kFloat8) {
+          load_float8(p.key, b, kv_head, int(p.head_dim), next * kKeys, key_stage, kKeys, coming,
+                      int(thread), kThreads);
+          load_float8(p.value, b, kv_head, int(p.value_dim), next * kKeys, value_stage, kKeys,
+                      coming, int(thread), kThreads);
+        } else if (state & 1) {
           keys.template load_chunks<true>(key_stage, kKeys, coming);
           values.template load_chunks<true>(value_stage, kKeys, coming);
         } else {
@@ -209,14 +216,15 @@ attention_tile(const AttentionForward p, const TilePlan plan) {
     }
 
     sum[0] = row_sum(sum[0]), sum[1] = row_sum(sum[1]);
+    apply_value_scale<Scores>(p, kept[0], kept[1], out);
     store_means(query, warp_index() * 16, p.out, kept[0], kept[1], row, int(p.q_len),
                 int(p.value_dim), sum, out);
     store_lses(exponents, p.lse, kept[0], kept[1], row, int(p.q_len), maximum, sum);
   }
 }
 
-template <class T, int kDim, int kWarps, int kKeys>
-const char* launch_tile(const AttentionForward& p, int capability, void* stream) {
+template <class T, int kDim, int kWarps, int kKeys, class Call>
+const char* launch_tile(const Call& p, int capability, void* stream) {
   const auto bytes = tile_bytes<kDim, kWarps, kKeys>;
   const bool two = has_two_stages<kDim, kWarps, kKeys>() || bytes(2) <= shared_limit(capability);
   const int stages = two ? 2 : 1;
@@ -233,21 +241,24 @@ const char* launch_tile(const AttentionForward& p, int capability, void* stream)
 
 // 128 queries a block where a head has many and their outputs leave registers for it; with kinds
 // the range of keys that any of them sees would be wider, too.
-inline bool takes_wide_tiles(const Attention& p, int capability) {
+template <class Call>
+bool takes_wide_tiles(const Call& p, int capability) {
   return capability >= 80 && p.q_len >= 512 && padded_dim(p, p.value_dim) <= 128 && !has_kinds(p);
 }
 
-template <class T>
-const char* run_tiles(const AttentionForward& p, int capability, void* stream) {
+template <class T, class Call>
+const char* run_tiles(const Call& p, int capability, void* stream) {
   return with_dim(padded_dim(p, p.value_dim), [&]<int kDim>() {
     if constexpr (kDim <= 128) {
-      const auto wide = launch_tile<T, kDim, 8, 64>, narrow = launch_tile<T, kDim, 4, 64>;
+      const auto wide = launch_tile<T, kDim, 8, 64, Call>,
+                 narrow = launch_tile<T, kDim, 4, 64, Call>;
       return (takes_wide_tiles(p, capability) ? wide : narrow)(p, capability, stream);
-    } else if constexpr (kDim == 256) {
-      const auto older = launch_tile<T, kDim, 4, 16>, newer = launch_tile<T, kDim, 4, 32>;
+    } else if constexpr (kDim == 256 && !std::is_same_v<Call, Float8Forward>) {
+      const auto older = launch_tile<T, kDim, 4, 16, Call>,
+                 newer = launch_tile<T, kDim, 4, 32, Call>;
       return (capability < 80 ? older : newer)(p, capability, stream);
     } else {
-      return launch_tile<T, kDim, 4, 32>(p, capability, stream);
+      return launch_tile<T, kDim, 4, 32, Call>(p, capability, stream);
     }
   });
 }

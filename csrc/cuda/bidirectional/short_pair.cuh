@@ -137,7 +137,7 @@ bidirectional_short(const BidirectionalForward p, const PairPlan plan) {
     float* const scores = shared.take<float>(plan.queries * stride);
 
     // A hidden position has scores for its own output, so that no padding hides them.
-    const Exponents<Scores> exponents(p, b, h);
+    const Exponents<Scores> exponents(p, b, h, p.scale);
     const Padding none(nullptr, 0, 0, 0);
     const Padding query_padding(p.query_padding, p.query_padding_batch, p.query_padding_column, b);
 #pragma unroll 1
