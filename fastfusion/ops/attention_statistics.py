@@ -92,6 +92,7 @@ class Call(NamedTuple):
 
     def conditions(self) -> Iterator[Any]:
         """What holds for every call; a mask that does not broadcast raises."""
+        yield arguments.are_alike(self.query, self.key)
         yield from self.attention().conditions()
         yield from arguments.padding_fits(
             self.query_padding_mask, self.query, self.query.shape[0], self.query.shape[2]
@@ -171,6 +172,7 @@ def check(given: Arguments) -> None:
 def _check_own(given: Arguments) -> None:
     """Of what attention does not know."""
     query, kv_len = given.query, given.key.shape[-2]
+    arguments.check_tensors(key=given.key)  # attention knows keys of 8 bits
     if "topk" in _asked(given.what):
         if isinstance(given.k, bool) or not isinstance(given.k, int):
             raise TypeError(f"k must be an int, got {type(given.k).__name__}")

@@ -221,6 +221,18 @@ class TestKernels:
 
 
 class TestRefusals:
+    def test_other_ops(self) -> None:
+        query, key, value = (t.cpu() for t in operands(3, 5, 8, 8, torch.float16))
+        key, value = (t.repeat_interleave(2, 1) for t in (key, value))
+        for run in (
+            lambda: ff.attention_statistics(query, key),
+            lambda: ff.bidirectional_attention(query, key, value, query),
+        ):
+            with pytest.raises(
+                TypeError, match="key must be float16, bfloat16, float32 or float64"
+            ):
+                run()
+
     @pytest.mark.parametrize("backend", ["cpu", "triton"])
     def test_backends_without_them(self, backend: str) -> None:
         given = operands(3, 5, 8, 8, torch.bfloat16)
