@@ -415,7 +415,7 @@ def test_emulated_kernels_stay_out_of_the_package(source: Path, compiler: Compil
     assert ["-DFF_ARCH=80" in k for k in kernels].count(True) == 1
     assert all("-DFF_CUDA_EMULATED" in line for line in lines if " -c " in line)
     found = {str(p.relative_to(source)) for p in source.rglob("*.so")}
-    assert found == {f"build/emulated/sm{arch}/_emulated_ops.so" for arch in (75, 80)}
+    assert found == {f"build/emulated/sm{arch}/_emulated_ops.so" for arch in (75, 90)}
     run(source, *command, cxx=str(compiler.path))
     assert compiler.commands() == []
     assert run(source, *command, cxx="/nonexistent/g++").returncode == 0
