@@ -103,22 +103,16 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_shipped_kernels_compile_well(tmp_path: Path) -> None:
-    """Plain calls at head dim 64 for Hopper, which has instructions and kernels of its own, and the
-    heaviest at 128 where a block has the least shared memory. `make kernels` has the rest."""
+    """Each kernel once for Hopper, which has instructions and kernels of its own. `make kernels` has
+    the rest: another start costs as much as eight builds."""
     path = tmp_path / "kernels.json"
-    kernels = set()
-    for arch, sizes, variants in (
-        ("90", "64,160,768", "plain,few queries,long,positions"),
-        ("86", "128,77,1024", "heaviest,some heaviest"),
-    ):
-        options = ("--size", sizes, "--variant", variants, "--json", str(path))
-        result = run("--quick", "--arch", arch, *options)
-        assert result.returncode == 0, result.stdout + result.stderr
-        rows = json.loads(path.read_text())["rows"]
-        assert {row[4] for row in rows} == {f"sm_{arch}"}
-        # FLOPs of tensor cores where and only where there are products, of one warp's share.
-        assert all(bool(row[9]) == (0 < row[11] < 1024) for row in rows)
-        kernels |= {row[0].partition(".")[0] for row in rows}
+    variants = "plain,few queries,long,ranges,positions,some"
+    options = ("--size", "64,160,768", "--variant", variants, "--json", str(path))
+    result = run("--quick", "--arch", "90", *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert {row[4] for row in rows} == {"sm_90"}
+    kernels = {row[0].partition(".")[0] for row in rows}
     assert kernels == set(kernels_build.TABLE_NAMES.values())
     files = Path(kernels_build.tiles.__file__).parents[1].rglob("*.py")
     launched = {file for file in files if "_kernel(\n" in file.read_text()}
