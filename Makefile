@@ -122,6 +122,7 @@ $(EXAMPLE)/encoder: Makefile csrc/calls.h $(filter csrc/cpu/% csrc/examples/%,$(
 	@$(CXX) $(EXAMPLE_FLAGS) -static -s -Wl,--gc-sections csrc/examples/encoder.cpp csrc/cpu/dispatch.cpp \
 		csrc/cpu/attention/varlen.cpp csrc/cpu/key_ranges.cpp \
 		$(SETS:%=$(EXAMPLE)/%.o) -o $@
+	@test $$(wc -c <$@) -le 3000000 || { echo "$@ is larger than 3 MB" >&2; rm $@; exit 1; }
 
 # Those of dev stand beside them so that their versions stay.
 $(VENV)/integrations.stamp: $(VENV)/dependencies.stamp

@@ -66,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cxx", metavar="COMMAND")
     parser.addoption("--every", type=int, default=1, metavar="N", help="run one test of N")
     # tests/ops/test_random_calls.py
-    parser.addoption("--random-seconds", type=float, default=1.0, metavar="S")
+    parser.addoption("--random-seconds", type=float, default=0.8, metavar="S")
     parser.addoption("--random-example", metavar="OP:TARGET:INDEX")
 
 

@@ -65,12 +65,9 @@ struct Attention {
     // The parameter of Swin and BEiT is (entries, heads).
     const bool turned = table.stride(0) == 1 && table.stride(1) == p.heads;
     const void* data = turned ? table.const_data_ptr() : straight.in_one_piece(table);
-    const auto* numbers = static_cast<const int64_t*>(straight.in_one_piece(index));
-    if (index.is_cpu())  // emulated; a device would have to be waited for
-      for (int64_t i = 0; i < index.numel(); ++i)
-        check_fits(0 <= numbers[i] && numbers[i] < table.size(1), "position_index");
-    p.table = {static_cast<const float*>(data), numbers, int32_t(table.size(1)), turned,
-               index.dim() == 1};
+    p.table = {static_cast<const float*>(data),
+               static_cast<const int64_t*>(straight.in_one_piece(index)), int32_t(table.size(1)),
+               turned, index.dim() == 1};
   }
 
   Tensor run(Tensor* lse) {

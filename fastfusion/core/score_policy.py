@@ -519,9 +519,14 @@ def has_rare_kinds(call: Any) -> bool:
     return _has_ranges(call) or any([tensor is not None for tensor in others])
 
 
-def refuses_gradient(call: Any) -> Sequence[str]:
+def refuses(call: Any) -> Sequence[str]:
     """Why kernels that have these kinds cannot run a call."""
-    slopes = call.alibi_slopes
+    slopes, index = call.alibi_slopes, getattr(call, "position_index", None)
+    if index is not None and isinstance(index, Tensor):
+        entries = call.position_table.shape[-1]
+        smallest, largest = _ends(index, entries)
+        if smallest < 0 or largest >= entries:  # emulated; a device would have to be waited for
+            return ("position_index has numbers of no entry",)
     if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         return ("the gradient of alibi_slopes is left to the reference",)
     return ()

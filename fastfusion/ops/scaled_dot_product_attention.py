@@ -472,15 +472,15 @@ def _cpu_path(call: Call) -> str:
 def _cpu_refuses(call: Call) -> Sequence[str]:
     if call.alibi_slopes is None and call.key.dtype is not float8.DTYPE:
         return cpu.refuses(call)
-    return [*cpu.refuses(call), *float8.refuses(call), *score_policy.refuses_gradient(call)]
+    return [*cpu.refuses(call), *float8.refuses(call), *score_policy.refuses(call)]
 
 
 def _triton_refuses(call: Call) -> Sequence[str]:
-    return [*triton.refuses(call), *score_policy.refuses_gradient(call), *float8.refuses(call)]
+    return [*triton.refuses(call), *score_policy.refuses(call), *float8.refuses(call)]
 
 
 def _cuda_refuses(call: Call) -> Sequence[str]:
-    reasons = [*cuda.refuses(call, DEFINITION), *score_policy.refuses_gradient(call)]
+    reasons = [*cuda.refuses(call, DEFINITION), *score_policy.refuses(call)]
     return [*reasons, *cuda.refuses_float8(call.query)] if float8.has(call.key) else reasons
 
 

@@ -362,5 +362,6 @@ def attention_backward(
     if dtable.numel():
         own, sizes = chosen("mask", max(q_len, 32))
         given = inputs((query, key, value, grad_out), own, sizes["LOOP"], False)
-        merge_elements(*position_gradient(call, given, common, sizes), dtable)
+        sums, splits = position_gradient(call, given, common, sizes)
+        merge_elements(sums, splits, dtable)
     return dq, dk, dv, dmask, dtable, sink_gradient(call, batch, q_len, common)

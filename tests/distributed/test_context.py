@@ -175,6 +175,9 @@ def check_refusals(rank: int, world: int) -> None:
         ):  # fmt: skip
             with pytest.raises(ValueError, match="not for sequences in parts"):
                 ff.scaled_dot_product_attention(q, q, q, **options)  # type: ignore[arg-type]
+        narrow = q.to(torch.float8_e4m3fn)
+        with pytest.raises(ValueError, match="keys of 8 bits: not for sequences in parts"):
+            ff.scaled_dot_product_attention(q, narrow, narrow)
         with pytest.raises(ValueError, match="attention weights do not go"):
             attention(x, x, x)
         with pytest.raises(ValueError, match="add_bias_kv and add_zero_attn do not go"):

@@ -103,8 +103,8 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_shipped_kernels_compile_well(tmp_path: Path) -> None:
-    """Each kernel once for Hopper, which has instructions and kernels of its own. `make kernels` has
-    the rest: another start costs as much as eight builds."""
+    """Each kernel once for Hopper, which has instructions and kernels of its own. The rest is for
+    `make kernels`: another start costs as much as eight builds."""
     path = tmp_path / "kernels.json"
     variants = "plain,few queries,long,ranges,positions,some"
     options = ("--size", "64,160,768", "--variant", variants, "--json", str(path))
