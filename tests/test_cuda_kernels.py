@@ -50,9 +50,8 @@ def test_keys_that_shared_memory_holds(built: tuple[int, Path]) -> None:
     value of 64 numbers take 256 bytes."""
     for keys, devices in HOLDING.items():
         done = subprocess.run([built[1], str(keys)], capture_output=True, text=True, check=True)
-        ways = {
-            int(line.partition(" ")[0]): line.partition(" ")[2] for line in done.stdout.splitlines()
-        }
+        lines = [line.partition(" ") for line in done.stdout.splitlines()]
+        ways = {int(device): way for device, _, way in lines}
         assert ways.keys() == ALL
         assert {n for n, way in ways.items() if way == "all keys in shared memory"} == devices, keys
         others = {ways[number] for number in ALL - devices}

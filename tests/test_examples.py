@@ -122,18 +122,13 @@ class TestAnswers:
         if shutil.which("make") is None:
             pytest.skip("no make")
         outer = {name: os.environ[name] for name in os.environ if not name.startswith("MAKE")}
-        command = [
-            "make",
-            "--silent",
-            "example",
-            f"CXX={' '.join(COMPILER)}",
-            f"EXAMPLE={tmp_path}",
-        ]
-        found = re.search(
-            r"^SET_avx512 := -O3 (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE
-        )
-        assert found is not None
-        command.append(f"SET_avx512=-O1 {found[1]}")
+        makefile = (ROOT / "Makefile").read_text()
+        flags = re.search(r"^SET_avx512 := -O3 (.*)$", makefile, re.MULTILINE)
+        assert flags is not None
+        variables = {
+            "CXX": " ".join(COMPILER), "EXAMPLE": tmp_path, "SET_avx512": f"-O1 {flags[1]}"
+        }  # fmt: skip
+        command = ["make", "--silent", "example", *(f"{n}={v}" for n, v in variables.items())]
         made = subprocess.run(command, cwd=ROOT, env=outer, capture_output=True, text=True)
         assert made.returncode == 0, made.stderr
         result = run(tmp_path / "encoder", CHECKPOINT, inputs, 0)

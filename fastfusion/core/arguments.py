@@ -290,7 +290,7 @@ def resolve_causal(
 
 
 def broadcast(*shapes: torch.Size) -> torch.Size:
-    """To what these broadcast. torch's function takes 15 us also where they are one and the same.
+    """To what these broadcast. torch's function takes 9 us also where they are one and the same.
 
     Raises:
         RuntimeError: they do not.

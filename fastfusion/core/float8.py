@@ -68,10 +68,11 @@ def autocast(dtype: torch.dtype | None, *operands: Any) -> tuple[Any, ...]:
 
 def scales_of(given: Any, *sizes: Any) -> tuple[Tensor | None, Tensor | None]:
     """The scales of an op's arguments as calls have them: of these sizes, batch and heads last."""
-    key, value = (getattr(given, name) for name in _SCALES)
-    return None if key is None else key.expand(sizes), None if value is None else value.expand(
-        sizes
+    key, value = (
+        scale if scale is None else scale.expand(sizes)
+        for scale in (getattr(given, name) for name in _SCALES)
     )
+    return key, value
 
 
 def conditions(call: Any, batch: Any, heads: Any) -> Iterator[Any]:

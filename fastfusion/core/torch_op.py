@@ -332,7 +332,6 @@ class ForwardOp:
 
     def __init__(self, definition: Definition, name: str) -> None:
         self.definition = definition
-        definition._tail  # noqa: B018  Now, or Python 3.11 takes a lock, which dynamo does not know.
         fake = definition.checked_fake
         self.out = self.forward = _op(f"{name}_forward", fake)
         if definition.outputs > definition.results:

@@ -207,6 +207,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
         adds_keys = self.bias_k is not None or self.add_zero_attn
         with_weights = need_weights or bool(self._recorders)
         leading = query.shape[0 if batch_first else 1], self.num_heads
+        masks = None
         if (
             not (with_weights or is_causal or adds_keys or dropout_p > 0.0)
             and kinds is None
@@ -240,7 +241,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention, RecordsAttention):
             weights = self._hand_out(weights, need_weights, average_attn_weights)
         else:
             mask = None if is_causal else attn_mask
-            bias, padding = _merge_masks(mask, key_padding_mask, leading)
+            bias, padding = masks or _merge_masks(mask, key_padding_mask, leading)
             dtype = attention_dtype(q, *(weight for weight, _, _ in in_proj))
             out = scaled_dot_product_attention(
                 cast(q, dtype), cast(k, dtype), cast(v, dtype), bias, dropout_p, is_causal,

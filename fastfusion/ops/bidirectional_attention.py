@@ -415,15 +415,15 @@ def _cpu_refuses(call: Call) -> Sequence[str]:
     reasons = cpu.refuses(call)
     if call.alibi_slopes is None:
         return reasons
-    return [*reasons, *score_policy.refuses(call)]
+    return [*reasons, *score_policy.refuses_gradient(call)]
 
 
 def _triton_refuses(call: Call) -> Sequence[str]:
-    return [*triton.refuses(call), *score_policy.refuses(call)]
+    return [*triton.refuses(call), *score_policy.refuses_gradient(call)]
 
 
 def _cuda_refuses(call: Call) -> Sequence[str]:
-    return [*cuda.refuses(call, DEFINITION), *score_policy.refuses(call)]
+    return [*cuda.refuses(call, DEFINITION), *score_policy.refuses_gradient(call)]
 
 
 def inputs(

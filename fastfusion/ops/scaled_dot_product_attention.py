@@ -199,8 +199,7 @@ def scaled_dot_product_attention(
 
     Args:
         query: (batch, heads, q_len, head_dim), float32, bfloat16, float16 or float64. 2-D and 3-D
-            inputs, more batch dimensions and size-1 batch and head dimensions are accepted as in
-            torch.
+            inputs, more batch dimensions, and batch and heads of size 1 are taken as in torch.
         key: (batch, kv_heads, kv_len, head_dim). For inference key and value may be float8_e4m3fn,
             in the kernels of CUDA beside queries of 16 bits, from compute capability 8.9 on.
         value: (batch, kv_heads, kv_len, value_dim).
@@ -472,16 +471,17 @@ def _cpu_path(call: Call) -> str:
 def _cpu_refuses(call: Call) -> Sequence[str]:
     if call.alibi_slopes is None and call.key.dtype is not float8.DTYPE:
         return cpu.refuses(call)
-    return [*cpu.refuses(call), *float8.refuses(call), *score_policy.refuses(call)]
+    return [*cpu.refuses(call), *float8.refuses(call), *score_policy.refuses_gradient(call)]
 
 
 def _triton_refuses(call: Call) -> Sequence[str]:
-    return [*triton.refuses(call), *score_policy.refuses(call), *float8.refuses(call)]
+    return [*triton.refuses(call), *score_policy.refuses_gradient(call), *float8.refuses(call)]
 
 
 def _cuda_refuses(call: Call) -> Sequence[str]:
-    reasons = [*cuda.refuses(call, DEFINITION), *score_policy.refuses(call)]
-    return [*reasons, *cuda.refuses_float8(call.query)] if float8.has(call.key) else reasons
+    narrow = cuda.refuses_float8(call.query) if float8.has(call.key) else ()
+    reasons = [*cuda.refuses(call, DEFINITION), *score_policy.refuses_gradient(call), *narrow]
+    return [*reasons, *score_policy.refuses_entries(call)]
 
 
 def _cuda_waits(call: Call) -> bool:

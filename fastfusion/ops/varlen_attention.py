@@ -453,11 +453,11 @@ def _cpu_refuses(call: Call) -> Sequence[str]:
     reasons = cpu.refuses(call)
     if call.alibi_slopes is None:
         return reasons
-    return [*reasons, *score_policy.refuses(call)]
+    return [*reasons, *score_policy.refuses_gradient(call)]
 
 
 def _triton_refuses(call: Call) -> Sequence[str]:
-    return [*triton.refuses(call), *score_policy.refuses(call)]
+    return [*triton.refuses(call), *score_policy.refuses_gradient(call)]
 
 
 def _lengths(shape: Mapping[str, Any], side: str) -> list[int]:
